@@ -1,0 +1,79 @@
+"""``python -m apt_launch``: compose, check, hand over."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from apt_launch.config import data_folder, load, show_error
+from apt_model.errors import ConfigError, TrainingError
+
+
+class SweepsOnSearchPath(SearchPathPlugin):
+    """Lets ``+sweeps=NAME`` find ``sweeps/NAME.yaml``."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Add the folder that holds ``sweeps/``."""
+        search_path.append("sweeps", f"file://{data_folder('sweeps').parent}")
+
+
+@hydra.main(config_path=str(data_folder("conf")), config_name="config", version_base="1.3")
+def run(cfg: DictConfig) -> float:
+    """Train one composed config; return its final validation loss."""
+    from apt_launch.dispatch import dispatch
+
+    return dispatch(load(cfg), Path(HydraConfig.get().runtime.output_dir))
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 a run failed, 2 config or command line wrong, 130 interrupted."""
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    try:
+        sys.argv[1:] = with_profile_file(sys.argv[1:])
+        Plugins.instance().register(SweepsOnSearchPath)
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on as they are, and we say what they mean
+        run()
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        if wants_traceback:
+            raise
+        from apt_launch.explain import explained
+
+        show_error(explained(error))
+        sys.exit(2)
+    except TrainingError as error:
+        if wants_traceback or error.__cause__ is not None:
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def with_profile_file(arguments: list[str]) -> list[str]:
+    """Put the overrides that ``profile_file=PATH`` stands for before those of the command line, which win."""
+    given = [argument for argument in arguments if argument.startswith("profile_file=")]
+    path = given[-1].split("=", 1)[1] if given else ""
+    if path in ("", "null"):
+        return arguments
+    from apt_launch.profile_file import read_profile
+
+    chosen = {argument.split("=", 1)[0] for argument in arguments if "=" in argument and not argument.startswith("-")}
+    overrides, unused = read_profile(Path(path.strip("'\"")).expanduser(), chosen)
+    if unused:
+        sys.stderr.write(f"profile_file: not used: {', '.join(unused)}\n")
+    first = next((i for i, argument in enumerate(arguments) if "=" in argument and not argument.startswith("-")), 0)
+    return [*arguments[:first], *overrides, *arguments[first:]]
+
+
+if __name__ == "__main__":
+    main()

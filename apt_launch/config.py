@@ -1,0 +1,243 @@
+"""From what Hydra composed to a config that is known to be right. Nothing here loads torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from apt_model.errors import ConfigError, nearest, validated
+
+if TYPE_CHECKING:
+    from apt_launch import schema
+    from apt_model.data import Corpus
+    from apt_model.schedule import Horizon
+
+
+def data_folder(name: str) -> Path:
+    """Return ``conf`` or ``sweeps``: inside the package when installed, beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name
+
+
+NEUTRAL = (
+    "logger",
+    "profile_file",
+    "schedule.on_horizon_change",
+    "trainer.resume",
+    "trainer.log_every",
+    "trainer.checkpoint_every_epochs",
+    "trainer.keep_checkpoints",
+)
+"""Keys that cannot change what a run computes: no part of its identity."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run's config, checked. ``values`` is what YAML says, resolved; the groups are the same, typed."""
+
+    values: dict[str, Any]
+    seed: int
+    model: schema.GPTConfig
+    moe: schema.MoEConfig
+    align: schema.BiStateConfig
+    voter: schema.VoterConfig
+    schedule: schema.ScheduleConfig
+    data: schema.Group
+    optimizer: schema.AdamWConfig
+    trainer: schema.TrainerConfig
+    logger: schema.Group
+    horizon: Horizon
+
+    @property
+    def result_values(self) -> dict[str, Any]:
+        """The values that decide what the run computes, flat: dotted key to value."""
+        flat = flatten(self.values)
+        return {key: value for key, value in flat.items() if not _is_neutral(key)}
+
+    @property
+    def identity(self) -> str:
+        """The sha256 of what decides the result."""
+        text = json.dumps(self.result_values, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_neutral(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in NEUTRAL)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one: dotted key to value; lists and empty mappings stay as they are."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        full = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{full}.")
+        else:
+            flat[full] = value
+    return flat
+
+
+def load(cfg: DictConfig) -> RunConfig:
+    """Resolve and check what Hydra composed.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    values: dict[str, Any] = {}
+    try:
+        for key in cfg:
+            if key != "hydra":
+                node = cfg[key]
+                plain = OmegaConf.is_config(node)
+                values[str(key)] = (
+                    OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if plain else node
+                )
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key}: has no value yet. Set it: {error.full_key}=...") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+    return parse(values)
+
+
+def parse(values: dict[str, Any]) -> RunConfig:
+    """Check plain values; see :func:`load`."""
+    from apt_launch import schema
+
+    problems: list[str] = []
+    groups: dict[str, Any] = {}
+    for name, schemas in schema.GROUPS.items():
+        group = values.get(name)
+        if not isinstance(group, Mapping):
+            problems.append(f"{name}: {group!r} is not valid: choose one of the group's options, for instance in conf/.")
+            continue
+        target = group.get("_target_")
+        if target not in schemas:
+            known = [str(known) for known in schemas]
+            problems.append(f"{name}._target_: {target!r} may not be built here. {nearest(str(target), known)}")
+            continue
+        try:
+            groups[name] = validated(schemas[target], group, key=name)
+        except ConfigError as error:
+            problems += error.problems
+    rest = {key: value for key, value in values.items() if key not in schema.GROUPS}
+    for key in [key for key in rest if key not in schema.TopLevel.model_fields]:
+        del rest[key]
+        problems.append(f"{key}: unknown key. {nearest(key, schema.all_keys())}")
+    try:
+        top = validated(schema.TopLevel, rest)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(*problems)
+
+    _check_together(groups)
+    horizon = plan_horizon(values, groups)
+    groups["schedule"].check(horizon)
+    lr_problems = _lr_problems(groups["trainer"], horizon)
+    if lr_problems:
+        raise ConfigError(*lr_problems)
+    return RunConfig(values=values, seed=top.seed, horizon=horizon, **groups)
+
+
+def _check_together(groups: Mapping[str, Any]) -> None:
+    """Refuse values that are right each by itself and wrong together."""
+    from apt_model.data.corpora import BYTE_VOCABULARY
+
+    model, moe, schedule, optimizer = (groups[name] for name in ("model", "moe", "schedule", "optimizer"))
+    problems = []
+    if model.d_model % (2 * model.num_heads):
+        problems.append(
+            f"model.d_model = {model.d_model} does not give {model.num_heads} heads (model.num_heads) of an even width, "
+            f"which rotary positions need. Make it a multiple of {2 * model.num_heads}."
+        )
+    if moe.top_k > moe.num_experts:
+        problems.append(f"moe.top_k = {moe.top_k} is more than moe.num_experts = {moe.num_experts}.")
+    if moe.capacity_factor is None and schedule.moe_capacity is not None:
+        problems.append(
+            "moe.capacity_factor is null (dropless), but schedule.moe_capacity anneals it. Set schedule.moe_capacity=null, "
+            "or give moe.capacity_factor a number."
+        )
+    if model.vocab_size < BYTE_VOCABULARY:
+        problems.append(
+            f"model.vocab_size = {model.vocab_size} is less than the {BYTE_VOCABULARY} tokens of a corpus of bytes."
+        )
+    problems += schedule.contradictions()
+    if optimizer.weight_decay * optimizer.lr >= 1:
+        problems.append(
+            f"optimizer.weight_decay x optimizer.lr = {optimizer.weight_decay * optimizer.lr:g}: one update would erase the "
+            "weights. Their product must be below 1."
+        )
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _lr_problems(trainer: Any, horizon: Horizon) -> list[str]:
+    from apt_model.schedule import Domain
+
+    problems: list[str] = trainer.lr_schedule.problems("trainer.lr_schedule", horizon, Domain(0.0, includes_low=True))
+    return problems
+
+
+def plan_horizon(values: Mapping[str, Any], groups: Mapping[str, Any]) -> Horizon:
+    """Count the corpus and plan the run's updates.
+
+    Raises:
+        ConfigError: a file is missing or wrong, or the text does not fill one batch.
+    """
+    from apt_model.data import Sampler
+    from apt_model.schedule import Horizon
+
+    corpus = build_corpus(values["data"])
+    trainer, model = groups["trainer"], groups["model"]
+    batches = {}
+    for split, limit in (("train", trainer.max_batches_per_epoch), ("val", trainer.validation_batches)):
+        sampler = Sampler(
+            num_tokens=corpus.count(split),  # type: ignore[arg-type]
+            seq_len=model.seq_len,
+            batch_size=trainer.batch_size,
+            seed=values["seed"],
+            limit=limit,
+            name=split,
+        )
+        batches[split] = sampler.num_batches
+    return Horizon.plan(
+        epochs=trainer.max_epochs, batches_per_epoch=batches["train"], accumulate=trainer.accumulate
+    )
+
+
+def build_corpus(values: Mapping[str, Any]) -> Corpus:
+    """Build the corpus that the ``data`` group describes."""
+    from apt_launch.build import build
+
+    corpus: Corpus = build(values)
+    return corpus
+
+
+def show_error(error: ConfigError) -> None:
+    """Tell the user what is wrong with the config."""
+    count = len(error.problems)
+    sys.stderr.write("error: " + (f"{count} problems\n  " if count > 1 else "") + "\n  ".join(error.problems) + "\n")
+
+
+class CheckBeforeStart(Callback):
+    """Checks a run before Hydra makes its folder, so that a mistake leaves nothing behind."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Leave with exit code 2 if the config is wrong. (An exception would be turned into a warning by Hydra.)"""
+        from apt_launch.folder import RunFolder
+
+        try:
+            RunFolder(Path(config.hydra.run.dir)).check_free(load(config))
+        except ConfigError as error:
+            show_error(error)
+            raise SystemExit(2) from None

@@ -1,0 +1,142 @@
+"""What a run says while it trains: a progress bar on a terminal, a plain line every so often elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from typing import IO, TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from apt_model.schedule import MODULES, Change
+from apt_model.training.callbacks import Callback
+
+if TYPE_CHECKING:
+    from apt_model.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+class Stdout(logging.StreamHandler[IO[str]]):
+    """Logs to whatever ``sys.stdout`` is at the time, so that a progress bar can keep its line to itself."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> IO[str]:  # type: ignore[override]
+        """The standard output of now."""
+        return sys.stdout
+
+
+def progress_callback() -> Callback:
+    """Return the bar for a terminal, else the plain lines."""
+    console = Console()
+    return ProgressBar(console) if console.is_terminal else PlainLines()
+
+
+class _Announcements(Callback):
+    """Says when a module goes on or off."""
+
+    def on_schedule(self, trainer: Trainer, changes: Sequence[Change]) -> None:
+        for change in changes:
+            if change.name in MODULES and (change.value or trainer.clock.step):
+                logger.info("%s: %s on" if change.value else "%s: %s off", trainer.clock, change.name)
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        row = trainer.last_row
+        logger.info("%s: val/loss %.4f  (%s)", trainer.clock, row["val/loss"], curriculum_state(trainer))
+
+
+class PlainLines(_Announcements):
+    """A line at most every ``seconds``, beside the announcements."""
+
+    def __init__(self, seconds: float = 10.0) -> None:
+        self.seconds = seconds
+        self.last = 0.0
+        self.began_at = (0.0, 0)
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        self.began_at = (time.monotonic(), trainer.clock.step)
+        self.last = time.monotonic()
+
+    def on_step(self, trainer: Trainer) -> None:
+        now = time.monotonic()
+        if now - self.last < self.seconds or "train/loss" not in trainer.last_row:
+            return
+        self.last = now
+        began, first = self.began_at
+        total, done = trainer.schedule.planned.steps, trainer.clock.step + 1
+        left = (now - began) / max(1, done - first) * (total - done)
+        row = trainer.last_row
+        logger.info(
+            "step %d/%d  loss %.4f  %s tokens/s  %s left  (%s)",
+            done,
+            total,
+            row["train/loss"],
+            f"{row['tokens_per_second']:,.0f}",
+            f"{int(left) // 60}:{int(left) % 60:02d}",
+            curriculum_state(trainer),
+        )
+
+
+class ProgressBar(_Announcements):
+    """A bar with loss, tokens a second, time left and the curriculum's state."""
+
+    def __init__(self, console: Console) -> None:
+        self.progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[state]}"),
+            console=console,
+            transient=True,
+        )
+        self.task: TaskID | None = None
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        self.task = self.progress.add_task(
+            "train",
+            total=trainer.schedule.planned.steps,
+            completed=trainer.clock.step,
+            epoch=self._epoch(trainer),
+            numbers="",
+            state="",
+        )
+        self.progress.start()
+
+    def on_step(self, trainer: Trainer) -> None:
+        row = trainer.last_row
+        numbers = f"loss {row['train/loss']:.3f}  {row['tokens_per_second']:,.0f} tok/s" if "train/loss" in row else ""
+        assert self.task is not None
+        self.progress.update(
+            self.task,
+            completed=trainer.clock.step + 1,
+            epoch=self._epoch(trainer),
+            state=curriculum_state(trainer),
+            **({"numbers": numbers} if numbers else {}),
+        )
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        self.progress.stop()
+
+    @staticmethod
+    def _epoch(trainer: Trainer) -> str:
+        return f"{min(trainer.clock.epoch + 1, trainer.max_epochs)}/{trainer.max_epochs}"
+
+
+def curriculum_state(trainer: Trainer) -> str:
+    """Return what is in force in one short line: modules that are on, then values."""
+    metrics = trainer.schedule.metrics()
+    on = [module for module in MODULES if metrics.get(f"schedule/{module}_enabled")]
+    values = [
+        f"{name.removeprefix('schedule/')} {value:.3g}"
+        for name, value in metrics.items()
+        if not name.endswith("_enabled")
+    ]
+    return ", ".join([" + ".join(on) + " on" if on else "dense", *values])

@@ -1,0 +1,167 @@
+"""Runs a checked config here, and keeps its folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from apt_launch.build import build, build_trainer
+from apt_launch.config import RunConfig
+from apt_launch.folder import RunFolder, write_json, write_whole
+from apt_launch.tracking import Record, Tracker, Tracking, read_rows
+from apt_model.errors import AptError, Interrupted
+
+logger = logging.getLogger(__name__)
+
+
+class StopRequest:
+    """Set by Ctrl-C or SIGTERM: the update in progress is finished first. A second signal leaves at once."""
+
+    def __init__(self) -> None:
+        self.made = False
+
+    def __call__(self) -> bool:
+        """Say whether a signal has come."""
+        return self.made
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listen to SIGINT and SIGTERM meanwhile."""
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.made:
+            os._exit(130)
+        self.made = True
+        logger.info(
+            "%s: finishing this update and writing a checkpoint; once more leaves at once.", signal.Signals(number).name
+        )
+
+
+def dispatch(config: RunConfig, path: Path) -> float:
+    """Train ``config`` here, into the folder ``path``; return the final validation loss.
+
+    Raises:
+        ConfigError: the folder is taken, or something that only torch can tell is wrong.
+        TrainingError: the run failed; ``summary.json`` has the cause.
+        Interrupted: it was stopped on request and can go on.
+    """
+    folder = RunFolder(path)
+    folder.check_free(config)
+    resume = folder.resume(config)
+    stop = StopRequest()
+    with stop.listening():
+        return _run(config, folder, resume.checkpoint if resume else None, resume.notes if resume else (), stop)
+
+
+def _run(
+    config: RunConfig, folder: RunFolder, checkpoint: Path | None, notes: tuple[str, ...], stop: StopRequest
+) -> float:
+    from apt_launch import summary
+    from apt_launch.console import progress_callback
+    from apt_launch.plots import draw_schedule
+    from apt_model.training.checkpoint import Checkpoints, read_manifest
+
+    began = time.time()
+    write_whole(folder.config, OmegaConf.to_yaml(OmegaConf.create(config.values)))
+    same_folder = checkpoint is not None and checkpoint.parent.resolve() == folder.checkpoints.resolve()
+    keep_rows = read_manifest(checkpoint)["rows"] if checkpoint and same_folder else 0
+    tracking = Tracking(Record(folder.metrics, keep_rows=keep_rows))
+    trainer = None
+
+    def finish(state: str, cause: str | None = None) -> None:
+        tracking.close(state)
+        content = {
+            "state": state,
+            "cause": cause,
+            "identity": config.identity,
+            "steps": trainer.clock.step if trainer else 0,
+            "seconds": round(time.time() - began, 3),
+            "tokens_per_second": round(trainer.tokens_per_second, 1) if trainer else None,
+        } | summary.summarise(read_rows(folder.metrics))
+        write_json(folder.summary, content)
+        if trainer is not None:
+            summary.show(content, config, folder)
+
+    try:
+        write_json(folder.summary, {"state": "running", "identity": config.identity})
+        trainer = build_trainer(
+            config,
+            log=tracking.log,
+            callbacks=[progress_callback()],
+            checkpoints=Checkpoints(
+                folder.checkpoints,
+                keep_last=config.trainer.keep_checkpoints,
+                about={"identity": config.identity, "config": config.result_values},
+            ),
+            resume=checkpoint,
+            stop_requested=stop,
+        )
+        _record_origin(folder, trainer)
+        draw_schedule(config.schedule, config.horizon, folder.schedule)
+        tracking.trackers = _trackers(config, folder)
+        for note in notes:
+            logger.warning("%s", note)
+        logger.info(
+            "%s%s: %s parameters on %s in %s, %s. Folder: %s",
+            "resuming " if checkpoint else "",
+            config.identity[:8],
+            f"{sum(p.numel() for p in trainer.model.parameters()):,}",
+            trainer.device,
+            str(trainer.autocast_dtype).removeprefix("torch."),
+            config.horizon,
+            folder.path,
+        )
+        trainer.fit()
+    except Interrupted as interrupted:
+        finish("interrupted")
+        logger.info(
+            "%s. Go on with: trainer.resume=auto hydra.run.dir=%s", interrupted, folder.path
+        )
+        raise
+    except BaseException as error:
+        cause = str(error) if isinstance(error, AptError) else f"{type(error).__name__}: {error}"
+        logging.getLogger("train_log").debug("failed", exc_info=True)
+        finish("failed", cause)
+        raise
+    finish("done")
+    return float(summary.summarise(read_rows(folder.metrics))["final"]["val/loss"])
+
+
+def _record_origin(folder: RunFolder, trainer: Any) -> None:
+    from apt_launch.provenance import provenance
+
+    origin = provenance(Path.cwd()) | {
+        "device": str(trainer.device),
+        "compute_dtype": str(trainer.autocast_dtype).removeprefix("torch."),
+    }
+    write_json(folder.provenance, origin)
+
+
+def _trackers(config: RunConfig, folder: RunFolder) -> list[Tracker]:
+    """Build what the ``logger`` group names."""
+    import hashlib
+
+    if config.logger.target is None or config.values["logger"]["mode"] == "disabled":
+        return []
+    place = f"{config.identity}:{folder.path.resolve()}"
+    tracker = build(
+        config.values["logger"],
+        folder=folder.path,
+        run_id=f"{config.identity[:8]}-{hashlib.sha256(place.encode()).hexdigest()[:8]}",
+        config=config.values,
+    )
+    return [tracker]

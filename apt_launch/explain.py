@@ -1,0 +1,32 @@
+"""Hydra's errors in the project's words: what is wrong, where, and the nearest valid names."""
+
+from __future__ import annotations
+
+import re
+
+from hydra.errors import MissingConfigException, OverrideParseException
+
+from apt_launch.schema import all_keys
+from apt_model.errors import ConfigError, nearest
+
+
+def explained(error: Exception) -> ConfigError:
+    """Return ``error``, raised while composing a config, as a ConfigError."""
+    if isinstance(error, ConfigError):
+        return error
+    text = str(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
+        wanted = str(error.missing_cfg_file)
+        group, _, option = wanted.rpartition("/")
+        return ConfigError(f"{group or 'config'}: there is no option {option!r}. {nearest(option, error.options or [])}")
+    if isinstance(error, OverrideParseException):
+        return ConfigError(f"{error.override}: not an override that Hydra understands: {text.splitlines()[0]}")
+    if match := re.search(r"Could not override '([^']+)'", text):
+        key = match.group(1).split("@")[0]
+        if "No match in the defaults list" in text:
+            return ConfigError(f"{key}: there is no such group here. {nearest(key, all_keys())}")
+        cause = str(error.__cause__ or "").splitlines()
+        if cause and "not in struct" not in cause[0]:
+            return ConfigError(f"{key}: {cause[0]}")
+        return ConfigError(f"{key}: unknown key. {nearest(key, all_keys())}")
+    return ConfigError(text.strip())

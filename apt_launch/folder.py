@@ -1,0 +1,136 @@
+"""A run's folder: where things lie, whether it is free, and what a resume goes on from."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apt_launch.config import RunConfig
+from apt_model.errors import CheckpointError, ConfigError
+from apt_model.training.checkpoint import newest_intact, read_manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+FIXED = (
+    "seed",
+    "model",
+    "data",
+    "moe.num_experts",
+    "moe.router",
+    "moe.shared_expert",
+    "align.rank",
+    "optimizer._target_",
+    "trainer.batch_size",
+    "trainer.accumulate",
+)
+"""Keys that a resume cannot change: the weights or the order of the batches would not fit."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A checkpoint to go on from, and what there is to say about it."""
+
+    checkpoint: Path
+    notes: tuple[str, ...] = ()
+
+
+class RunFolder:
+    """The folder of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+        self.schedule = path / "schedule.png"
+        self.checkpoints = path / "checkpoints"
+        self.provenance = path / "provenance.json"
+
+    def check_free(self, config: RunConfig) -> None:
+        """Make sure that nothing of another run would be lost here, and that a resume can be what was asked for.
+
+        Raises:
+            ConfigError: the folder holds a run and ``trainer.resume`` does not say to go on with it.
+        """
+        resume = self.resume(config)
+        going_on = resume is not None and resume.checkpoint.parent.resolve() == self.checkpoints.resolve()
+        if self.metrics.exists() and not going_on and config.trainer.resume != "auto":
+            raise ConfigError(
+                f"hydra.run.dir: {self.path} already holds a run. Go on with it by trainer.resume=auto, or choose another "
+                "folder."
+            )
+
+    def resume(self, config: RunConfig) -> Resume | None:
+        """Find what ``trainer.resume`` names; None: start from nothing.
+
+        Raises:
+            ConfigError: there is no such checkpoint, or it is of a run that cannot be continued with this config.
+        """
+        asked = config.trainer.resume
+        if asked is None:
+            return None
+        if asked == "auto":
+            checkpoint, passed_over = newest_intact(self.checkpoints)
+            if checkpoint is None:
+                if passed_over:
+                    raise ConfigError(*[f"trainer.resume: {reason}" for reason in passed_over])
+                return None
+        else:
+            checkpoint, passed_over = self._named(Path(asked).expanduser())
+        try:
+            saved = read_manifest(checkpoint)["about"]["config"]
+        except CheckpointError as error:
+            raise ConfigError(f"trainer.resume: {error}") from None
+        changed = changed_keys(saved, config.result_values)
+        fixed = [key for key in changed if any(key == name or key.startswith(f"{name}.") for name in FIXED)]
+        if fixed:
+            raise ConfigError(
+                *[
+                    f"{key}: the run in {checkpoint.parent.parent} was trained with {saved.get(key)!r}, and a resume cannot "
+                    f"change it to {config.result_values.get(key)!r}."
+                    for key in fixed
+                ]
+            )
+        notes = [*passed_over]
+        if changed:
+            notes.append(f"resumed with other values than before: {', '.join(changed)}")
+        return Resume(checkpoint, tuple(notes))
+
+    def _named(self, path: Path) -> tuple[Path, list[str]]:
+        if path.name.startswith("step-"):
+            if not path.is_dir():
+                raise ConfigError(f"trainer.resume: there is no checkpoint {str(path)!r} (looked in {Path.cwd()}).")
+            return path, []
+        checkpoint, passed_over = newest_intact(path / "checkpoints")
+        if checkpoint is None:
+            reasons = passed_over or [
+                f"there is no checkpoint in {str(path / 'checkpoints')!r} (looked in {Path.cwd()}). Name a run's folder, "
+                "a folder such as RUN/checkpoints/step-00000100, or auto."
+            ]
+            raise ConfigError(*[f"trainer.resume: {reason}" for reason in reasons])
+        return checkpoint, passed_over
+
+
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the dotted keys whose values differ; ``before`` and ``now`` are flat."""
+    missing = object()
+    keys = sorted({*before, *now})
+    return [key for key in keys if before.get(key, missing) != now.get(key, missing)]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write ``text`` so that a reader finds the old content or the new, never a part."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content`` as JSON, whole or not at all."""
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+

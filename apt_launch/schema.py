@@ -1,0 +1,198 @@
+"""What every group of ``conf/`` may hold: keys, types, domains. It is also the allow-list of ``_target_``.
+
+Torch stays unloaded: a config is judged before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field
+
+from apt_model.schedule import Anneal, Curriculum
+from apt_model.schedule.spec import Count, Strict
+
+Positive = Annotated[int, Field(gt=0)]
+PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+BetweenZeroAndOne = Annotated[float, Field(gt=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Group(Strict):
+    """A group's config: ``_target_`` names the class, the other keys are its parameters."""
+
+    target: str | None = Field(alias="_target_")
+
+
+class GPTConfig(Group):
+    """``model=gpt``."""
+
+    vocab_size: Positive
+    d_model: Positive
+    num_heads: Positive
+    num_layers: Positive
+    d_ff: Positive
+    seq_len: Positive
+    attention: Literal["sdpa", "eager"]
+    ffn: Literal["swiglu", "gelu", "relu2"]
+
+
+class MoEConfig(Group):
+    """``moe=experts``."""
+
+    num_experts: Annotated[int, Field(ge=2)]
+    top_k: Positive
+    capacity_factor: PositiveNumber | None
+    temperature: PositiveNumber
+    router: Literal["softmax", "sigmoid"]
+    balance_loss_weight: NotNegative
+    z_loss_weight: NotNegative
+    bias_update_rate: NotNegative
+    shared_expert: bool
+
+
+class BiStateConfig(Group):
+    """``align=bistate``."""
+
+    rank: Positive
+    alpha: Share
+    beta: Share
+    tau: PositiveNumber
+    weight: NotNegative
+
+
+class VoterConfig(Group):
+    """``voter=entropy``."""
+
+    threshold: NotNegative
+    num_votes: Positive
+    dropout: BelowOne
+
+
+class ScheduleConfig(Group, Curriculum):
+    """``schedule=...``."""
+
+
+class StdlibConfig(Group):
+    """``data=stdlib``."""
+
+    val_fraction: BetweenZeroAndOne
+    seed: Count
+
+
+class TextConfig(Group):
+    """``data=text``."""
+
+    path: Text
+    suffix: str
+    val_fraction: BetweenZeroAndOne
+    seed: Count
+
+
+class JsonlConfig(Group):
+    """``data=jsonl``."""
+
+    train_path: Text
+    val_path: Text
+    text_key: Text
+
+
+class AdamWConfig(Group):
+    """``optimizer=adamw``."""
+
+    lr: PositiveNumber
+    betas: Annotated[list[BelowOne], Field(min_length=2, max_length=2)]
+    eps: PositiveNumber
+    weight_decay: NotNegative
+    fused: bool
+
+
+class TrainerConfig(Group):
+    """``trainer=default``."""
+
+    max_epochs: Positive
+    max_batches_per_epoch: Positive | None
+    batch_size: Positive
+    accumulate: Positive
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    grad_clip: PositiveNumber | None
+    lr_schedule: Anneal
+    resume: Text | None
+    log_every: Positive
+    validation_batches: Positive | None
+    checkpoint_every_epochs: Positive
+    keep_checkpoints: Positive
+
+
+class WandbConfig(Group):
+    """``logger=wandb``."""
+
+    mode: Literal["offline", "online", "disabled"]
+    project: Text
+    entity: str | None
+    name: str | None
+    tags: list[str]
+
+
+class TensorBoardConfig(Group):
+    """``logger=tensorboard``."""
+
+    mode: Literal["offline", "disabled"]
+
+
+class NoLoggerConfig(Group):
+    """``logger=none``."""
+
+    mode: Literal["disabled"]
+
+
+GROUPS: Final[dict[str, dict[str | None, type[Group]]]] = {
+    "model": {"apt_model.gpt.GPT": GPTConfig},
+    "moe": {"apt_model.layers.moe.MoE": MoEConfig},
+    "align": {"apt_model.layers.align.BiStateAlignment": BiStateConfig},
+    "voter": {"apt_model.layers.voter.EntropyVoter": VoterConfig},
+    "schedule": {"apt_model.schedule.ScheduleRunner": ScheduleConfig},
+    "data": {
+        "apt_model.data.StdlibCorpus": StdlibConfig,
+        "apt_model.data.TextCorpus": TextConfig,
+        "apt_model.data.JsonlCorpus": JsonlConfig,
+    },
+    "optimizer": {"torch.optim.AdamW": AdamWConfig},
+    "trainer": {"apt_model.training.trainer.Trainer": TrainerConfig},
+    "logger": {
+        "apt_launch.tracking.wandb.WandbTracker": WandbConfig,
+        "apt_launch.tracking.tensorboard.TensorBoardTracker": TensorBoardConfig,
+        None: NoLoggerConfig,
+    },
+}
+
+
+class TopLevel(Strict):
+    """What stands beside the groups."""
+
+    seed: Count
+    profile_file: Text | None
+
+
+def all_keys() -> list[str]:
+    """Return every key that some config may have, in full."""
+    keys = [*TopLevel.model_fields, *GROUPS, "profile", "hydra.run.dir", "hydra.sweep.dir", "hydra.verbose"]
+    for group, schemas in GROUPS.items():
+        for schema in schemas.values():
+            keys += [f"{group}.{key}" for key in _keys(schema)]
+    return sorted(set(keys))
+
+
+def _keys(schema: Any) -> list[str]:
+    keys = []
+    for name, field in schema.model_fields.items():
+        keys.append(field.alias or name)
+        if "Anneal" in str(field.annotation):
+            keys += [f"{name}.{key}" for key in Anneal.model_fields]
+    return keys
+
+

@@ -1,0 +1,1 @@
+"""Curriculum-trained mixture-of-experts language models: schedule, layers, data, training."""

@@ -1,0 +1,1 @@
+"""The decoder's parts, one idea a file."""

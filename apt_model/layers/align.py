@@ -1,0 +1,82 @@
+"""Bi-state alignment: a stable and a fluid state of the hidden representation, kept in agreement."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class AlignReport(NamedTuple):
+    """The alignment loss, weighted, and metrics (detached, 0-dim)."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class BiStateAlignment(nn.Module):
+    """Mixes a slow state of the text so far into the hidden state, and rewards agreement of the two.
+
+    The fluid state of a position is its hidden state; the stable state is the mean of the hidden states up to it, so
+    nothing comes from the future. Both go to a subspace of ``rank``. ``alpha`` mixes there (1: only the stable state);
+    ``beta`` is the share of the mixture, brought back to d_model, that is added to the hidden state. The way back begins
+    at zero, so that switching on leaves the function as it was.
+
+    The loss asks each position's fluid state to find its own stable state among those of the batch's other sequences at
+    the same position: cross-entropy of cosine similarities over ``tau`` (InfoNCE, arXiv:1807.03748), 0 for a batch of
+    one. The stable side gets no gradient (SimSiam, arXiv:2011.10566).
+
+    Off, there are no parameters. ``weight``, 0-dim, is the loss's weight.
+    """
+
+    weight: Tensor
+
+    def __init__(
+        self, *, d_model: int, rank: int = 16, alpha: float = 0.35, beta: float = 0.2, tau: float = 0.15, weight: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.d_model = d_model
+        self.rank = rank
+        self.alpha = alpha
+        self.beta = beta
+        self.tau = tau
+        self.down: nn.Linear | None = None
+        self.back: nn.Linear | None = None
+        self.register_buffer("weight", torch.tensor(float(weight)), persistent=False)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the module takes part."""
+        return self.down is not None
+
+    def enable(self, on: bool) -> None:
+        """Switch on, with new projections, or off, without any."""
+        if on == self.enabled:
+            return
+        self.down = nn.Linear(self.d_model, self.rank, bias=False).to(self.weight.device) if on else None
+        self.back = nn.Linear(self.rank, self.d_model, bias=False).to(self.weight.device) if on else None
+        if self.back is not None:
+            nn.init.zeros_(self.back.weight)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, AlignReport | None]:
+        """Map ``hidden`` (batch, seq, d_model) to the same shape; a report when switched on."""
+        if self.down is None or self.back is None:
+            return hidden, None
+        positions = torch.arange(1, hidden.shape[1] + 1, device=hidden.device).unsqueeze(1)
+        stable = self.down((hidden.float().cumsum(dim=1) / positions).to(hidden.dtype))
+        fluid = self.down(hidden)
+        mixed = self.back(self.alpha * stable + (1.0 - self.alpha) * fluid)
+        loss, agreement = self.alignment_loss(fluid, stable)
+        metrics = {"align/loss": loss.detach(), "align/agreement": agreement.detach()}
+        return hidden + self.beta * mixed, AlignReport(self.weight * loss, metrics)
+
+    def alignment_loss(self, fluid: Tensor, stable: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss and the mean cosine similarity of matching states; both states: (batch, seq, rank)."""
+        fluid = F.normalize(fluid.float(), dim=-1)
+        stable = F.normalize(stable.detach().float(), dim=-1)
+        similarity = torch.einsum("itr,jtr->tij", fluid, stable)  # (seq, batch, batch)
+        own = torch.arange(fluid.shape[0], device=fluid.device).expand(fluid.shape[1], -1)
+        loss = F.cross_entropy((similarity / self.tau).flatten(0, 1), own.flatten())
+        return loss, similarity.diagonal(dim1=1, dim2=2).mean()

@@ -1,0 +1,131 @@
+"""Which experts a token goes to, with what weight, and who has to stay out when an expert is full."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Scoring = Literal["softmax", "sigmoid"]
+
+
+class Routing(NamedTuple):
+    """Where tokens want to go. ``weights`` sum to 1 over each token's ``top_k`` experts."""
+
+    experts: Tensor  # (tokens, top_k) int64, best first
+    weights: Tensor  # (tokens, top_k) float32
+    probabilities: Tensor  # (tokens, num_experts) float32, sum to 1: for losses and metrics
+    logits: Tensor  # (tokens, num_experts) float32, before the temperature
+
+
+class Dispatch(NamedTuple):
+    """The order in which slots (a token at one of its experts) are computed: by expert, kept slots first."""
+
+    order: Tensor  # (tokens x top_k,) int64: slots of experts 0, 1, ..., then the dropped ones
+    weights: Tensor  # (tokens, top_k) float32: 0 where dropped, renormalised over what was kept
+    ends: Tensor  # (num_experts,) int32: the kept slots of expert e end before ends[e] in order
+    counts: Tensor  # (num_experts,) int64: slots that wanted expert e, dropped ones included
+    kept: Tensor  # (tokens, top_k) bool
+
+
+class Router(nn.Module):
+    """Top-k router, in float32 whatever autocast says.
+
+    ``softmax``: probabilities are softmax(logits / temperature) (Switch, arXiv:2101.03961). ``sigmoid``: scores are
+    sigmoid(logits / temperature), and a bias that only the choice of experts sees balances them without an auxiliary
+    loss (DeepSeek-V3, arXiv:2412.19437; arXiv:2408.15664).
+    """
+
+    bias: Tensor
+
+    def __init__(self, *, d_model: int, num_experts: int, top_k: int, scoring: Scoring = "softmax") -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.scoring = scoring
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        nn.init.normal_(self.weight, std=0.02)
+        self.register_buffer("bias", torch.zeros(num_experts), persistent=scoring == "sigmoid")
+
+    def forward(self, x: Tensor, temperature: Tensor) -> Routing:
+        """Choose ``top_k`` experts for each row of ``x`` (tokens, d_model); ``temperature`` is 0-dim, positive."""
+        with torch.autocast(x.device.type, enabled=False):
+            precise = torch.promote_types(x.dtype, torch.float32)
+            logits = F.linear(x.to(precise), self.weight.to(precise))
+            if self.scoring == "softmax":
+                probabilities = (logits / temperature).softmax(dim=-1)
+                chosen, experts = probabilities.topk(self.top_k, dim=-1)
+            else:
+                scores = (logits / temperature).sigmoid()
+                experts = (scores + self.bias).topk(self.top_k, dim=-1).indices
+                chosen = scores.gather(-1, experts)
+                probabilities = scores / scores.sum(dim=-1, keepdim=True)
+            return Routing(experts, chosen / chosen.sum(dim=-1, keepdim=True), probabilities, logits)
+
+    @torch.no_grad()
+    def balance(self, counts: Tensor, rate: float) -> None:
+        """Move the bias of each expert by ``rate`` towards an equal load; ``counts``: (num_experts,) slots wanted."""
+        load = counts.to(self.bias.dtype)
+        self.bias += rate * torch.sign(load.mean() - load)
+
+
+def expert_capacity(capacity_factor: Tensor, *, tokens: int, top_k: int, num_experts: int) -> Tensor:
+    """Return ceil(capacity factor x tokens x k / experts), the slots an expert takes: 0-dim int64.
+
+    A millionth is taken off first, so that a factor like 1.1, which no float holds exactly, does not cost a slot.
+    """
+    exact = capacity_factor.double() * (tokens * top_k / num_experts)
+    return (exact * (1.0 - 1e-6)).ceil().long()
+
+
+def plan_dispatch(routing: Routing, num_experts: int, capacity: Tensor | None = None) -> Dispatch:
+    """Sort slots by expert; where an expert is full, its slots of least weight are dropped.
+
+    Shapes do not depend on the routing, and nothing waits for the device.
+
+    Args:
+        capacity: slots an expert takes, 0-dim integer; None: no limit, nothing is dropped.
+    """
+    tokens, top_k = routing.experts.shape
+    slots = tokens * top_k
+    experts = routing.experts.reshape(slots)
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=experts.device)
+    counts = counts.scatter_add(0, experts, torch.ones_like(experts))
+    if capacity is None:
+        order = experts.argsort(stable=True)
+        kept = torch.ones_like(routing.experts, dtype=torch.bool)
+        return Dispatch(order, routing.weights, counts.cumsum(0).int(), counts, kept)
+
+    by_weight = routing.weights.detach().reshape(slots).argsort(descending=True, stable=True)
+    order = by_weight[experts[by_weight].argsort(stable=True)]  # by expert, then by weight
+    owner = experts[order]
+    rank = torch.arange(slots, device=experts.device) - (counts.cumsum(0) - counts)[owner]
+    fits = rank < capacity
+    kept_counts = counts.clamp(max=capacity)
+    ends = kept_counts.cumsum(0)
+    place = torch.where(fits, (ends - kept_counts)[owner] + rank, ends[-1] + (~fits).cumsum(0) - 1)
+    order = torch.empty_like(order).scatter(0, place, order)
+    kept = torch.zeros_like(fits).scatter(0, order, torch.arange(slots, device=experts.device) < ends[-1])
+    kept = kept.view(tokens, top_k)
+    weights = routing.weights * kept
+    weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+    return Dispatch(order, weights, ends.int(), counts, kept)
+
+
+def balance_loss(probabilities: Tensor, counts: Tensor, top_k: int) -> Tensor:
+    """Return E / (k T^2) x sum over experts of (slots that wanted it x its sum of probabilities): 1.0 when balanced.
+
+    Source: Switch, arXiv:2101.03961, for top-k.
+
+    Args:
+        probabilities: (tokens, num_experts).
+        counts: (num_experts,) slots that wanted each expert, dropped ones included.
+    """
+    tokens, num_experts = probabilities.shape
+    return num_experts / (top_k * tokens**2) * (counts * probabilities.sum(dim=0)).sum()
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """Return the mean squared logsumexp of ``logits`` (tokens, num_experts). Source: ST-MoE, arXiv:2202.08906."""
+    return logits.logsumexp(dim=-1).square().mean()

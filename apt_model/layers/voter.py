@@ -1,0 +1,58 @@
+"""Entropy voting: where the prediction is uncertain, several stochastic votes are combined."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Return the entropy in nats of the distribution over the last dimension of ``logits``."""
+    log_probabilities = logits.float().log_softmax(dim=-1)
+    return -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
+
+
+class EntropyVoter(nn.Module):
+    """Replaces uncertain predictions by the mean of ``num_votes`` predictions under dropout of the hidden state.
+
+    A position is uncertain when the entropy of its prediction, in nats, exceeds ``threshold`` (0-dim). Other positions
+    keep their logits to the bit. Sources: Monte Carlo dropout arXiv:1506.02142, multi-sample dropout arXiv:1905.09788,
+    votes by sampling arXiv:2203.11171.
+    """
+
+    threshold: Tensor
+
+    def __init__(self, *, threshold: float = 2.2, num_votes: int = 3, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.num_votes = num_votes
+        self.dropout = dropout
+        self.enabled = False
+        self.register_buffer("threshold", torch.tensor(float(threshold)), persistent=False)
+
+    def enable(self, on: bool) -> None:
+        """Switch voting on or off."""
+        self.enabled = on
+
+    def forward(
+        self, hidden: Tensor, logits: Tensor, head: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return logits with uncertain positions voted on, and metrics (detached, 0-dim).
+
+        Args:
+            hidden: (batch, seq, d_model), what ``head`` turns into logits.
+            logits: (batch, seq, vocab_size) = head(hidden).
+        """
+        if not self.enabled:
+            return logits, {}
+        with torch.no_grad():
+            uncertainty = entropy(logits)
+            uncertain = uncertainty > self.threshold
+            metrics = {"voter/entropy": uncertainty.mean(), "voter/voted_fraction": uncertain.float().mean()}
+        chosen = hidden[uncertain]  # (votes cast on, d_model)
+        votes = [head(F.dropout(chosen, self.dropout)).float().log_softmax(dim=-1) for _ in range(self.num_votes)]
+        combined = torch.stack(votes).logsumexp(dim=0) - math.log(self.num_votes)
+        return logits.float().masked_scatter(uncertain.unsqueeze(-1), combined), metrics

@@ -1,0 +1,74 @@
+"""What may watch a run, and when it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from apt_model.errors import AptError, CallbackError
+from apt_model.schedule import Change
+
+if TYPE_CHECKING:
+    from apt_model.training.trainer import Trainer
+
+Event = Literal[
+    "on_train_begin",
+    "on_train_end",
+    "on_epoch_begin",
+    "on_epoch_end",
+    "on_batch_begin",
+    "on_batch_end",
+    "on_schedule",
+    "on_step",
+]
+
+
+class Callback:
+    """Base of callbacks: override what you need. The trainer's ``clock``, ``last_row`` and ``model`` tell the rest."""
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Before the first update, after a resume."""
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """After the last update; also when the run fails or is interrupted."""
+
+    def on_epoch_begin(self, trainer: Trainer) -> None:
+        """Before the first update of an epoch."""
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        """After an epoch's validation, before its checkpoint."""
+
+    def on_batch_begin(self, trainer: Trainer) -> None:
+        """Before the forward pass of each batch; with accumulation several make one update."""
+
+    def on_batch_end(self, trainer: Trainer) -> None:
+        """After the backward pass of each batch."""
+
+    def on_schedule(self, trainer: Trainer, changes: Sequence[Change]) -> None:
+        """When the curriculum has changed something, before the update it is for."""
+
+    def on_step(self, trainer: Trainer) -> None:
+        """After each optimizer update, with its row in ``trainer.last_row``; the clock is still that of the update."""
+
+
+class Callbacks:
+    """Calls each callback in turn; an exception in one stops the run."""
+
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self.callbacks = list(callbacks)
+
+    def notify(self, event: Event, trainer: Trainer, *details: object) -> None:
+        """Call ``event`` of every callback.
+
+        Raises:
+            CallbackError: one raised; the message has its name and the clock.
+        """
+        for callback in self.callbacks:
+            try:
+                getattr(callback, event)(trainer, *details)
+            except AptError:
+                raise
+            except Exception as error:
+                raise CallbackError(
+                    f"callback {type(callback).__name__}.{event} failed at {trainer.clock}: {type(error).__name__}: {error}"
+                ) from error

@@ -1,0 +1,71 @@
+"""Optimizers of a model whose parameters come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt_model.layers.moe import Lineage
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return two groups: matrices, which decay, and vectors, which do not."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+@torch.no_grad()
+def follow_model(optimizer: torch.optim.Optimizer, model: nn.Module, lineage: Sequence[Lineage] = ()) -> None:
+    """Make the optimizer's parameters those that ``model`` has now.
+
+    A parameter that took over from another one takes its moments too, scaled to the gradients it will see: the first by
+    the scale, the second by its square. Starting them at zero costs a spike of the loss.
+    """
+    wanted = parameter_groups(model, 0.0)
+    for group, now in zip(optimizer.param_groups, wanted, strict=True):
+        group["params"] = now["params"]
+    for child, parent, scale in lineage:
+        state = optimizer.state.get(parent)
+        if state:
+            optimizer.state[child] = {
+                name: _inherit(name, value, child, scale) for name, value in state.items()
+            }
+    alive = set(model.parameters())
+    for parameter in list(optimizer.state):
+        if parameter not in alive:
+            del optimizer.state[parameter]
+
+
+def _inherit(name: str, value: Any, child: nn.Parameter, scale: float) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if value.dim() == 0:  # the count of updates, for Adam's bias correction
+        return value.clone()
+    power = 2 if name.endswith("sq") else 1
+    scaled = value * scale**power
+    if value.dim() < child.dim():
+        return scaled.expand_as(child).clone()
+    if value.dim() > child.dim():
+        return scaled.mean(dim=0)
+    return scaled
+
+
+def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """Return the optimizer's state by parameter name, which survives a change of the parameters' order."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[parameter]: dict(state) for parameter, state in optimizer.state.items()}
+
+
+def load_named_state(optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict[str, Any]) -> None:
+    """Take up what :func:`named_state` returned; the model already has the parameters of that time."""
+    follow_model(optimizer, model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {index: saved[names[p]] for index, p in enumerate(ordered) if names[p] in saved}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
