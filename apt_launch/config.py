@@ -99,9 +99,7 @@ def load(cfg: DictConfig) -> RunConfig:
             if key != "hydra":
                 node = cfg[key]
                 plain = OmegaConf.is_config(node)
-                values[str(key)] = (
-                    OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if plain else node
-                )
+                values[str(key)] = OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if plain else node
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}: has no value yet. Set it: {error.full_key}=...") from None
     except OmegaConfBaseException as error:
@@ -118,7 +116,9 @@ def parse(values: dict[str, Any]) -> RunConfig:
     for name, schemas in schema.GROUPS.items():
         group = values.get(name)
         if not isinstance(group, Mapping):
-            problems.append(f"{name}: {group!r} is not valid: choose one of the group's options, for instance in conf/.")
+            problems.append(
+                f"{name}: {group!r} is not valid: choose one of the group's options, for instance in conf/."
+            )
             continue
         target = group.get("_target_")
         if target not in schemas:
@@ -210,9 +210,7 @@ def plan_horizon(values: Mapping[str, Any], groups: Mapping[str, Any]) -> Horizo
             name=split,
         )
         batches[split] = sampler.num_batches
-    return Horizon.plan(
-        epochs=trainer.max_epochs, batches_per_epoch=batches["train"], accumulate=trainer.accumulate
-    )
+    return Horizon.plan(epochs=trainer.max_epochs, batches_per_epoch=batches["train"], accumulate=trainer.accumulate)
 
 
 def build_corpus(values: Mapping[str, Any]) -> Corpus:

@@ -112,15 +112,16 @@ class ProgressBar(_Announcements):
 
     def on_step(self, trainer: Trainer) -> None:
         row = trainer.last_row
-        numbers = f"loss {row['train/loss']:.3f}  {row['tokens_per_second']:,.0f} tok/s" if "train/loss" in row else ""
         assert self.task is not None
         self.progress.update(
             self.task,
             completed=trainer.clock.step + 1,
             epoch=self._epoch(trainer),
             state=curriculum_state(trainer),
-            **({"numbers": numbers} if numbers else {}),
         )
+        if "train/loss" in row:
+            numbers = f"loss {row['train/loss']:.3f}  {row['tokens_per_second']:,.0f} tok/s"
+            self.progress.update(self.task, numbers=numbers)
 
     def on_train_end(self, trainer: Trainer) -> None:
         self.progress.stop()

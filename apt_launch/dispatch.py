@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
@@ -18,6 +18,9 @@ from apt_launch.config import RunConfig
 from apt_launch.folder import RunFolder, write_json, write_whole
 from apt_launch.tracking import Record, Tracker, Tracking, read_rows
 from apt_model.errors import AptError, Interrupted
+
+if TYPE_CHECKING:
+    from apt_model.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +50,8 @@ class StopRequest:
             os._exit(130)
         self.made = True
         logger.info(
-            "%s: finishing this update and writing a checkpoint; once more leaves at once.", signal.Signals(number).name
+            "%s: finishing this update and writing a checkpoint; once more leaves at once.",
+            signal.Signals(number).name,
         )
 
 
@@ -80,7 +84,7 @@ def _run(
     same_folder = checkpoint is not None and checkpoint.parent.resolve() == folder.checkpoints.resolve()
     keep_rows = read_manifest(checkpoint)["rows"] if checkpoint and same_folder else 0
     tracking = Tracking(Record(folder.metrics, keep_rows=keep_rows))
-    trainer = None
+    trainer: Trainer | None = None
 
     def finish(state: str, cause: str | None = None) -> None:
         tracking.close(state)
@@ -128,9 +132,7 @@ def _run(
         trainer.fit()
     except Interrupted as interrupted:
         finish("interrupted")
-        logger.info(
-            "%s. Go on with: trainer.resume=auto hydra.run.dir=%s", interrupted, folder.path
-        )
+        logger.info("%s. Go on with: trainer.resume=auto hydra.run.dir=%s", interrupted, folder.path)
         raise
     except BaseException as error:
         cause = str(error) if isinstance(error, AptError) else f"{type(error).__name__}: {error}"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 
 from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
 
+from apt_launch.config import data_folder
 from apt_launch.schema import all_keys
 from apt_model.errors import ConfigError, nearest
 
@@ -18,7 +20,9 @@ def explained(error: Exception) -> ConfigError:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         wanted = str(error.missing_cfg_file)
         group, _, option = wanted.rpartition("/")
-        return ConfigError(f"{group or 'config'}: there is no option {option!r}. {nearest(option, error.options or [])}")
+        return ConfigError(
+            f"{group or 'config'}: there is no option {option!r}. {nearest(option, error.options or [])}"
+        )
     if isinstance(error, OverrideParseException):
         return ConfigError(f"{error.override}: not an override that Hydra understands: {text.splitlines()[0]}")
     if match := re.search(r"Could not override '([^']+)'", text):
@@ -28,5 +32,23 @@ def explained(error: Exception) -> ConfigError:
         cause = str(error.__cause__ or "").splitlines()
         if cause and "not in struct" not in cause[0]:
             return ConfigError(f"{key}: {cause[0]}")
+        if options := _options_with(key):
+            group = key.split(".")[0]
+            return ConfigError(
+                f"{key}: the chosen option of {group!r} has no such key, but {group}={f' or {group}='.join(options)} has."
+            )
         return ConfigError(f"{key}: unknown key. {nearest(key, all_keys())}")
     return ConfigError(text.strip())
+
+
+def _options_with(key: str) -> list[str]:
+    """Return the options of the key's group whose YAML has the key."""
+    group, _, rest = key.partition(".")
+    options = []
+    for path in sorted((data_folder("conf") / group).glob("*.yaml")):
+        if OmegaConf.select(OmegaConf.load(path), rest, default=_ABSENT, throw_on_missing=False) is not _ABSENT:
+            options.append(path.stem)
+    return options
+
+
+_ABSENT = object()

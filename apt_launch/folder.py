@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +49,11 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.provenance = path / "provenance.json"
 
+    @property
+    def holds_a_run(self) -> bool:
+        """Whether there are results here that a new run would overwrite."""
+        return (self.metrics.exists() and self.metrics.stat().st_size > 0) or any(self.checkpoints.glob("step-*"))
+
     def check_free(self, config: RunConfig) -> None:
         """Make sure that nothing of another run would be lost here, and that a resume can be what was asked for.
 
@@ -58,7 +62,7 @@ class RunFolder:
         """
         resume = self.resume(config)
         going_on = resume is not None and resume.checkpoint.parent.resolve() == self.checkpoints.resolve()
-        if self.metrics.exists() and not going_on and config.trainer.resume != "auto":
+        if self.holds_a_run and not going_on and config.trainer.resume != "auto":
             raise ConfigError(
                 f"hydra.run.dir: {self.path} already holds a run. Go on with it by trainer.resume=auto, or choose another "
                 "folder."
@@ -126,11 +130,9 @@ def write_whole(path: Path, text: str) -> None:
     """Write ``text`` so that a reader finds the old content or the new, never a part."""
     aside = path.with_name(f".{path.name}.tmp")
     aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    aside.replace(path)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` as JSON, whole or not at all."""
     write_whole(path, json.dumps(content, indent=2) + "\n")
-
-

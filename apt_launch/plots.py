@@ -14,13 +14,23 @@ def draw_schedule(curriculum: Curriculum, horizon: Horizon, path: Path) -> None:
 
     anneals = curriculum.anneals
     stride = max(1, horizon.steps // 2000)
-    steps = sorted({*range(0, horizon.steps, stride), *range(0, horizon.steps, horizon.updates_per_epoch), horizon.steps - 1})
+    steps = sorted(
+        {
+            *range(0, horizon.steps, stride),
+            *range(0, horizon.steps, horizon.updates_per_epoch),
+            horizon.steps - 1,
+        }
+    )
     clocks = [Clock(step=step, epoch=step // horizon.updates_per_epoch) for step in steps]
 
     figure = Figure(figsize=(9, 1.2 + 1.5 * len(anneals) + 1.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(
-        len(anneals) + 1, 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": [1.5] * len(anneals) + [1.0]}
+        len(anneals) + 1,
+        1,
+        sharex=True,
+        squeeze=False,
+        gridspec_kw={"height_ratios": [1.5] * len(anneals) + [1.0]},
     )[:, 0]
     for axis, (name, spec) in zip(axes, anneals.items(), strict=False):
         values = [spec.value(clock, horizon) for clock in clocks]
@@ -34,10 +44,16 @@ def draw_schedule(curriculum: Curriculum, horizon: Horizon, path: Path) -> None:
             )
     switches = axes[-1]
     for row, module in enumerate(reversed(MODULES)):
-        on = next((clock.step for clock in clocks if curriculum.enabled(module, clock)), None)
+        on = curriculum.first_step(module, horizon)
         if on is not None:
             switches.barh(row, horizon.steps - on, left=on, height=0.6, color="tab:orange")
-            switches.text(on, row, f" on at epoch {on // horizon.updates_per_epoch}, step {on}", va="center", fontsize=8)
+            switches.text(
+                on,
+                row,
+                f" on from epoch {on // horizon.updates_per_epoch}, step {on}",
+                va="center",
+                fontsize=8,
+            )
             for axis in axes[:-1]:
                 axis.axvline(on, color="tab:orange", linewidth=0.8, linestyle=":")
     switches.set_yticks(range(len(MODULES)), list(reversed(MODULES)))

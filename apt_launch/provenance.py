@@ -43,7 +43,11 @@ def _git(folder: Path) -> dict[str, Any] | None:
 
     def ask(*arguments: str) -> str | None:
         result = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, errors="replace", timeout=30
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=30,
         )
         return result.stdout if result.returncode == 0 else None
 

@@ -194,5 +194,3 @@ def _keys(schema: Any) -> list[str]:
         if "Anneal" in str(field.annotation):
             keys += [f"{name}.{key}" for key in Anneal.model_fields]
     return keys
-
-

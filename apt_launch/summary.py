@@ -58,10 +58,11 @@ def show(summary: dict[str, Any], config: RunConfig, folder: RunFolder) -> None:
     console.print(table)
     if losses:
         epochs = "  ".join(f"{epoch}: {loss:.4f}" for epoch, loss in summary["val/loss"].items())
-        console.print(f"val/loss by epoch  {epochs}", highlight=False)
+        console.print(f"val/loss by epoch  {epochs}", highlight=False, soft_wrap=True)
     speed = f", {summary['tokens_per_second']:,.0f} tokens/s" if summary.get("tokens_per_second") else ""
     seconds = int(summary["seconds"])
     console.print(
-        f"{summary['final'].get('tokens', 0):,} tokens in {seconds // 60}:{seconds % 60:02d}{speed}", highlight=False
+        f"{summary['final'].get('tokens', 0):,} tokens in {seconds // 60}:{seconds % 60:02d}{speed}",
+        highlight=False,
     )
     console.print(f"run folder  {folder.path}", highlight=False, soft_wrap=True)

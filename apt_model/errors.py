@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     Model = TypeVar("Model", bound=BaseModel)
 
 
+LONGEST_LIST = 24
+"""Above this many valid names only those of the top level are told."""
+
+
 class AptError(Exception):
     """Base of all errors raised on purpose; its text is fit for a user's eyes."""
 
@@ -69,6 +73,8 @@ def nearest(name: str, valid: Iterable[str]) -> str:
         close = [candidate for candidate in names if candidate.rsplit(".", 1)[-1] == leaf][:3]
     if close:
         return f"Did you mean {' or '.join(repr(match) for match in close)}?"
+    if len(names) > LONGEST_LIST:
+        names = [candidate for candidate in names if "." not in candidate]
     return f"Valid names: {', '.join(names)}." if names else "There are no valid names here."
 
 

@@ -76,9 +76,7 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.blocks = nn.ModuleList(
             Block(
-                attention=SelfAttention(
-                    d_model=d_model, num_heads=num_heads, seq_len=seq_len, attention=attention
-                ),
+                attention=SelfAttention(d_model=d_model, num_heads=num_heads, seq_len=seq_len, attention=attention),
                 ffn=moe(FeedForward(d_model=d_model, d_ff=d_ff, ffn=ffn)),
                 d_model=d_model,
             )
@@ -136,7 +134,7 @@ class GPT(nn.Module):
     @property
     def moe_layers(self) -> list[MoE]:
         """The feed-forward layers of all blocks."""
-        return [block.ffn for block in self.blocks]  # type: ignore[misc, union-attr]
+        return [block.ffn for block in self.blocks]  # type: ignore[misc]
 
     def values(self) -> Mapping[str, Callable[[float], None]]:
         """Return the setters of everything that may be annealed, by target name; one call serves all layers."""

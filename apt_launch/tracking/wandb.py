@@ -65,4 +65,3 @@ class WandbTracker:
     def close(self, state: str) -> None:
         """Finish the run; only a run that is done has exit code 0."""
         self.run.finish(exit_code=0 if state == "done" else 1)
-

@@ -20,7 +20,9 @@ class Batches:
     def __len__(self) -> int:
         return self.sampler.num_batches
 
-    def epoch(self, epoch: int, *, start: int = 0, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(
+        self, epoch: int, *, start: int = 0, device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (tokens, targets), each (batch_size, seq_len) int64, from batch ``start`` of ``epoch`` on."""
         span = torch.arange(self.sampler.seq_len + 1)
         for begins in self.sampler.windows(epoch)[start:]:

@@ -149,7 +149,11 @@ class TextCorpus(_Files):
         if not files:
             raise ConfigError(
                 f"data.path: {str(self.path)!r} "
-                + ("is empty." if self.path.is_file() else f"has no file with text that ends in {self.suffix!r} (data.suffix).")
+                + (
+                    "is empty."
+                    if self.path.is_file()
+                    else f"has no file with text that ends in {self.suffix!r} (data.suffix)."
+                )
             )
         return files
 
@@ -158,7 +162,10 @@ class JsonlCorpus(Corpus):
     """Files with one JSON object a line, whose ``text_key`` holds a document."""
 
     def __init__(self, *, train_path: str, val_path: str, text_key: str = "text") -> None:
-        self.paths: dict[Split, Path] = {"train": Path(train_path).expanduser(), "val": Path(val_path).expanduser()}
+        self.paths: dict[Split, Path] = {
+            "train": Path(train_path).expanduser(),
+            "val": Path(val_path).expanduser(),
+        }
         self.text_key = text_key
 
     def count(self, split: Split) -> int:
@@ -188,9 +195,7 @@ def _read_jsonl(path: Path, text_key: str, key: str, mtime_ns: int, size: int) -
             raise ConfigError(f"{key}: {path}, line {number} is not JSON: {error}.") from None
         if not isinstance(row, dict) or not isinstance(row.get(text_key), str):
             names = f"its keys are {', '.join(map(repr, row))}" if isinstance(row, dict) else "it is no object"
-            raise ConfigError(
-                f"{key}: {path}, line {number} has no text under {text_key!r} (data.text_key): {names}."
-            )
+            raise ConfigError(f"{key}: {path}, line {number} has no text under {text_key!r} (data.text_key): {names}.")
         tokens += row[text_key].encode("utf-8", errors="surrogatepass") + DOCUMENT_END
     if not tokens:
         raise ConfigError(f"{key}: {path} is empty.")

@@ -27,7 +27,14 @@ class Sampler:
     """
 
     def __init__(
-        self, *, num_tokens: int, seq_len: int, batch_size: int, seed: int, limit: int | None = None, name: str = "train"
+        self,
+        *,
+        num_tokens: int,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        limit: int | None = None,
+        name: str = "train",
     ) -> None:
         self.seq_len = seq_len
         self.batch_size = batch_size

@@ -34,7 +34,14 @@ class BiStateAlignment(nn.Module):
     weight: Tensor
 
     def __init__(
-        self, *, d_model: int, rank: int = 16, alpha: float = 0.35, beta: float = 0.2, tau: float = 0.15, weight: float = 0.1
+        self,
+        *,
+        d_model: int,
+        rank: int = 16,
+        alpha: float = 0.35,
+        beta: float = 0.2,
+        tau: float = 0.15,
+        weight: float = 0.1,
     ) -> None:
         super().__init__()
         self.d_model = d_model

@@ -100,38 +100,43 @@ class MoE(nn.Module):
         A token reaches k of E experts with weights that sum to 1, so an expert sees about 1/E of the dense layer's
         gradient (1/2E beside a shared expert).
         """
-        if on == self.enabled:
-            return
-        if on:
-            dense = self.dense
-            assert dense is not None
-            device = dense.up.device
-            share = (0.5 if self.shared_expert else 1.0) / self.num_experts
-            self.experts = Experts(dense, self.num_experts).train(self.training)
-            d_model = dense.up.shape[1]
-            self.router = Router(
-                d_model=d_model, num_experts=self.num_experts, top_k=self.top_k, scoring=self.scoring
-            )
-            self.router.to(device).train(self.training)
-            parents = dict(dense.named_parameters())
-            self.lineage = [Lineage(w, parents[name], share) for name, w in self.experts.named_parameters()]
-            self.dense = dense if self.shared_expert else None
+        if on and self.dense is not None and self.experts is None:
+            self._split(self.dense)
+        elif not on and self.experts is not None:
+            self._fold(self.experts)
+
+    def _split(self, dense: FeedForward) -> None:
+        """Put copies of ``dense`` in its place, or beside it as a shared expert."""
+        before = dict(dense.named_parameters())
+        self.experts = Experts(dense, self.num_experts).train(self.training)
+        router = Router(d_model=dense.up.shape[1], num_experts=self.num_experts, top_k=self.top_k, scoring=self.scoring)
+        self.router = router.to(dense.up.device).train(self.training)
+        half = 0.5 if self.shared_expert else 1.0
+        self.lineage = [
+            Lineage(weight, before[name], half / self.num_experts) for name, weight in self.experts.named_parameters()
+        ]
+        if self.shared_expert:
+            self.lineage += [Lineage(weight, weight, half) for weight in dense.parameters()]
         else:
-            experts = self.experts
-            assert experts is not None
-            weights = dict(experts.named_parameters())
-            num_experts, d_ff, d_model = experts.up.shape
-            dense = self.dense or FeedForward(d_model=d_model, d_ff=d_ff, ffn=experts.ffn).to(experts.up.device)
-            with torch.no_grad():
-                for name, weight in dense.named_parameters():
-                    mean = weights[name].mean(dim=0)
-                    weight.copy_((weight + mean) / 2 if self.shared_expert else mean)
-            if not self.shared_expert:
-                self.lineage = [
-                    Lineage(w, weights[name], float(num_experts)) for name, w in dense.named_parameters()
-                ]
-            self.dense = dense.train(self.training)
-            self.experts = self.router = None
+            self.dense = None
+
+    def _fold(self, experts: Experts) -> None:
+        """Put one dense layer in the place of the experts: their mean, with the shared expert an equal part of it."""
+        before = dict(experts.named_parameters())
+        _, d_ff, d_model = before["up"].shape
+        dense = self.dense or FeedForward(d_model=d_model, d_ff=d_ff, ffn=experts.ffn).to(before["up"].device)
+        with torch.no_grad():
+            for name, weight in dense.named_parameters():
+                mean = before[name].mean(dim=0)
+                weight.copy_((weight + mean) / 2 if self.shared_expert else mean)
+        self.lineage = [
+            Lineage(weight, weight, 2.0)
+            if self.shared_expert
+            else Lineage(weight, before[name], float(self.num_experts))
+            for name, weight in dense.named_parameters()
+        ]
+        self.dense = dense.train(self.training)
+        self.experts = self.router = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, MoEReport | None]:
         """Map ``x`` (batch, seq, d_model) to the same shape; a report when experts are on."""

@@ -1,11 +1,11 @@
 """The curriculum: when modules switch on and how values anneal. Pure: it knows no tensors and no trainer.
 
-    from apt_model.schedule import Clock, Horizon, ScheduleRunner
+from apt_model.schedule import Clock, Horizon, ScheduleRunner
 
-    schedule = ScheduleRunner(horizon=Horizon(epochs=8, updates_per_epoch=50),
-                              enable_moe_at_epoch=2, route_temp={"start": 1.5, "end": 0.8, "by": "epoch"})
-    schedule.bind(values={"router.temperature": model.set_temperature}, switches={"moe": model.enable_moe})
-    schedule.apply(clock)  # before each update
+schedule = ScheduleRunner(horizon=Horizon(epochs=8, updates_per_epoch=50),
+                          enable_moe_at_epoch=2, route_temp={"start": 1.5, "end": 0.8, "by": "epoch"})
+schedule.bind(values={"router.temperature": model.set_temperature}, switches={"moe": model.enable_moe})
+schedule.apply(clock)  # before each update
 """
 
 from apt_model.schedule.clock import Clock, Horizon

@@ -146,6 +146,14 @@ class Curriculum(Strict):
                 return at, unit
         return None
 
+    def first_step(self, module: str, horizon: Horizon) -> int | None:
+        """Return the first planned update with ``module`` on; None: there is none."""
+        time = self.switched_on_at(module)
+        if time is None:
+            return None
+        at, unit = time
+        return at if unit == "step" else at * horizon.updates_per_epoch
+
     def enabled(self, module: str, clock: Clock) -> bool:
         """Say whether ``module`` is on at ``clock``: on as soon as, and as long as, clock >= at."""
         time = self.switched_on_at(module)

@@ -55,7 +55,12 @@ class Checkpoints:
                 torch.save(dict(state), file)
                 file.flush()
                 os.fsync(file.fileno())
-            manifest = {"step": step, "rows": rows, "about": self.about, "files": {STATE: _fingerprint(aside / STATE)}}
+            manifest = {
+                "step": step,
+                "rows": rows,
+                "about": self.about,
+                "files": {STATE: _fingerprint(aside / STATE)},
+            }
             with (aside / MANIFEST).open("w", encoding="utf-8") as file:
                 json.dump(manifest, file, indent=2)
                 file.flush()

@@ -33,9 +33,7 @@ def follow_model(optimizer: torch.optim.Optimizer, model: nn.Module, lineage: Se
     for child, parent, scale in lineage:
         state = optimizer.state.get(parent)
         if state:
-            optimizer.state[child] = {
-                name: _inherit(name, value, child, scale) for name, value in state.items()
-            }
+            optimizer.state[child] = {name: _inherit(name, value, child, scale) for name, value in state.items()}
     alive = set(model.parameters())
     for parameter in list(optimizer.state):
         if parameter not in alive:
@@ -58,8 +56,11 @@ def _inherit(name: str, value: Any, child: nn.Parameter, scale: float) -> Any:
 
 def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
     """Return the optimizer's state by parameter name, which survives a change of the parameters' order."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return {names[parameter]: dict(state) for parameter, state in optimizer.state.items()}
+    return {
+        name: dict(optimizer.state[parameter])
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+    }
 
 
 def load_named_state(optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict[str, Any]) -> None:

@@ -1,0 +1,35 @@
+# make help lists the targets.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+ARGS ?= schedule=gpt5_moe
+
+.PHONY: help run test lint wheel clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: $(VENV)/.installed ## train through the whole curriculum on real text: make run ARGS="schedule=none seed=1"
+	$(BIN)/python -m apt_launch $(ARGS)
+
+test: $(VENV)/.installed ## run all tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: $(VENV)/.installed ## build the wheel and run it from another folder in an environment of its own
+	PYTHON="$(PYTHON)" TORCH="torch==2.13.0" PYTHON_BIN="$(abspath $(BIN)/python)" sh tests/wheel.sh
+
+clean: ## remove the environment and what tools left
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# torch first and pinned: a range would take the newest build, with gigabytes of libraries
+$(VENV)/.installed: pyproject.toml tests/environment.sh
+	sh tests/environment.sh "$(PYTHON)" "$(VENV)"
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@

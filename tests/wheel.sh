@@ -1,0 +1,15 @@
+#!/bin/sh
+# Build the wheel, install it into an environment of its own, and run it from a folder that knows nothing of the checkout.
+set -eu
+here=$(mktemp -d)
+trap 'rm -rf "$here"' EXIT
+"$PYTHON_BIN" -m build --wheel --outdir "$here/dist" . >"$here/build.log" 2>&1 || { cat "$here/build.log"; exit 1; }
+sh tests/environment.sh "$PYTHON" "$here/venv"
+"$here/venv/bin/python" -m pip install --quiet "$TORCH" "$here"/dist/*.whl
+mkdir "$here/elsewhere"
+cd "$here/elsewhere"
+"$here/venv/bin/python" -m apt_launch profile=tiny_debug trainer.max_batches_per_epoch=20 hydra.run.dir=run
+test -s run/metrics.jsonl
+"$here/venv/bin/python" -m apt_launch --multirun +sweeps=route_temp --cfg job >/dev/null 2>&1 || true
+"$here/venv/bin/apt-launch" --cfg job >/dev/null
+echo "the wheel runs from another folder"
