@@ -7,27 +7,16 @@ import sys
 from pathlib import Path
 
 import hydra
-from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
-from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from apt_launch.config import data_folder, load, show_error
+from apt_launch.config import CONF, load, show_error
 from apt_model.errors import ConfigError, TrainingError
 
 
-class SweepsOnSearchPath(SearchPathPlugin):
-    """Lets ``+sweeps=NAME`` find ``sweeps/NAME.yaml``."""
-
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Add the folder that holds ``sweeps/``."""
-        search_path.append("sweeps", f"file://{data_folder('sweeps').parent}")
-
-
-@hydra.main(config_path=str(data_folder("conf")), config_name="config", version_base="1.3")
+@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def run(cfg: DictConfig) -> float:
     """Train one composed config; return its final validation loss."""
     from apt_launch.dispatch import dispatch
@@ -40,7 +29,6 @@ def main() -> None:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
         sys.argv[1:] = with_profile_file(sys.argv[1:])
-        Plugins.instance().register(SweepsOnSearchPath)
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on as they are, and we say what they mean
         run()
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
@@ -49,6 +37,11 @@ def main() -> None:
         from apt_launch.explain import explained
 
         show_error(explained(error))
+        sys.exit(2)
+    except ValueError as error:  # two of Hydra's flags that exclude each other
+        if wants_traceback or "can be specified" not in str(error):
+            raise
+        show_error(ConfigError(str(error)))
         sys.exit(2)
     except TrainingError as error:
         if wants_traceback or error.__cause__ is not None:

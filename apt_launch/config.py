@@ -22,11 +22,9 @@ if TYPE_CHECKING:
     from apt_model.schedule import Horizon
 
 
-def data_folder(name: str) -> Path:
-    """Return ``conf`` or ``sweeps``: inside the package when installed, beside it in a checkout."""
-    package = Path(__file__).parent
-    inside = package / name
-    return inside if inside.is_dir() else package.parent / name
+_PACKAGE = Path(__file__).parent
+CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+"""The folder ``conf``: inside the package when installed, beside it in a checkout. It holds ``sweeps``, too."""
 
 
 NEUTRAL = (

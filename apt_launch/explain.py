@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import Any, cast
 
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 
-from apt_launch.config import data_folder
+from apt_launch.config import CONF, flatten
 from apt_launch.schema import all_keys
 from apt_model.errors import ConfigError, nearest
 
@@ -45,10 +46,8 @@ def _options_with(key: str) -> list[str]:
     """Return the options of the key's group whose YAML has the key."""
     group, _, rest = key.partition(".")
     options = []
-    for path in sorted((data_folder("conf") / group).glob("*.yaml")):
-        if OmegaConf.select(OmegaConf.load(path), rest, default=_ABSENT, throw_on_missing=False) is not _ABSENT:
+    for path in sorted((CONF / group).glob("*.yaml")):
+        keys = flatten(cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(path))))
+        if rest in keys:
             options.append(path.stem)
     return options
-
-
-_ABSENT = object()

@@ -110,7 +110,8 @@ class MoE(nn.Module):
         before = dict(dense.named_parameters())
         self.experts = Experts(dense, self.num_experts).train(self.training)
         router = Router(d_model=dense.up.shape[1], num_experts=self.num_experts, top_k=self.top_k, scoring=self.scoring)
-        self.router = router.to(dense.up.device).train(self.training)
+        precise = torch.promote_types(dense.up.dtype, torch.float32)
+        self.router = router.to(dense.up.device, precise).train(self.training)
         half = 0.5 if self.shared_expert else 1.0
         self.lineage = [
             Lineage(weight, before[name], half / self.num_experts) for name, weight in self.experts.named_parameters()

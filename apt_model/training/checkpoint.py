@@ -124,10 +124,15 @@ def load(checkpoint: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: something is missing or damaged.
     """
+    import pickle
+
     import torch
 
     read_manifest(checkpoint)
-    state: dict[str, Any] = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint} holds something else than tensors and plain values: {error}") from None
     return state
 
 

@@ -1,0 +1,103 @@
+"""What several tests share: composing a config in this process, training a very small model, calling the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from apt_launch.config import CONF, RunConfig, load
+
+REPOSITORY = Path(__file__).parent.parent
+
+SMALL = (
+    "model.d_model=16",
+    "model.num_heads=2",
+    "model.num_layers=2",
+    "model.d_ff=32",
+    "model.seq_len=16",
+    "moe.num_experts=4",
+    "align.rank=4",
+    "trainer.batch_size=2",
+    "trainer.max_batches_per_epoch=4",
+    "trainer.max_epochs=6",
+    "trainer.validation_batches=2",
+    "trainer.log_every=3",
+    "trainer.device=cpu",
+    "logger.mode=disabled",
+)
+"""Overrides that leave a model of a few thousand parameters and 24 updates, still through the whole curriculum."""
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line {i} of some text, {i * i} squared\n" for i in range(200)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def composed() -> Iterator[Callable[..., RunConfig]]:
+    """Compose ``conf/`` with overrides and check it, as the command does."""
+
+    def composed(*overrides: str) -> RunConfig:
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return load(compose("config", overrides=list(overrides)))
+
+    yield composed
+    GlobalHydra.instance().clear()
+
+
+@pytest.fixture
+def small(composed: Callable[..., RunConfig], text_file: Path) -> Callable[..., RunConfig]:
+    """Compose a very small run on ``text_file``."""
+
+    def small(*overrides: str) -> RunConfig:
+        return composed(*SMALL, "data=text", f"data.path={text_file}", *overrides)
+
+    return small
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Call ``python -m apt_launch`` in an empty folder."""
+
+    def cli(*arguments: str, module: str = "apt_launch") -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=environment(),
+        )
+
+    return cli
+
+
+def environment() -> dict[str, str]:
+    """The environment of a command under test: no key, no colours, nothing that reaches out."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "HYDRA_"))}
+    return kept | {"WANDB_ERROR_REPORTING": "false", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def wandb_records(folder: Path) -> list[dict[str, Any]]:
+    """Read an offline run back with the official client."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def wandb_rows(records: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Return the logged rows without what the client adds."""
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+    return [{k: v for k, v in row.items() if not k.startswith("_")} for row in rows]

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from apt_model.data import JsonlCorpus, StdlibCorpus, TextCorpus
+from apt_model.errors import ConfigError
+
+
+def test_the_standard_library_gives_two_splits_that_share_no_file() -> None:
+    corpus = StdlibCorpus(val_fraction=0.05, seed=3)
+    train, val = set(corpus.files("train")), set(corpus.files("val"))
+    assert not train & val
+    assert len(val) == round(0.05 * len(train | val))
+    assert any(path.name == "argparse.py" for path in train | val)
+    assert corpus.files("val") == StdlibCorpus(val_fraction=0.05, seed=3).files("val")
+    assert corpus.files("val") != StdlibCorpus(val_fraction=0.05, seed=4).files("val")
+
+
+def test_what_is_counted_is_what_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("ä" * 50, encoding="utf-8")
+    (tmp_path / "b.txt").write_text("b" * 30)
+    (tmp_path / "rows.jsonl").write_text('{"text": "ab"}\n\n{"text": "ü\\n"}\n', encoding="utf-8")
+    rows = str(tmp_path / "rows.jsonl")
+    for corpus in (
+        StdlibCorpus(),
+        TextCorpus(path=str(tmp_path)),
+        TextCorpus(path=str(tmp_path / "a.txt"), val_fraction=0.3),
+        JsonlCorpus(train_path=rows, val_path=rows),
+    ):
+        for split in ("train", "val"):
+            assert corpus.count(split) == len(corpus.read(split)) > 0
+
+
+def test_a_single_file_gives_its_last_part_to_validation(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"0123456789" * 10)
+    corpus = TextCorpus(path=str(tmp_path / "a.txt"), val_fraction=0.1)
+    whole = b"0123456789" * 10 + b"\0"
+    assert corpus.read("train") == whole[:91]
+    assert corpus.read("val") == whole[91:]
+
+
+def test_a_folder_is_split_by_file_and_each_document_ends_in_byte_zero(tmp_path: Path) -> None:
+    for name in ("a.md", "b.md", "c.txt"):
+        (tmp_path / name).write_text(name * 5)
+    corpus = TextCorpus(path=str(tmp_path), suffix=".md", val_fraction=0.5)
+    assert sorted((bytes(corpus.read("train")), bytes(corpus.read("val")))) == [
+        b"a.md" * 5 + b"\0",
+        b"b.md" * 5 + b"\0",
+    ]
+
+
+def test_documents_of_jsonl_come_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"body": text, "id": 1}) for text in ("one", "zwölf\n")), encoding="utf-8")
+    corpus = JsonlCorpus(train_path=str(path), val_path=str(path), text_key="body")
+    assert corpus.read("train").decode() == "one\0zwölf\n\0"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"data\.train_path: .* is empty"),
+        (b'{"text": "a"}\n{"text": ', r"data\.train_path: .*line 2 is not JSON"),
+        (b'{"txt": "a"}\n', r"line 1 has no text under 'text' \(data\.text_key\): its keys are 'txt'"),
+        (b'["a"]\n', r"line 1 has no text .* it is no object"),
+        (b'{"text": 3}\n', r"line 1 has no text"),
+        (b'{"text": "\xe4"}\n', r"is not UTF-8: byte 0xe4 at offset 10"),
+    ],
+)
+def test_a_bad_jsonl_file_is_named_with_the_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        JsonlCorpus(train_path=str(path), val_path=str(path)).count("train")
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n')
+    corpus = JsonlCorpus(train_path=str(path), val_path=str(path))
+    assert corpus.count("train") == 2
+    path.write_text('{"text": "abcd"}\n')
+    assert corpus.count("train") == 5
+
+
+def test_missing_empty_and_foreign_text_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.path: there is no file or folder 'nowhere'"):
+        TextCorpus(path="nowhere").count("train")
+    with pytest.raises(ConfigError, match=r"has no file with text that ends in '\.txt' \(data\.suffix\)"):
+        TextCorpus(path=str(tmp_path)).count("train")
+    (tmp_path / "a.txt").write_bytes(b"")
+    with pytest.raises(ConfigError, match="is empty"):
+        TextCorpus(path=str(tmp_path / "a.txt")).count("train")
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ConfigError, match=r"b\.txt is not UTF-8: byte 0xe9 at offset 3.*iconv"):
+        TextCorpus(path=str(tmp_path / "b.txt")).read("train")
+    with pytest.raises(ConfigError, match=r"data\.val_path: there is no file"):
+        JsonlCorpus(train_path="x", val_path="nowhere.jsonl").count("val")

@@ -1,0 +1,290 @@
+"""The command as a user meets it: real processes, real signals, a real terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from apt_launch.tracking import read_rows
+from apt_model.training.checkpoint import load, newest_intact
+from tests.conftest import SMALL, environment, wandb_records, wandb_rows
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def small(text_file: Path, *more: str) -> list[str]:
+    return ["schedule=gpt5_moe", *SMALL, "data=text", f"data.path={text_file}", "hydra.run.dir=run", *more]
+
+
+def told(folder: Path) -> list[dict[str, float]]:
+    rows = read_rows(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in ("time", "tokens_per_second")} for row in rows]
+
+
+def test_a_run_leaves_a_whole_folder_and_wandb_has_every_row(cli: Cli, text_file: Path, tmp_path: Path) -> None:
+    result = cli(*small(text_file, "logger.mode=offline"))
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "run"
+    assert {path.name for path in run.iterdir()} == {
+        ".hydra",
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "provenance.json",
+        "schedule.png",
+        "summary.json",
+        "train.log",
+        "wandb",
+    }
+    rows = read_rows(run / "metrics.jsonl")
+    assert {"step", "epoch", "tokens", "time", "train/loss", "lr", "tokens_per_second"} <= rows[0].keys()
+    assert next(row["step"] for row in rows if row.get("schedule/moe_enabled")) == 8
+
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["state"] == "done"
+    assert summary["steps"] == 24
+    assert summary["switched_on"]["moe"] == {"epoch": 2, "step": 8}
+    assert summary["anneals"]["route_temp"] == {"first": 1.5, "last": 0.8}
+    assert summary["final"]["val/loss"] == rows[-1]["val/loss"]
+    assert summary["best"]["val/loss"] == min(row["val/loss"] for row in rows if "val/loss" in row)
+
+    config = OmegaConf.load(run / "config.yaml")
+    assert config.schedule.route_temp.end == 0.8
+    assert config.data.seed == config.seed == 0
+    assert (run / "schedule.png").read_bytes().startswith(b"\x89PNG")
+    provenance = json.loads((run / "provenance.json").read_text())
+    assert provenance["packages"]["torch"] == torch.__version__
+    assert provenance["device"] == "cpu"
+    assert "moe on" in (run / "train.log").read_text()
+
+    kept: dict[int, dict[str, float]] = {}
+    for row in rows:  # W&B has one row a step: what validation said joins the update's
+        kept.setdefault(int(row["step"]), {}).update(row | {"trainer/step": row["step"]})
+    seen = wandb_rows(wandb_records(next((run / "wandb").glob("offline-run-*"))))
+    assert seen == [pytest.approx(row) for row in kept.values()]
+
+    for line in ("epoch 2, step 8: moe on", "epoch 3, step 12: align on", "done: 24 of 24 steps", "run folder"):
+        assert line in result.stdout
+    assert "route_temp" in result.stdout
+    assert result.stderr == ""
+
+
+def test_tensorboard_is_another_choice(cli: Cli, text_file: Path, tmp_path: Path) -> None:
+    arguments = [argument for argument in small(text_file) if not argument.startswith("logger")]
+    result = cli(*arguments, "logger=tensorboard")
+    assert result.returncode == 0, result.stderr
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+    assert not (tmp_path / "run" / "wandb").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["schedule.rout_temp.end=1"], "schedule.rout_temp.end: unknown key. Did you mean 'schedule.route_temp.end'"),
+        (["schedule=gpt5_mo"], "schedule: there is no option 'gpt5_mo'. Did you mean 'gpt5_moe'?"),
+        (["trainer.max_epochs=3"], "schedule.enable_voter_at_epoch = 5 would never happen"),
+        (["schedule.route_temp.end=["], "schedule.route_temp.end=[: not an override that Hydra understands"),
+        (["--multirun", "--cfg", "job"], "Only one of --run, --multirun, --cfg"),
+        (["profile_file=nowhere.yaml"], "profile_file: there is no file 'nowhere.yaml'"),
+        (["trainer.resume=nowhere"], "trainer.resume: there is no checkpoint in 'nowhere/checkpoints'"),
+    ],
+)
+def test_a_mistake_ends_with_exit_code_2_a_remedy_and_no_trace(
+    cli: Cli, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    result = cli(*arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hydras_own_flags_keep_working(cli: Cli) -> None:
+    resolved = cli("--cfg", "job", "--resolve", "schedule.route_temp.end=0.6")
+    assert resolved.returncode == 0
+    assert OmegaConf.create(resolved.stdout).schedule.route_temp.end == 0.6
+    assert "schedule: gpt5_moe, none" in cli("--help").stdout
+    assert cli("--info", "searchpath").returncode == 0
+    assert OmegaConf.create(cli("--cfg", "job", "profile=gpt5_moe_reasoning").stdout).moe.num_experts == 64
+
+
+def test_a_second_run_over_the_first_is_refused_and_loses_nothing(cli: Cli, text_file: Path, tmp_path: Path) -> None:
+    assert cli(*small(text_file, "schedule=none", "trainer.max_epochs=1")).returncode == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    again = cli(*small(text_file, "schedule=none", "trainer.max_epochs=1", "seed=1"))
+    assert again.returncode == 2
+    assert "hydra.run.dir: run already holds a run. Go on with it by trainer.resume=auto" in again.stderr
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+    other = cli(*small(text_file, "schedule=none", "trainer.max_epochs=1", "seed=1", "trainer.resume=auto"))
+    assert other.returncode == 2
+    assert "seed: the run in run was trained with 0, and a resume cannot change it to 1" in other.stderr
+
+
+def test_a_run_that_fails_ends_with_exit_code_1_and_its_cause(cli: Cli, text_file: Path, tmp_path: Path) -> None:
+    result = cli(*small(text_file, "optimizer.lr=1e30", "optimizer.weight_decay=0", "trainer.lr_schedule.warmup=0"))
+    assert result.returncode == 1
+    assert re.search(r"error: the (loss is|gradient's norm is) (nan|inf) at epoch 0, step \d", result.stderr)
+    assert "Traceback" not in result.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["state"] == "failed"
+    assert "at epoch 0, step" in summary["cause"]
+
+
+class Started:
+    """A run in a process of its own whose output can be awaited."""
+
+    def __init__(self, arguments: list[str], folder: Path) -> None:
+        self.output = ""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "apt_launch", *arguments],
+            cwd=folder,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait_for(self, text: str) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output += line
+            if text in line:
+                return
+        raise AssertionError(f"{text!r} never came:\n{self.output}")
+
+    def end(self) -> int:
+        assert self.process.stdout is not None
+        self.output += self.process.stdout.read()
+        return self.process.wait(timeout=120)
+
+    def clean_up(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(timeout=60)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[list[str]], Started]]:
+    all_started: list[Started] = []
+
+    def start(arguments: list[str]) -> Started:
+        all_started.append(Started(arguments, tmp_path))
+        return all_started[-1]
+
+    yield start
+    for started in all_started:
+        started.clean_up()
+
+
+LONG = ("trainer.max_batches_per_epoch=60", "trainer.log_every=10", "logger.mode=offline", "trainer.batch_size=1")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_goes_on_to_the_same_weights_and_rows(
+    cli: Cli, start: Callable[[list[str]], Started], text_file: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    whole = cli(*small(text_file, *LONG, "hydra.run.dir=whole", "logger.mode=disabled"))
+    assert whole.returncode == 0, whole.stderr
+
+    started = start(small(text_file, *LONG))
+    started.wait_for("moe on")
+    os.killpg(started.process.pid, number)  # as a terminal does: to the whole group
+    assert started.end() == 130, started.output
+    assert f"{number.name}: finishing this update and writing a checkpoint" in started.output
+    assert "Traceback" not in started.output
+    run = tmp_path / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["state"] == "interrupted"
+    assert 120 <= summary["steps"] < 360
+
+    resumed = cli(*small(text_file, *LONG, "trainer.resume=auto"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming" in resumed.stdout
+    assert json.loads((run / "summary.json").read_text())["state"] == "done"
+    assert told(run) == told(tmp_path / "whole")
+    ends = [load(newest_intact(folder / "checkpoints")[0])["model"] for folder in (run, tmp_path / "whole")]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(weight, ends[1][name]) for name, weight in ends[0].items())
+    ids = {re.sub(r"^offline-run-\d+_\d+-", "", p.name) for p in (run / "wandb").glob("offline-run-*")}
+    assert len(ids) == 1, "both parts are one run for W&B"
+
+
+def test_a_second_signal_leaves_at_once(start: Callable[[list[str]], Started], text_file: Path) -> None:
+    started = start(small(text_file, *LONG, "trainer.accumulate=60", "model.d_model=256", "model.num_layers=8"))
+    started.wait_for("Folder: ")
+    os.kill(started.process.pid, signal.SIGINT)
+    started.wait_for("once more leaves at once")
+    began = time.monotonic()
+    os.kill(started.process.pid, signal.SIGINT)
+    assert started.end() == 130
+    assert time.monotonic() - began < 5
+
+
+def test_a_terminal_gets_a_progress_bar_with_the_curriculum(text_file: Path, tmp_path: Path) -> None:
+    shown, returncode = on_terminal(small(text_file), tmp_path)
+    assert returncode == 0
+    assert re.search(r"epoch [1-6]/6", shown)
+    assert "tok/s" in shown
+    assert "moe + align" in shown
+    assert "epoch 2, step 8: moe on" in shown
+
+
+def on_terminal(arguments: list[str], folder: Path) -> tuple[str, int]:
+    parent, child = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "apt_launch", *arguments],
+        cwd=folder,
+        env=environment() | {"TERM": "xterm-256color", "COLUMNS": "160"},
+        stdin=child,
+        stdout=child,
+        stderr=child,
+    )
+    os.close(child)
+    shown = b""
+    while True:
+        ready, _, _ = select.select([parent], [], [], 120)
+        try:
+            chunk = os.read(parent, 65536) if ready else b""
+        except OSError:  # the other side is closed
+            chunk = b""
+        if not chunk:
+            break
+        shown += chunk
+    os.close(parent)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode(errors="replace"))
+    return plain, process.wait(timeout=60)
+
+
+def test_a_sweep_runs_one_job_after_the_other(cli: Cli, text_file: Path, tmp_path: Path) -> None:
+    arguments = [argument for argument in small(text_file) if not argument.startswith("hydra.run.dir")]
+    result = cli("--multirun", *arguments, "hydra.sweep.dir=sweep", "schedule.route_temp.end=0.6,0.8")
+    assert result.returncode == 0, result.stderr
+    ends: dict[str, Any] = {}
+    for job in ("0", "1"):
+        summary = json.loads((tmp_path / "sweep" / job / "summary.json").read_text())
+        ends[job] = summary["anneals"]["route_temp"]["last"]
+    assert ends == {"0": 0.6, "1": 0.8}
+
+
+def test_a_kept_sweep_is_found_by_its_name(cli: Cli) -> None:
+    shown = cli("+sweeps=route_temp", "--cfg", "hydra", "--package", "hydra.sweeper")
+    assert "schedule.route_temp.end: 0.6,0.8,1.0" in shown.stdout

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra.utils import get_object
+
+from apt_launch import schema
+from apt_launch.build import build
+from apt_launch.config import CONF, RunConfig
+from apt_launch.explain import explained
+from apt_model.errors import ConfigError
+
+Composed = Callable[..., RunConfig]
+
+OPTIONS = [
+    f"{path.parent.relative_to(CONF)}={path.stem}"
+    for path in sorted(CONF.glob("*/*.yaml"))
+    if path.parent.name not in ("profile", "data", "sweeps")
+]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes_and_is_right(composed: Composed, option: str) -> None:
+    group, name = option.split("=")
+    more = ["schedule=gpt5_moe"] if group != "schedule" else []
+    assert composed(option, *more).values[group] is not None, name
+
+
+def test_every_data_option_composes_and_is_right(composed: Composed, text_file: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "' + "some words " * 2000 + '"}\n')
+    assert composed("data=stdlib").horizon.steps == 256
+    assert composed("data=text", f"data.path={text_file}", "trainer.batch_size=1").horizon.updates_per_epoch > 1
+    jsonl = composed("data=jsonl", f"data.train_path={rows}", f"data.val_path={rows}")
+    assert jsonl.horizon.updates_per_epoch == (11 * 2000 + 1 - 1) // 256 // 16
+
+
+def test_the_full_profile_has_its_literal_numbers(composed: Composed, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "' + "x" * 2048 * 32 * 101 + '"}\n')
+    config = composed("profile=gpt5_moe_reasoning", f"data.train_path={rows}", f"data.val_path={rows}")
+    model, moe, trainer = config.model, config.moe, config.trainer
+    assert (model.d_model, model.num_heads, model.num_layers, model.d_ff) == (768, 12, 24, 3072)
+    assert (model.vocab_size, model.seq_len) == (50257, 2048)
+    assert (moe.num_experts, moe.top_k, moe.capacity_factor, moe.balance_loss_weight) == (64, 2, 1.25, 0.01)
+    assert (config.align.alpha, config.align.beta, config.align.tau) == (0.35, 0.20, 0.15)
+    assert (config.voter.threshold, config.voter.num_votes) == (2.2, 3)
+    assert (trainer.batch_size, trainer.max_epochs, trainer.lr_schedule.warmup, trainer.grad_clip) == (
+        32,
+        50,
+        1500,
+        1.0,
+    )
+    assert (config.optimizer.lr, config.optimizer.weight_decay, trainer.precision) == (3e-5, 0.015, "auto")
+    assert config.schedule.align_weight.warmup == 5000
+    assert config.horizon.steps == 50 * 101
+
+
+def test_the_tiny_profile_has_its_literal_numbers_and_no_curriculum(composed: Composed) -> None:
+    config = composed("profile=tiny_debug")
+    model = config.model
+    assert (model.d_model, model.num_heads, model.num_layers, model.d_ff) == (64, 4, 2, 256)
+    assert (model.vocab_size, model.seq_len, config.trainer.batch_size, config.trainer.max_epochs) == (256, 128, 2, 3)
+    assert config.schedule.anneals == {}
+    assert not any(config.schedule.switched_on_at(module) for module in ("moe", "align", "voter"))
+
+
+def test_the_gpt5_moe_curriculum_is_the_one_of_the_profile(composed: Composed) -> None:
+    schedule = composed("schedule=gpt5_moe").schedule
+    assert {module: schedule.switched_on_at(module) for module in ("moe", "align", "voter")} == {
+        "moe": (2, "epoch"),
+        "align": (3, "epoch"),
+        "voter": (5, "epoch"),
+    }
+    ends = {name: (spec.start, spec.end, spec.by, spec.warmup) for name, spec in schedule.anneals.items()}
+    assert ends == {
+        "route_temp": (1.5, 0.8, "epoch", 0),
+        "moe_capacity": (1.5, 1.1, "epoch", 0),
+        "align_weight": (0.0, 0.3, "step", "10%"),
+        "vote_threshold": (3.0, 2.0, "epoch", 0),
+    }
+
+
+@pytest.mark.parametrize(
+    "target", [(target, config) for targets in schema.GROUPS.values() for target, config in targets.items() if target]
+)
+def test_keys_in_yaml_equal_parameters_of_the_class(target: tuple[str, type[schema.Group]]) -> None:
+    name, config = target
+    keys = {field.alias or key for key, field in config.model_fields.items()} - {"_target_"}
+    parameters = inspect.signature(get_object(name)).parameters
+    if name == "apt_model.schedule.ScheduleRunner":
+        assert set(parameters) == {"horizon", "curriculum"}
+        return
+    if name == "apt_model.training.trainer.Trainer":
+        keys -= {"keep_checkpoints"}  # Checkpoints takes it
+    assert keys <= set(parameters), f"{name} does not take {keys - set(parameters)}"
+    given = {"model": {"moe", "align", "voter"}, "optimizer": set()}
+    forgotten = {
+        parameter.name
+        for parameter in parameters.values()
+        if parameter.default is inspect.Parameter.empty and parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    } - keys
+    injected = {"moe", "model", "optimizer", "schedule", "corpus", "d_model", "folder", "run_id", "config"}
+    assert forgotten <= injected | given["model"], f"{name} needs {forgotten}, which no key gives"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+schedule.rout_temp.end=1"], r"^schedule\.rout_temp: unknown key\. Did you mean 'route_temp'"),
+        (["+trainer.max_epoch=1"], r"^trainer\.max_epoch: unknown key\. Did you mean 'max_epochs'"),
+        (["+sead=1"], r"^sead: unknown key\. Did you mean 'seed'"),
+        (["schedule.route_temp.end=hot"], r"^schedule\.route_temp\.end: 'hot' is not valid"),
+        (["trainer.max_epochs=1.5"], r"^trainer\.max_epochs: 1\.5 is not valid"),
+        (["trainer.batch_size='2'"], r"^trainer\.batch_size: '2' is not valid"),
+        (["moe.shared_expert=1"], r"^moe\.shared_expert: 1 is not valid"),
+        (["optimizer.lr=-1"], r"^optimizer\.lr: -1 is not valid: .*greater than 0"),
+        (["optimizer.lr=nan"], r"^optimizer\.lr: nan is not valid"),
+        (["moe.router=sofmax"], r"^moe\.router: 'sofmax' is not one of the choices\. Did you mean 'softmax'"),
+        (["model.attention=flash"], r"^model\.attention: 'flash' is not one of the choices\. Valid names: eager, sdpa"),
+        (["model.ffn=swigl"], r"^model\.ffn: .*'swiglu'"),
+        (["trainer.device=gpu"], r"^trainer\.device: 'gpu' is not valid"),
+        (["model.d_model=130"], r"^model\.d_model = 130 does not give 4 heads .*multiple of 8"),
+        (["moe.top_k=9"], r"^moe\.top_k = 9 is more than moe\.num_experts = 8"),
+        (["moe.capacity_factor=null"], r"^moe\.capacity_factor is null .*schedule\.moe_capacity=null"),
+        (["model.vocab_size=100"], r"^model\.vocab_size = 100 is less than the 256 tokens"),
+        (["schedule.route_temp.end=0"], r"^schedule\.route_temp\.end = 0 is outside its domain"),
+        (["schedule.enable_moe_at_step=3"], r"^schedule\.enable_moe_at_epoch and .* are both set"),
+        (["trainer.max_epochs=5"], r"^schedule\.enable_voter_at_epoch = 5 would never happen: the run has 5 epochs"),
+        (["schedule.align_weight.warmup=256"], r"^schedule\.align_weight\.warmup is 256 .*only 256 steps"),
+        (["trainer.lr_schedule.warmup=256"], r"^trainer\.lr_schedule\.warmup is 256 .*only 256 steps"),
+        (
+            ["trainer.lr_schedule.typ=x"],
+            r"^trainer\.lr_schedule\.typ: unknown key\. Did you mean 'trainer\.lr_schedule\.type'",
+        ),
+        (["data=text"], r"^data\.path: has no value yet\. Set it: data\.path="),
+        (["data=text", "data.path=nowhere"], r"^data\.path: there is no file or folder 'nowhere'"),
+        (
+            ["trainer.batch_size=100000"],
+            r"^data: the train split has .* less than one batch: trainer\.batch_size 100000",
+        ),
+        (["model._target_=os.system"], r"^model\._target_: 'os\.system' may not be built here"),
+        (["+model.x._target_=os.system"], r"^model\.x: unknown key"),
+        (["+moe.num_experts._target_=os.system"], r"num_experts"),
+        (["model=null"], "Config group override must be a string"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_full_key_and_a_remedy(
+    composed: Composed, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - Hydra's own errors are explained, too
+        composed(*overrides)
+    problem = explained(caught.value)
+    assert isinstance(problem, ConfigError)
+    assert re.search(message, str(problem), flags=re.DOTALL), str(problem)
+
+
+def test_a_key_of_another_option_is_told_as_such(composed: Composed) -> None:
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        composed("data.path=x")
+    assert str(explained(caught.value)) == "data.path: the chosen option of 'data' has no such key, but data=text has."
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "builtins.open",
+        "pathlib.Path.unlink",
+        "torch.load",
+        "torch.hub.load",
+        "pytest.main",
+        "apt_model.gpt.torch.load",
+        "apt_launch.build.instantiate",
+        "apt_model.training.checkpoint.shutil.rmtree",
+        "submitit.core.utils.DelayedSubmission.load",
+    ],
+)
+def test_nothing_outside_the_allow_list_is_built_also_when_nested(target: str, tmp_path: Path) -> None:
+    for values in (
+        {"_target_": target},
+        {"_target_": "apt_model.data.StdlibCorpus", "val_fraction": {"_target_": target, "_partial_": True}},
+        {"_target_": "apt_model.data.StdlibCorpus", "seed": [{"_target_": target}]},
+    ):
+        with pytest.raises(ConfigError, match=f"{target!r} may not be built here"):
+            build(values)
+
+
+def test_identity_is_that_of_the_result(composed: Composed) -> None:
+    base = composed().identity
+    assert len(base) == 64
+    for neutral in ("logger.mode=disabled", "trainer.log_every=1", "trainer.keep_checkpoints=9", "logger=none"):
+        assert composed(neutral).identity == base
+    for real in ("seed=1", "schedule.route_temp.end=0.6", "trainer.precision=fp32", "model.ffn=gelu"):
+        assert composed(real).identity != base
+    assert composed("schedule.route_temp.end=0.60").identity == composed("schedule.route_temp.end=0.6").identity

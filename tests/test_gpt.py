@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from apt_model.gpt import GPT
+from apt_model.layers.moe import MoE
+
+
+def model(**options) -> GPT:
+    torch.manual_seed(0)
+    moe = {"num_experts": 4, "top_k": 2} | options.pop("moe", {})
+    sizes = {"vocab_size": 50, "d_model": 16, "num_heads": 2, "num_layers": 3, "d_ff": 24, "seq_len": 20}
+    return GPT(**(sizes | options), moe=partial(MoE, **moe))
+
+
+def test_the_number_of_parameters_is_that_worked_out_by_hand() -> None:
+    layer = 2 * 16 + 4 * 16 * 16 + 3 * 16 * 24  # norms, attention, SwiGLU
+    dense = 50 * 16 + 3 * layer + 16
+    gpt = model()
+    assert sum(p.numel() for p in gpt.parameters()) == dense
+    gpt.enable_moe(True)
+    assert sum(p.numel() for p in gpt.parameters()) == dense + 3 * (3 * 3 * 16 * 24 + 4 * 16)
+
+
+def test_the_loss_of_a_new_model_is_that_of_guessing() -> None:
+    tokens = torch.randint(0, 50, (4, 20))
+    loss = model()(tokens, torch.randint(0, 50, (4, 20))).language_loss
+    assert loss.item() == pytest.approx(torch.log(torch.tensor(50.0)).item(), abs=0.1)
+
+
+def test_no_prediction_depends_on_later_tokens_with_every_module_on() -> None:
+    gpt = model(moe={"capacity_factor": None}).eval()
+    for switch in gpt.switches().values():
+        switch(True)
+    gpt.voter.dropout = 0.0
+    with torch.no_grad():
+        gpt.align.back.weight.normal_()
+        tokens = torch.randint(0, 50, (2, 20))
+        changed = tokens.clone()
+        changed[:, 13:] = (changed[:, 13:] + 1) % 50
+        assert torch.allclose(gpt(tokens).logits[:, :13], gpt(changed).logits[:, :13], atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.5])
+@pytest.mark.parametrize("capacity", [1.1, 1.5])
+def test_logits_agree_before_and_after_experts_go_on(temperature: float, capacity: float) -> None:
+    gpt = model().eval()
+    tokens = torch.randint(0, 50, (8, 20))
+    with torch.no_grad():
+        before = gpt(tokens).logits
+        gpt.enable_moe(True)
+        gpt.values()["router.temperature"](temperature)
+        gpt.values()["moe.capacity_factor"](capacity)
+        after = gpt(tokens)
+    assert after.metrics["moe/dropped_tokens"] == 0
+    assert torch.allclose(before, after.logits, atol=1e-5)
+
+
+def test_a_value_is_written_into_every_layer_in_place() -> None:
+    gpt = model()
+    buffers = [layer.temperature for layer in gpt.moe_layers]
+    gpt.values()["router.temperature"](0.75)
+    gpt.enable_moe(True)
+    assert [buffer.item() for buffer in buffers] == [0.75] * 3
+    assert all(layer.temperature is buffer for layer, buffer in zip(gpt.moe_layers, buffers, strict=True))
+
+
+def test_what_is_off_costs_nothing() -> None:
+    gpt = model()
+    output = gpt(torch.randint(0, 50, (2, 20)), torch.randint(0, 50, (2, 20)))
+    assert output.metrics == {}
+    assert output.auxiliary_loss.item() == 0
+    assert not output.auxiliary_loss.requires_grad
+    assert not any("expert" in name or "router" in name or "align" in name for name, _ in gpt.named_parameters())
+
+
+def test_auxiliary_losses_are_the_layers_mean_and_the_alignment() -> None:
+    gpt = model(moe={"balance_loss_weight": 1.0, "z_loss_weight": 0.0})
+    gpt.enable_moe(True)
+    gpt.align.enable(True)
+    gpt.values()["align.weight"](2.0)
+    output = gpt(torch.randint(0, 50, (2, 20)))
+    expected = output.metrics["moe/balance_loss"] + 2.0 * output.metrics["align/loss"]
+    assert torch.allclose(output.auxiliary_loss, expected)
+
+
+@pytest.mark.parametrize("ffn", ["swiglu", "gelu", "relu2"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_every_implementation_trains_with_every_module_on(ffn: str, attention: str) -> None:
+    gpt = model(ffn=ffn, attention=attention)
+    for switch in gpt.switches().values():
+        switch(True)
+    output = gpt(torch.randint(0, 50, (2, 20)), torch.randint(0, 50, (2, 20)))
+    (output.language_loss + output.auxiliary_loss).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in gpt.parameters())

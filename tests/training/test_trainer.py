@@ -1,0 +1,306 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from apt_launch.build import build_trainer
+from apt_launch.config import RunConfig
+from apt_model.errors import CallbackError, ConfigError, HorizonError, Interrupted, NonFiniteError
+from apt_model.schedule import Clock
+from apt_model.training.callbacks import Callback
+from apt_model.training.checkpoint import Checkpoints, newest_intact
+from apt_model.training.trainer import Trainer
+
+Small = Callable[..., RunConfig]
+
+
+class Run:
+    """A trained configuration and what it logged."""
+
+    def __init__(self, config: RunConfig, **options) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.trainer: Trainer = build_trainer(config, log=self.rows.append, **options)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return self.trainer.model.state_dict()
+
+    def told(self) -> list[dict[str, float]]:
+        """The rows without what differs between equal runs."""
+        return [{k: v for k, v in row.items() if k not in ("time", "tokens_per_second")} for row in self.rows]
+
+
+class Watch(Callback):
+    """Reads what the model really has during each update."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.temperatures: list[float] = []
+        self.alignments: list[float] = []
+        self.on: list[tuple[bool, bool, bool]] = []
+        self.clocks: list[Clock] = []
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        self.events.append("train")
+
+    def on_epoch_begin(self, trainer: Trainer) -> None:
+        self.events.append("epoch")
+
+    def on_batch_begin(self, trainer: Trainer) -> None:
+        self.events.append("batch")
+
+    def on_batch_end(self, trainer: Trainer) -> None:
+        self.events.append("/batch")
+
+    def on_step(self, trainer: Trainer) -> None:
+        self.events.append("step")
+        model = trainer.model
+        self.clocks.append(trainer.clock)
+        self.temperatures.append(model.moe_layers[-1].temperature.item())
+        self.alignments.append(model.align.weight.item())
+        self.on.append((model.moe_layers[0].enabled, model.align.enabled, model.voter.enabled))
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        self.events.append("/epoch")
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        self.events.append("/train")
+
+
+def test_values_and_switches_are_in_force_during_their_update_and_logged_at_it(small: Small) -> None:
+    watch = Watch()
+    run = Run(small("schedule.align_weight.warmup=4"), callbacks=[watch])
+    run.trainer.fit()
+
+    per_epoch = [1.5, 1.36, 1.22, 1.08, 0.94, 0.8]
+    assert watch.temperatures == pytest.approx([value for value in per_epoch for _ in range(4)])
+    assert watch.alignments == pytest.approx([0.0] * 4 + [0.3 * k / 19 for k in range(20)])
+    assert watch.on == [(step >= 8, step >= 12, step >= 20) for step in range(24)]
+    assert watch.clocks == [Clock(epoch=step // 4, step=step, sample=2 * step, token=32 * step) for step in range(24)]
+
+    train = {row["step"]: row for row in run.rows if "train/loss" in row}
+    for step, row in train.items():
+        assert row["schedule/route_temp"] == pytest.approx(watch.temperatures[step])
+        assert row["schedule/align_weight"] == pytest.approx(watch.alignments[step])
+        assert row["schedule/moe_enabled"] == float(step >= 8)
+        assert row["epoch"] == step // 4
+        assert row["tokens"] == 32 * (step + 1)
+        assert ("moe/balance_loss" in row) == (step >= 8)
+        assert ("align/loss" in row) == (step >= 12)
+        assert ("voter/entropy" in row) == (step >= 20)
+    assert set(train) == {0, 3, *range(4, 24)}
+    assert [row["step"] for row in run.rows if "val/loss" in row] == [3, 7, 11, 15, 19, 23]
+
+
+def test_events_come_in_their_order(small: Small) -> None:
+    watch = Watch()
+    config = small("schedule=none", "trainer.max_epochs=1", "trainer.max_batches_per_epoch=3", "trainer.accumulate=2")
+    Run(config, callbacks=[watch]).trainer.fit()
+    update = ["batch", "/batch"]
+    assert watch.events == ["train", "epoch", *update, *update, "step", *update, "step", "/epoch", "/train"]
+
+
+def test_the_clock_counts_updates_and_not_batches(small: Small) -> None:
+    watch = Watch()
+    run = Run(small("trainer.max_batches_per_epoch=5", "trainer.accumulate=2"), callbacks=[watch])
+    run.trainer.fit()
+    assert run.trainer.schedule.planned.steps == 18
+    assert [clock.step for clock in watch.clocks] == list(range(18))
+    assert [clock.sample for clock in watch.clocks[:4]] == [0, 4, 8, 10]  # the epoch's last update has one batch
+    assert watch.alignments[-1] == pytest.approx(0.3)
+    assert watch.temperatures[-1] == pytest.approx(0.8)
+
+
+def test_accumulating_batches_equals_one_larger_batch(small: Small) -> None:
+    plain = ("schedule=none", "trainer.max_epochs=2", "trainer.grad_clip=null", "trainer.lr_schedule.warmup=0")
+    one = Run(small(*plain, "trainer.batch_size=4", "trainer.max_batches_per_epoch=2"))
+    two = Run(small(*plain, "trainer.batch_size=2", "trainer.max_batches_per_epoch=4", "trainer.accumulate=2"))
+    one.trainer.fit()
+    two.trainer.fit()
+    for name, weight in one.weights().items():
+        assert torch.allclose(weight, two.weights()[name], atol=1e-5), name
+
+
+def test_the_learning_rate_warms_up_and_falls_to_its_end(small: Small) -> None:
+    config = small(
+        "schedule=none", "trainer.log_every=1", "trainer.lr_schedule.warmup=4", "trainer.lr_schedule.type=linear"
+    )
+    run = Run(config)
+    run.trainer.fit()
+    rates = [row["lr"] for row in run.rows if "lr" in row]
+    assert rates[:5] == pytest.approx([0.0, 0.0005, 0.001, 0.0015, 0.002])
+    assert rates[-1] == pytest.approx(0.0002)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(small: Small) -> None:
+    told = []
+    for seed in (0, 0, 1):
+        run = Run(small(f"seed={seed}"))
+        run.trainer.fit()
+        told.append(run.told())
+    assert told[0] == told[1] != told[2]
+
+
+def test_the_loss_falls(small: Small) -> None:
+    run = Run(small("trainer.max_batches_per_epoch=20", "optimizer.lr=0.01"))
+    run.trainer.fit()
+    losses = [row["val/loss"] for row in run.rows if "val/loss" in row]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_mixed_precision_keeps_weights_in_float32(small: Small) -> None:
+    run = Run(small("trainer.precision=bf16"))
+    run.trainer.fit()
+    assert all(weight.dtype == torch.float32 for weight in run.weights().values())
+    assert run.rows[-1]["val/loss"] < run.rows[0]["train/loss"]
+
+
+@pytest.mark.parametrize("options", [(), ("trainer.accumulate=2", "trainer.max_batches_per_epoch=5")])
+@pytest.mark.parametrize("stop_after", [1, 4, 8, 9, 13, 17, 18])
+def test_a_resume_ends_in_the_same_weights_and_rows(
+    small: Small, tmp_path: Path, stop_after: int, options: tuple[str, ...]
+) -> None:
+    config = small(*options)
+    whole = Run(config)
+    whole.trainer.fit()
+
+    folder = tmp_path / "checkpoints"
+    before = Run(config, checkpoints=Checkpoints(folder))
+    before.trainer.stop_requested = lambda: before.trainer.clock.step >= stop_after
+    with pytest.raises(Interrupted):
+        before.trainer.fit()
+
+    checkpoint, _ = newest_intact(folder)
+    after = Run(config, resume=checkpoint)
+    after.trainer.fit()
+    for name, weight in whole.weights().items():
+        assert torch.equal(weight, after.weights()[name]), name
+    assert before.told() + after.told() == whole.told()
+
+
+def test_a_resume_of_a_finished_run_trains_no_more(small: Small, tmp_path: Path) -> None:
+    config = small()
+    first = Run(config, checkpoints=Checkpoints(tmp_path))
+    first.trainer.fit()
+    again = Run(config, resume=newest_intact(tmp_path)[0])
+    again.trainer.fit()
+    assert again.rows == []
+    assert again.trainer.clock == first.trainer.clock
+
+
+def test_a_resume_with_an_edited_schedule_is_brought_to_what_the_clock_says(small: Small, tmp_path: Path) -> None:
+    first = Run(small("schedule.enable_moe_at_epoch=1"), checkpoints=Checkpoints(tmp_path))
+    first.trainer.stop_requested = lambda: first.trainer.clock.step == 6
+    with pytest.raises(Interrupted):
+        first.trainer.fit()
+    assert first.trainer.model.moe_layers[0].enabled
+    watch = Watch()
+    after = Run(small("schedule.enable_moe_at_epoch=2"), resume=newest_intact(tmp_path)[0], callbacks=[watch])
+    after.trainer.fit()
+    assert [on[0] for on in watch.on] == [False, False] + [True] * 16
+
+
+def test_a_longer_run_needs_a_word(small: Small, tmp_path: Path) -> None:
+    first = Run(small(), checkpoints=Checkpoints(tmp_path))
+    first.trainer.fit()
+    checkpoint = newest_intact(tmp_path)[0]
+    longer = Run(small("trainer.max_epochs=7"), resume=checkpoint)
+    with pytest.raises(ConfigError, match=r"6 epochs x 4 updates = 24 steps.*7 epochs x 4 updates = 28 steps"):
+        longer.trainer.fit()
+    kept = Run(small("trainer.max_epochs=7", "schedule.on_horizon_change=keep_absolute"), resume=checkpoint)
+    kept.trainer.fit()
+    assert kept.trainer.clock.step == 28
+    assert kept.rows[-1]["schedule/route_temp"] == 0.8
+
+
+class Fails(Callback):
+    def __init__(self, event: str, step: int) -> None:
+        setattr(self, event, self.fail)
+        self.step = step
+
+    def fail(self, trainer: Trainer, *details: object) -> None:
+        if trainer.clock.step >= self.step:
+            raise KeyError("oops")
+
+
+@pytest.mark.parametrize("event", ["on_step", "on_batch_begin", "on_batch_end", "on_schedule", "on_epoch_end"])
+def test_a_callback_that_raises_stops_the_run_with_its_name_and_the_clock(small: Small, event: str) -> None:
+    run = Run(small(), callbacks=[Fails(event, step=5)])
+    with pytest.raises(CallbackError, match=rf"callback Fails\.{event} failed at epoch 1, step \d: KeyError: 'oops'"):
+        run.trainer.fit()
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(small: Small) -> None:
+    class Poison(Callback):
+        def on_batch_begin(self, trainer: Trainer) -> None:
+            if trainer.clock.step == 5:
+                with torch.no_grad():
+                    trainer.model.norm.weight.fill_(float("nan"))
+
+    run = Run(small(), callbacks=[Poison()])
+    with pytest.raises(NonFiniteError, match=r"the loss is nan at epoch 1, step 5"):
+        run.trainer.fit()
+    assert run.rows[-1]["step"] == 4
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_before_the_update(small: Small) -> None:
+    class Poison(Callback):
+        def on_batch_end(self, trainer: Trainer) -> None:
+            if trainer.clock.step == 2:
+                trainer.model.norm.weight.grad[0] = float("inf")
+
+    run = Run(small(), callbacks=[Poison()])
+    with pytest.raises(NonFiniteError, match=r"the gradient's norm is inf at epoch 0, step 2"):
+        run.trainer.fit()
+    assert all(torch.isfinite(weight).all() for weight in run.weights().values())
+
+
+def test_updates_that_do_not_fit_the_plan_stop_the_run(small: Small) -> None:
+    run = Run(small())
+    run.trainer.train_batches.sampler.num_batches = 3
+    with pytest.raises(HorizonError, match=r"epoch 0 had 3 updates and 0 skipped ones, but 4 were planned"):
+        run.trainer.fit()
+
+
+def test_an_update_that_mixed_precision_skips_is_not_counted(
+    small: Small, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(small("schedule=none", "trainer.max_epochs=2"))
+    scales = iter([1.0, 0.5] + [0.5] * 100)  # torch's scaler halves its scale when it skips an update
+    monkeypatch.setattr(run.trainer.scaler, "get_scale", lambda: next(scales))
+    run.trainer.fit()
+    assert run.trainer.clock.step == 7
+    assert "skipped 1 of 4 updates" in caplog.text
+
+
+def test_validation_does_not_touch_training(small: Small) -> None:
+    class Validates(Callback):
+        def on_step(self, trainer: Trainer) -> None:
+            trainer.validate()
+
+    plain = Run(small())
+    plain.trainer.fit()
+    validating = Run(small(), callbacks=[Validates()])
+    validating.trainer.fit()
+    for name, weight in plain.weights().items():
+        assert torch.equal(weight, validating.weights()[name])
+
+
+def test_devices_and_precisions_that_are_not_there_are_told(small: Small) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    with pytest.raises(ConfigError, match=r"trainer\.device: 'cuda' was asked for.*trainer\.device=cpu"):
+        Run(small("trainer.device=cuda"))
+    with pytest.raises(ConfigError, match=r"trainer\.precision: fp16 needs a CUDA device.*bf16"):
+        Run(small("trainer.precision=fp16"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_curriculum_trains_on_cuda(small: Small, precision: str) -> None:
+    run = Run(small("trainer.device=cuda", f"trainer.precision={precision}"))
+    run.trainer.fit()
+    assert run.rows[-1]["val/loss"] < run.rows[0]["train/loss"]
