@@ -21,10 +21,17 @@ logger = logging.getLogger(__name__)
 
 
 class Stdout(logging.StreamHandler[IO[str]]):
-    """Logs to whatever ``sys.stdout`` is at the time, so that a progress bar can keep its line to itself."""
+    """Logs to whatever ``sys.stdout`` is at the time, so that a progress bar can keep its line to itself.
+
+    Tracebacks are for the log file; what a user should know of an error is told where the command ends.
+    """
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Leave out records with a traceback."""
+        return record.exc_info is None and bool(super().filter(record))
 
     @property
     def stream(self) -> IO[str]:  # type: ignore[override]

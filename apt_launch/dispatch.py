@@ -136,7 +136,7 @@ def _run(
         raise
     except BaseException as error:
         cause = str(error) if isinstance(error, AptError) else f"{type(error).__name__}: {error}"
-        logging.getLogger("train_log").debug("failed", exc_info=True)
+        logger.error("failed: %s", cause, exc_info=True)
         finish("failed", cause)
         raise
     finish("done")

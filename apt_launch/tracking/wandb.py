@@ -35,26 +35,19 @@ class WandbTracker:
     ) -> None:
         import wandb
 
-        if mode == "online" and not wandb.login(prompt=False):
-            logger.warning(
-                "W&B has no API key here, so this run is kept offline. Set WANDB_API_KEY or run `wandb login`; upload this run "
-                "later with `wandb sync %s`.",
-                folder / "wandb" / "offline-run-*",
-            )
-            mode = "offline"
-        self.run = wandb.init(
-            mode=mode,  # type: ignore[arg-type]
-            project=project,
-            entity=entity,
-            name=name,
-            tags=tags,
-            dir=folder,
-            id=run_id,
-            resume="allow",
-            job_type="train",
-            config=config,
-            settings=wandb.Settings(console="off", silent=True, finish_timeout=60),
-        )
+        about: dict[str, Any] = {
+            "project": project,
+            "entity": entity,
+            "name": name,
+            "tags": tags,
+            "dir": folder,
+            "id": run_id,
+            "resume": "allow",
+            "job_type": "train",
+            "config": config,
+            "settings": wandb.Settings(console="off", silent=True, finish_timeout=60),
+        }
+        self.run = wandb.init(mode="online" if mode == "online" and _reachable(folder) else "offline", **about)
         self.run.define_metric("*", step_metric="trainer/step")
 
     def log(self, row: Row) -> None:
@@ -65,3 +58,19 @@ class WandbTracker:
     def close(self, state: str) -> None:
         """Finish the run; only a run that is done has exit code 0."""
         self.run.finish(exit_code=0 if state == "done" else 1)
+
+
+def _reachable(folder: Path) -> bool:
+    """Say whether W&B knows us; if not, why, and what to do later."""
+    import wandb
+
+    later = f"Upload this run later with: wandb sync {folder / 'wandb' / 'offline-run-*'}"
+    try:
+        if wandb.login(prompt=False):
+            return True
+        logger.warning(
+            "W&B has no API key here, so this run is kept offline. Set WANDB_API_KEY or run `wandb login`. %s", later
+        )
+    except wandb.Error as error:
+        logger.warning("W&B cannot be reached, so this run is kept offline (%s). %s", error, later)
+    return False

@@ -74,7 +74,7 @@ class Checkpoints:
             shutil.rmtree(replaced, ignore_errors=True)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             shutil.rmtree(aside, ignore_errors=True)
-            raise CheckpointError(f"the checkpoint of step {step} could not be written to {final}: {error}") from error
+            raise CheckpointError(f"the checkpoint of step {step} could not be written to {final}: {error}") from None
         for old in self.all()[: -self.keep_last]:
             shutil.rmtree(old, ignore_errors=True)
         return final

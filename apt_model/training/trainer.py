@@ -363,6 +363,10 @@ def choose_device(name: str) -> torch.device:
             f"trainer.device: {name!r} was asked for, but torch {torch.__version__} sees no CUDA device here. "
             "Set trainer.device=cpu or trainer.device=auto."
         )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"trainer.device: {name!r} was asked for, but there are {torch.cuda.device_count()} devices here."
+        )
     return device
 
 
