@@ -49,10 +49,8 @@ class StopRequest:
         if self.made:
             os._exit(130)
         self.made = True
-        logger.info(
-            "%s: finishing this update and writing a checkpoint; once more leaves at once.",
-            signal.Signals(number).name,
-        )
+        told = f"{signal.Signals(number).name}: finishing this update and writing a checkpoint; once more leaves at once.\n"
+        os.write(2, told.encode())  # a handler may interrupt a write: nothing that buffers is safe here
 
 
 def dispatch(config: RunConfig, path: Path) -> float:
