@@ -19,7 +19,7 @@ from apt_model.errors import ConfigError, nearest, validated
 if TYPE_CHECKING:
     from apt_launch import schema
     from apt_model.data import Corpus
-    from apt_model.schedule import Horizon
+    from apt_model.schedule import Horizon, Program
 
 
 _PACKAGE = Path(__file__).parent
@@ -55,6 +55,7 @@ class RunConfig:
     trainer: schema.TrainerConfig
     logger: schema.Group
     horizon: Horizon
+    program: Program
 
     @property
     def result_values(self) -> dict[str, Any]:
@@ -140,11 +141,44 @@ def parse(values: dict[str, Any]) -> RunConfig:
 
     _check_together(groups)
     horizon = plan_horizon(values, groups)
-    groups["schedule"].check(horizon)
-    lr_problems = _lr_problems(groups["trainer"], horizon)
-    if lr_problems:
-        raise ConfigError(*lr_problems)
-    return RunConfig(values=values, seed=top.seed, horizon=horizon, **groups)
+    program = check_curriculum(values, groups, horizon)
+    return RunConfig(values=values, seed=top.seed, horizon=horizon, program=program, **groups)
+
+
+def check_curriculum(values: Mapping[str, Any], groups: Mapping[str, Any], horizon: Horizon) -> Program:
+    """Check that the curriculum and the learning rate's schedule can happen in this run.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    from apt_launch.catalogue import METRICS, parameters, targets
+    from apt_model.schedule import Program
+    from apt_model.schedule.targets import NOT_NEGATIVE
+
+    problems: list[str] = []
+    lr_schedule = groups["trainer"].lr_schedule
+    if lr_schedule is not None:
+        problems += lr_schedule.problems("trainer.lr_schedule", horizon, NOT_NEGATIVE)
+        if lr_schedule.target is not None:
+            problems.append("trainer.lr_schedule.target: it always is the learning rate's factor. Set it to null.")
+    program = None
+    try:
+        program = Program(groups["schedule"], horizon)
+        program.check_targets(targets(values), parameters(values))
+        writes_lr = any(groups["schedule"].target_of(name) == "optimizer.lr" for name in groups["schedule"].all_anneals)
+        if writes_lr and lr_schedule is not None:
+            problems.append(
+                "schedule.anneals: optimizer.lr is written by trainer.lr_schedule already. Set trainer.lr_schedule=null."
+            )
+        problems += [
+            f"schedule.events: there is no metric {metric!r}. {nearest(metric, METRICS)}"
+            for metric in sorted(program.watched - METRICS)
+        ]
+    except ConfigError as error:
+        problems += error.problems
+    if problems or program is None:
+        raise ConfigError(*problems)
+    return program
 
 
 def _check_together(groups: Mapping[str, Any]) -> None:
@@ -177,13 +211,6 @@ def _check_together(groups: Mapping[str, Any]) -> None:
         )
     if problems:
         raise ConfigError(*problems)
-
-
-def _lr_problems(trainer: Any, horizon: Horizon) -> list[str]:
-    from apt_model.schedule import Domain
-
-    problems: list[str] = trainer.lr_schedule.problems("trainer.lr_schedule", horizon, Domain(0.0, includes_low=True))
-    return problems
 
 
 def plan_horizon(values: Mapping[str, Any], groups: Mapping[str, Any]) -> Horizon:

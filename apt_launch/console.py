@@ -50,8 +50,10 @@ class _Announcements(Callback):
 
     def on_schedule(self, trainer: Trainer, changes: Sequence[Change]) -> None:
         for change in changes:
-            if change.name in MODULES and (change.value or trainer.clock.step):
-                logger.info("%s: %s on" if change.value else "%s: %s off", trainer.clock, change.name)
+            if isinstance(change.value, bool) and (change.value or trainer.clock.step):
+                name, state = change.name.rsplit("_", 1)
+                told = {"enabled": ("on", "off"), "frozen": ("frozen", "trained again")}[state]
+                logger.info("%s: %s %s", trainer.clock, name, told[0] if change.value else told[1])
 
     def on_epoch_end(self, trainer: Trainer) -> None:
         row = trainer.last_row
@@ -145,6 +147,6 @@ def curriculum_state(trainer: Trainer) -> str:
     values = [
         f"{name.removeprefix('schedule/')} {value:.3g}"
         for name, value in metrics.items()
-        if not name.endswith("_enabled")
+        if not name.endswith(("_enabled", "_frozen"))
     ]
     return ", ".join([" + ".join(on) + " on" if on else "dense", *values])

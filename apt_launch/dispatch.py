@@ -113,7 +113,7 @@ def _run(
             stop_requested=stop,
         )
         _record_origin(folder, trainer)
-        draw_schedule(config.schedule, config.horizon, folder.schedule)
+        draw_schedule(config.program, folder.schedule)
         tracking.trackers = _trackers(config, folder)
         for note in notes:
             logger.warning("%s", note)

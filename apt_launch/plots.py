@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from apt_model.schedule import MODULES, Clock, Curriculum, Horizon
+from apt_model.schedule import MODULES, Program
 
 
-def draw_schedule(curriculum: Curriculum, horizon: Horizon, path: Path) -> None:
+def draw_schedule(program: Program, path: Path) -> None:
     """Draw every anneal and switch over the run into a PNG at ``path``, from the functions that training calls."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    anneals = curriculum.anneals
+    horizon = program.horizon
+    anneals = program.curriculum.all_anneals
     stride = max(1, horizon.steps // 2000)
     steps = sorted(
         {
@@ -21,7 +22,7 @@ def draw_schedule(curriculum: Curriculum, horizon: Horizon, path: Path) -> None:
             horizon.steps - 1,
         }
     )
-    clocks = [Clock(step=step, epoch=step // horizon.updates_per_epoch) for step in steps]
+    states = [program.at(horizon.clock_at(step)) for step in steps]
 
     figure = Figure(figsize=(9, 1.2 + 1.5 * len(anneals) + 1.0), layout="constrained")
     FigureCanvasAgg(figure)
@@ -32,8 +33,8 @@ def draw_schedule(curriculum: Curriculum, horizon: Horizon, path: Path) -> None:
         squeeze=False,
         gridspec_kw={"height_ratios": [1.5] * len(anneals) + [1.0]},
     )[:, 0]
-    for axis, (name, spec) in zip(axes, anneals.items(), strict=False):
-        values = [spec.value(clock, horizon) for clock in clocks]
+    for axis, name in zip(axes, anneals, strict=False):
+        values = [state[name] for state in states]
         axis.step([*steps, horizon.steps], [*values, values[-1]], where="post", color="tab:blue")
         axis.set_title(name, loc="left", fontsize=10)
         axis.margins(y=0.15)
@@ -44,7 +45,7 @@ def draw_schedule(curriculum: Curriculum, horizon: Horizon, path: Path) -> None:
             )
     switches = axes[-1]
     for row, module in enumerate(reversed(MODULES)):
-        on = curriculum.first_step(module, horizon)
+        on = program.first_step(module)
         if on is not None:
             switches.barh(row, horizon.steps - on, left=on, height=0.6, color="tab:orange")
             switches.text(

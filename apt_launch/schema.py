@@ -10,10 +10,8 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field
 
 from apt_model.schedule import Anneal, Curriculum
-from apt_model.schedule.spec import Count, Strict
+from apt_model.schedule.spec import Count, Positive, PositiveNumber, Strict
 
-Positive = Annotated[int, Field(gt=0)]
-PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -38,6 +36,8 @@ class GPTConfig(Group):
     seq_len: Positive
     attention: Literal["sdpa", "eager"]
     ffn: Literal["swiglu", "gelu", "relu2"]
+    dropout: BelowOne
+    label_smoothing: BelowOne
 
 
 class MoEConfig(Group):
@@ -120,7 +120,7 @@ class TrainerConfig(Group):
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
     grad_clip: PositiveNumber | None
-    lr_schedule: Anneal
+    lr_schedule: Anneal | None
     resume: Text | None
     log_every: Positive
     validation_batches: Positive | None

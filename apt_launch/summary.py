@@ -31,7 +31,9 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         key = f"schedule/{module}_enabled"
         on = next((row for row in train if row.get(key)), None)
         summary["switched_on"][module] = {"epoch": on["epoch"], "step": on["step"]} if on else None
-    names = {key for row in train for key in row if key.startswith("schedule/") and not key.endswith("_enabled")}
+    names = {
+        key for row in train for key in row if key.startswith("schedule/") and not key.endswith(("_enabled", "_frozen"))
+    }
     for key in sorted(names):
         values = [row[key] for row in train if key in row]
         summary["anneals"][key.removeprefix("schedule/")] = {"first": values[0], "last": values[-1]}

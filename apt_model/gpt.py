@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from apt_model.layers.attention import SelfAttention
 from apt_model.layers.feed_forward import FeedForward
 from apt_model.layers.moe import Lineage, MoE, MoEReport
 from apt_model.layers.voter import EntropyVoter
+from apt_model.schedule.targets import BELOW_ONE, Domain, matching
 
 
 class Output(NamedTuple):
@@ -51,10 +52,15 @@ class GPT(nn.Module):
         seq_len: the longest sequence in tokens.
         attention: a name of :data:`apt_model.layers.attention.ATTENTION`.
         ffn: a name of :data:`apt_model.layers.feed_forward.FFN`.
+        dropout: share of the channels that attention and feed-forward layers drop in training.
+        label_smoothing: share of the target that training spreads over all tokens (arXiv:1512.00567).
         moe: wraps a dense layer; called once a layer.
         align: builds the alignment for a d_model.
         voter: builds the voter.
     """
+
+    scheduled: ClassVar[dict[str, Domain]] = {"label_smoothing": BELOW_ONE}
+    label_smoothing: Tensor
 
     def __init__(
         self,
@@ -67,17 +73,21 @@ class GPT(nn.Module):
         seq_len: int,
         attention: str = "sdpa",
         ffn: str = "swiglu",
-        moe: Callable[[FeedForward], MoE],
+        dropout: float = 0.0,
+        label_smoothing: float = 0.0,
+        moe: Callable[..., MoE],
         align: Callable[..., BiStateAlignment] = BiStateAlignment,
         voter: Callable[[], EntropyVoter] = EntropyVoter,
     ) -> None:
         super().__init__()
         self.seq_len = seq_len
+        self.register_buffer("label_smoothing", torch.tensor(float(label_smoothing)), persistent=False)
+        self.expected = {"label_smoothing"} if label_smoothing else set[str]()
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.blocks = nn.ModuleList(
             Block(
                 attention=SelfAttention(d_model=d_model, num_heads=num_heads, seq_len=seq_len, attention=attention),
-                ffn=moe(FeedForward(d_model=d_model, d_ff=d_ff, ffn=ffn)),
+                ffn=moe(FeedForward(d_model=d_model, d_ff=d_ff, ffn=ffn), dropout=dropout),
                 d_model=d_model,
             )
             for _ in range(num_layers)
@@ -118,7 +128,7 @@ class GPT(nn.Module):
 
         loss = None
         if targets is not None:
-            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            loss = self._loss(logits.float().flatten(0, 1), targets.flatten())
         auxiliary = torch.zeros((), device=hidden.device)
         metrics = dict(votes)
         if reports:
@@ -131,19 +141,27 @@ class GPT(nn.Module):
             metrics |= alignment.metrics
         return Output(logits, loss, auxiliary, metrics)
 
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean cross-entropy of ``logits`` (tokens, vocab_size); smoothed in training where that was asked for."""
+        loss = F.cross_entropy(logits, targets)
+        if not (self.training and "label_smoothing" in self.expected):
+            return loss
+        spread = -logits.log_softmax(dim=-1).mean()
+        return (1.0 - self.label_smoothing) * loss + self.label_smoothing * spread
+
     @property
     def moe_layers(self) -> list[MoE]:
         """The feed-forward layers of all blocks."""
         return [block.ffn for block in self.blocks]  # type: ignore[misc]
 
-    def values(self) -> Mapping[str, Callable[[float], None]]:
-        """Return the setters of everything that may be annealed, by target name; one call serves all layers."""
-        return {
-            "router.temperature": _fill([layer.temperature for layer in self.moe_layers]),
-            "moe.capacity_factor": _fill([layer.capacity_factor for layer in self.moe_layers]),
-            "align.weight": _fill([self.align.weight]),
-            "voter.threshold": _fill([self.voter.threshold]),
-        }
+    def freeze(self, pattern: str, on: bool) -> None:
+        """Stop or resume training what ``pattern`` means: modules or parameters by path, ``*`` within one part."""
+        parameters = dict(self.named_parameters())
+        for name in matching(pattern, [*(path for path, _ in self.named_modules() if path), *parameters]):
+            chosen = [parameters[name]] if name in parameters else self.get_submodule(name).parameters()
+            for parameter in chosen:
+                parameter.requires_grad_(not on)
+                parameter.grad = None
 
     def switches(self) -> Mapping[str, Callable[[bool], None]]:
         """Return what enables and disables each module; one call serves all layers."""
@@ -160,13 +178,3 @@ class GPT(nn.Module):
         for layer in self.moe_layers:
             layer.lineage = []
         return lineage
-
-
-def _fill(buffers: list[Tensor]) -> Callable[[float], None]:
-    """Return a setter that writes 0-dim buffers in place, which torch.compile and CUDA graphs see without recompiling."""
-
-    def set_value(value: float) -> None:
-        for buffer in buffers:
-            buffer.fill_(value)
-
-    return set_value

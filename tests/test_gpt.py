@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from apt_model.gpt import GPT
+from apt_model.layers import scheduled
 from apt_model.layers.moe import MoE
+from apt_model.schedule.targets import matching
 
 
 def model(**options) -> GPT:
@@ -14,6 +16,12 @@ def model(**options) -> GPT:
     moe = {"num_experts": 4, "top_k": 2} | options.pop("moe", {})
     sizes = {"vocab_size": 50, "d_model": 16, "num_heads": 2, "num_layers": 3, "d_ff": 24, "seq_len": 20}
     return GPT(**(sizes | options), moe=partial(MoE, **moe))
+
+
+def put(gpt: GPT, pattern: str, value: float) -> None:
+    setters = scheduled.setters(gpt)
+    for name in matching(pattern, setters):
+        setters[name](value)
 
 
 def test_the_number_of_parameters_is_that_worked_out_by_hand() -> None:
@@ -52,8 +60,8 @@ def test_logits_agree_before_and_after_experts_go_on(temperature: float, capacit
     with torch.no_grad():
         before = gpt(tokens).logits
         gpt.enable_moe(True)
-        gpt.values()["router.temperature"](temperature)
-        gpt.values()["moe.capacity_factor"](capacity)
+        put(gpt, "router.temperature", temperature)
+        put(gpt, "moe.capacity_factor", capacity)
         after = gpt(tokens)
     assert after.metrics["moe/dropped_tokens"] == 0
     assert torch.allclose(before, after.logits, atol=1e-5)
@@ -62,7 +70,7 @@ def test_logits_agree_before_and_after_experts_go_on(temperature: float, capacit
 def test_a_value_is_written_into_every_layer_in_place() -> None:
     gpt = model()
     buffers = [layer.temperature for layer in gpt.moe_layers]
-    gpt.values()["router.temperature"](0.75)
+    put(gpt, "router.temperature", 0.75)
     gpt.enable_moe(True)
     assert [buffer.item() for buffer in buffers] == [0.75] * 3
     assert all(layer.temperature is buffer for layer, buffer in zip(gpt.moe_layers, buffers, strict=True))
@@ -81,7 +89,7 @@ def test_auxiliary_losses_are_the_layers_mean_and_the_alignment() -> None:
     gpt = model(moe={"balance_loss_weight": 1.0, "z_loss_weight": 0.0})
     gpt.enable_moe(True)
     gpt.align.enable(True)
-    gpt.values()["align.weight"](2.0)
+    put(gpt, "align.weight", 2.0)
     output = gpt(torch.randint(0, 50, (2, 20)))
     expected = output.metrics["moe/balance_loss"] + 2.0 * output.metrics["align/loss"]
     assert torch.allclose(output.auxiliary_loss, expected)

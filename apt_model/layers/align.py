@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from apt_model.schedule.targets import NOT_NEGATIVE, Domain
 
 
 class AlignReport(NamedTuple):
@@ -31,6 +33,7 @@ class BiStateAlignment(nn.Module):
     Off, there are no parameters. ``weight``, 0-dim, is the loss's weight.
     """
 
+    scheduled: ClassVar[dict[str, Domain]] = {"weight": NOT_NEGATIVE}
     weight: Tensor
 
     def __init__(

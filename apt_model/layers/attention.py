@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from apt_model.layers.scheduled import dropout
+from apt_model.schedule.targets import BELOW_ONE, Domain
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -59,10 +63,18 @@ class SelfAttention(nn.Module):
 
     Args:
         attention: a name of :data:`ATTENTION`.
+        dropout: share of the output's channels that training drops.
     """
 
-    def __init__(self, *, d_model: int, num_heads: int, seq_len: int, attention: str = "sdpa") -> None:
+    scheduled: ClassVar[dict[str, Domain]] = {"dropout": BELOW_ONE}
+    dropout: Tensor
+
+    def __init__(
+        self, *, d_model: int, num_heads: int, seq_len: int, attention: str = "sdpa", dropout: float = 0.0
+    ) -> None:
         super().__init__()
+        self.register_buffer("dropout", torch.tensor(float(dropout)), persistent=False)
+        self.expected = {"dropout"} if dropout else set[str]()
         self.num_heads = num_heads
         self.attend = ATTENTION[attention]
         self.rotate = RotaryEmbedding(d_model // num_heads, seq_len)
@@ -76,4 +88,6 @@ class SelfAttention(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         mixed = self.attend(self.rotate(query), self.rotate(key), value)
         output: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, d_model))
+        if self.training and "dropout" in self.expected:
+            return dropout(output, self.dropout)
         return output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,10 +98,61 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         (rows, out); rows past the last end are undefined.
     """
     row_bytes = (x.shape[-1] * x.element_size(), weight.shape[1] * x.element_size())
-    if x.dtype in (torch.float32, torch.bfloat16, torch.float16) and all(size % 16 == 0 for size in row_bytes):
+    native = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and all(size % 16 == 0 for size in row_bytes)
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype == torch.float32:
+        native = False  # inductor has no lowering for it (torch 2.13)
+    if native:
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
-    # float64 and odd sizes; unbind: indexing would allocate a full zero gradient for every expert
+    output: Tensor = _grouped_loop(x, weight, ends)
+    return output
+
+
+@torch.library.custom_op("apt_model::grouped_loop", mutates_args=())
+def _grouped_loop(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Do what ``F.grouped_mm`` does, for float64, odd sizes and float32 under torch.compile; opaque to compilers."""
     edges = [0, *ends.tolist()]
-    groups = [F.linear(x[edges[g] : edges[g + 1]], w) for g, w in enumerate(weight.unbind(0))]
-    tail = x.new_zeros(x.shape[0] - edges[-1], weight.shape[1])
-    return torch.cat([*groups, tail])
+    output = x.new_zeros(x.shape[0], weight.shape[1])
+    for group in range(weight.shape[0]):
+        rows = slice(edges[group], edges[group + 1])
+        torch.mm(x[rows], weight[group].t(), out=output[rows])
+    return output
+
+
+@torch.library.custom_op("apt_model::grouped_outer", mutates_args=())
+def _grouped_outer(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """Return (groups, out, in): for each group, its rows of ``grad`` transposed times its rows of ``x``."""
+    edges = [0, *ends.tolist()]
+    output = x.new_zeros(ends.shape[0], grad.shape[1], x.shape[1])
+    for group in range(ends.shape[0]):
+        rows = slice(edges[group], edges[group + 1])
+        torch.mm(grad[rows].t(), x[rows], out=output[group])
+    return output
+
+
+@_grouped_loop.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@_grouped_outer.register_fake
+def _(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_loop_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    x, weight, ends = ctx.saved_tensors
+    grad = grad.contiguous()
+    return _grouped_loop(grad, weight.transpose(1, 2).contiguous(), ends), _grouped_outer(grad, x, ends), None
+
+
+def _grouped_outer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    rows, x, ends = ctx.saved_tensors
+    return _grouped_loop(x, grad.contiguous(), ends), _grouped_loop(rows, grad.transpose(1, 2).contiguous(), ends), None
+
+
+_grouped_loop.register_autograd(_grouped_loop_backward, setup_context=_save)
+_grouped_outer.register_autograd(_grouped_outer_backward, setup_context=_save)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from apt_model.layers.router import (
     plan_dispatch,
     z_loss,
 )
+from apt_model.layers.scheduled import dropout
+from apt_model.schedule.targets import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Domain
 
 
 class Lineage(NamedTuple):
@@ -52,12 +54,23 @@ class MoE(nn.Module):
         balance_loss_weight, z_loss_weight: weights of the auxiliary losses.
         bias_update_rate: step of the ``sigmoid`` router's balancing bias, once a forward pass in training.
         shared_expert: the dense layer stays and serves every token, half of the output; experts give the other half.
+        dropout: share of the output's channels that training drops.
 
     Sources: sparse upcycling arXiv:2212.05055, Switch arXiv:2101.03961, shared experts arXiv:2401.06066.
     """
 
+    scheduled: ClassVar[dict[str, Domain]] = {
+        "temperature": POSITIVE,
+        "capacity_factor": POSITIVE,
+        "balance_loss_weight": NOT_NEGATIVE,
+        "z_loss_weight": NOT_NEGATIVE,
+        "dropout": BELOW_ONE,
+    }
     temperature: Tensor
     capacity_factor: Tensor
+    balance_loss_weight: Tensor
+    z_loss_weight: Tensor
+    dropout: Tensor
 
     def __init__(
         self,
@@ -72,22 +85,28 @@ class MoE(nn.Module):
         z_loss_weight: float = 0.001,
         bias_update_rate: float = 0.001,
         shared_expert: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.top_k = top_k
         self.dropless = capacity_factor is None
         self.scoring: Scoring = router
-        self.balance_loss_weight = balance_loss_weight
-        self.z_loss_weight = z_loss_weight
         self.bias_update_rate = bias_update_rate
         self.shared_expert = shared_expert
         self.dense: FeedForward | None = dense
         self.router: Router | None = None
         self.experts: Experts | None = None
         self.lineage: list[Lineage] = []
-        self.register_buffer("temperature", torch.tensor(float(temperature)), persistent=False)
-        self.register_buffer("capacity_factor", torch.tensor(float(capacity_factor or 1.0)), persistent=False)
+        self.expected = {"dropout"} if dropout else set[str]()
+        for name, value in (
+            ("temperature", temperature),
+            ("capacity_factor", capacity_factor or 1.0),
+            ("balance_loss_weight", balance_loss_weight),
+            ("z_loss_weight", z_loss_weight),
+            ("dropout", dropout),
+        ):
+            self.register_buffer(name, torch.tensor(float(value)), persistent=False)
 
     @property
     def enabled(self) -> bool:
@@ -141,6 +160,12 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, MoEReport | None]:
         """Map ``x`` (batch, seq, d_model) to the same shape; a report when experts are on."""
+        output, report = self._forward(x)
+        if self.training and "dropout" in self.expected:
+            output = dropout(output, self.dropout)
+        return output, report
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, MoEReport | None]:
         if self.experts is None or self.router is None:
             assert self.dense is not None
             return self.dense(x), None

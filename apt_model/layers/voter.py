@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from apt_model.schedule.targets import NOT_NEGATIVE, Domain
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -24,6 +27,7 @@ class EntropyVoter(nn.Module):
     votes by sampling arXiv:2203.11171.
     """
 
+    scheduled: ClassVar[dict[str, Domain]] = {"threshold": NOT_NEGATIVE}
     threshold: Tensor
 
     def __init__(self, *, threshold: float = 2.2, num_votes: int = 3, dropout: float = 0.1) -> None:
@@ -31,6 +35,7 @@ class EntropyVoter(nn.Module):
         self.num_votes = num_votes
         self.dropout = dropout
         self.enabled = False
+        self.watched = False  # whether the entropy is asked for also while the voter is off
         self.register_buffer("threshold", torch.tensor(float(threshold)), persistent=False)
 
     def enable(self, on: bool) -> None:
@@ -46,13 +51,21 @@ class EntropyVoter(nn.Module):
             hidden: (batch, seq, d_model), what ``head`` turns into logits.
             logits: (batch, seq, vocab_size) = head(hidden).
         """
-        if not self.enabled:
+        if not (self.enabled or self.watched):
             return logits, {}
         with torch.no_grad():
             uncertainty = entropy(logits)
             uncertain = uncertainty > self.threshold
-            metrics = {"voter/entropy": uncertainty.mean(), "voter/voted_fraction": uncertain.float().mean()}
-        chosen = hidden[uncertain]  # (votes cast on, d_model)
-        votes = [head(F.dropout(chosen, self.dropout)).float().log_softmax(dim=-1) for _ in range(self.num_votes)]
-        combined = torch.stack(votes).logsumexp(dim=0) - math.log(self.num_votes)
-        return logits.float().masked_scatter(uncertain.unsqueeze(-1), combined), metrics
+            metrics = {"voter/entropy": uncertainty.mean()}
+        if not self.enabled:
+            return logits, metrics
+        metrics["voter/voted_fraction"] = uncertain.float().mean()
+        if torch.compiler.is_compiling():  # shapes that depend on the data would break the graph: all positions vote
+            return torch.where(uncertain.unsqueeze(-1), self._votes(hidden, head), logits.float()), metrics
+        votes = self._votes(hidden[uncertain], head)
+        return logits.float().masked_scatter(uncertain.unsqueeze(-1), votes), metrics
+
+    def _votes(self, hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the log of the votes' mean probability, (..., vocab_size) for hidden states (..., d_model)."""
+        votes = [head(F.dropout(hidden, self.dropout)).float().log_softmax(dim=-1) for _ in range(self.num_votes)]
+        return torch.stack(votes).logsumexp(dim=0) - math.log(self.num_votes)

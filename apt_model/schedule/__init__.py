@@ -9,21 +9,22 @@ schedule.apply(clock)  # before each update
 """
 
 from apt_model.schedule.clock import Clock, Horizon
-from apt_model.schedule.curves import SHAPES
+from apt_model.schedule.program import Program
 from apt_model.schedule.runner import Change, ScheduleRunner
 from apt_model.schedule.spec import Anneal, Curriculum
-from apt_model.schedule.targets import BINDINGS, MODULES, Domain, Target
+from apt_model.schedule.targets import BINDINGS, MODULES, Domain
+from apt_model.schedule.times import Time
 
 __all__ = [
     "BINDINGS",
     "MODULES",
-    "SHAPES",
     "Anneal",
     "Change",
     "Clock",
     "Curriculum",
     "Domain",
     "Horizon",
+    "Program",
     "ScheduleRunner",
-    "Target",
+    "Time",
 ]

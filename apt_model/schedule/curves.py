@@ -1,34 +1,95 @@
-"""Shapes of a curve: progress in [0, 1] to the fraction of the way from ``start`` to ``end``."""
+"""Curves: a value over an index, made of pieces that each go from one value to another in some shape."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+Shape = Callable[[float, float, float], float]
+"""Maps progress in (0, 1), start and end to the value in between; the ends themselves are exact without it."""
 
 
-def linear(progress: float) -> float:
+def linear(t: float, start: float, end: float) -> float:
     """Equal parts of the way in equal times."""
-    return progress
+    return start * (1.0 - t) + end * t
 
 
-def cosine(progress: float) -> float:
+def cosine(t: float, start: float, end: float) -> float:
     """Half a cosine wave: slow at both ends. Source: SGDR, arXiv:1608.03983, one cycle without restarts."""
-    return (1.0 - math.cos(math.pi * progress)) / 2.0
+    return linear((1.0 - math.cos(math.pi * t)) / 2.0, start, end)
 
 
-SHAPES: dict[str, Callable[[float], float]] = {"linear": linear, "cosine": cosine}
+def exponential(t: float, start: float, end: float) -> float:
+    """Equal factors in equal times: start x (end / start)^t; both ends are of one sign, not 0."""
+    return start * math.pow(end / start, t)
 
 
-def anneal(index: int, *, length: int, warmup: int, start: float, end: float, shape: str) -> float:
-    """Return the value in force at ``index`` of a run of ``length`` indices.
+def sqrt(t: float, start: float, end: float) -> float:
+    """The way gone grows with the root of time: fast first. Source: the 1-sqrt cooldown of arXiv:2405.18392."""
+    return linear(math.sqrt(t), start, end)
 
-    Over the first ``warmup`` indices the value ramps from 0 towards ``start``; index ``warmup`` has ``start``, index
-    ``length - 1`` has ``end``, both exactly. A range of one point has ``end``; past the run the value stays ``end``.
-    """
-    if index < warmup:
-        return start * index / warmup
-    span = length - 1 - warmup
-    if index - warmup >= span:
-        return end
-    fraction = SHAPES[shape]((index - warmup) / span)
-    return start * (1.0 - fraction) + end * fraction
+
+def inverse_sqrt(t: float, start: float, end: float) -> float:
+    """Start / sqrt(1 + c t), with c such that the end is met; both ends are of one sign, not 0 (arXiv:1706.03762)."""
+    ratio = (start / end) ** 2
+    return start / math.sqrt(1.0 + (ratio - 1.0) * t)
+
+
+def polynomial(power: float) -> Shape:
+    """The way left shrinks as (1 - t)^power: power 1 is linear, above 1 fast first."""
+    return lambda t, start, end: linear(1.0 - (1.0 - t) ** power, start, end)
+
+
+def stairs(steps: int) -> Shape:
+    """``steps`` equal steps: the first is taken after 1/(steps + 1) of the time, the last before its last part."""
+    return lambda t, start, end: linear(math.floor(t * (steps + 1)) / steps, start, end)
+
+
+SHAPES: dict[str, Shape] = {
+    "linear": linear,
+    "cosine": cosine,
+    "exponential": exponential,
+    "sqrt": sqrt,
+    "inverse_sqrt": inverse_sqrt,
+}
+"""Shapes without parameters of their own. Curricula also know polynomial, step and one_cycle."""
+
+SAME_SIGN = ("exponential", "inverse_sqrt")
+"""Shapes whose start and end must be of one sign and not 0."""
+
+
+class Piece(NamedTuple):
+    """From ``start`` at index ``begin`` to ``end`` at index ``finish``, in ``shape``."""
+
+    begin: float
+    finish: float
+    start: float
+    end: float
+    shape: Shape
+
+
+class Curve:
+    """Pieces in their order: each holds its end until the next begins; before the first its start is in force."""
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self.pieces = tuple(pieces)
+        self._begins = [piece.begin for piece in pieces]
+
+    def __call__(self, index: float) -> float:
+        """Return the value in force at ``index``; ends of pieces are met exactly."""
+        at = bisect_right(self._begins, index) - 1
+        if at < 0:
+            return self.pieces[0].start
+        begin, finish, start, end, shape = self.pieces[at]
+        if index >= finish:
+            return end
+        if index == begin:
+            return start
+        return shape((index - begin) / (finish - begin), start, end)
+
+    @property
+    def ends(self) -> list[float]:
+        """The values at the ends of all pieces: no value lies outside their range."""
+        return [value for piece in self.pieces for value in (piece.start, piece.end)]

@@ -2,120 +2,165 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from apt_model.errors import ConfigError, nearest
 from apt_model.schedule.clock import Clock, Horizon
+from apt_model.schedule.program import LatchState, Program, Subject
 from apt_model.schedule.spec import Curriculum
-from apt_model.schedule.targets import BINDINGS, MODULES
+from apt_model.schedule.targets import Domain, matching
 
 
 @dataclass(frozen=True)
 class Change:
-    """Something that ``ScheduleRunner.apply`` has just changed: a module's switch or an anneal's value."""
+    """Something that has just changed: what is on or off (``moe_enabled``), or an anneal's value."""
 
     name: str
     value: bool | float
 
 
 class ScheduleRunner:
-    """Delivers switches and values at the right update; all of them are pure functions of the clock.
+    """Delivers switches and values at the right update.
+
+    All are pure functions of the clock, but for latches, which also remember what they saw.
 
     Args:
         horizon: the planned length of the run.
+        broadcast: maps a metric that a latch watches to the one that decides: in distributed training that of rank 0, so
+            that all ranks switch together.
         curriculum: the keys of :class:`apt_model.schedule.Curriculum`.
 
     Raises:
         ConfigError: the curriculum is wrong or cannot happen within ``horizon``.
     """
 
-    def __init__(self, *, horizon: Horizon, **curriculum: Any) -> None:
+    def __init__(
+        self, *, horizon: Horizon, broadcast: Callable[[float], float] = lambda value: value, **curriculum: Any
+    ) -> None:
         self.curriculum = Curriculum.read(curriculum)
-        self.curriculum.check(horizon)
         self.planned = horizon
-        self._curve_horizon = horizon  # differs after a resume with on_horizon_change=keep_absolute
-        self._values: dict[str, Callable[[float], None]] = {}
-        self._switches: dict[str, Callable[[bool], None]] = {}
+        self.program = Program(self.curriculum, horizon)
+        self.broadcast = broadcast
+        self._setters: dict[str, Callable[[Any], None]] = {}
         self._in_force: dict[str, bool | float] = {}
+        self._latches: dict[Subject, LatchState] = {}
         self._applied: Clock | None = None
+        self.targets: list[str] = []  # what anneals write, known once bound
 
     def bind(
-        self, *, values: Mapping[str, Callable[[float], None]], switches: Mapping[str, Callable[[bool], None]]
+        self,
+        *,
+        values: Mapping[str, Callable[[float], None]],
+        switches: Mapping[str, Callable[[bool], None]],
+        freeze: Callable[[str, bool], None] | None = None,
+        domains: Mapping[str, Domain] | None = None,
+        parameters: Iterable[str] = (),
     ) -> None:
-        """Connect every anneal and switch to the setters of a model.
+        """Connect the curriculum to the setters of a model.
 
         Args:
-            values: target names, such as ``router.temperature``, to functions that set them.
+            values: target names, such as ``blocks.0.ffn.temperature``, to functions that set them. An anneal's target may
+                be a pattern that means several.
             switches: module names to functions that enable or disable them.
+            freeze: called with a pattern of parameters and whether they are frozen.
+            domains: of the targets, where they are known.
+            parameters: names that can be frozen.
 
         Raises:
             ConfigError: the curriculum names something that the model does not have.
         """
-        problems = [
-            f"schedule.{name}: the model has no value {BINDINGS[name].name!r}. {nearest(BINDINGS[name].name, values)}"
-            for name in self.curriculum.anneals
-            if BINDINGS[name].name not in values
-        ]
-        problems += [
-            f"schedule.enable_{module}_at_{time[1]}: the model has no module {module!r}. {nearest(module, switches)}"
-            for module in MODULES
-            if (time := self.curriculum.switched_on_at(module)) and module not in switches
-        ]
+        domains = {name: (domains or {}).get(name, Domain()) for name in values}
+        self.program.check_targets(domains, parameters)
+        setters: dict[str, Callable[[Any], None]] = {}
+        problems = []
+        for subject, events in self.program.switches.items():
+            used = bool(events) or subject in self.program.latches
+            key = events[0].key if events else "schedule.events"
+            if subject.state == "frozen":
+                if freeze is None:
+                    problems.append(f"{key}: this model has no parameters that can be frozen.")
+                    continue
+                setters[subject.label] = _freezer(freeze, subject.name)
+            elif subject.name in switches:
+                setters[subject.label] = switches[subject.name]
+            elif used:
+                problems.append(f"{key}: the model has no module {subject.name!r}. {nearest(subject.name, switches)}")
         if problems:
             raise ConfigError(*problems)
-        self._values = {name: values[BINDINGS[name].name] for name in self.curriculum.anneals}
-        self._switches = {module: switches[module] for module in MODULES if module in switches}
+        for name in self.curriculum.all_anneals:
+            meant = matching(self.curriculum.target_of(name), values)
+            setters[name] = values[meant[0]] if len(meant) == 1 else _all_of([values[target] for target in meant])
+            self.targets += meant
+        self._setters = setters
 
     def at(self, clock: Clock) -> dict[str, bool | float]:
-        """Return what is in force at ``clock``: modules to on or off, anneals to values. Touches nothing."""
-        state: dict[str, bool | float] = {module: self.curriculum.enabled(module, clock) for module in MODULES}
-        for name, spec in self.curriculum.anneals.items():
-            state[name] = spec.value(clock, self._curve_horizon)
-        return state
+        """Return what is in force at ``clock``, given what latches remember. Touches nothing."""
+        return self.program.at(clock, self._latches)
 
     def apply(self, clock: Clock) -> list[Change]:
         """Bring the model to what is in force at ``clock``; write only what changed, switches before values.
 
-        The first call after construction or :meth:`load_state_dict` writes everything.
+        The first call after construction writes everything.
         """
-        changes = []
-        for name, value in self.at(clock).items():
-            if name in self._in_force and self._in_force[name] == value:
-                continue
-            if name in self._switches:
-                self._switches[name](bool(value))
-            elif name in self._values:
-                self._values[name](value)
-            self._in_force[name] = value
-            changes.append(Change(name, value))
+        if self.program.latches:
+            self._latches = self.program.advance(self._latches, clock)
         self._applied = clock
+        return self._write(clock)
+
+    def reconcile(self) -> list[Change]:
+        """After :meth:`load_state_dict`: bring the model to what the last update had, whatever the checkpoint held."""
+        return self._write(self._applied) if self._applied is not None else []
+
+    def _write(self, clock: Clock) -> list[Change]:
+        changes = []
+        in_force = self._in_force
+        for name, value in self.program.at(clock, self._latches).items():
+            if name in in_force and in_force[name] == value:
+                continue
+            if name in self._setters:
+                self._setters[name](value)
+            in_force[name] = value
+            changes.append(Change(name, value))
+        if any(change.name.endswith("_enabled") for change in changes):  # parameters that appeared are frozen, too
+            for subject in self.program.switches:
+                if subject.state == "frozen" and in_force[subject.label]:
+                    self._setters[subject.label](True)
         return changes
+
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        """Show latches the metrics of the update just made; they decide before the next one."""
+        if self.program.latches:
+            seen = {name: self.broadcast(metrics[name]) for name in sorted(self.program.watched) if name in metrics}
+            self._latches = self.program.observe(self._latches, seen)
 
     def metrics(self) -> dict[str, float]:
         """Return what is in force as metrics: ``schedule/route_temp``, ``schedule/moe_enabled`` (0 or 1) and so on."""
-        return {
-            f"schedule/{name}_enabled" if name in MODULES else f"schedule/{name}": float(value)
-            for name, value in self._in_force.items()
-        }
+        return {f"schedule/{name}": float(value) for name, value in self._in_force.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs; curve values are no part of it, they are computed anew."""
         return {
-            "horizon": asdict(self._curve_horizon),
+            "horizon": asdict(self.program.horizon),
             "applied": asdict(self._applied) if self._applied else None,
-            "enabled": {module: bool(self._in_force.get(module)) for module in MODULES},
+            "on": {name: value for name, value in self._in_force.items() if isinstance(value, bool)},
+            "latches": {subject.label: state.as_dict() for subject, state in self._latches.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a saved state; the next :meth:`apply` reconciles the model to the clock, whatever the state held.
+        """Take up a saved state; then :meth:`reconcile` brings the model to it.
 
         Raises:
             ConfigError: the horizon has changed and ``on_horizon_change`` is ``error``.
         """
         saved = Horizon(**state["horizon"])
         self._in_force = {}
+        self._applied = Clock(**state["applied"]) if state["applied"] else None
+        labels = {subject.label: subject for subject in self.program.latches}
+        self._latches = {
+            labels[label]: LatchState.from_dict(values) for label, values in state["latches"].items() if label in labels
+        }
         if saved == self.planned:
             return
         policy = self.curriculum.on_horizon_change
@@ -126,4 +171,16 @@ class ScheduleRunner:
                 "schedule.on_horizon_change=keep_absolute keeps them as they were and holds their ends."
             )
         if policy == "keep_absolute":
-            self._curve_horizon = saved
+            self.program = Program(self.curriculum, saved)
+
+
+def _freezer(freeze: Callable[[str, bool], None], pattern: str) -> Callable[[bool], None]:
+    return lambda frozen: freeze(pattern, frozen)
+
+
+def _all_of(setters: list[Callable[[float], None]]) -> Callable[[float], None]:
+    def set_all(value: float) -> None:
+        for setter in setters:
+            setter(value)
+
+    return set_all

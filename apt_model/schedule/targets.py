@@ -3,38 +3,78 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 
 @dataclass(frozen=True)
 class Domain:
-    """The values that make sense for a target: ``low`` to infinity, with or without ``low`` itself."""
+    """The values that make sense for a target: from ``low`` to ``high``, with or without the ends themselves."""
 
-    low: float
-    includes_low: bool
+    low: float = -math.inf
+    high: float = math.inf
+    includes_low: bool = True
+    includes_high: bool = True
 
     def __contains__(self, value: float) -> bool:
-        return math.isfinite(value) and (value > self.low or (self.includes_low and value == self.low))
+        if not math.isfinite(value):
+            return False
+        above = value >= self.low if self.includes_low else value > self.low
+        return above and (value <= self.high if self.includes_high else value < self.high)
 
     def __str__(self) -> str:
-        return f"{'at least' if self.includes_low else 'greater than'} {self.low:g} and finite"
+        parts = []
+        if self.low > -math.inf:
+            parts.append(f"{'at least' if self.includes_low else 'greater than'} {self.low:g}")
+        if self.high < math.inf:
+            parts.append(f"{'at most' if self.includes_high else 'less than'} {self.high:g}")
+        return " and ".join([*parts, "finite"])
 
 
-@dataclass(frozen=True)
-class Target:
-    """A value of the model that an anneal writes: its dotted name, its domain and the module that reads it."""
-
-    name: str
-    domain: Domain
-    module: str
-
+POSITIVE: Final = Domain(0.0, includes_low=False)
+NOT_NEGATIVE: Final = Domain(0.0)
+BELOW_ONE: Final = Domain(0.0, 1.0, includes_high=False)
 
 MODULES: Final = ("moe", "align", "voter")
+"""Modules that every model of this project can switch."""
 
-BINDINGS: Final[dict[str, Target]] = {
-    "route_temp": Target("router.temperature", Domain(0.0, includes_low=False), "moe"),
-    "moe_capacity": Target("moe.capacity_factor", Domain(0.0, includes_low=False), "moe"),
-    "align_weight": Target("align.weight", Domain(0.0, includes_low=True), "align"),
-    "vote_threshold": Target("voter.threshold", Domain(0.0, includes_low=True), "voter"),
+BINDINGS: Final[dict[str, tuple[str, str]]] = {
+    "route_temp": ("router.temperature", "moe"),
+    "moe_capacity": ("moe.capacity_factor", "moe"),
+    "align_weight": ("align.weight", "align"),
+    "vote_threshold": ("voter.threshold", "voter"),
 }
+"""Names of a curriculum that stand for a target, and the module that reads it."""
+
+DOMAINS: Final[dict[str, Domain]] = {
+    "router.temperature": POSITIVE,
+    "moe.capacity_factor": POSITIVE,
+    "align.weight": NOT_NEGATIVE,
+    "voter.threshold": NOT_NEGATIVE,
+}
+"""The domains of the targets that :data:`BINDINGS` names; a model declares those of all others."""
+
+
+ALIASES: Final[dict[str, str]] = {
+    "router.temperature": "blocks.*.ffn.temperature",
+    "moe.capacity_factor": "blocks.*.ffn.capacity_factor",
+    "moe.balance_loss_weight": "blocks.*.ffn.balance_loss_weight",
+    "moe.z_loss_weight": "blocks.*.ffn.z_loss_weight",
+}
+"""Short names for what every layer has; a model that has a target of that very name is meant by it first."""
+
+
+def matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """Return the names that ``pattern`` means, in their order: a dotted path in which ``*`` stands within one part."""
+    names = list(names)
+    expression = re.compile(r"\.".join(re.escape(part).replace(r"\*", "[^.]*") for part in pattern.split(".")))
+    meant = [name for name in names if expression.fullmatch(name)]
+    return meant or (matching(ALIASES[pattern], names) if pattern in ALIASES else [])
+
+
+def domain_of(pattern: str, targets: Mapping[str, Domain]) -> Domain | None:
+    """Return the domain of what ``pattern`` means; None: nothing has that name."""
+    names = matching(pattern, targets)
+    return targets[names[0]] if names else None

@@ -19,13 +19,19 @@ from apt_model.data import Corpus, Sampler
 from apt_model.data.batches import Batches
 from apt_model.errors import ConfigError, HorizonError, Interrupted, NonFiniteError
 from apt_model.gpt import GPT
+from apt_model.layers import scheduled
 from apt_model.schedule import Anneal, Clock, ScheduleRunner
+from apt_model.schedule.clock import Unit
+from apt_model.schedule.targets import NOT_NEGATIVE
 from apt_model.training import checkpoint
 from apt_model.training.callbacks import Callback, Callbacks
 from apt_model.training.checkpoint import Checkpoints
 from apt_model.training.optimizer import follow_model, load_named_state, named_state, parameter_groups
 
 logger = logging.getLogger(__name__)
+
+OPTIMIZER_DOMAINS = {"optimizer.lr": NOT_NEGATIVE, "optimizer.weight_decay": NOT_NEGATIVE}
+"""Targets of the optimizer: the learning rate, and the decay of matrices."""
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Batch = tuple[Tensor, Tensor]
@@ -53,7 +59,8 @@ class Trainer:
         precision: ``auto`` is bf16 or, where the device has none, fp16 on CUDA, and fp32 on the CPU.
         device: ``auto`` is CUDA where there is a device.
         grad_clip: largest norm of the gradient; None: no limit.
-        lr_schedule: an anneal of the factor on the optimizer's learning rate, by epoch or step.
+        lr_schedule: an anneal of the factor on the optimizer's learning rate; None: the rate is that of the optimizer, or
+            of a curriculum that writes ``optimizer.lr``.
         resume: the folder of a checkpoint to go on from.
         log_every: updates between rows.
         validation_batches: batches of the validation split, the same each time; None: all.
@@ -76,7 +83,7 @@ class Trainer:
         corpus: Corpus,
         max_epochs: int,
         batch_size: int,
-        lr_schedule: Mapping[str, Any],
+        lr_schedule: Mapping[str, Any] | None,
         weight_decay: float = 0.0,
         seed: int = 0,
         max_batches_per_epoch: int | None = None,
@@ -99,9 +106,10 @@ class Trainer:
         self.model = model.to(self.device)
         self.optimizer = optimizer(parameter_groups(model, weight_decay))
         self.base_lr: float = self.optimizer.param_groups[0]["lr"]
-        self.lr_schedule = Anneal(**lr_schedule)
+        self.lr_curve = Anneal.model_validate(lr_schedule).curve(schedule.planned) if lr_schedule else None
+        self.lr_by: Unit = Anneal.model_validate(lr_schedule).by if lr_schedule else "step"
         self.schedule = schedule
-        self.schedule.bind(values=model.values(), switches=model.switches())
+        self._connect()
         self.seed = seed
         self.train_batches = self._batches(corpus, "train", batch_size, max_batches_per_epoch)
         self.val_batches = self._batches(corpus, "val", batch_size, validation_batches)
@@ -135,6 +143,29 @@ class Trainer:
             name=split,
         )
         return Batches(tokens, sampler)
+
+    def _connect(self) -> None:
+        """Bind the curriculum to the model and the optimizer."""
+
+        def set_lr(value: float) -> None:
+            self.base_lr = value
+
+        def set_weight_decay(value: float) -> None:
+            self.optimizer.param_groups[0]["weight_decay"] = value  # of matrices
+
+        model = self.model
+        self.schedule.bind(
+            values={
+                **scheduled.setters(model),
+                "optimizer.lr": set_lr,
+                "optimizer.weight_decay": set_weight_decay,
+            },
+            switches=model.switches(),
+            freeze=model.freeze,
+            domains={**scheduled.targets(model), **OPTIMIZER_DOMAINS},
+        )
+        scheduled.expect(model, (name for name in self.schedule.targets if name not in OPTIMIZER_DOMAINS))
+        model.voter.watched = "voter/entropy" in self.schedule.program.watched
 
     def fit(self) -> None:
         """Train to the end of the last epoch.
@@ -185,6 +216,7 @@ class Trainer:
             self.updates_skipped += 1
             return
         self.updates_done += 1
+        self.schedule.observe(metrics)
 
         samples = sum(len(tokens) for tokens, _ in batches)
         num_tokens = sum(tokens.numel() for tokens, _ in batches)
@@ -202,7 +234,7 @@ class Trainer:
         Raises:
             NonFiniteError: the loss or the gradient is not finite; the weights are those before the update.
         """
-        lr = self.base_lr * self.lr_schedule.value(self.clock, self.schedule.planned)
+        lr = self.base_lr * (self.lr_curve(getattr(self.clock, self.lr_by)) if self.lr_curve else 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         losses = []
@@ -255,6 +287,7 @@ class Trainer:
                     losses.append(self.model(tokens, targets).language_loss)
         self.model.train()
         loss = torch.stack(losses).mean().item()
+        self.schedule.observe({"val/loss": loss})
         self._log({"val/loss": loss} | self.schedule.metrics(), step=self.clock.step - 1, tokens=self.clock.token)
         return loss
 
@@ -329,17 +362,16 @@ class Trainer:
         """
         state = checkpoint.load(path)
         self.schedule.load_state_dict(state["schedule"])
-        for module, enabled in state["schedule"]["enabled"].items():
-            self.model.switches()[module](enabled)
+        for module, switch in self.model.switches().items():
+            switch(state["schedule"]["on"].get(f"{module}_enabled", False))
         self.model.take_lineage()
         try:
             self.model.load_state_dict(state["model"])
         except RuntimeError as error:
             raise ConfigError(f"trainer.resume: {path} was made for another model. {error}") from None
         load_named_state(self.optimizer, self.model, state["optimizer"])
-        if state["schedule"]["applied"] is not None:  # as the last update had it, so that what changes next is told
-            self.schedule.apply(Clock(**state["schedule"]["applied"]))
-            follow_model(self.optimizer, self.model, self.model.take_lineage())
+        self.schedule.reconcile()
+        follow_model(self.optimizer, self.model, self.model.take_lineage())
         self.scaler.load_state_dict(state["scaler"])
         self.clock = Clock(**state["clock"])
         for name, value in state["progress"].items():

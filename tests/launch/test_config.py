@@ -65,18 +65,18 @@ def test_the_tiny_profile_has_its_literal_numbers_and_no_curriculum(composed: Co
     model = config.model
     assert (model.d_model, model.num_heads, model.num_layers, model.d_ff) == (64, 4, 2, 256)
     assert (model.vocab_size, model.seq_len, config.trainer.batch_size, config.trainer.max_epochs) == (256, 128, 2, 3)
-    assert config.schedule.anneals == {}
-    assert not any(config.schedule.switched_on_at(module) for module in ("moe", "align", "voter"))
+    assert config.schedule.all_anneals == {}
+    assert config.schedule.all_events() == {}
 
 
 def test_the_gpt5_moe_curriculum_is_the_one_of_the_profile(composed: Composed) -> None:
-    schedule = composed("schedule=gpt5_moe").schedule
-    assert {module: schedule.switched_on_at(module) for module in ("moe", "align", "voter")} == {
-        "moe": (2, "epoch"),
-        "align": (3, "epoch"),
-        "voter": (5, "epoch"),
+    config = composed("schedule=gpt5_moe")
+    assert {module: (config.program.first_step(module) or 0) // 32 for module in ("moe", "align", "voter")} == {
+        "moe": 2,
+        "align": 3,
+        "voter": 5,
     }
-    ends = {name: (spec.start, spec.end, spec.by, spec.warmup) for name, spec in schedule.anneals.items()}
+    ends = {name: (spec.start, spec.end, spec.by, spec.warmup) for name, spec in config.schedule.all_anneals.items()}
     assert ends == {
         "route_temp": (1.5, 0.8, "epoch", 0),
         "moe_capacity": (1.5, 1.1, "epoch", 0),
@@ -93,7 +93,7 @@ def test_keys_in_yaml_equal_parameters_of_the_class(target: tuple[str, type[sche
     keys = {field.alias or key for key, field in config.model_fields.items()} - {"_target_"}
     parameters = inspect.signature(get_object(name)).parameters
     if name == "apt_model.schedule.ScheduleRunner":
-        assert set(parameters) == {"horizon", "curriculum"}
+        assert set(parameters) == {"horizon", "broadcast", "curriculum"}
         return
     if name == "apt_model.training.trainer.Trainer":
         keys -= {"keep_checkpoints"}  # Checkpoints takes it

@@ -68,7 +68,7 @@ def test_an_older_profile_loads_unchanged(old: Path, composed: Callable[..., Run
     assert (trainer.batch_size, trainer.max_epochs, trainer.grad_clip, trainer.precision) == (3, 7, 0.5, "fp32")
     assert (config.optimizer.lr, config.optimizer.weight_decay, trainer.lr_schedule.warmup) == (3e-5, 0.015, 4)
     schedule = config.schedule
-    assert schedule.switched_on_at("voter") == (5, "epoch")
+    assert config.program.first_step("voter") == 5 * 25
     assert schedule.align_weight.warmup == 20
     assert schedule.route_temp.end == 0.8
     assert config.horizon.updates_per_epoch == 2400 // 32 // 3
@@ -87,7 +87,7 @@ def test_the_command_line_wins_over_the_file(old: Path, composed: Callable[..., 
     ]
     config = composed(*with_profile_file(arguments))
     assert (config.schedule.route_temp.end, config.schedule.route_temp.start, config.model.d_ff) == (0.6, 1.5, 64)
-    assert config.schedule.switched_on_at("moe") == (1, "epoch")
+    assert config.program.first_step("moe") == 25
 
 
 def test_a_group_chosen_on_the_command_line_stays_chosen(
@@ -96,7 +96,7 @@ def test_a_group_chosen_on_the_command_line_stays_chosen(
     arguments = [f"profile_file={old}", "data=text", f"data.path={text_file}", "schedule=none"]
     config = composed(*with_profile_file(arguments))
     assert config.values["data"]["path"] == str(text_file)
-    assert config.schedule.anneals == {}
+    assert config.schedule.all_anneals == {}
     told = capsys.readouterr().err
     assert "data.train_path" in told
     assert "schedules.route_temp" in told

@@ -3,9 +3,13 @@ from __future__ import annotations
 import pytest
 
 from apt_model.errors import ConfigError
-from apt_model.schedule import Anneal, Clock, Curriculum, Horizon
+from apt_model.schedule import Anneal, Clock, Curriculum, Horizon, Program
 
 HORIZON = Horizon(epochs=8, updates_per_epoch=25)
+
+
+def program(**curriculum) -> Program:
+    return Program(Curriculum.read(curriculum), HORIZON)
 
 
 def test_planned_updates_are_epochs_times_batches_over_accumulation_rounded_up() -> None:
@@ -14,41 +18,40 @@ def test_planned_updates_are_epochs_times_batches_over_accumulation_rounded_up()
 
 
 def test_by_epoch_moves_with_the_epoch_and_by_step_with_the_step() -> None:
-    by_epoch = Anneal(start=0.0, end=7.0, by="epoch")
-    by_step = Anneal(start=0.0, end=199.0, by="step")
-    clock = Clock(epoch=3, step=80)
-    assert by_epoch.value(clock, HORIZON) == 3.0
-    assert by_step.value(clock, HORIZON) == pytest.approx(80.0)
+    bound = program(
+        route_temp={"start": 1.0, "end": 8.0, "by": "epoch"}, align_weight={"start": 0.0, "end": 199.0, "by": "step"}
+    )
+    state = bound.at(Clock(epoch=3, step=80))
+    assert state["route_temp"] == 4.0
+    assert state["align_weight"] == pytest.approx(80.0)
 
 
 @pytest.mark.parametrize(("warmup", "count"), [(0, 0), (5, 5), ("10%", 20), ("0.2%", 0), ("0.25%", 1), ("99.9%", 200)])
 def test_a_warmup_is_a_count_or_a_share_of_the_run_rounded_to_the_nearest(warmup: int | str, count: int) -> None:
-    assert Anneal(start=0.0, end=1.0, by="step", warmup=warmup).warmup_length(HORIZON.length("step")) == count
+    assert Anneal(start=0.0, end=1.0, by="step").length(warmup, 200, HORIZON) == count
 
 
 def test_a_warmup_as_long_as_the_run_names_both_numbers_and_the_remedy() -> None:
-    curriculum = Curriculum.read({"align_weight": {"start": 0.0, "end": 0.3, "by": "step", "warmup": 200}})
-    with pytest.raises(
-        ConfigError, match=r"schedule\.align_weight\.warmup is 200 .*only 200 steps.*trainer\.max_epochs"
-    ):
-        curriculum.check(HORIZON)
-    Curriculum.read({"align_weight": {"start": 0.0, "end": 0.3, "by": "step", "warmup": 199}}).check(HORIZON)
+    anneal = {"start": 0.0, "end": 0.3, "by": "step"}
+    with pytest.raises(ConfigError, match=r"schedule\.align_weight\.warmup is 200 .*only 200 steps.*trainer\.max_epochs"):
+        program(align_weight=anneal | {"warmup": 200})
+    program(align_weight=anneal | {"warmup": 199})
 
 
 @pytest.mark.parametrize("key", ["enable_moe_at_epoch", "enable_align_at_step", "enable_voter_at_epoch"])
 def test_a_switch_after_the_end_is_refused_with_both_numbers(key: str) -> None:
     length = HORIZON.length("epoch" if key.endswith("epoch") else "step")
-    Curriculum.read({key: length - 1}).check(HORIZON)
+    program(**{key: length - 1})
     with pytest.raises(ConfigError, match=rf"schedule\.{key} = {length} would never happen: the run has {length} "):
-        Curriculum.read({key: length}).check(HORIZON)
+        program(**{key: length})
 
 
 def test_enabled_is_a_pure_function_of_the_clock() -> None:
-    curriculum = Curriculum.read({"enable_moe_at_epoch": 2, "enable_voter_at_step": 30})
-    assert [curriculum.enabled("moe", Clock(epoch=e)) for e in (0, 1, 2, 3)] == [False, False, True, True]
-    assert [curriculum.enabled("voter", Clock(step=s)) for s in (29, 30, 31)] == [False, True, True]
-    assert not curriculum.enabled("align", Clock(epoch=7, step=199))
-    assert curriculum.first_step("moe", HORIZON) == 50
+    bound = program(enable_moe_at_epoch=2, enable_voter_at_step=30)
+    assert [bound.at(Clock(epoch=e))["moe_enabled"] for e in (0, 1, 2, 3)] == [False, False, True, True]
+    assert [bound.at(Clock(step=s))["voter_enabled"] for s in (29, 30, 31)] == [False, True, True]
+    assert not bound.at(Clock(epoch=7, step=199))["align_enabled"]
+    assert bound.first_step("moe") == 50
 
 
 @pytest.mark.parametrize(
@@ -61,8 +64,8 @@ def test_enabled_is_a_pure_function_of_the_clock() -> None:
         ({"route_temp": {"start": float("nan"), "end": 1}}, r"schedule\.route_temp\.start: nan"),
         ({"route_temp": {"start": 1, "end": 1, "by": "epochs"}}, r"schedule\.route_temp\.by: .*Did you mean 'epoch'"),
         ({"route_temp": {"start": 1, "end": 1, "type": "cosin"}}, r"schedule\.route_temp\.type: .*'cosine'"),
-        ({"route_temp": {"start": 1, "end": 1, "warmup": 1.5}}, r"schedule\.route_temp\.warmup: 1\.5 is neither"),
-        ({"route_temp": {"start": 1, "end": 1, "warmup": "10"}}, r"schedule\.route_temp\.warmup: '10' is neither"),
+        ({"route_temp": {"start": 1, "end": 1, "warmup": 1.5}}, r"schedule\.route_temp\.warmup: 1\.5 is not a whole number"),
+        ({"route_temp": {"start": 1, "end": 1, "warmup": "10"}}, r"schedule\.route_temp\.warmup: '10' is not a whole number"),
         ({"route_temp": {"start": 1, "end": 1, "warmup": -1}}, r"schedule\.route_temp\.warmup: -1 is negative"),
         ({"enable_moe_at_epoch": -1}, r"schedule\.enable_moe_at_epoch: -1 is not valid"),
         ({"enable_moe_at_epoch": 1.5}, r"schedule\.enable_moe_at_epoch: 1\.5 is not valid"),
@@ -97,11 +100,10 @@ def test_what_is_wrong_is_named_with_its_full_key(values: dict, message: str) ->
 )
 def test_a_value_outside_its_domain_is_found_before_launch(name: str, spec: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Curriculum.read({name: spec}).check(HORIZON)
+        program(**{name: spec})
 
 
 def test_all_problems_are_told_at_once() -> None:
-    curriculum = Curriculum.read({"enable_moe_at_epoch": 8, "route_temp": {"start": 0, "end": -1}})
     with pytest.raises(ConfigError) as caught:
-        curriculum.check(HORIZON)
+        program(enable_moe_at_epoch=8, route_temp={"start": 0, "end": -1})
     assert len(caught.value.problems) == 3

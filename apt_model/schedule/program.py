@@ -1,0 +1,386 @@
+"""A curriculum bound to a horizon: what is in force at a clock, and everything that can be said before a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from apt_model.errors import ConfigError, nearest
+from apt_model.schedule.clock import Clock, Horizon
+from apt_model.schedule.curves import Curve
+from apt_model.schedule.spec import ACTIONS, Anneal, Curriculum, When
+from apt_model.schedule.targets import BINDINGS, DOMAINS, MODULES, Domain, domain_of, matching
+from apt_model.schedule.times import Time
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something that is on or off: a module (``enabled``) or the parameters that a pattern means (``frozen``)."""
+
+    name: str
+    state: str  # enabled, frozen
+
+    @property
+    def label(self) -> str:
+        """Its name among values in force and metrics: ``moe_enabled``."""
+        return f"{self.name}_{self.state}"
+
+    def event(self, on: bool) -> str:
+        """The name that times after it use: ``moe.enabled``, ``blocks.0.unfrozen``."""
+        verbs = {("enabled", True): "enabled", ("enabled", False): "disabled"}
+        return f"{self.name}.{verbs.get((self.state, on), 'frozen' if on else 'unfrozen')}"
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One timed event of a subject."""
+
+    key: str
+    at: Time
+    on: bool
+
+
+@dataclass(frozen=True)
+class LatchState:
+    """What a latch remembers."""
+
+    on: bool = False
+    smoothed: float | None = None
+    flipped: Clock | None = None  # the last time it changed
+    first_on: Clock | None = None
+    first_off: Clock | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LatchState:
+        """Undo :meth:`as_dict`."""
+        clocks = {
+            name: Clock(**values[name]) if values[name] else None for name in ("flipped", "first_on", "first_off")
+        }
+        return cls(on=values["on"], smoothed=values["smoothed"], **clocks)
+
+
+class Program:
+    """Pure functions of the clock (and of what latches remember) for one curriculum over one horizon.
+
+    Raises:
+        ConfigError: something of the curriculum cannot happen within the horizon.
+    """
+
+    def __init__(self, curriculum: Curriculum, horizon: Horizon, *, key: str = "schedule") -> None:
+        self.curriculum = curriculum
+        self.horizon = horizon
+        self.key = key
+        self.switches: dict[Subject, list[Switch]] = {Subject(module, "enabled"): [] for module in MODULES}
+        self.latches: dict[Subject, When] = {}
+        problems = self._read_events()
+        self.fired, unresolved = self._fire_planned()
+        self._check_names(unresolved, problems)
+        problems += self._misplaced_events()
+        for name, spec in curriculum.all_anneals.items():
+            domain = DOMAINS.get(curriculum.target_of(name))
+            problems += spec.problems(curriculum.key_of(name, key), horizon, domain, self.fired)
+        if problems:
+            raise ConfigError(*problems)
+        self._dynamic = bool(self.latches)
+        self._curves = {name: self._curve(spec, self.fired) for name, spec in curriculum.all_anneals.items()}
+        self._curves_for: dict[str, Clock] = self.fired
+        self._thresholds = {
+            subject: [(*self._threshold(switch.at), switch.on) for switch in self._in_order(switches)]
+            for subject, switches in self.switches.items()
+            if all(self._is_planned(switch.at) for switch in switches)
+        }
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def _read_events(self) -> list[str]:
+        """Sort events by subject; one arbiter each: times, or one latch."""
+        problems = []
+        latched: dict[Subject, str] = {}
+        for name, event in self.curriculum.all_events().items():
+            where = f"{self.key}.{name}"
+            state, on = ACTIONS[event.action]
+            subject = Subject(event.subject, state)
+            if state == "enabled" and subject.name not in MODULES:
+                problems.append(f"{where}: there is no module {subject.name!r}. {nearest(subject.name, MODULES)}")
+                continue
+            if event.when is not None:
+                if subject in latched or self.switches.get(subject):
+                    other = latched.get(subject) or self.switches[subject][0].key
+                    problems.append(self._two_writers(subject, other, where))
+                    continue
+                latched[subject] = where
+                self.latches[subject] = event.when
+                self.switches.setdefault(subject, [])
+            else:
+                assert event.at is not None
+                if subject in latched:
+                    problems.append(self._two_writers(subject, latched[subject], where))
+                    continue
+                self.switches.setdefault(subject, []).append(Switch(where, event.at, on))
+        return problems
+
+    def _two_writers(self, subject: Subject, one: str, other: str) -> str:
+        return f"{other}: {subject.name} is switched by {one} already, and a latch shares a module with nothing. Remove one."
+
+    def _fire_planned(self) -> tuple[dict[str, Clock], list[Switch]]:
+        """Find when events happen that no latch decides; also the switches that wait for something else."""
+        fired: dict[str, Clock] = {}
+        waiting = [(subject, switch) for subject, switches in self.switches.items() for switch in switches]
+        while True:
+            ready = [
+                (subject, switch)
+                for subject, switch in waiting
+                if switch.at.anchor is None or switch.at.anchor in fired
+            ]
+            if not ready:
+                return fired, [switch for _, switch in waiting]
+            waiting = [entry for entry in waiting if entry not in ready]
+            for subject, switch in ready:
+                step = switch.at.step(self.horizon, fired)
+                assert step is not None
+                name = subject.event(switch.on)
+                if name not in fired or step < fired[name].step:
+                    fired[name] = self.horizon.clock_at(step)
+
+    def _check_names(self, unresolved: list[Switch], problems: list[str]) -> None:
+        """Refuse times after an event that nothing brings about."""
+        known = {subject.event(on) for subject in self.switches for on in (True, False)}
+        known &= {*self.fired, *(subject.event(on) for subject in self.latches for on in (True, False))}
+        waiting = [(switch.key, switch.at.anchor) for switch in unresolved]
+        for name, spec in self.curriculum.all_anneals.items():
+            waiting += [(self.curriculum.key_of(name, self.key), anchor) for anchor in spec.anchors()]
+        for where, anchor in waiting:
+            if anchor is not None and anchor not in known:
+                problems.append(f"{where}: waits for {anchor}, which nothing brings about. {nearest(anchor, known)}")
+
+    def _misplaced_events(self) -> list[str]:
+        """Refuse events after the end, two at once, and latches that cannot act."""
+        problems = []
+        steps = self.horizon.steps
+        for subject, switches in self.switches.items():
+            taken: dict[int, str] = {}
+            for switch in switches:
+                step = switch.at.step(self.horizon, self.fired)
+                if step is None:
+                    continue
+                if step >= steps:
+                    problems.append(self._too_late(switch, subject, step))
+                elif step in taken:
+                    problems.append(f"{switch.key}: {subject.name} is switched at step {step} by {taken[step]}, too.")
+                taken.setdefault(step, switch.key)
+        for subject, when in self.latches.items():
+            first = when.not_before.step(self.horizon, self.fired)
+            if first is not None and first >= steps:
+                problems.append(
+                    f"{self.key}: the latch of {subject.name} may act from {when.not_before} = step {first} on, but the run "
+                    f"has {self.horizon}. Set not_before earlier."
+                )
+        return problems
+
+    def _too_late(self, switch: Switch, subject: Subject, step: int) -> str:
+        unit = "epoch" if switch.at.unit == "epoch" and switch.at.anchor is None else "step"
+        length = self.horizon.length("epoch" if unit == "epoch" else "step")
+        at = f"{switch.at.amount}" if switch.key.endswith(("_epoch", "_step")) else f"{switch.at} (step {step})"
+        return (
+            f"{switch.key} = {at} would never happen: the run has {length} {unit}s ({self.horizon}), so its last {unit} is "
+            f"{length - 1}. Set it to {length - 1} or less, to null to leave {subject.name} as it is, or make the run longer "
+            "with trainer.max_epochs."
+        )
+
+    def check_targets(self, targets: Mapping[str, Domain], parameters: Iterable[str] = ()) -> None:
+        """Check what the curriculum writes and freezes against what a model has.
+
+        Args:
+            targets: every target of the model and its domain.
+            parameters: names of modules and parameters that can be frozen; empty: not checked.
+
+        Raises:
+            ConfigError: a name means nothing, a value leaves its domain, or two anneals write one target.
+        """
+        problems: list[str] = []
+        writers: dict[str, str] = {}
+        for name, spec in self.curriculum.all_anneals.items():
+            where = self.curriculum.key_of(name, self.key)
+            pattern = self.curriculum.target_of(name)
+            meant = matching(pattern, targets)
+            if not meant:
+                problems.append(f"{where}.target: nothing is called {pattern!r}. {nearest(pattern, targets)}")
+                continue
+            domain = domain_of(pattern, targets)
+            problems += spec.problems(where, self.horizon, domain, self.fired)
+            for target in meant:
+                if target in writers:
+                    problems.append(f"{where}: {target} is written by {writers[target]} already. Remove one of them.")
+                writers.setdefault(target, where)
+        names = list(parameters)
+        for subject, switches in self.switches.items():
+            if names and subject.state == "frozen" and not matching(subject.name, names):
+                key = switches[0].key if switches else self.key
+                problems.append(f"{key}: no parameters are called {subject.name!r}. {nearest(subject.name, names)}")
+        if problems:
+            raise ConfigError(*dict.fromkeys(problems))
+
+    # --- what is in force --------------------------------------------------------------------------------------------
+
+    def _is_planned(self, at: Time) -> bool:
+        return at.anchor is None or at.anchor in self.fired
+
+    def _in_order(self, switches: list[Switch]) -> list[Switch]:
+        return sorted(switches, key=lambda switch: switch.at.step(self.horizon, self.fired) or 0)
+
+    def _threshold(self, at: Time) -> tuple[str, int]:
+        """Return a planned time as the clock's field and the count from which on it is reached."""
+        if at.anchor is None and (
+            at.unit in ("step", "sample", "token") or (at.unit == "epoch" and at.amount.denominator == 1)
+        ):
+            return at.unit, math.ceil(at.amount)
+        step = at.step(self.horizon, self.fired)
+        assert step is not None
+        return "step", step
+
+    def _curve(self, spec: Anneal, fired: Mapping[str, Clock]) -> tuple[str, Curve]:
+        return spec.by, spec.curve(self.horizon, fired)
+
+    def at(self, clock: Clock, latches: Mapping[Subject, LatchState] | None = None) -> dict[str, bool | float]:
+        """Return what is in force at ``clock``: labels of subjects to on or off, then names of anneals to values."""
+        state: dict[str, bool | float] = {}
+        fired = self.fired
+        if self._dynamic:
+            fired = self._fired_with(latches or {})
+            if fired != self._curves_for:
+                self._curves = {name: self._curve(spec, fired) for name, spec in self.curriculum.all_anneals.items()}
+                self._curves_for = fired
+        for subject, switches in self.switches.items():
+            on = False
+            if subject in self.latches:
+                on = (latches or {}).get(subject, LatchState()).on
+            elif subject in self._thresholds:
+                for unit, count, value in self._thresholds[subject]:
+                    if getattr(clock, unit) >= count:
+                        on = value
+            else:
+                reached = [switch for switch in switches if switch.at.reached(clock, self.horizon, fired)]
+                if reached:
+                    on = max(reached, key=lambda switch: switch.at.step(self.horizon, fired) or 0).on
+            state[subject.label] = on
+        for name, (unit, curve) in self._curves.items():
+            state[name] = curve(getattr(clock, unit))
+        return state
+
+    def _fired_with(self, latches: Mapping[Subject, LatchState]) -> dict[str, Clock]:
+        """Return when events happened, those of latches and what came after them included."""
+        fired = dict(self.fired)
+        for subject, latch in latches.items():
+            for on, clock in ((True, latch.first_on), (False, latch.first_off)):
+                if clock is not None:
+                    fired[subject.event(on)] = clock
+        for subject, switches in self.switches.items():
+            for switch in switches:
+                step = switch.at.step(self.horizon, fired)
+                if step is not None and not self._is_planned(switch.at):
+                    fired.setdefault(subject.event(switch.on), self.horizon.clock_at(step))
+        return fired
+
+    def advance(self, latches: Mapping[Subject, LatchState], clock: Clock) -> dict[Subject, LatchState]:
+        """Let every latch decide at ``clock`` by what it has seen; return the new states."""
+        decided = dict(latches)
+        for subject, when in self.latches.items():
+            state = decided.get(subject, LatchState())
+            fired = self._fired_with(decided)
+            wanted = state.on
+            if (
+                when.deadline is not None
+                and state.first_on is None
+                and when.deadline.reached(clock, self.horizon, fired)
+            ):
+                wanted = True
+            elif state.smoothed is not None and when.not_before.reached(clock, self.horizon, fired):
+                held = state.flipped is None or replace(when.hold, anchor="flip").reached(
+                    clock, self.horizon, {"flip": state.flipped}
+                )
+                if held:
+                    wanted = when.triggered(state.smoothed) if not state.on else not when.released(state.smoothed)
+            if wanted != state.on:
+                decided[subject] = replace(
+                    state,
+                    on=wanted,
+                    flipped=clock,
+                    first_on=state.first_on or (clock if wanted else None),
+                    first_off=state.first_off or (None if wanted else clock),
+                )
+            else:
+                decided[subject] = state
+        return decided
+
+    def observe(self, latches: Mapping[Subject, LatchState], metrics: Mapping[str, float]) -> dict[Subject, LatchState]:
+        """Let every latch see ``metrics``; return the new states."""
+        seen = dict(latches)
+        for subject, when in self.latches.items():
+            if when.metric in metrics:
+                state = seen.get(subject, LatchState())
+                value = metrics[when.metric]
+                smoothed = value if state.smoothed is None else when.smooth * state.smoothed + (1 - when.smooth) * value
+                seen[subject] = replace(state, smoothed=smoothed)
+        return seen
+
+    @property
+    def watched(self) -> set[str]:
+        """The metrics that latches need after each update."""
+        return {when.metric for when in self.latches.values()}
+
+    # --- before a run ------------------------------------------------------------------------------------------------
+
+    def first_step(self, module: str) -> int | None:
+        """Return the first planned update with ``module`` on; None: never, or a latch decides."""
+        clock = self.fired.get(f"{module}.enabled")
+        return clock.step if clock and Subject(module, "enabled") not in self.latches else None
+
+    def notes(self) -> list[str]:
+        """Return what is allowed and hardly meant: values that never change, anneals that nothing reads, twins."""
+        notes = []
+        steps = self.horizon.steps
+        samples = sorted({*range(0, steps, max(1, steps // 256)), steps - 1})
+        clocks = [self.horizon.clock_at(step) for step in samples]
+        drawn: dict[tuple[float, ...], str] = {}
+        for name, spec in self.curriculum.all_anneals.items():
+            where = self.curriculum.key_of(name, self.key)
+            _, curve = self._curves[name]
+            values = tuple(curve(getattr(clock, spec.by)) for clock in clocks)
+            waits = any(anchor not in self.fired for anchor in spec.anchors())
+            if len(set(values)) == 1 and not waits and steps > 1:
+                notes.append(f"{where} never changes: it is {values[0]:g} over the whole run.")
+            elif values in drawn:
+                notes.append(f"{where} has the values of {drawn[values]} over the whole run.")
+            drawn.setdefault(values, where)
+            module = BINDINGS[name][1] if name in BINDINGS else spec_module(self.curriculum.target_of(name))
+            if module is not None and not self.ever_on(module):
+                notes.append(f"{where} anneals what nothing reads: {module} never goes on.")
+        for subject, switches in self.switches.items():
+            if switches and not any(switch.on for switch in switches):
+                notes.append(f"{switches[0].key} turns off {subject.name}, which nothing turns on.")
+        for subject, when in self.latches.items():
+            deadline = when.deadline.step(self.horizon, self.fired) if when.deadline is not None else None
+            if deadline is not None and deadline >= steps:
+                notes.append(
+                    f"{self.key}: the deadline of {subject.name}'s latch is after the run's end ({self.horizon})."
+                )
+        return notes
+
+    def ever_on(self, module: str) -> bool:
+        """Say whether ``module`` can be on at some update."""
+        subject = Subject(module, "enabled")
+        return subject in self.latches or any(switch.on for switch in self.switches.get(subject, []))
+
+
+def spec_module(target: str) -> str | None:
+    """Return the module that reads ``target``; None: always read."""
+    first, last = target.split(".")[0], target.rsplit(".", 1)[-1]
+    if first in ("align", "voter"):
+        return first
+    return "moe" if last in ("temperature", "capacity_factor", "balance_loss_weight", "z_loss_weight") else None
