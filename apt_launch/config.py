@@ -106,6 +106,21 @@ def load(cfg: DictConfig) -> RunConfig:
     return parse(values)
 
 
+def composed(overrides: list[str]) -> RunConfig:
+    """Compose ``conf/`` with ``overrides`` and check it, as the command does.
+
+    Raises:
+        ConfigError: with every problem found.
+        HydraException: an override that means nothing; see :func:`apt_launch.explain.explained`.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return load(compose("config", overrides=overrides))
+
+
 def parse(values: dict[str, Any]) -> RunConfig:
     """Check plain values; see :func:`load`."""
     from apt_launch import schema
@@ -235,7 +250,13 @@ def plan_horizon(values: Mapping[str, Any], groups: Mapping[str, Any]) -> Horizo
             name=split,
         )
         batches[split] = sampler.num_batches
-    return Horizon.plan(epochs=trainer.max_epochs, batches_per_epoch=batches["train"], accumulate=trainer.accumulate)
+    return Horizon.plan(
+        epochs=trainer.max_epochs,
+        batches_per_epoch=batches["train"],
+        accumulate=trainer.accumulate,
+        batch_size=trainer.batch_size,
+        tokens_per_sample=model.seq_len,
+    )
 
 
 def build_corpus(values: Mapping[str, Any]) -> Corpus:

@@ -74,7 +74,7 @@ def _run(
 ) -> float:
     from apt_launch import summary
     from apt_launch.console import progress_callback
-    from apt_launch.plots import draw_schedule
+    from apt_launch.plots import draw_schedule, sheets
     from apt_model.training.checkpoint import Checkpoints, read_manifest
 
     began = time.time()
@@ -113,7 +113,7 @@ def _run(
             stop_requested=stop,
         )
         _record_origin(folder, trainer)
-        draw_schedule(config.program, folder.schedule)
+        draw_schedule(sheets({"": config.program}), folder.schedule)
         tracking.trackers = _trackers(config, folder)
         for note in notes:
             logger.warning("%s", note)

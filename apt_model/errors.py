@@ -116,7 +116,14 @@ def _problems(error: ValidationError, model: type[BaseModel], prefix: str) -> li
 def _names(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
     """Return the keys that the model at ``path`` below ``model`` has."""
     for part in path:
-        field = next(f for name, f in model.model_fields.items() if part in (f.alias, name))
-        annotations = (field.annotation, *get_args(field.annotation))
-        model = next(a for a in annotations if hasattr(a, "model_fields"))
+        field = next((f for name, f in model.model_fields.items() if part in (f.alias, name)), None)
+        if (
+            field is not None
+        ):  # else it is a key of a mapping or a place in a list: the model of what is in there was taken
+            model = next((a for a in _annotations(field.annotation) if hasattr(a, "model_fields")), model)
     return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _annotations(annotation: Any) -> list[Any]:
+    """Return ``annotation`` and everything inside it: dict[str, X] | None has X."""
+    return [annotation, *(inner for part in get_args(annotation) for inner in _annotations(part))]

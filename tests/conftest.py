@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from apt_launch.config import CONF, RunConfig, load
+from apt_launch.config import RunConfig
+from apt_launch.config import composed as compose
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -48,12 +48,7 @@ def text_file(tmp_path: Path) -> Path:
 def composed() -> Iterator[Callable[..., RunConfig]]:
     """Compose ``conf/`` with overrides and check it, as the command does."""
 
-    def composed(*overrides: str) -> RunConfig:
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return load(compose("config", overrides=list(overrides)))
-
-    yield composed
+    yield lambda *overrides: compose(list(overrides))
     GlobalHydra.instance().clear()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import random
 import sysconfig
 from abc import ABC, abstractmethod
@@ -86,11 +87,12 @@ class StdlibCorpus(_Files):
 def _stdlib_files() -> tuple[Path, ...]:
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
-    files = [
-        path
-        for path in sorted(root.rglob("*.py"))
-        if not left_out.intersection(path.relative_to(root).parts) and path.stat().st_size
-    ]
+    files = []
+    for folder, below, names in os.walk(root):
+        below[:] = sorted(set(below) - left_out)
+        paths = [Path(folder, name) for name in names if name.endswith(".py")]
+        files += [path for path in paths if path.stat().st_size]
+    files.sort()
     if len(files) < 2:
         raise ConfigError(
             f"data: this Python has no sources of its standard library in {root}. "

@@ -358,7 +358,7 @@ class Program:
             elif values in drawn:
                 notes.append(f"{where} has the values of {drawn[values]} over the whole run.")
             drawn.setdefault(values, where)
-            module = BINDINGS[name][1] if name in BINDINGS else spec_module(self.curriculum.target_of(name))
+            module = reader_of(self.curriculum, name)
             if module is not None and not self.ever_on(module):
                 notes.append(f"{where} anneals what nothing reads: {module} never goes on.")
         for subject, switches in self.switches.items():
@@ -378,8 +378,11 @@ class Program:
         return subject in self.latches or any(switch.on for switch in self.switches.get(subject, []))
 
 
-def spec_module(target: str) -> str | None:
-    """Return the module that reads ``target``; None: always read."""
+def reader_of(curriculum: Curriculum, anneal: str) -> str | None:
+    """Return the module that reads what ``anneal`` writes; None: it is always read."""
+    if anneal in BINDINGS:
+        return BINDINGS[anneal][1]
+    target = curriculum.target_of(anneal)
     first, last = target.split(".")[0], target.rsplit(".", 1)[-1]
     if first in ("align", "voter"):
         return first

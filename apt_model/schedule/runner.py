@@ -125,7 +125,7 @@ class ScheduleRunner:
             changes.append(Change(name, value))
         if any(change.name.endswith("_enabled") for change in changes):  # parameters that appeared are frozen, too
             for subject in self.program.switches:
-                if subject.state == "frozen" and in_force[subject.label]:
+                if subject.state == "frozen" and in_force[subject.label] and subject.label in self._setters:
                     self._setters[subject.label](True)
         return changes
 

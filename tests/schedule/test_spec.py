@@ -33,7 +33,9 @@ def test_a_warmup_is_a_count_or_a_share_of_the_run_rounded_to_the_nearest(warmup
 
 def test_a_warmup_as_long_as_the_run_names_both_numbers_and_the_remedy() -> None:
     anneal = {"start": 0.0, "end": 0.3, "by": "step"}
-    with pytest.raises(ConfigError, match=r"schedule\.align_weight\.warmup is 200 .*only 200 steps.*trainer\.max_epochs"):
+    with pytest.raises(
+        ConfigError, match=r"schedule\.align_weight\.warmup is 200 .*only 200 steps.*trainer\.max_epochs"
+    ):
         program(align_weight=anneal | {"warmup": 200})
     program(align_weight=anneal | {"warmup": 199})
 
@@ -64,8 +66,14 @@ def test_enabled_is_a_pure_function_of_the_clock() -> None:
         ({"route_temp": {"start": float("nan"), "end": 1}}, r"schedule\.route_temp\.start: nan"),
         ({"route_temp": {"start": 1, "end": 1, "by": "epochs"}}, r"schedule\.route_temp\.by: .*Did you mean 'epoch'"),
         ({"route_temp": {"start": 1, "end": 1, "type": "cosin"}}, r"schedule\.route_temp\.type: .*'cosine'"),
-        ({"route_temp": {"start": 1, "end": 1, "warmup": 1.5}}, r"schedule\.route_temp\.warmup: 1\.5 is not a whole number"),
-        ({"route_temp": {"start": 1, "end": 1, "warmup": "10"}}, r"schedule\.route_temp\.warmup: '10' is not a whole number"),
+        (
+            {"route_temp": {"start": 1, "end": 1, "warmup": 1.5}},
+            r"schedule\.route_temp\.warmup: 1\.5 is not a whole number",
+        ),
+        (
+            {"route_temp": {"start": 1, "end": 1, "warmup": "10"}},
+            r"schedule\.route_temp\.warmup: '10' is not a whole number",
+        ),
         ({"route_temp": {"start": 1, "end": 1, "warmup": -1}}, r"schedule\.route_temp\.warmup: -1 is negative"),
         ({"enable_moe_at_epoch": -1}, r"schedule\.enable_moe_at_epoch: -1 is not valid"),
         ({"enable_moe_at_epoch": 1.5}, r"schedule\.enable_moe_at_epoch: 1\.5 is not valid"),

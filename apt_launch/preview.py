@@ -1,0 +1,339 @@
+"""``python -m apt_launch.preview [overrides]``: the curriculum before anything runs.
+
+The timeline and the curves come from the very functions that training calls. An override with several values, such as
+``schedule.route_temp.end=0.6,0.8``, lays the curricula over each other. Torch is loaded only for ``--sizes``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.table import Table
+
+from apt_launch.config import RunConfig, composed, show_error
+from apt_launch.plots import draw_schedule, sheets
+from apt_model.errors import ConfigError
+from apt_model.schedule import MODULES, Program
+from apt_model.schedule.timeline import effect, series, timeline
+
+MOST_JOBS = 64
+"""Above this many jobs curves are no longer told apart."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One composed config among those that the overrides ask for."""
+
+    label: str  # what tells it from the others; empty where there is one
+    config: RunConfig
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 2 config or command line wrong, 130 interrupted."""
+    from apt_launch.__main__ import with_profile_file
+
+    arguments, overrides = _parser().parse_known_args()
+    unknown = [override for override in overrides if override.startswith("-")]
+    painter = ProcessPoolExecutor(max_workers=1, mp_context=get_context("fork"))
+    try:
+        if unknown:
+            raise ConfigError(f"{unknown[0]}: unknown option. See python -m apt_launch.preview --help.")
+        painter.submit(_load_matplotlib)  # on the other core, while this one composes
+        asked, jobs = expand(with_profile_file(overrides))
+        folder: Path = arguments.out
+        folder.mkdir(parents=True, exist_ok=True)
+        programs = {job.label: job.config.program for job in jobs}
+        picture = painter.submit(draw_schedule, sheets(programs), folder / "preview.png")
+        show(jobs, asked, Console())
+        (folder / "preview.html").write_text(page(programs), encoding="utf-8")
+        picture.result()
+        if arguments.sizes or arguments.gpu:
+            from apt_launch import sizes
+
+            for job in jobs:
+                if job.label:
+                    Console().print(f"\n{job.label}")
+                Console().print(
+                    sizes.table(sizes.sizes(job.config), job.config, gpu=arguments.gpu, num_gpus=arguments.gpus)
+                )
+        Console().print(f"pictures  {folder}/preview.png  {folder}/preview.html", highlight=False, soft_wrap=True)
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        from apt_launch.explain import explained
+
+        show_error(explained(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _load_matplotlib() -> None:
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m apt_launch.preview",
+        description="Show a curriculum before it runs: its timeline and curves; overrides as for python -m apt_launch. "
+        "Several values of a key (a=1,2) lay the curricula over each other.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--multirun", "-m", action="store_true", help="taken for granted: several values always expand")
+    parser.add_argument("--sizes", action="store_true", help="parameters, memory, FLOPs (loads torch)")
+    parser.add_argument("--gpu", help="with --sizes: time and GPU-hours on this kind, such as h100")
+    parser.add_argument("--gpus", type=int, default=1, help="how many of them")
+    parser.add_argument("--out", type=Path, default=Path("outputs/preview"), help="where the pictures go")
+    return parser
+
+
+def expand(overrides: list[str]) -> tuple[int, list[Job]]:
+    """Compose every combination of the overrides' values, each once.
+
+    Returns:
+        how many were asked for, and the different ones.
+
+    Raises:
+        ConfigError: a config is wrong; the message says of which job.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    varied = [override.get_key_element() for override in parsed if override.is_sweep_override()]
+    combinations = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+    if len(combinations) > MOST_JOBS:
+        raise ConfigError(f"{len(combinations)} jobs are too many to lay over each other; ask for {MOST_JOBS} or less.")
+    jobs: dict[str, Job] = {}
+    for combination in combinations:
+        label = " ".join(part for part in combination if part.split("=")[0] in varied)
+        try:
+            config = composed(list(combination))
+        except ConfigError as error:
+            raise ConfigError(*(f"{label}: {p}" if label else p for p in error.problems)) from None
+        jobs.setdefault(config.identity, Job(label, config))
+    return len(combinations), list(jobs.values())
+
+
+def show(jobs: list[Job], asked: int, console: Console) -> None:
+    """Print the timeline of each job, its values as lines of blocks, and what is hardly meant."""
+    if asked > 1:
+        console.print(f"{asked} asked, {len(jobs)} unique", highlight=False)
+    for job in jobs:
+        program = job.config.program
+        title = job.label or f"{job.config.identity[:8]}: {program.horizon}"
+        console.print(_timeline_table(program, title, console.width))
+        for line in _sparklines(program, width=max(20, min(72, console.width - 36))):
+            console.print(line, highlight=False)
+        for note in program.notes():
+            console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    for note in unread_sweeps(jobs):
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+
+
+def _timeline_table(program: Program, title: str, width: int) -> Table:
+    """Values stand in columns where ``width`` has room for them, else below what happens."""
+    names = list(program.curriculum.all_anneals)
+    columns = width >= 52 + 10 * len(names)
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1), pad_edge=False)
+    for column in ("step", "epoch", "samples", "tokens", "run"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("what", overflow="fold", min_width=12)
+    for name in names if columns else []:
+        table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
+    for moment in timeline(program):
+        clock = moment.clock
+        values = [(name, f"{moment.values[name]:.3g}") for name in names]
+        below = [] if columns else [f"  {name} {value}" for name, value in values]
+        table.add_row(
+            str(clock.step),
+            str(clock.epoch),
+            _short(clock.sample),
+            _short(clock.token),
+            f"{moment.share:.0%}",
+            "\n".join([*moment.what, *below]),
+            *(value for _, value in values if columns),
+        )
+    return table
+
+
+def _short(number: int) -> str:
+    """Return ``number`` in at most five characters."""
+    for size, suffix in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= size * 10 or (number >= size and suffix != "k"):
+            return f"{number / size:.3g}{suffix}"
+    return str(number)
+
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def _sparklines(program: Program, width: int) -> list[str]:
+    """Return a line for each switch and anneal, over the run from left to right."""
+    steps, states = series(program, points=width * 8)
+    columns = [states[max(0, _last_at(steps, column * program.horizon.steps // width))] for column in range(width)]
+    lines = []
+    latched = {subject.name for subject in program.latches}
+    for name in states[0]:
+        values = [state[name] for state in columns]
+        if isinstance(values[0], bool):
+            module = name.rsplit("_", 1)[0]
+            drawn = "?" * width if module in latched else "".join("█" if value else "·" for value in values)
+            lines.append(f"{name:>20}         {drawn}")
+            continue
+        numbers = [float(value) for value in values[:-1]] + [float(states[-1][name])]
+        low, high = min(numbers), max(numbers)
+        levels = [round((number - low) / (high - low) * (len(BLOCKS) - 1)) if high > low else 0 for number in numbers]
+        lines.append(f"{name:>20} {numbers[0]:>7.4g} {''.join(BLOCKS[level] for level in levels)} {numbers[-1]:.4g}")
+    return lines
+
+
+def _last_at(steps: list[int], step: int) -> int:
+    from bisect import bisect_right
+
+    return bisect_right(steps, step) - 1
+
+
+def unread_sweeps(jobs: list[Job]) -> list[str]:
+    """Name the curriculum's keys that vary between jobs without a model noticing."""
+    from apt_launch.folder import changed_keys
+
+    noticed: dict[str, bool] = {}
+    for first, job in enumerate(jobs):
+        for other in jobs[first + 1 :]:
+            changed = changed_keys(job.config.result_values, other.config.result_values)
+            if len(changed) == 1 and changed[0].startswith("schedule."):
+                same = effect(job.config.program) == effect(other.config.program)
+                noticed[changed[0]] = noticed.get(changed[0], False) or not same
+    return [
+        f"{key} is swept, but nothing reads it: all its values give the same run."
+        for key, was in noticed.items()
+        if not was
+    ]
+
+
+COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22")
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap; }
+td.what { text-align: left; }
+svg { width: 100%; height: auto; display: block; }
+svg text { font: 11px system-ui, sans-serif; fill: currentColor; }
+.key { display: inline-block; width: .8em; height: .8em; margin-right: .4em; }
+"""
+
+
+def page(programs: Mapping[str, Program]) -> str:
+    """Return one HTML page with the curves and timelines of all ``programs``; it needs nothing from outside."""
+    from html import escape
+
+    names = list(dict.fromkeys(name for program in programs.values() for name in program.curriculum.all_anneals))
+    parts = [
+        "<!doctype html><html lang=en><head><meta charset=utf-8>"
+        '<meta name=viewport content="width=device-width, initial-scale=1">'
+        f"<title>Curriculum preview</title><style>{STYLE}</style></head><body><h1>Curriculum preview</h1>"
+    ]
+    if len(programs) > 1:
+        keys = (
+            f'<span class=key style="background:{COLORS[i % len(COLORS)]}"></span>{escape(label)}'
+            for i, label in enumerate(programs)
+        )
+        parts.append(f"<p>{'<br>'.join(keys)}</p>")
+    for name in names:
+        parts.append(f"<h2>{escape(name)}</h2>{_svg_of_values(programs, name)}")
+    parts.append(f"<h2>Modules</h2>{_svg_of_switches(programs)}")
+    for label, program in programs.items():
+        parts.append(f"<h2>Timeline{': ' + escape(label) if label else ''}</h2><p>{escape(str(program.horizon))}</p>")
+        parts.append(_html_table(program))
+        parts += [f"<p>Note: {escape(note)}</p>" for note in program.notes()]
+    return "".join(parts) + "</body></html>\n"
+
+
+def _html_table(program: Program) -> str:
+    from html import escape
+
+    names = list(program.curriculum.all_anneals)
+    heads = ["step", "epoch", "samples", "tokens", "run", "what", *names]
+    rows = ["<tr>" + "".join(f"<th>{escape(head)}</th>" for head in heads) + "</tr>"]
+    for moment in timeline(program):
+        clock = moment.clock
+        numbers = (f"{clock.step:,}", str(clock.epoch), f"{clock.sample:,}", f"{clock.token:,}", f"{moment.share:.0%}")
+        cells = [f"<td>{number}</td>" for number in numbers]
+        cells.append(f"<td class=what>{'<br>'.join(escape(what) for what in moment.what)}</td>")
+        cells += [f"<td>{moment.values[name]:.4g}</td>" for name in names]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<table>{''.join(rows)}</table>"
+
+
+WIDTH, HEIGHT, LEFT = 900, 130, 60
+
+
+def _svg_of_values(programs: Mapping[str, Program], name: str) -> str:
+    longest = max(program.horizon.steps for program in programs.values())
+    drawn = []
+    for number, program in enumerate(programs.values()):
+        if name in program.curriculum.all_anneals:
+            steps, states = series(program)
+            drawn.append((number, [*steps, program.horizon.steps], [float(state[name]) for state in states]))
+    low = min(value for _, _, values in drawn for value in values)
+    high = max(value for _, _, values in drawn for value in values)
+    room = (high - low) or 1.0
+
+    def x(step: int) -> float:
+        return LEFT + (WIDTH - LEFT - 10) * step / longest
+
+    def y(value: float) -> float:
+        return 12 + (HEIGHT - 34) * (1 - (value - low) / room)
+
+    lines = [
+        f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.4g}</text>'
+        f'<line x1="{LEFT}" x2="{WIDTH - 10}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#8884"/>'
+        for value in ((low, high) if high > low else (low,))
+    ]
+    lines += [
+        f'<text x="{x(step):.1f}" y="{HEIGHT - 4}" text-anchor="{anchor}">step {step:,}</text>'
+        for step, anchor in ((0, "start"), (longest, "end"))
+    ]
+    for number, steps, values in drawn:
+        path = f"M{x(0):.1f} {y(values[0]):.1f}" + "".join(
+            f"H{x(step):.1f}V{y(value):.1f}" for step, value in zip(steps[1:], [*values[1:], values[-1]], strict=True)
+        )
+        lines.append(f'<path d="{path}" fill="none" stroke="{COLORS[number % len(COLORS)]}" stroke-width="1.6"/>')
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">{"".join(lines)}</svg>'
+
+
+def _svg_of_switches(programs: Mapping[str, Program]) -> str:
+    longest = max(program.horizon.steps for program in programs.values())
+    scale = (WIDTH - LEFT - 10) / longest
+    bars, y = [], 4
+    for module in MODULES:
+        bars.append(f'<text x="{LEFT - 6}" y="{y + 11}" text-anchor="end">{module}</text>')
+        for number, program in enumerate(programs.values()):
+            steps, states = series(program)
+            ends = [*steps[1:], program.horizon.steps]
+            for step, end, state in zip(steps, ends, states, strict=True):
+                if state[f"{module}_enabled"]:
+                    bars.append(
+                        f'<rect x="{LEFT + step * scale:.1f}" y="{y}" width="{(end - step) * scale + 0.3:.1f}" height="12" '
+                        f'fill="{COLORS[number % len(COLORS)]}"/>'
+                    )
+            if any(subject.name == module for subject in program.latches):
+                bars.append(f'<text x="{LEFT + 4}" y="{y + 11}">when its metric says so</text>')
+            y += 15
+        y += 5
+    return f'<svg viewBox="0 0 {WIDTH} {y}" role="img" aria-label="modules">{"".join(bars)}</svg>'
+
+
+if __name__ == "__main__":
+    main()
