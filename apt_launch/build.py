@@ -13,6 +13,7 @@ from apt_launch.config import RunConfig
 from apt_model.errors import ConfigError
 
 if TYPE_CHECKING:
+    from apt_model.gpt import GPT
     from apt_model.training.callbacks import Callback
     from apt_model.training.checkpoint import Checkpoints
     from apt_model.training.trainer import Trainer
@@ -51,6 +52,18 @@ def _targets(values: Any) -> list[Any]:
     return []
 
 
+def build_model(config: RunConfig) -> GPT:
+    """Build the model as it is before the curriculum's first update, on torch's default device; the seed is the caller's."""
+    values = config.values
+    model: GPT = build(
+        values["model"],
+        moe=_factory(values["moe"]),
+        align=_factory(values["align"]),
+        voter=_factory(values["voter"]),
+    )
+    return model
+
+
 def build_trainer(
     config: RunConfig,
     *,
@@ -65,16 +78,10 @@ def build_trainer(
 
     torch.manual_seed(config.seed)
     values = config.values
-    model = build(
-        values["model"],
-        moe=_factory(values["moe"]),
-        align=_factory(values["align"]),
-        voter=_factory(values["voter"]),
-    )
     ours = ("resume", "keep_checkpoints")  # read by whoever owns the run's folder
     trainer: Trainer = build(
         {key: value for key, value in values["trainer"].items() if key not in ours},
-        model=model,
+        model=build_model(config),
         optimizer=_factory(values["optimizer"]),
         weight_decay=config.optimizer.weight_decay,
         schedule=build(values["schedule"], horizon=config.horizon),

@@ -1,0 +1,328 @@
+"""Hand-computed numbers, and the estimates against what torch itself counts on small real models."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from apt_launch.build import build_model
+from apt_launch.config import RunConfig
+from apt_launch.sizes import GPUS, Phase, cost, sizes, table
+from apt_model.errors import ConfigError
+from apt_model.gpt import GPT
+from apt_model.layers import scheduled
+from apt_model.schedule.targets import matching
+
+Composed = Callable[..., RunConfig]
+
+REAL = (  # large enough for counts that do not grow with the widths to be small beside those that do
+    "model.vocab_size=320",
+    "model.d_model=64",
+    "model.num_heads=4",
+    "model.d_ff=192",
+    "model.seq_len=64",
+    "trainer.batch_size=4",
+    "moe.num_experts=8",
+    "align.rank=8",
+    "voter.threshold=0.0",  # every position votes
+)
+
+
+@pytest.fixture
+def full(composed: Composed, tmp_path: Path) -> Callable[..., RunConfig]:
+    """Compose the full-size profile on 101 batches of text."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "' + "x" * 2048 * 32 * 101 + '"}\n')
+    data = (f"data.train_path={rows}", f"data.val_path={rows}")
+    return lambda *overrides: composed("profile=gpt5_moe_reasoning", *data, *overrides)
+
+
+def at_its_end(config: RunConfig) -> GPT:
+    """Build the model for real, with all that its curriculum switches on, as training would."""
+    torch.manual_seed(0)
+    model = build_model(config)
+    curriculum = config.program.curriculum
+    for name in curriculum.anneals:
+        scheduled.expect(model, matching(curriculum.target_of(name), scheduled.targets(model)))
+    last = config.program.at(config.horizon.clock_at(config.horizon.steps - 1))
+    for name, switch in model.switches().items():
+        switch(bool(last[f"{name}_enabled"]))
+    return model
+
+
+def loss_of(model: GPT, config: RunConfig) -> Tensor:
+    tokens = torch.randint(0, 256, (config.trainer.batch_size, config.model.seq_len + 1))
+    output = model(tokens[:, :-1], tokens[:, 1:])
+    assert output.language_loss is not None
+    return output.language_loss + output.auxiliary_loss
+
+
+# --- by hand -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_small_model_has_the_parameters_and_bytes_worked_out_by_hand(small: Composed) -> None:
+    # d 16, ff 32, vocabulary 256, 2 layers: embedding 4096; attention 4 x 16 x 16 = 1024; swiglu 3 x 16 x 32 = 1536;
+    # 5 norms of 16. With experts: 4 x 1536 and a router of 4 x 16. Alignment of rank 4: 2 x 4 x 16.
+    phases = sizes(small("schedule=gpt5_moe"), on_gpu=False)
+    dense = 4096 + 2 * (1024 + 1536) + 5 * 16
+    sparse = 4096 + 2 * (1024 + 4 * 1536 + 64) + 5 * 16
+    assert [phase.parameters for phase in phases] == [dense, sparse, sparse + 128, sparse + 128]
+    active = 4096 + 2 * (1024 + 2 * 1536 + 64) + 5 * 16
+    assert [phase.active for phase in phases] == [dense, active, active + 128, active + 128]
+    assert [(phase.weights, phase.gradients, phase.optimizer) for phase in phases[:2]] == [
+        (4 * dense, 4 * dense, 8 * dense),
+        (4 * sparse, 4 * sparse, 8 * sparse),
+    ]
+    assert {phase.casts for phase in phases} == {0}
+
+
+def test_phases_begin_where_modules_go_on_and_cover_the_run(small: Composed) -> None:
+    phases = sizes(small("schedule=gpt5_moe"), on_gpu=False)  # 6 epochs x 4 updates
+    assert [(phase.step, phase.updates, phase.modules) for phase in phases] == [
+        (0, 8, ()),
+        (8, 4, ("moe",)),
+        (12, 8, ("moe", "align")),
+        (20, 4, ("moe", "align", "voter")),
+    ]
+    assert [phase.tokens for phase in phases] == [8 * 32, 4 * 32, 8 * 32, 4 * 32]  # 2 sequences of 16 tokens an update
+
+
+def test_a_run_without_a_curriculum_is_one_dense_phase(small: Composed) -> None:
+    (phase,) = sizes(small("schedule=none"), on_gpu=False)
+    assert (phase.step, phase.updates, phase.modules, phase.parameters) == (0, 24, (), phase.active)
+
+
+def test_a_module_that_goes_off_again_leaves_what_was_there_before(small: Composed) -> None:
+    phases = sizes(
+        small(
+            "schedule=none", "+schedule.events.a={enable: moe, at: 1ep}", "+schedule.events.b={disable: moe, at: 2ep}"
+        )
+    )
+    assert [phase.modules for phase in phases] == [(), ("moe",), ()]
+    assert phases[0].parameters == phases[2].parameters < phases[1].parameters
+
+
+def test_a_module_under_a_latch_counts_from_when_the_latch_may_act(small: Composed) -> None:
+    event = "{enable: voter, when: {metric: val/loss, below: 2.0, not_before: 3ep}}"
+    phases = sizes(small("schedule=none", f"+schedule.events.a={event}"))
+    assert [(phase.step, phase.modules) for phase in phases] == [(0, ()), (12, ("voter",))]
+
+
+def test_frozen_parameters_have_no_gradients_and_keep_their_moments(small: Composed) -> None:
+    # the embedding, 256 x 16, is trained for an epoch, then frozen
+    phases = sizes(small("schedule=none", "+schedule.events.a={freeze: embedding, at: 1ep}"))
+    assert [phase.frozen for phase in phases] == [(), ("embedding",)]
+    assert phases[0].gradients - phases[1].gradients == 4 * 4096
+    assert phases[0].optimizer == phases[1].optimizer
+
+
+def test_the_full_profile_is_counted_by_hand_and_in_seconds(full: Callable[..., RunConfig]) -> None:
+    d, ff, layers, experts, vocabulary, length = 768, 3072, 24, 64, 50257, 2048
+    one, attention, router = 3 * d * ff, 4 * d * d, experts * d
+    outside = vocabulary * d + (2 * layers + 1) * d
+    last = sizes(full(), on_gpu=True)[-1]
+    align = 2 * 16 * d
+    assert last.parameters == outside + layers * (attention + router + experts * one) + align == 10_968_098_304
+    assert last.active == outside + layers * (attention + router + 2 * one) + align == 436_200_960
+    assert last.casts == 2 * (last.parameters - layers * router - (2 * layers + 1) * d)
+    products = layers * (attention + router + 2 * one) + (1 + 3) * vocabulary * d  # head and three votes
+    alignment = 6 * 16 * d + 2 * 32 * 16
+    assert last.forward_flops == 2 * products + layers * 4 * length * d + alignment
+    assert last.training_flops == 3 * last.forward_flops
+
+
+def test_a_shared_expert_gives_the_full_profile_11_billion_parameters_and_0_61_active(
+    full: Callable[..., RunConfig],
+) -> None:
+    last = sizes(full("moe.shared_expert=true"), on_gpu=True)[-1]
+    assert last.parameters == pytest.approx(11.1e9, rel=0.01)
+    assert last.active == pytest.approx(0.61e9, rel=0.01)
+
+
+# --- against torch -------------------------------------------------------------------------------------------------------
+
+MODELS = {
+    "dense": ["schedule=none"],
+    "experts": ["schedule=none", "schedule.enable_moe_at_epoch=1"],
+    "all modules": ["schedule=gpt5_moe", "schedule.vote_threshold=null"],
+    "gelu": ["schedule=none", "model.ffn=gelu"],
+    "relu2 experts": ["schedule=none", "model.ffn=relu2", "schedule.enable_moe_at_epoch=1"],
+    "written out": ["schedule=none", "model.attention=eager"],
+    "shared expert": ["schedule=none", "schedule.enable_moe_at_epoch=1", "moe.shared_expert=true"],
+    "dropless sigmoid": [
+        "schedule=none",
+        "schedule.enable_moe_at_epoch=1",
+        "moe.capacity_factor=null",
+        "moe.router=sigmoid",
+    ],
+    "annealed dropout": [
+        "schedule=none",
+        "+schedule.anneals.drop={target: blocks.*.ffn.dropout, start: 0.0, end: 0.1}",
+    ],
+    "regularised": ["schedule=none", "model.dropout=0.1", "model.label_smoothing=0.1"],
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS)
+def test_activations_are_what_autograd_saves(small: Composed, overrides: list[str], precision: str) -> None:
+    config = small(
+        *overrides,
+        *REAL,
+        f"trainer.precision={precision}",
+    )
+    phase = sizes(config)[-1]
+    model = at_its_end(config)
+    with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext():
+        activations, casts = saved_bytes(model, config)
+    assert phase.activations == pytest.approx(activations, rel=0.05)
+    assert phase.casts == pytest.approx(casts, rel=0.05)
+
+
+def saved_bytes(model: GPT, config: RunConfig) -> tuple[int, int]:
+    """Return the bytes that a forward pass saves for the backward pass: activations, and copies of weights."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    shapes = {tuple(p.shape) for p in model.parameters()} | {
+        tuple(p.T.shape) for p in model.parameters() if p.dim() == 2
+    }
+    shapes |= {tuple(p.transpose(1, 2).shape) for p in model.parameters() if p.dim() == 3}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_of(model, config)
+    sizes_of = {at: tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in known}
+    casts = sum(
+        size for at, size in sizes_of.items() if kept[at].dtype == torch.bfloat16 and tuple(kept[at].shape) in shapes
+    )
+    loss.backward()
+    return sum(sizes_of.values()) - casts, casts
+
+
+def grouped_flops(one: Sequence[int], other: Sequence[int], *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Rows by matrices, (rows, in) with (groups, in, out), or rows by rows, (out, rows) with (rows, in)."""
+    return 2 * one[0] * one[1] * other[-1]
+
+
+@pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS)
+def test_flops_are_what_torch_counts(small: Composed, overrides: list[str]) -> None:
+    config = small(
+        *overrides,
+        *REAL,
+        "model.attention=eager",
+    )
+    phase = sizes(config)[-1]
+    model = at_its_end(config)
+    tokens = config.trainer.batch_size * config.model.seq_len
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_flops}) as counter:
+        loss = loss_of(model, config)
+        forward = counter.get_total_flops()
+        loss.backward()
+    assert phase.forward_flops * tokens == pytest.approx(forward, rel=0.01)
+    assert phase.training_flops * tokens == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_the_optimizer_holds_what_was_counted(small: Composed) -> None:
+    config = small("schedule=gpt5_moe")
+    phase = sizes(config)[-1]
+    model = at_its_end(config)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    loss_of(model, config).backward()
+    optimizer.step()
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert sum(moment.untyped_storage().nbytes() for moment in moments) == phase.optimizer
+    assert sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None) == phase.gradients
+
+
+# --- on GPUs -------------------------------------------------------------------------------------------------------------
+
+
+def test_time_is_training_flops_over_the_share_of_the_peak(full: Callable[..., RunConfig]) -> None:
+    config = full()
+    phases = sizes(config, on_gpu=True)
+    told = cost(config, phases, kind="h100", gpus=8, mfu=0.5)
+    assert sum(phase.tokens for phase in phases) == 50 * 101 * 32 * 2048
+    flops = sum(phase.tokens * 3 * phase.forward_flops for phase in phases)
+    assert told.hours == pytest.approx(flops / (8 * 0.5 * 989.5e12) / 3600)
+    assert told.gpu_hours == pytest.approx(8 * told.hours)
+    twice = cost(config, phases, kind="h100", gpus=16, mfu=0.5)
+    assert twice.hours == pytest.approx(told.hours / 2)
+
+
+def test_weights_gradients_and_moments_are_shared_among_devices(full: Callable[..., RunConfig]) -> None:
+    config = full("trainer.batch_size=1", "trainer.max_batches_per_epoch=101")
+    phases = sizes(config, on_gpu=True)
+    told = cost(config, phases, kind="b200", gpus=8)
+    last, block = phases[-1], 4 * 768 * 768 + 64 * 3 * 768 * 3072 + 64 * 768 + 2 * 768
+    assert last.largest_block == block
+    assert told.per_device[-1] == 16 * last.parameters / 8 + 3 * 2 * block + last.activations + last.workspace
+    alone = cost(config, phases, kind="b200", gpus=1)
+    assert alone.per_device[-1] == last.total == 16 * last.parameters + last.casts + last.activations + last.workspace
+
+
+def test_what_does_not_fit_is_told_with_the_batch_that_does(full: Callable[..., RunConfig]) -> None:
+    config = full()
+    phases = sizes(config, on_gpu=True)
+    told = cost(config, phases, kind="h100", gpus=8)
+    assert not told.fits
+    assert 0 < told.largest_batch < 32
+    at_most, one_more = (
+        full(f"trainer.batch_size={batch}", "trainer.max_batches_per_epoch=101")
+        for batch in (told.largest_batch, told.largest_batch + 1)
+    )
+    assert cost(at_most, sizes(at_most, on_gpu=True), kind="h100", gpus=8).fits
+    assert not cost(one_more, sizes(one_more, on_gpu=True), kind="h100", gpus=8).fits
+    assert cost(config, phases, kind="rtx4090", gpus=1).largest_batch == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "h10"}, r"--gpu: 'h10' is not a kind that is known\. Did you mean 'h100'"),
+        ({"kind": "tpu"}, r"Valid names: a100, b200, h100, h200, l40s, rtx4090\."),
+        ({"kind": "h100", "gpus": 0}, r"--gpus: 0 .*1 or more"),
+        ({"kind": "h100", "mfu": 40.0}, r"--mfu: 40 .*at most 1"),
+    ],
+)
+def test_what_is_no_gpu_is_refused(small: Composed, arguments: dict[str, Any], message: str) -> None:
+    config = small("schedule=none")
+    with pytest.raises(ConfigError, match=message):
+        cost(config, sizes(config, on_gpu=True), **arguments)
+
+
+def test_fp32_has_no_time_on_a_gpu(small: Composed) -> None:
+    config = small("schedule=none", "trainer.precision=fp32")
+    with pytest.raises(ConfigError, match=r"trainer\.precision = fp32: .*trainer\.precision=bf16"):
+        cost(config, sizes(config, on_gpu=True), kind="h100")
+
+
+def test_every_kind_names_where_its_numbers_are_from() -> None:
+    assert all("NVIDIA" in gpu.source and gpu.bf16_tflops > 100 and gpu.memory_gb >= 24 for gpu in GPUS.values())
+
+
+def test_the_table_tells_phases_and_the_verdict(full: Callable[..., RunConfig]) -> None:
+    config = full()
+    phases = sizes(config, on_gpu=True)
+    text = drawn(phases, cost(config, phases, kind="h100", gpus=8))
+    for expected in ("10.97 B", "436.2 M", "moe align voter", "0.4", "does not fit", "GPU-hours", "989.5"):
+        assert expected in text
+    assert "GPU-hours" not in drawn(phases, None)
+
+
+def drawn(phases: list[Phase], told: Any) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(table(phases, told))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
