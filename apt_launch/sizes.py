@@ -134,11 +134,11 @@ class Saved:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """A run on ``gpus`` GPUs of one kind, whose weights, gradients and optimizer state are sharded over all (FSDP)."""
+    """A run on ``num_gpus`` GPUs of one kind, whose weights, gradients and optimizer state are sharded over all (FSDP)."""
 
     kind: str
-    gpu: Gpu
-    gpus: int
+    spec: Gpu
+    num_gpus: int
     mfu: float
     seconds: tuple[float, ...]  # of each phase
     per_device: tuple[int, ...]  # bytes, of each phase, with a batch of trainer.batch_size on each device
@@ -153,12 +153,12 @@ class Cost:
     @property
     def gpu_hours(self) -> float:
         """Hours times GPUs."""
-        return self.hours * self.gpus
+        return self.hours * self.num_gpus
 
     @property
     def fits(self) -> bool:
         """Whether every phase leaves a tenth of the memory free."""
-        return max(self.per_device) <= self.gpu.usable_bytes
+        return max(self.per_device) <= self.spec.usable_bytes
 
 
 def sizes(config: RunConfig, *, on_gpu: bool | None = None) -> list[Phase]:
@@ -336,8 +336,8 @@ def _inner(ffn: str) -> int:
     return 4 if ffn == "swiglu" else 2
 
 
-def cost(config: RunConfig, phases: Sequence[Phase], *, kind: str, gpus: int = 1, mfu: float = DEFAULT_MFU) -> Cost:
-    """Say how long the run takes on ``gpus`` GPUs of ``kind``, and whether it fits.
+def cost(config: RunConfig, phases: Sequence[Phase], *, gpu: str, num_gpus: int = 1, mfu: float = DEFAULT_MFU) -> Cost:
+    """Say how long the run takes on ``num_gpus`` GPUs of one kind, and whether it fits.
 
     The memory of a device is its share of weights, gradients and optimizer state, two gathered blocks (one at work, one
     on its way) and one block's whole gradient, activations and workspace. One GPU alone shards nothing.
@@ -345,18 +345,18 @@ def cost(config: RunConfig, phases: Sequence[Phase], *, kind: str, gpus: int = 1
     Args:
         config: that ``phases`` were counted for, with ``on_gpu=True``.
         phases: what :func:`sizes` gave.
-        kind: a name of :data:`GPUS`.
-        gpus: how many.
+        gpu: the kind, a name of :data:`GPUS`.
+        num_gpus: how many.
         mfu: model FLOPs utilisation: the share of the peak that the model's own arithmetic reaches.
 
     Raises:
         ConfigError: an unknown kind, no GPU, a share outside (0, 1], or fp32, whose peak is another.
     """
     problems = []
-    if kind not in GPUS:
-        problems.append(f"--gpu: {kind!r} is not a kind that is known. {nearest(kind, GPUS)}")
-    if gpus < 1:
-        problems.append(f"--gpus: {gpus} is not a number of GPUs. Give 1 or more.")
+    if gpu not in GPUS:
+        problems.append(f"--gpu: {gpu!r} is not a kind that is known. {nearest(gpu, GPUS)}")
+    if num_gpus < 1:
+        problems.append(f"--gpus: {num_gpus} is not a number of GPUs. Give 1 or more.")
     if not 0.0 < mfu <= 1.0:
         problems.append(f"--mfu: {mfu:g} is not a share of the peak. Give more than 0 and at most 1.")
     if any(phase.compute_bytes == FP32 for phase in phases):
@@ -366,35 +366,58 @@ def cost(config: RunConfig, phases: Sequence[Phase], *, kind: str, gpus: int = 1
         )
     if problems:
         raise ConfigError(*problems)
-    gpu = GPUS[kind]
-    fixed = [_fixed(phase, gpus) for phase in phases]
+    spec = GPUS[gpu]
+    fixed = [_fixed(phase, num_gpus) for phase in phases]
     growing = [phase.activations + phase.workspace for phase in phases]
     room = min(
-        (gpu.usable_bytes - kept) / (grows / phase.batch_size)
+        (spec.usable_bytes - kept) / (grows / phase.batch_size)
         for phase, kept, grows in zip(phases, fixed, growing, strict=True)
     )
     return Cost(
-        kind=kind,
-        gpu=gpu,
-        gpus=gpus,
+        kind=gpu,
+        spec=spec,
+        num_gpus=num_gpus,
         mfu=mfu,
-        seconds=tuple(phase.tokens * phase.training_flops / (gpus * mfu * gpu.bf16_tflops * 1e12) for phase in phases),
+        seconds=tuple(
+            phase.tokens * phase.training_flops / (num_gpus * mfu * spec.bf16_tflops * 1e12) for phase in phases
+        ),
         per_device=tuple(kept + grows for kept, grows in zip(fixed, growing, strict=True)),
         fixed=tuple(fixed),
         largest_batch=max(0, math.floor(room)),
     )
 
 
-def _fixed(phase: Phase, gpus: int) -> int:
+def _fixed(phase: Phase, num_gpus: int) -> int:
     """Return the bytes of a device that do not grow with the batch."""
     state = phase.weights + phase.gradients + phase.optimizer
-    if gpus == 1:
+    if num_gpus == 1:
         return state + phase.casts
-    return math.ceil(state / gpus) + 3 * phase.compute_bytes * phase.largest_block
+    return math.ceil(state / num_gpus) + 3 * phase.compute_bytes * phase.largest_block
 
 
-def table(phases: Sequence[Phase], cost: Cost | None = None) -> RenderableType:
-    """Draw the phases, a column each, and below them what ``cost`` says."""
+def table(
+    phases: Sequence[Phase],
+    config: RunConfig,
+    *,
+    gpu: str | None = None,
+    num_gpus: int = 1,
+    mfu: float = DEFAULT_MFU,
+) -> RenderableType:
+    """Draw the phases, a column each; with a kind of GPU also what :func:`cost` says of it.
+
+    On a GPU, ``trainer.precision=auto`` means bf16: where ``phases`` were counted in fp32, they are counted anew.
+
+    Raises:
+        ConfigError: see :func:`cost`.
+    """
+    if gpu is None:
+        return _drawn(phases, None)
+    if config.trainer.precision == "auto" and phases[0].compute_bytes == FP32:
+        phases = sizes(config, on_gpu=True)
+    return _drawn(phases, cost(config, phases, gpu=gpu, num_gpus=num_gpus, mfu=mfu))
+
+
+def _drawn(phases: Sequence[Phase], cost: Cost | None) -> RenderableType:
     from rich.console import Group
     from rich.table import Table
 
@@ -422,7 +445,7 @@ def table(phases: Sequence[Phase], cost: Cost | None = None) -> RenderableType:
     if phases[0].compute_bytes == FP32:
         del rows["16-bit copies"]
     if cost is not None:
-        rows[f"a device of {cost.gpus}"] = [_bytes(number) for number in cost.per_device]
+        rows[f"a device of {cost.num_gpus}"] = [_bytes(number) for number in cost.per_device]
         rows["hours"] = [f"{seconds / 3600:,.2f}" for seconds in cost.seconds]
     for name, cells in rows.items():
         drawn.add_row(name, *cells)
@@ -433,9 +456,9 @@ def table(phases: Sequence[Phase], cost: Cost | None = None) -> RenderableType:
     room = f"{cost.largest_batch} sequences" if cost.largest_batch else "not even one sequence"
     return Group(
         drawn,
-        f"{cost.gpus} x {cost.kind} at an MFU of {cost.mfu:g}: {cost.hours:,.2f} hours, {cost.gpu_hours:,.2f} GPU-hours",
-        f"{batch} sequences a device: {verdict} in {USABLE:.0%} of {cost.gpu.memory_gb:g} GB; there is room for {room}",
-        f"peak {cost.gpu.bf16_tflops:g} TFLOP/s in bf16, dense ({cost.gpu.source})",
+        f"{cost.num_gpus} x {cost.kind} at an MFU of {cost.mfu:g}: {cost.hours:,.2f} hours, {cost.gpu_hours:,.2f} GPU-hours",
+        f"{batch} sequences a device: {verdict} in {USABLE:.0%} of {cost.spec.memory_gb:g} GB; there is room for {room}",
+        f"peak {cost.spec.bf16_tflops:g} TFLOP/s in bf16, dense ({cost.spec.source})",
     )
 
 

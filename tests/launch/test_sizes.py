@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
+from rich.console import Console, RenderableType
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from apt_launch.build import build_model
 from apt_launch.config import RunConfig
-from apt_launch.sizes import GPUS, Phase, cost, sizes, table
+from apt_launch.sizes import GPUS, cost, sizes, table
 from apt_model.errors import ConfigError
 from apt_model.gpt import GPT
 from apt_model.layers import scheduled
@@ -252,48 +252,48 @@ def test_the_optimizer_holds_what_was_counted(small: Composed) -> None:
 def test_time_is_training_flops_over_the_share_of_the_peak(full: Callable[..., RunConfig]) -> None:
     config = full()
     phases = sizes(config, on_gpu=True)
-    told = cost(config, phases, kind="h100", gpus=8, mfu=0.5)
+    told = cost(config, phases, gpu="h100", num_gpus=8, mfu=0.5)
     assert sum(phase.tokens for phase in phases) == 50 * 101 * 32 * 2048
     flops = sum(phase.tokens * 3 * phase.forward_flops for phase in phases)
     assert told.hours == pytest.approx(flops / (8 * 0.5 * 989.5e12) / 3600)
     assert told.gpu_hours == pytest.approx(8 * told.hours)
-    twice = cost(config, phases, kind="h100", gpus=16, mfu=0.5)
+    twice = cost(config, phases, gpu="h100", num_gpus=16, mfu=0.5)
     assert twice.hours == pytest.approx(told.hours / 2)
 
 
 def test_weights_gradients_and_moments_are_shared_among_devices(full: Callable[..., RunConfig]) -> None:
     config = full("trainer.batch_size=1", "trainer.max_batches_per_epoch=101")
     phases = sizes(config, on_gpu=True)
-    told = cost(config, phases, kind="b200", gpus=8)
+    told = cost(config, phases, gpu="b200", num_gpus=8)
     last, block = phases[-1], 4 * 768 * 768 + 64 * 3 * 768 * 3072 + 64 * 768 + 2 * 768
     assert last.largest_block == block
     assert told.per_device[-1] == 16 * last.parameters / 8 + 3 * 2 * block + last.activations + last.workspace
-    alone = cost(config, phases, kind="b200", gpus=1)
+    alone = cost(config, phases, gpu="b200", num_gpus=1)
     assert alone.per_device[-1] == last.total == 16 * last.parameters + last.casts + last.activations + last.workspace
 
 
 def test_what_does_not_fit_is_told_with_the_batch_that_does(full: Callable[..., RunConfig]) -> None:
     config = full()
     phases = sizes(config, on_gpu=True)
-    told = cost(config, phases, kind="h100", gpus=8)
+    told = cost(config, phases, gpu="h100", num_gpus=8)
     assert not told.fits
     assert 0 < told.largest_batch < 32
     at_most, one_more = (
         full(f"trainer.batch_size={batch}", "trainer.max_batches_per_epoch=101")
         for batch in (told.largest_batch, told.largest_batch + 1)
     )
-    assert cost(at_most, sizes(at_most, on_gpu=True), kind="h100", gpus=8).fits
-    assert not cost(one_more, sizes(one_more, on_gpu=True), kind="h100", gpus=8).fits
-    assert cost(config, phases, kind="rtx4090", gpus=1).largest_batch == 0
+    assert cost(at_most, sizes(at_most, on_gpu=True), gpu="h100", num_gpus=8).fits
+    assert not cost(one_more, sizes(one_more, on_gpu=True), gpu="h100", num_gpus=8).fits
+    assert cost(config, phases, gpu="rtx4090", num_gpus=1).largest_batch == 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "h10"}, r"--gpu: 'h10' is not a kind that is known\. Did you mean 'h100'"),
-        ({"kind": "tpu"}, r"Valid names: a100, b200, h100, h200, l40s, rtx4090\."),
-        ({"kind": "h100", "gpus": 0}, r"--gpus: 0 .*1 or more"),
-        ({"kind": "h100", "mfu": 40.0}, r"--mfu: 40 .*at most 1"),
+        ({"gpu": "h10"}, r"--gpu: 'h10' is not a kind that is known\. Did you mean 'h100'"),
+        ({"gpu": "tpu"}, r"Valid names: a100, b200, h100, h200, l40s, rtx4090\."),
+        ({"gpu": "h100", "num_gpus": 0}, r"--gpus: 0 .*1 or more"),
+        ({"gpu": "h100", "mfu": 40.0}, r"--mfu: 40 .*at most 1"),
     ],
 )
 def test_what_is_no_gpu_is_refused(small: Composed, arguments: dict[str, Any], message: str) -> None:
@@ -305,7 +305,7 @@ def test_what_is_no_gpu_is_refused(small: Composed, arguments: dict[str, Any], m
 def test_fp32_has_no_time_on_a_gpu(small: Composed) -> None:
     config = small("schedule=none", "trainer.precision=fp32")
     with pytest.raises(ConfigError, match=r"trainer\.precision = fp32: .*trainer\.precision=bf16"):
-        cost(config, sizes(config, on_gpu=True), kind="h100")
+        cost(config, sizes(config, on_gpu=True), gpu="h100")
 
 
 def test_every_kind_names_where_its_numbers_are_from() -> None:
@@ -314,15 +314,22 @@ def test_every_kind_names_where_its_numbers_are_from() -> None:
 
 def test_the_table_tells_phases_and_the_verdict(full: Callable[..., RunConfig]) -> None:
     config = full()
-    phases = sizes(config, on_gpu=True)
-    text = drawn(phases, cost(config, phases, kind="h100", gpus=8))
-    for expected in ("10.97 B", "436.2 M", "moe align voter", "0.4", "does not fit", "GPU-hours", "989.5"):
+    text = drawn(table(sizes(config, on_gpu=False), config, gpu="h100", num_gpus=8))
+    for expected in ("10.97 B", "436.2 M", "moe align voter", "16-bit copies", "MFU of 0.4", "does not fit", "989.5"):
         assert expected in text
-    assert "GPU-hours" not in drawn(phases, None)
+    assert text == drawn(table(sizes(config, on_gpu=True), config, gpu="h100", num_gpus=8))
 
 
-def drawn(phases: list[Phase], told: Any) -> str:
+def test_the_table_tells_nothing_of_gpus_without_one(small: Composed) -> None:
+    config = small("schedule=gpt5_moe")
+    text = drawn(table(sizes(config, on_gpu=False), config))
+    assert "moe align voter" in text
+    assert "GPU-hours" not in text
+    assert "16-bit copies" not in text
+
+
+def drawn(renderable: RenderableType) -> str:
     console = Console(file=io.StringIO(), width=120)
-    console.print(table(phases, told))
+    console.print(renderable)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
