@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from apt_launch.config import RunConfig, composed, show_error
-from apt_launch.plots import draw_schedule, sheets
+from apt_launch.plots import Sheet, draw_schedule, sheets
 from apt_model.errors import ConfigError
 from apt_model.schedule import MODULES, Program
 from apt_model.schedule.timeline import effect, series, timeline
@@ -238,7 +238,8 @@ def page(programs: Mapping[str, Program]) -> str:
     """Return one HTML page with the curves and timelines of all ``programs``; it needs nothing from outside."""
     from html import escape
 
-    names = list(dict.fromkeys(name for program in programs.values() for name in program.curriculum.all_anneals))
+    drawn = sheets(programs)
+    names = dict.fromkeys(name for sheet in drawn for name in sheet.values)
     parts = [
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
         '<meta name=viewport content="width=device-width, initial-scale=1">'
@@ -251,8 +252,8 @@ def page(programs: Mapping[str, Program]) -> str:
         )
         parts.append(f"<p>{'<br>'.join(keys)}</p>")
     for name in names:
-        parts.append(f"<h2>{escape(name)}</h2>{_svg_of_values(programs, name)}")
-    parts.append(f"<h2>Modules</h2>{_svg_of_switches(programs)}")
+        parts.append(f"<h2>{escape(name)}</h2>{_svg_of_values(drawn, name)}")
+    parts.append(f"<h2>Modules</h2>{_svg_of_switches(drawn)}")
     for label, program in programs.items():
         parts.append(f"<h2>Timeline{': ' + escape(label) if label else ''}</h2><p>{escape(str(program.horizon))}</p>")
         parts.append(_html_table(program))
@@ -279,15 +280,11 @@ def _html_table(program: Program) -> str:
 WIDTH, HEIGHT, LEFT = 900, 130, 60
 
 
-def _svg_of_values(programs: Mapping[str, Program], name: str) -> str:
-    longest = max(program.horizon.steps for program in programs.values())
-    drawn = []
-    for number, program in enumerate(programs.values()):
-        if name in program.curriculum.all_anneals:
-            steps, states = series(program)
-            drawn.append((number, [*steps, program.horizon.steps], [float(state[name]) for state in states]))
-    low = min(value for _, _, values in drawn for value in values)
-    high = max(value for _, _, values in drawn for value in values)
+def _svg_of_values(drawn: list[Sheet], name: str) -> str:
+    longest = max(sheet.num_steps for sheet in drawn)
+    shown = [(number, sheet) for number, sheet in enumerate(drawn) if name in sheet.values]
+    everything = [value for _, sheet in shown for value in sheet.values[name]]
+    low, high = min(everything), max(everything)
     room = (high - low) or 1.0
 
     def x(step: int) -> float:
@@ -305,32 +302,30 @@ def _svg_of_values(programs: Mapping[str, Program], name: str) -> str:
         f'<text x="{x(step):.1f}" y="{HEIGHT - 4}" text-anchor="{anchor}">step {step:,}</text>'
         for step, anchor in ((0, "start"), (longest, "end"))
     ]
-    for number, steps, values in drawn:
+    for number, sheet in shown:
+        values = sheet.values[name]
+        ends = [*sheet.steps[1:], sheet.num_steps]
         path = f"M{x(0):.1f} {y(values[0]):.1f}" + "".join(
-            f"H{x(step):.1f}V{y(value):.1f}" for step, value in zip(steps[1:], [*values[1:], values[-1]], strict=True)
+            f"H{x(end):.1f}V{y(after):.1f}" for end, after in zip(ends, [*values[1:], values[-1]], strict=True)
         )
         lines.append(f'<path d="{path}" fill="none" stroke="{COLORS[number % len(COLORS)]}" stroke-width="1.6"/>')
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">{"".join(lines)}</svg>'
 
 
-def _svg_of_switches(programs: Mapping[str, Program]) -> str:
-    longest = max(program.horizon.steps for program in programs.values())
-    scale = (WIDTH - LEFT - 10) / longest
+def _svg_of_switches(drawn: list[Sheet]) -> str:
+    scale = (WIDTH - LEFT - 10) / max(sheet.num_steps for sheet in drawn)
     bars, y = [], 4
     for module in MODULES:
         bars.append(f'<text x="{LEFT - 6}" y="{y + 11}" text-anchor="end">{module}</text>')
-        for number, program in enumerate(programs.values()):
-            steps, states = series(program)
-            ends = [*steps[1:], program.horizon.steps]
-            for step, end, state in zip(steps, ends, states, strict=True):
-                if state[f"{module}_enabled"]:
-                    bars.append(
-                        f'<rect x="{LEFT + step * scale:.1f}" y="{y}" width="{(end - step) * scale + 0.3:.1f}" height="12" '
-                        f'fill="{COLORS[number % len(COLORS)]}"/>'
-                    )
-            if any(subject.name == module for subject in program.latches):
-                bars.append(f'<text x="{LEFT + 4}" y="{y + 11}">when its metric says so</text>')
-            y += 15
+        for number, sheet in enumerate(drawn):
+            bars += [
+                f'<rect x="{LEFT + begin * scale:.1f}" y="{y}" width="{(end - begin) * scale:.1f}" height="13" '
+                f'fill="{COLORS[number % len(COLORS)]}" fill-opacity=".45"/>'
+                for begin, end in sheet.stretches[module]
+            ]
+            first = sheet.stretches[module][0][0] if sheet.stretches[module] else 0
+            bars.append(f'<text x="{LEFT + 4 + first * scale:.1f}" y="{y + 11}">{sheet.notes[module]}</text>')
+            y += 16
         y += 5
     return f'<svg viewBox="0 0 {WIDTH} {y}" role="img" aria-label="modules">{"".join(bars)}</svg>'
 

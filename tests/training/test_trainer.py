@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,78 @@ def test_a_resume_ends_in_the_same_weights_and_rows(
     for name, weight in whole.weights().items():
         assert torch.equal(weight, after.weights()[name]), name
     assert before.told() + after.told() == whole.told()
+
+
+def test_a_latch_watches_the_entropy_while_the_voter_is_off_and_survives_a_resume(small: Small, tmp_path: Path) -> None:
+    config = small(
+        "schedule.enable_voter_at_epoch=null",
+        "trainer.log_every=1",
+        "optimizer.lr=0.02",
+        "+schedule.events.vote={enable: voter, when: {metric: voter/entropy, below: 4.6, smooth: 0.5, not_before: 2ep}}",
+    )
+    whole = Run(config)
+    whole.trainer.fit()
+    train = [row for row in whole.rows if "train/loss" in row]
+    smoothed, expected = None, None
+    for row in train:
+        if expected is None and smoothed is not None and smoothed < 4.6 and row["epoch"] >= 2:
+            expected = row["step"]
+        smoothed = row["voter/entropy"] if smoothed is None else 0.5 * smoothed + 0.5 * row["voter/entropy"]
+    assert expected is not None
+    assert 8 < expected < 23, "the latch decides, not its bounds"
+    assert [row["step"] for row in train if row["schedule/voter_enabled"]] == list(range(int(expected), 24))
+
+    before = Run(config, checkpoints=Checkpoints(tmp_path))
+    before.trainer.stop_requested = lambda: before.trainer.clock.step >= expected - 1
+    with pytest.raises(Interrupted):
+        before.trainer.fit()
+    after = Run(config, resume=newest_intact(tmp_path)[0])
+    after.trainer.fit()
+    assert before.told() + after.told() == whole.told()
+
+
+def test_frozen_parameters_stay_and_experts_that_appear_are_frozen_with_them(small: Small) -> None:
+    class Snapshots(Callback):
+        def __init__(self) -> None:
+            self.embedding: list[torch.Tensor] = []
+            self.experts: list[torch.Tensor] = []
+
+        def on_step(self, trainer: Trainer) -> None:
+            self.embedding.append(trainer.model.embedding.weight.detach().clone())
+            layer = trainer.model.moe_layers[0]
+            self.experts.append(layer.experts.up.detach().clone() if layer.enabled else torch.zeros(()))
+
+    seen = Snapshots()
+    config = small(
+        "+schedule.events.f={freeze: embedding, at: 2ep}",
+        "+schedule.events.u={unfreeze: embedding, at: embedding.frozen + 1ep}",
+        "+schedule.events.g={freeze: blocks.*.ffn, at: 1ep}",
+    )
+    run = Run(config, callbacks=[seen])
+    run.trainer.fit()
+    moved = [not torch.equal(a, b) for a, b in pairwise(seen.embedding)]
+    assert [step + 1 for step, m in enumerate(moved) if not m] == [8, 9, 10, 11]
+    assert all(torch.equal(seen.experts[8], later) for later in seen.experts[9:])
+    assert [row["step"] for row in run.rows if row.get("schedule/embedding_frozen") and "lr" in row] == [8, 9, 10, 11]
+
+
+def test_a_curriculum_can_write_the_learning_rate_and_any_layer(small: Small) -> None:
+    config = small(
+        "schedule=none",
+        "trainer.lr_schedule=null",
+        "trainer.log_every=1",
+        "+schedule.anneals.lr={target: optimizer.lr, start: 0.01, end: 0.001, by: step, type: exponential}",
+        "+schedule.anneals.wd={target: optimizer.weight_decay, start: 0.1, end: 0.0, by: epoch}",
+        "+schedule.anneals.drop={target: blocks.1.ffn.dropout, start: 0.5, end: 0.0, by: token}",
+    )
+    run = Run(config)
+    run.trainer.fit()
+    train = [row for row in run.rows if "train/loss" in row]
+    assert [row["lr"] for row in train] == pytest.approx([0.01 * 0.1 ** (k / 23) for k in range(24)])
+    assert [row["schedule/drop"] for row in train] == pytest.approx([0.5 * (1 - k / 23) for k in range(24)])
+    assert run.trainer.optimizer.param_groups[0]["weight_decay"] == 0.0
+    assert run.trainer.optimizer.param_groups[1]["weight_decay"] == 0.0
+    assert run.trainer.model.moe_layers[1].dropout.item() == 0.0
 
 
 def test_a_resume_of_a_finished_run_trains_no_more(small: Small, tmp_path: Path) -> None:

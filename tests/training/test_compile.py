@@ -1,0 +1,188 @@
+"""What moves under torch.compile: no graph more for an anneal, at most one for an event, and the values of eager."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from apt_model.errors import ConfigError
+from apt_model.gpt import GPT
+from apt_model.layers import scheduled
+from apt_model.layers.moe import MoE
+from apt_model.schedule import Clock, Horizon, ScheduleRunner
+from apt_model.schedule.targets import matching
+
+STEPS = 50
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # inductor's own warnings are not ours
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    # the same random numbers compiled and eager, so that dropout can be compared
+    with torch._inductor.config.patch(fallback_random=True):
+        yield
+    torch._dynamo.reset()
+
+
+def gpt(num_layers: int = 1) -> GPT:
+    torch.manual_seed(0)
+    return GPT(
+        vocab_size=32,
+        d_model=16,
+        num_heads=2,
+        num_layers=num_layers,
+        d_ff=16,
+        seq_len=16,
+        moe=partial(MoE, num_experts=4, top_k=2, capacity_factor=1.0),
+    )
+
+
+def runner(model: GPT, **curriculum) -> ScheduleRunner:
+    schedule = ScheduleRunner(horizon=Horizon(epochs=1, updates_per_epoch=STEPS), **curriculum)
+    schedule.bind(values=scheduled.setters(model), switches=model.switches(), domains=scheduled.targets(model))
+    scheduled.expect(model, schedule.targets)
+    return schedule
+
+
+def losses(model: GPT, forward, schedule: ScheduleRunner, steps: int = STEPS) -> list[float]:
+    """Loss and the sum of all gradients' sizes at each step; weights stay as they are, so steps differ by values alone."""
+    tokens = torch.randint(0, 32, (4, 17), generator=torch.Generator().manual_seed(1))
+    told = []
+    for step in range(steps):
+        schedule.apply(Clock(step=step))
+        torch.manual_seed(step)
+        output = forward(tokens[:, :-1], tokens[:, 1:])
+        loss = output.language_loss + output.auxiliary_loss
+        loss.backward()
+        told.append(loss.item())
+        told.append(sum(p.grad.abs().sum().item() for p in model.parameters() if p.grad is not None))
+        model.zero_grad(set_to_none=True)
+    return told
+
+
+def graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+ANNEALS = {
+    "temperature": {"route_temp": {"start": 1.5, "end": 0.5, "by": "step"}},
+    "capacity": {"moe_capacity": {"start": 1.5, "end": 0.5, "by": "step"}},
+    "loss weight": {"align_weight": {"start": 0.0, "end": 3.0, "by": "step"}},
+    "balance loss": {"anneals": {"b": {"target": "moe.balance_loss_weight", "start": 0.0, "end": 1.0, "by": "step"}}},
+    "dropout": {"anneals": {"d": {"target": "blocks.*.attention.dropout", "start": 0.0, "end": 0.5, "by": "step"}}},
+    "label smoothing": {"anneals": {"s": {"target": "label_smoothing", "start": 0.0, "end": 0.3, "by": "step"}}},
+}
+
+
+@pytest.mark.parametrize("name", ANNEALS)
+def test_an_anneal_of_fifty_steps_adds_no_graph_and_gives_the_values_of_eager(name: str) -> None:
+    on = {"enable_moe_at_step": 0, "enable_align_at_step": 0}
+    eager_model, compiled_model = gpt(), gpt()
+    eager_schedule, compiled_schedule = (
+        runner(eager_model, **on, **ANNEALS[name]),
+        runner(compiled_model, **on, **ANNEALS[name]),
+    )
+    torch.manual_seed(7)
+    expected = losses(eager_model, eager_model, eager_schedule)
+    assert len(set(expected)) > 10, "the anneal changes something"
+
+    torch.manual_seed(7)
+    compiled = torch.compile(compiled_model, fullgraph=True)
+    compiled_schedule.apply(Clock(step=0))
+    first = losses(compiled_model, compiled, compiled_schedule, steps=1)
+    assert graphs() == 1
+    with torch.compiler.set_stance("fail_on_recompile"):
+        told = losses(compiled_model, compiled, compiled_schedule)
+    assert first == told[:2]
+    assert graphs() == 1
+    assert told == pytest.approx(expected, rel=2e-4, abs=1e-4)
+
+
+def test_each_event_adds_at_most_one_graph() -> None:
+    model = gpt()
+    schedule = runner(
+        model,
+        enable_moe_at_step=2,
+        enable_align_at_step=4,
+        enable_voter_at_step=6,
+        route_temp={"start": 1.5, "end": 0.5, "by": "step"},
+        events={"off": {"disable": "align", "at": "8st"}},
+    )
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # graphs are counted before the backend
+    tokens = torch.randint(0, 32, (4, 17))
+    counts = []
+    for step in range(10):
+        schedule.apply(Clock(step=step))
+        compiled(tokens[:, :-1], tokens[:, 1:]).language_loss.backward()
+        counts.append(graphs())
+    assert counts[1] == counts[0] == 1
+    for event in (2, 4, 6, 8):
+        assert counts[event] - counts[event - 1] <= 1
+        assert counts[event + 1] == counts[event]
+    print(f"graphs after each of ten updates: {counts}")
+
+
+class Bare(nn.Module):
+    """A module whose number is a Python float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 1.0
+        self.name = "x"
+        self.register_buffer("vector", torch.zeros(3))
+        self.register_buffer("level", torch.tensor(1.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale * self.level
+
+
+def test_a_bare_float_on_a_compiled_module_is_refused_with_the_remedy() -> None:
+    for compiled in (torch.compile(Bare()), nn.Sequential(torch.compile(Bare()))):
+        path = "0._orig_mod.scale" if isinstance(compiled, nn.Sequential) else "scale"
+        with pytest.raises(ConfigError, match=r'compiled module.*register_buffer\("scale", torch\.tensor\(1\.0\)'):
+            scheduled.setter(compiled, path)
+    in_place = Bare()
+    in_place.compile()
+    with pytest.raises(ConfigError, match="compiled module"):
+        scheduled.setter(in_place, "scale")
+
+    plain = Bare()
+    scheduled.setter(plain, "scale")(0.5)
+    assert plain.scale == 0.5
+    buffer = plain.level
+    scheduled.setter(torch.compile(plain), "level")(0.25)
+    assert plain.level is buffer
+    assert buffer.item() == 0.25
+
+
+def test_what_is_no_number_of_the_model_is_refused() -> None:
+    for path, message in (
+        ("scal", "nothing of that name"),
+        ("name", "moves numbers, and this is str"),
+        ("vector", r"single numbers, and this has the shape \(3,\)"),
+        ("deep.scale", "nothing of that name"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            scheduled.setter(Bare(), path)
+
+
+def test_a_pattern_reaches_one_layer_or_all() -> None:
+    model = gpt(num_layers=2)
+    schedule = runner(
+        model,
+        anneals={
+            "one": {"target": "blocks.1.ffn.temperature", "start": 2.0, "end": 1.0, "by": "step"},
+            "all": {"target": "blocks.*.ffn.dropout", "start": 0.5, "end": 0.0, "by": "step"},
+        },
+    )
+    schedule.apply(Clock())
+    assert [layer.temperature.item() for layer in model.moe_layers] == [1.0, 2.0]
+    assert [layer.dropout.item() for layer in model.moe_layers] == [0.5, 0.5]
+    assert matching("blocks.*.ffn.dropout", schedule.targets) == ["blocks.0.ffn.dropout", "blocks.1.ffn.dropout"]
