@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from apt_model.schedule import MODULES, Program
-from apt_model.schedule.timeline import series
+if TYPE_CHECKING:  # the process that draws needs none of it
+    from apt_model.schedule import Program
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,9 @@ def sheets(programs: Mapping[str, Program]) -> list[Sheet]:
 
 
 def _sheet(label: str, program: Program) -> Sheet:
+    from apt_model.schedule import MODULES
+    from apt_model.schedule.timeline import series
+
     steps, states = series(program)
     horizon = program.horizon
     notes = {}
@@ -72,7 +79,8 @@ def draw_schedule(drawn: Sequence[Sheet], path: Path) -> None:
 
     names = list(dict.fromkeys(name for sheet in drawn for name in sheet.values))
     longest = max(sheet.num_steps for sheet in drawn)
-    switches_height = 0.28 * len(MODULES) * len(drawn)
+    modules = list(drawn[0].stretches)
+    switches_height = 0.28 * len(modules) * len(drawn)
     height = 0.85 + 1.5 * len(names) + switches_height
     figure = Figure(figsize=(9, height))
     FigureCanvasAgg(figure)
@@ -97,7 +105,7 @@ def draw_schedule(drawn: Sequence[Sheet], path: Path) -> None:
         axes[0].legend(fontsize=8, loc="lower left")
 
     switches = axes[-1]
-    rows = [(module, number) for module in reversed(MODULES) for number in reversed(range(len(drawn)))]
+    rows = [(module, number) for module in reversed(modules) for number in reversed(range(len(drawn)))]
     for row, (module, number) in enumerate(rows):
         sheet = drawn[number]
         for begin, end in sheet.stretches[module]:
@@ -109,3 +117,46 @@ def draw_schedule(drawn: Sequence[Sheet], path: Path) -> None:
     switches.set_xlim(0, longest)
     switches.set_xlabel(f"step ({'; '.join(dict.fromkeys(sheet.horizon for sheet in drawn))})")
     figure.savefig(path, dpi=100)
+
+
+class Painter:
+    """Draws in a process of its own, which loads matplotlib on another core while this one composes."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen([sys.executable, "-m", "apt_launch.plots"], stdin=subprocess.PIPE, text=True)
+
+    def draw(self, drawn: Sequence[Sheet], path: Path) -> None:
+        """Begin to draw; see :func:`draw_schedule`."""
+        assert self.process.stdin is not None
+        json.dump({"path": str(path), "sheets": [asdict(sheet) for sheet in drawn]}, self.process.stdin)
+        self.process.stdin.close()
+
+    def wait(self) -> None:
+        """Wait until the picture is there.
+
+        Raises:
+            CalledProcessError: it could not be drawn; the process has said why.
+        """
+        if self.process.wait():
+            raise subprocess.CalledProcessError(self.process.returncode, "apt_launch.plots")
+
+    def close(self) -> None:
+        """End the process, also where nothing was drawn."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def _paint() -> None:
+    """Draw what comes on standard input; nothing, where nothing comes."""
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
+
+    told = sys.stdin.read()
+    if told:
+        content = json.loads(told)
+        draw_schedule([Sheet(**sheet) for sheet in content["sheets"]], Path(content["path"]))
+
+
+if __name__ == "__main__":
+    _paint()

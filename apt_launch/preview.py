@@ -9,21 +9,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
-from rich.table import Table
+from apt_launch.plots import Painter, Sheet, sheets
 
-from apt_launch.config import RunConfig, composed, show_error
-from apt_launch.plots import Sheet, draw_schedule, sheets
-from apt_model.errors import ConfigError
-from apt_model.schedule import MODULES, Program
-from apt_model.schedule.timeline import effect, series, timeline
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from apt_launch.config import RunConfig
+    from apt_model.schedule import Program
 
 MOST_JOBS = 64
 """Above this many jobs curves are no longer told apart."""
@@ -39,23 +36,28 @@ class Job:
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 config or command line wrong, 130 interrupted."""
-    from apt_launch.__main__ import with_profile_file
-
     arguments, overrides = _parser().parse_known_args()
+    painter = Painter()  # first of all: it loads its library while this process loads Hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+    from rich.console import Console
+
+    from apt_launch.__main__ import with_profile_file
+    from apt_launch.config import show_error
+    from apt_model.errors import ConfigError
+
     unknown = [override for override in overrides if override.startswith("-")]
-    painter = ProcessPoolExecutor(max_workers=1, mp_context=get_context("fork"))
     try:
         if unknown:
             raise ConfigError(f"{unknown[0]}: unknown option. See python -m apt_launch.preview --help.")
-        painter.submit(_load_matplotlib)  # on the other core, while this one composes
         asked, jobs = expand(with_profile_file(overrides))
         folder: Path = arguments.out
         folder.mkdir(parents=True, exist_ok=True)
         programs = {job.label: job.config.program for job in jobs}
-        picture = painter.submit(draw_schedule, sheets(programs), folder / "preview.png")
+        painter.draw(sheets(programs), folder / "preview.png")
         show(jobs, asked, Console())
         (folder / "preview.html").write_text(page(programs), encoding="utf-8")
-        picture.result()
+        painter.wait()
         if arguments.sizes or arguments.gpu:
             from apt_launch import sizes
 
@@ -73,11 +75,8 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _load_matplotlib() -> None:
-    import matplotlib.backends.backend_agg
-    import matplotlib.figure  # noqa: F401
+    finally:
+        painter.close()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -106,6 +105,9 @@ def expand(overrides: list[str]) -> tuple[int, list[Job]]:
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from apt_launch.config import composed
+    from apt_model.errors import ConfigError
 
     parsed = OverridesParser.create().parse_overrides(overrides)
     varied = [override.get_key_element() for override in parsed if override.is_sweep_override()]
@@ -141,6 +143,10 @@ def show(jobs: list[Job], asked: int, console: Console) -> None:
 
 def _timeline_table(program: Program, title: str, width: int) -> Table:
     """Values stand in columns where ``width`` has room for them, else below what happens."""
+    from rich.table import Table
+
+    from apt_model.schedule.timeline import timeline
+
     names = list(program.curriculum.all_anneals)
     columns = width >= 52 + 10 * len(names)
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1), pad_edge=False)
@@ -178,6 +184,8 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 
 def _sparklines(program: Program, width: int) -> list[str]:
     """Return a line for each switch and anneal, over the run from left to right."""
+    from apt_model.schedule.timeline import series
+
     steps, states = series(program, points=width * 8)
     columns = [states[max(0, _last_at(steps, column * program.horizon.steps // width))] for column in range(width)]
     lines = []
@@ -205,6 +213,7 @@ def _last_at(steps: list[int], step: int) -> int:
 def unread_sweeps(jobs: list[Job]) -> list[str]:
     """Name the curriculum's keys that vary between jobs without a model noticing."""
     from apt_launch.folder import changed_keys
+    from apt_model.schedule.timeline import effect
 
     noticed: dict[str, bool] = {}
     for first, job in enumerate(jobs):
@@ -264,6 +273,8 @@ def page(programs: Mapping[str, Program]) -> str:
 def _html_table(program: Program) -> str:
     from html import escape
 
+    from apt_model.schedule.timeline import timeline
+
     names = list(program.curriculum.all_anneals)
     heads = ["step", "epoch", "samples", "tokens", "run", "what", *names]
     rows = ["<tr>" + "".join(f"<th>{escape(head)}</th>" for head in heads) + "</tr>"]
@@ -315,7 +326,7 @@ def _svg_of_values(drawn: list[Sheet], name: str) -> str:
 def _svg_of_switches(drawn: list[Sheet]) -> str:
     scale = (WIDTH - LEFT - 10) / max(sheet.num_steps for sheet in drawn)
     bars, y = [], 4
-    for module in MODULES:
+    for module in drawn[0].stretches:
         bars.append(f'<text x="{LEFT - 6}" y="{y + 11}" text-anchor="end">{module}</text>')
         for number, sheet in enumerate(drawn):
             bars += [
