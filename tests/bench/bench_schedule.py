@@ -57,7 +57,8 @@ def ours(count: int) -> Contender:
     def prepare(updates: int) -> Callable[[], None]:
         chosen = dict(list(ANNEALS.items())[:count])
         horizon = Horizon(epochs=1, updates_per_epoch=updates)
-        runner = ScheduleRunner(horizon=horizon, **{name: spec for name, (_, spec) in chosen.items()})
+        curriculum: dict[str, Any] = {name: spec for name, (_, spec) in chosen.items()}
+        runner = ScheduleRunner(horizon=horizon, **curriculum)
         buffers = {target: torch.zeros(()) for target, _ in chosen.values()}
         runner.bind(values={target: _filler(buffer) for target, buffer in buffers.items()}, switches={})
         clocks = [Clock(step=step) for step in range(updates)]
