@@ -15,7 +15,7 @@ from apt_model.schedule import MODULES, Change
 from apt_model.training.callbacks import Callback
 
 if TYPE_CHECKING:
-    from apt_model.training.trainer import Trainer
+    from apt_model.training.base import BaseTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +48,14 @@ def progress_callback() -> Callback:
 class _Announcements(Callback):
     """Says when a module goes on or off."""
 
-    def on_schedule(self, trainer: Trainer, changes: Sequence[Change]) -> None:
+    def on_schedule(self, trainer: BaseTrainer, changes: Sequence[Change]) -> None:
         for change in changes:
             if isinstance(change.value, bool) and (change.value or trainer.clock.step):
                 name, state = change.name.rsplit("_", 1)
                 told = {"enabled": ("on", "off"), "frozen": ("frozen", "trained again")}[state]
                 logger.info("%s: %s %s", trainer.clock, name, told[0] if change.value else told[1])
 
-    def on_epoch_end(self, trainer: Trainer) -> None:
+    def on_epoch_end(self, trainer: BaseTrainer) -> None:
         row = trainer.last_row
         logger.info("%s: val/loss %.4f  (%s)", trainer.clock, row["val/loss"], curriculum_state(trainer))
 
@@ -68,11 +68,11 @@ class PlainLines(_Announcements):
         self.last = 0.0
         self.began_at = (0.0, 0)
 
-    def on_train_begin(self, trainer: Trainer) -> None:
+    def on_train_begin(self, trainer: BaseTrainer) -> None:
         self.began_at = (time.monotonic(), trainer.clock.step)
         self.last = time.monotonic()
 
-    def on_step(self, trainer: Trainer) -> None:
+    def on_step(self, trainer: BaseTrainer) -> None:
         now = time.monotonic()
         if now - self.last < self.seconds or "train/loss" not in trainer.last_row:
             return
@@ -108,7 +108,7 @@ class ProgressBar(_Announcements):
         )
         self.task: TaskID | None = None
 
-    def on_train_begin(self, trainer: Trainer) -> None:
+    def on_train_begin(self, trainer: BaseTrainer) -> None:
         self.task = self.progress.add_task(
             "train",
             total=trainer.schedule.planned.steps,
@@ -119,7 +119,7 @@ class ProgressBar(_Announcements):
         )
         self.progress.start()
 
-    def on_step(self, trainer: Trainer) -> None:
+    def on_step(self, trainer: BaseTrainer) -> None:
         row = trainer.last_row
         assert self.task is not None
         self.progress.update(
@@ -132,15 +132,15 @@ class ProgressBar(_Announcements):
             numbers = f"loss {row['train/loss']:.3f}  {row['tokens_per_second']:,.0f} tok/s"
             self.progress.update(self.task, numbers=numbers)
 
-    def on_train_end(self, trainer: Trainer) -> None:
+    def on_train_end(self, trainer: BaseTrainer) -> None:
         self.progress.stop()
 
     @staticmethod
-    def _epoch(trainer: Trainer) -> str:
+    def _epoch(trainer: BaseTrainer) -> str:
         return f"{min(trainer.clock.epoch + 1, trainer.max_epochs)}/{trainer.max_epochs}"
 
 
-def curriculum_state(trainer: Trainer) -> str:
+def curriculum_state(trainer: BaseTrainer) -> str:
     """Return what is in force in one short line: modules that are on, then values."""
     metrics = trainer.schedule.metrics()
     on = [module for module in MODULES if metrics.get(f"schedule/{module}_enabled")]

@@ -9,7 +9,7 @@ from apt_model.errors import AptError, CallbackError
 from apt_model.schedule import Change
 
 if TYPE_CHECKING:
-    from apt_model.training.trainer import Trainer
+    from apt_model.training.base import BaseTrainer
 
 Event = Literal[
     "on_train_begin",
@@ -26,28 +26,28 @@ Event = Literal[
 class Callback:
     """Base of callbacks: override what you need. The trainer's ``clock``, ``last_row`` and ``model`` tell the rest."""
 
-    def on_train_begin(self, trainer: Trainer) -> None:
+    def on_train_begin(self, trainer: BaseTrainer) -> None:
         """Before the first update, after a resume."""
 
-    def on_train_end(self, trainer: Trainer) -> None:
+    def on_train_end(self, trainer: BaseTrainer) -> None:
         """After the last update; also when the run fails or is interrupted."""
 
-    def on_epoch_begin(self, trainer: Trainer) -> None:
+    def on_epoch_begin(self, trainer: BaseTrainer) -> None:
         """Before the first update of an epoch."""
 
-    def on_epoch_end(self, trainer: Trainer) -> None:
+    def on_epoch_end(self, trainer: BaseTrainer) -> None:
         """After an epoch's validation, before its checkpoint."""
 
-    def on_batch_begin(self, trainer: Trainer) -> None:
+    def on_batch_begin(self, trainer: BaseTrainer) -> None:
         """Before the forward pass of each batch; with accumulation several make one update."""
 
-    def on_batch_end(self, trainer: Trainer) -> None:
+    def on_batch_end(self, trainer: BaseTrainer) -> None:
         """After the backward pass of each batch."""
 
-    def on_schedule(self, trainer: Trainer, changes: Sequence[Change]) -> None:
+    def on_schedule(self, trainer: BaseTrainer, changes: Sequence[Change]) -> None:
         """When the curriculum has changed something, before the update it is for."""
 
-    def on_step(self, trainer: Trainer) -> None:
+    def on_step(self, trainer: BaseTrainer) -> None:
         """After each optimizer update, with its row in ``trainer.last_row``; the clock is still that of the update."""
 
 
@@ -57,7 +57,7 @@ class Callbacks:
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self.callbacks = list(callbacks)
 
-    def notify(self, event: Event, trainer: Trainer, *details: object) -> None:
+    def notify(self, event: Event, trainer: BaseTrainer, *details: object) -> None:
         """Call ``event`` of every callback.
 
         Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -21,23 +21,40 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 @torch.no_grad()
-def follow_model(optimizer: torch.optim.Optimizer, model: nn.Module, lineage: Sequence[Lineage] = ()) -> None:
-    """Make the optimizer's parameters those that ``model`` has now.
+def follow_model(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    lineage: Sequence[Lineage] = (),
+    *,
+    left_out: Collection[nn.Parameter] = (),
+) -> None:
+    """Make the optimizer's parameters those that ``model`` has now, but for ``left_out`` and what comes of them.
 
-    A parameter that took over from another one takes its moments too, scaled to the gradients it will see: the first by
-    the scale, the second by its square. Starting them at zero costs a spike of the loss.
+    A new parameter joins the group of the one it took over from, or the first group that holds its kind: matrices or
+    vectors. One that took over from another takes its moments too, scaled to the gradients it will see: the first by the
+    scale, the second by its square. Starting them at zero costs a spike of the loss.
     """
-    wanted = parameter_groups(model, 0.0)
-    for group, now in zip(optimizer.param_groups, wanted, strict=True):
-        group["params"] = now["params"]
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    place = {parameter: number for number, group in enumerate(groups) for parameter in group["params"]}
+    parents = {child: parent for child, parent, _ in lineage}
+    kinds = [{parameter.dim() >= 2 for parameter in group["params"]} for group in groups]
+    wanted: list[list[nn.Parameter]] = [[] for _ in groups]
+    for parameter in model.parameters():
+        origin = parents.get(parameter, parameter)
+        if parameter in left_out or origin in left_out:
+            continue
+        kin = next((number for number, kind in enumerate(kinds) if (parameter.dim() >= 2) in kind), 0)
+        wanted[place.get(parameter, place.get(origin, kin))].append(parameter)
+    for group, now in zip(groups, wanted, strict=True):
+        group["params"] = now
     for child, parent, scale in lineage:
         state = optimizer.state.get(parent)
         if state:
             optimizer.state[child] = {name: _inherit(name, value, child, scale) for name, value in state.items()}
     alive = set(model.parameters())
-    for parameter in list(optimizer.state):
-        if parameter not in alive:
-            del optimizer.state[parameter]
+    for held in list(optimizer.state):
+        if held not in alive:
+            del optimizer.state[held]
 
 
 def _inherit(name: str, value: Any, child: nn.Parameter, scale: float) -> Any:

@@ -3,169 +3,26 @@
 from __future__ import annotations
 
 import itertools
-import logging
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from apt_model.data import Corpus, Sampler
-from apt_model.data.batches import Batches
-from apt_model.errors import ConfigError, HorizonError, Interrupted, NonFiniteError
-from apt_model.gpt import GPT
-from apt_model.layers import scheduled
-from apt_model.schedule import Anneal, Clock, ScheduleRunner
-from apt_model.schedule.clock import Unit
-from apt_model.schedule.targets import NOT_NEGATIVE
+from apt_model.errors import ConfigError, Interrupted
+from apt_model.schedule import Clock
 from apt_model.training import checkpoint
-from apt_model.training.callbacks import Callback, Callbacks
-from apt_model.training.checkpoint import Checkpoints
-from apt_model.training.optimizer import follow_model, load_named_state, named_state, parameter_groups
+from apt_model.training.base import OPTIMIZER_DOMAINS, BaseTrainer, Batch
+from apt_model.training.optimizer import load_named_state
 
-logger = logging.getLogger(__name__)
-
-OPTIMIZER_DOMAINS = {"optimizer.lr": NOT_NEGATIVE, "optimizer.weight_decay": NOT_NEGATIVE}
-"""Targets of the optimizer: the learning rate, and the decay of matrices."""
-
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Batch = tuple[Tensor, Tensor]
-Row = dict[str, float]
+__all__ = ["OPTIMIZER_DOMAINS", "Trainer"]
 
 
-class Trainer:
-    """Trains a model through its curriculum.
+class Trainer(BaseTrainer):
+    """Trains a model through its curriculum: one loop, read from top to bottom. Arguments: see :class:`BaseTrainer`."""
 
-    A row goes to ``log`` when the curriculum changed something, every ``log_every`` updates, at each epoch's last update,
-    and after each validation. Its ``step`` and ``epoch`` are the clock of the update it tells of, from 0; its ``tokens``
-    and ``time`` (seconds of training) count what that update took, too.
-
-    Args:
-        model: moved to ``device``.
-        optimizer: called with parameter groups.
-        weight_decay: of matrices; vectors do not decay.
-        schedule: a runner whose horizon fits ``corpus`` and the numbers below.
-        corpus: text in two splits.
-        seed: of the batches' order and of validation.
-        max_epochs: epochs to train.
-        max_batches_per_epoch: None: all that the corpus gives.
-        batch_size: sequences a batch.
-        accumulate: batches an update.
-        precision: ``auto`` is bf16 or, where the device has none, fp16 on CUDA, and fp32 on the CPU.
-        device: ``auto`` is CUDA where there is a device.
-        grad_clip: largest norm of the gradient; None: no limit.
-        lr_schedule: an anneal of the factor on the optimizer's learning rate; None: the rate is that of the optimizer, or
-            of a curriculum that writes ``optimizer.lr``.
-        resume: the folder of a checkpoint to go on from.
-        log_every: updates between rows.
-        validation_batches: batches of the validation split, the same each time; None: all.
-        checkpoint_every_epochs: epochs between checkpoints; the last epoch always has one.
-        checkpoints: where they go; None: none are written.
-        log: receives every row.
-        callbacks: see :class:`apt_model.training.callbacks.Callback`.
-        stop_requested: asked after each update; True makes it the last one before a checkpoint and ``Interrupted``.
-
-    Raises:
-        ConfigError: the device or its precision is not there, or the corpus is too small.
-    """
-
-    def __init__(
-        self,
-        *,
-        model: GPT,
-        optimizer: Callable[..., torch.optim.Optimizer],
-        schedule: ScheduleRunner,
-        corpus: Corpus,
-        max_epochs: int,
-        batch_size: int,
-        lr_schedule: Mapping[str, Any] | None,
-        weight_decay: float = 0.0,
-        seed: int = 0,
-        max_batches_per_epoch: int | None = None,
-        accumulate: int = 1,
-        precision: Precision = "auto",
-        device: str = "auto",
-        grad_clip: float | None = 1.0,
-        resume: Path | None = None,
-        log_every: int = 10,
-        validation_batches: int | None = None,
-        checkpoint_every_epochs: int = 1,
-        checkpoints: Checkpoints | None = None,
-        log: Callable[[Row], None] = lambda row: None,
-        callbacks: Sequence[Callback] = (),
-        stop_requested: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self.device = choose_device(device)
-        self.autocast_dtype = choose_dtype(precision, self.device)
-        self.scaler = torch.amp.GradScaler("cuda", enabled=self.autocast_dtype == torch.float16)
-        self.model = model.to(self.device)
-        self.optimizer = optimizer(parameter_groups(model, weight_decay))
-        self.base_lr: float = self.optimizer.param_groups[0]["lr"]
-        self.lr_curve = Anneal.model_validate(lr_schedule).curve(schedule.planned) if lr_schedule else None
-        self.lr_by: Unit = Anneal.model_validate(lr_schedule).by if lr_schedule else "step"
-        self.schedule = schedule
-        self._connect()
-        self.seed = seed
-        self.train_batches = self._batches(corpus, "train", batch_size, max_batches_per_epoch)
-        self.val_batches = self._batches(corpus, "val", batch_size, validation_batches)
-        self.max_epochs = max_epochs
-        self.accumulate = accumulate
-        self.grad_clip = math.inf if grad_clip is None else grad_clip
-        self.resume = resume
-        self.log_every = log_every
-        self.checkpoint_every_epochs = checkpoint_every_epochs
-        self.checkpoints = checkpoints
-        self.log = log
-        self.callbacks = Callbacks(callbacks)
-        self.stop_requested = stop_requested
-
-        self.clock = Clock()
-        self.batches_done = 0  # of this epoch
-        self.updates_done = 0  # of this epoch, skipped ones not counted
-        self.updates_skipped = 0  # of this epoch
-        self.rows = 0
-        self.seconds = 0.0
-        self.last_row: Row = {}
-
-    def _batches(self, corpus: Corpus, split: Literal["train", "val"], batch_size: int, limit: int | None) -> Batches:
-        tokens = corpus.read(split)
-        sampler = Sampler(
-            num_tokens=len(tokens),
-            seq_len=self.model.seq_len,
-            batch_size=batch_size,
-            seed=self.seed,
-            limit=limit,
-            name=split,
-        )
-        return Batches(tokens, sampler)
-
-    def _connect(self) -> None:
-        """Bind the curriculum to the model and the optimizer."""
-
-        def set_lr(value: float) -> None:
-            self.base_lr = value
-
-        def set_weight_decay(value: float) -> None:
-            self.optimizer.param_groups[0]["weight_decay"] = value  # of matrices
-
-        model = self.model
-        self.schedule.bind(
-            values={
-                **scheduled.setters(model),
-                "optimizer.lr": set_lr,
-                "optimizer.weight_decay": set_weight_decay,
-            },
-            switches=model.switches(),
-            freeze=model.freeze,
-            domains={**scheduled.targets(model), **OPTIMIZER_DOMAINS},
-        )
-        scheduled.expect(model, (name for name in self.schedule.targets if name not in OPTIMIZER_DOMAINS))
-        model.voter.watched = "voter/entropy" in self.schedule.program.watched
+    can_resume: ClassVar[bool] = True
 
     def fit(self) -> None:
         """Train to the end of the last epoch.
@@ -181,15 +38,13 @@ class Trainer:
             for epoch in range(self.clock.epoch, self.max_epochs):
                 self.callbacks.notify("on_epoch_begin", self)
                 for batches in self._updates(epoch):
-                    self._train_on(batches)
+                    self.begin_update()
+                    if self.step(batches) is None:
+                        self.skip_update()
+                    else:
+                        self.end_update()
                     self._stop_if_requested()
-                self._compare_with_plan()
-                self.validate()
-                self.callbacks.notify("on_epoch_end", self)
-                self.clock = self.clock.at_epoch(epoch + 1)
-                self.batches_done = self.updates_done = self.updates_skipped = 0
-                if (epoch + 1) % self.checkpoint_every_epochs == 0 or epoch + 1 == self.max_epochs:
-                    self.save()
+                self.end_epoch()
                 self._stop_if_requested()
         finally:
             self.callbacks.notify("on_train_end", self)
@@ -200,158 +55,27 @@ class Trainer:
         while update := list(itertools.islice(batches, self.accumulate)):
             yield update
 
-    def _train_on(self, batches: list[Batch]) -> None:
-        """Make one optimizer update, and log it where it is due."""
-        changes = self.schedule.apply(self.clock)
-        if changes:
-            follow_model(self.optimizer, self.model, self.model.take_lineage())
-            self.callbacks.notify("on_schedule", self, changes)
-
-        began = time.perf_counter()
-        metrics = self.step(batches)
-        took = time.perf_counter() - began
-        self.seconds += took
-        self.batches_done += len(batches)
-        if metrics is None:
-            self.updates_skipped += 1
-            return
-        self.updates_done += 1
-        self.schedule.observe(metrics)
-
-        samples = sum(len(tokens) for tokens, _ in batches)
-        num_tokens = sum(tokens.numel() for tokens, _ in batches)
-        after = self.clock.after_update(samples=samples, tokens=num_tokens)
-        last = self.batches_done == len(self.train_batches)
-        if changes or self.clock.step % self.log_every == 0 or last:
-            metrics |= self.schedule.metrics()
-            self._log(metrics | {"tokens_per_second": num_tokens / took}, step=self.clock.step, tokens=after.token)
-        self.callbacks.notify("on_step", self)
-        self.clock = after
-
-    def step(self, batches: list[Batch]) -> Row | None:
-        """Forward, backward and one update on ``batches``; return its metrics, None if mixed precision skipped it.
+    def step(self, batches: list[Batch]) -> Tensor | None:
+        """Forward, backward and one update on ``batches``; return the gradient's norm, None if mixed precision skipped it.
 
         Raises:
             NonFiniteError: the loss or the gradient is not finite; the weights are those before the update.
         """
-        lr = self.base_lr * (self.lr_curve(getattr(self.clock, self.lr_by)) if self.lr_curve else 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        losses = []
-        auxiliary = []
         for tokens, targets in batches:
-            self.callbacks.notify("on_batch_begin", self)
-            with self._autocast():
-                output = self.model(tokens, targets)
-            loss = output.language_loss + output.auxiliary_loss
-            if not torch.isfinite(loss):
-                raise NonFiniteError(
-                    f"the loss is {loss.item()} at {self.clock} (language model {output.language_loss.item():g}, "
-                    f"auxiliary {output.auxiliary_loss.item():g}). The last checkpoint is from before it. Try a lower "
-                    "optimizer.lr, a longer trainer.lr_schedule.warmup or trainer.precision=fp32."
-                )
-            self.scaler.scale(loss / len(batches)).backward()
-            losses.append(output.language_loss.detach())
-            auxiliary.append(output.auxiliary_loss.detach())
+            loss = self.scaler.scale(self.loss_of(tokens, targets) / len(batches))
+            loss.backward()  # type: ignore[no-untyped-call]
             self.callbacks.notify("on_batch_end", self)
-
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
-        if not self.scaler.is_enabled() and not torch.isfinite(norm):
-            raise NonFiniteError(
-                f"the gradient's norm is {norm.item()} at {self.clock}, its loss {loss.item():g}. The last checkpoint is "
-                "from before it. Try a lower optimizer.lr or trainer.precision=fp32."
-            )
+        norm = self.clip(scaled=self.scaler.is_enabled())
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.scaler.get_scale() < scale:
-            return None
-        return {
-            "train/loss": torch.stack(losses).mean().item(),
-            "train/auxiliary_loss": torch.stack(auxiliary).mean().item(),
-            "train/grad_norm": norm.item(),
-            "lr": lr,
-        } | {name: value.item() for name, value in output.metrics.items()}
-
-    @torch.no_grad()
-    def validate(self) -> float:
-        """Return the mean loss on the validation batches, and log it with the clock of the last update."""
-        self.model.eval()
-        losses = []
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(self.seed)  # the voter draws: the same draws each time, and none from training
-            for tokens, targets in self.val_batches.epoch(0, device=self.device):
-                with self._autocast():
-                    losses.append(self.model(tokens, targets).language_loss)
-        self.model.train()
-        loss = torch.stack(losses).mean().item()
-        self.schedule.observe({"val/loss": loss})
-        self._log({"val/loss": loss} | self.schedule.metrics(), step=self.clock.step - 1, tokens=self.clock.token)
-        return loss
-
-    def _log(self, metrics: Row, *, step: int, tokens: int) -> None:
-        when = {"step": step, "epoch": self.clock.epoch, "tokens": tokens, "time": round(self.seconds, 3)}
-        self.last_row = when | metrics
-        self.rows += 1
-        self.log(self.last_row)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.autocast_dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+        return None if self.scaler.get_scale() < scale else norm
 
     def _stop_if_requested(self) -> None:
-        if self.stop_requested():
-            self.save()
+        if self.asked_to_stop():
             raise Interrupted(f"stopped on request before {self.clock}")
-
-    def _compare_with_plan(self) -> None:
-        """Compare the updates counted in this epoch with those planned."""
-        planned = self.schedule.planned.updates_per_epoch
-        if self.updates_done + self.updates_skipped != planned:
-            raise HorizonError(
-                f"epoch {self.clock.epoch} had {self.updates_done} updates and {self.updates_skipped} skipped ones, but "
-                f"{planned} were planned: every anneal by step would be off. Has the data changed?"
-            )
-        if self.updates_skipped:
-            logger.warning(
-                "epoch %d: mixed precision skipped %d of %d updates, which the clock does not count: step %d now, %d "
-                "planned. Anneals by step end that much before their end value.",
-                self.clock.epoch,
-                self.updates_skipped,
-                planned,
-                self.clock.step,
-                (self.clock.epoch + 1) * planned,
-            )
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens a second of training, validation and checkpoints left out."""
-        return self.clock.token / self.seconds if self.seconds else 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that a resume needs, as tensors and plain values."""
-        cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": named_state(self.optimizer, self.model),
-            "scaler": self.scaler.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "clock": asdict(self.clock),
-            "progress": {
-                name: getattr(self, name)
-                for name in ("batches_done", "updates_done", "updates_skipped", "rows", "seconds")
-            },
-            "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
-        }
-
-    def save(self) -> None:
-        """Write a checkpoint, named after the update that comes next."""
-        if self.checkpoints is not None:
-            path = self.checkpoints.save(self.state_dict(), step=self.clock.step, rows=self.rows)
-            logger.debug("checkpoint %s", path)
 
     def load(self, path: Path) -> None:
         """Go on from the checkpoint in ``path``: the weights of its time first, then what the clock says now.
@@ -371,7 +95,7 @@ class Trainer:
             raise ConfigError(f"trainer.resume: {path} was made for another model. {error}") from None
         load_named_state(self.optimizer, self.model, state["optimizer"])
         self.schedule.reconcile()
-        follow_model(self.optimizer, self.model, self.model.take_lineage())
+        self.follow()
         self.scaler.load_state_dict(state["scaler"])
         self.clock = Clock(**state["clock"])
         for name, value in state["progress"].items():
@@ -379,42 +103,3 @@ class Trainer:
         torch.set_rng_state(state["random"]["cpu"])
         if state["random"]["cuda"] and self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["random"]["cuda"])
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device that ``trainer.device`` names; ``auto`` is CUDA where there is one.
-
-    Raises:
-        ConfigError: it is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"trainer.device: {name!r} was asked for, but torch {torch.__version__} sees no CUDA device here. "
-            "Set trainer.device=cpu or trainer.device=auto."
-        )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"trainer.device: {name!r} was asked for, but there are {torch.cuda.device_count()} devices here."
-        )
-    return device
-
-
-def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """Return the dtype that forward passes compute in.
-
-    Raises:
-        ConfigError: fp16 on a device that is not CUDA.
-    """
-    if precision == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if precision == "fp16" and device.type != "cuda":
-        raise ConfigError(
-            f"trainer.precision: fp16 needs a CUDA device, and this run is on {device.type}. Set trainer.precision=bf16 "
-            "or fp32."
-        )
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

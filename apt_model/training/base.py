@@ -1,0 +1,397 @@
+"""What every trainer has in common: how a run is set up, what an update is, what is logged, checked and saved."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from apt_model.data import Corpus, Sampler
+from apt_model.data.batches import Batches
+from apt_model.errors import ConfigError, HorizonError, NonFiniteError
+from apt_model.gpt import GPT
+from apt_model.schedule import Anneal, Change, ScheduleRunner
+from apt_model.schedule.clock import Unit
+from apt_model.schedule.targets import NOT_NEGATIVE
+from apt_model.training.callbacks import Callback, Callbacks
+from apt_model.training.checkpoint import Checkpoints
+from apt_model.training.follower import Follower, bind
+from apt_model.training.optimizer import named_state, parameter_groups
+
+logger = logging.getLogger(__name__)
+
+OPTIMIZER_DOMAINS = {"optimizer.lr": NOT_NEGATIVE, "optimizer.weight_decay": NOT_NEGATIVE}
+"""Targets of the optimizer: the learning rate, and the decay of matrices."""
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Batch = tuple[Tensor, Tensor]
+Row = dict[str, float]
+
+
+class BaseTrainer(Follower):
+    """What every trainer of this project has in common; a subclass runs the loop, or has it run, in :meth:`fit`.
+
+    A row goes to ``log`` when the curriculum changed something, every ``log_every`` updates, at each epoch's last update,
+    and after each validation. Its ``step`` and ``epoch`` are the clock of the update it tells of, from 0; its ``tokens``
+    and ``time`` (seconds of training) count what that update took, too.
+
+    Args:
+        model: moved to ``device``.
+        optimizer: called with parameter groups.
+        weight_decay: of matrices; vectors do not decay.
+        schedule: a runner whose horizon fits ``corpus`` and the numbers below.
+        corpus: text in two splits.
+        seed: of the batches' order and of validation.
+        max_epochs: epochs to train.
+        max_batches_per_epoch: None: all that the corpus gives.
+        batch_size: sequences a batch.
+        accumulate: batches an update.
+        precision: ``auto`` is bf16 or, where the device has none, fp16 on CUDA, and fp32 on the CPU.
+        device: ``auto`` is CUDA where there is a device.
+        grad_clip: largest norm of the gradient; None: no limit.
+        lr_schedule: an anneal of the factor on the optimizer's learning rate; None: the rate is that of the optimizer, or
+            of a curriculum that writes ``optimizer.lr``.
+        resume: the folder of a checkpoint to go on from.
+        log_every: updates between rows.
+        validation_batches: batches of the validation split, the same each time; None: all.
+        checkpoint_every_epochs: epochs between checkpoints; the last epoch always has one.
+        checkpoints: where they go; None: none are written.
+        log: receives every row.
+        callbacks: see :class:`apt_model.training.callbacks.Callback`.
+        stop_requested: asked after each update; True makes it the last one before a checkpoint and ``Interrupted``.
+
+    Raises:
+        ConfigError: the device or its precision is not there, the corpus is too small, or this trainer cannot resume.
+    """
+
+    model: GPT
+    can_resume: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        model: GPT,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        schedule: ScheduleRunner,
+        corpus: Corpus,
+        max_epochs: int,
+        batch_size: int,
+        lr_schedule: Mapping[str, Any] | None,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        max_batches_per_epoch: int | None = None,
+        accumulate: int = 1,
+        precision: Precision = "auto",
+        device: str = "auto",
+        grad_clip: float | None = 1.0,
+        resume: Path | None = None,
+        log_every: int = 10,
+        validation_batches: int | None = None,
+        checkpoint_every_epochs: int = 1,
+        checkpoints: Checkpoints | None = None,
+        log: Callable[[Row], None] = lambda row: None,
+        callbacks: Sequence[Callback] = (),
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> None:
+        super().__init__(schedule)
+        if resume is not None and not self.can_resume:
+            raise ConfigError(
+                f"trainer.resume: {type(self).__name__} cannot go on from a checkpoint. Go on from it with trainer=default."
+            )
+        self.device = choose_device(device)
+        self.autocast_dtype = choose_dtype(precision, self.device)
+        self.scaler = torch.amp.GradScaler("cuda", enabled=self.autocast_dtype == torch.float16)
+        self.model: GPT = model.to(self.device)
+        self.optimizer = optimizer(parameter_groups(model, weight_decay))
+        self.base_lr: float = self.optimizer.param_groups[0]["lr"]
+        self.lr_curve = Anneal.model_validate(lr_schedule).curve(schedule.planned) if lr_schedule else None
+        self.lr_by: Unit = Anneal.model_validate(lr_schedule).by if lr_schedule else "step"
+        self._bind()
+        self.seed = seed
+        self.train_batches = self._batches(corpus, "train", batch_size, max_batches_per_epoch)
+        self.val_batches = self._batches(corpus, "val", batch_size, validation_batches)
+        self.max_epochs = max_epochs
+        self.accumulate = accumulate
+        self.grad_clip = math.inf if grad_clip is None else grad_clip
+        self.resume = resume
+        self.log_every = log_every
+        self.checkpoint_every_epochs = checkpoint_every_epochs
+        self.checkpoints = checkpoints
+        self.log = log
+        self.callbacks = Callbacks(callbacks)
+        self.stop_requested = stop_requested
+
+        self.batches_done = 0  # of this epoch
+        self.updates_done = 0  # of this epoch, skipped ones not counted
+        self.updates_skipped = 0  # of this epoch
+        self.rows = 0
+        self.seconds = 0.0
+        self.last_row: Row = {}
+        self._changes: list[Change] = []  # for the update in the making
+        self._losses: list[Tensor] = []  # of its batches
+        self._auxiliary: list[Tensor] = []
+        self._told: dict[str, Tensor] = {}  # what the model told of its last batch
+        self._norm = torch.zeros(())  # of its gradient
+        self._began = 0.0
+
+    def _batches(self, corpus: Corpus, split: Literal["train", "val"], batch_size: int, limit: int | None) -> Batches:
+        tokens = corpus.read(split)
+        sampler = Sampler(
+            num_tokens=len(tokens),
+            seq_len=self.model.seq_len,
+            batch_size=batch_size,
+            seed=self.seed,
+            limit=limit,
+            name=split,
+        )
+        return Batches(tokens, sampler)
+
+    def _bind(self) -> None:
+        """Bind the curriculum to the model and the optimizer."""
+
+        def set_lr(value: float) -> None:
+            self.base_lr = value
+
+        def set_weight_decay(value: float) -> None:
+            self.optimizer.param_groups[0]["weight_decay"] = value  # of matrices
+
+        setters = {"optimizer.lr": set_lr, "optimizer.weight_decay": set_weight_decay}
+        bind(self.schedule, self.model, more=setters, domains=OPTIMIZER_DOMAINS)
+
+    def fit(self) -> None:
+        """Train to the end of the last epoch.
+
+        Raises:
+            Interrupted: ``stop_requested`` said so; the update was finished and a checkpoint written.
+            TrainingError: the run cannot go on.
+        """
+        raise NotImplementedError
+
+    # --- an update, in the order of its parts -------------------------------------------------------------------------
+
+    def begin_update(self) -> list[Change]:
+        """Bring model, optimizer and learning rate to the clock; tell the callbacks what changed."""
+        self._changes = super().begin_update()
+        if self._changes:
+            self.callbacks.notify("on_schedule", self, self._changes)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        self._losses, self._auxiliary = [], []
+        self._began = time.perf_counter()
+        return self._changes
+
+    @property
+    def lr(self) -> float:
+        """The learning rate at the clock."""
+        return self.base_lr * (self.lr_curve(getattr(self.clock, self.lr_by)) if self.lr_curve else 1.0)
+
+    def loss_of(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of a batch, 0-dim, to go backward from; tokens and targets: (batch, seq).
+
+        Raises:
+            NonFiniteError: it is not finite.
+        """
+        self.callbacks.notify("on_batch_begin", self)
+        with self._autocast():
+            output = self.model(tokens, targets)
+        assert output.language_loss is not None
+        loss: Tensor = output.language_loss + output.auxiliary_loss
+        if not torch.isfinite(loss):
+            raise NonFiniteError(
+                f"the loss is {loss.item()} at {self.clock} (language model {output.language_loss.item():g}, "
+                f"auxiliary {output.auxiliary_loss.item():g}). The last checkpoint is from before it. Try a lower "
+                "optimizer.lr, a longer trainer.lr_schedule.warmup or trainer.precision=fp32."
+            )
+        self._losses.append(output.language_loss.detach())
+        self._auxiliary.append(output.auxiliary_loss.detach())
+        self._told = output.metrics
+        self.count(samples=len(tokens), tokens=tokens.numel())
+        return loss
+
+    def clip(self, *, scaled: bool) -> Tensor:
+        """Limit the gradient's norm and return what it was, 0-dim.
+
+        Args:
+            scaled: whether mixed precision scales gradients and skips an update whose gradients overflowed.
+
+        Raises:
+            NonFiniteError: it is not finite and nothing would skip the update.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        if not scaled and not torch.isfinite(norm):
+            raise NonFiniteError(
+                f"the gradient's norm is {norm.item()} at {self.clock}, its loss "
+                f"{(self._losses[-1] + self._auxiliary[-1]).item():g}. The last checkpoint is from before it. Try a lower "
+                "optimizer.lr or trainer.precision=fp32."
+            )
+        self._norm = norm
+        return norm
+
+    def end_update(self, metrics: Mapping[str, float] | None = None) -> None:
+        """Take note of an update that has happened, and log it where it is due; the clock goes on."""
+        row = {
+            "train/loss": torch.stack(self._losses).mean().item(),
+            "train/auxiliary_loss": torch.stack(self._auxiliary).mean().item(),
+            "train/grad_norm": self._norm.item(),
+            "lr": self.lr,
+        } | {name: value.item() for name, value in self._told.items()}
+        took = self._take_time()
+        self.updates_done += 1
+        last = self.batches_done == len(self.train_batches)
+        if self._changes or self.clock.step % self.log_every == 0 or last:
+            speed = {"tokens_per_second": self.tokens / took}
+            self._log(
+                row | self.schedule.metrics() | speed, step=self.clock.step, tokens=self.clock.token + self.tokens
+            )
+        self.callbacks.notify("on_step", self)
+        super().end_update(row)
+
+    def skip_update(self) -> None:
+        """Take note of an update that mixed precision skipped; the clock stays."""
+        self._take_time()
+        self.updates_skipped += 1
+        super().skip_update()
+
+    def _take_time(self) -> float:
+        took = time.perf_counter() - self._began
+        self.seconds += took
+        self.batches_done += len(self._losses)
+        return took
+
+    def end_epoch(self) -> None:
+        """Compare the epoch with the plan, validate, go on to the next epoch, and save where it is due."""
+        self._compare_with_plan()
+        self.validate()
+        self.callbacks.notify("on_epoch_end", self)
+        epoch = self.clock.epoch + 1
+        self.clock = self.clock.at_epoch(epoch)
+        self.batches_done = self.updates_done = self.updates_skipped = 0
+        if epoch % self.checkpoint_every_epochs == 0 or epoch == self.max_epochs:
+            self.save()
+
+    def asked_to_stop(self) -> bool:
+        """Say whether the run should stop here; a checkpoint is written then."""
+        asked = self.stop_requested()
+        if asked:
+            self.save()
+        return asked
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Return the mean loss on the validation batches, and log it with the clock of the last update."""
+        self.model.eval()
+        losses = []
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.seed)  # the voter draws: the same draws each time, and none from training
+            for tokens, targets in self.val_batches.epoch(0, device=self.device):
+                with self._autocast():
+                    losses.append(self.model(tokens, targets).language_loss)
+        self.model.train()
+        loss = torch.stack(losses).mean().item()
+        self.schedule.observe({"val/loss": loss})
+        self._log({"val/loss": loss} | self.schedule.metrics(), step=self.clock.step - 1, tokens=self.clock.token)
+        return loss
+
+    def _log(self, metrics: Row, *, step: int, tokens: int) -> None:
+        when = {"step": step, "epoch": self.clock.epoch, "tokens": tokens, "time": round(self.seconds, 3)}
+        self.last_row = when | metrics
+        self.rows += 1
+        self.log(self.last_row)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.autocast_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    def _compare_with_plan(self) -> None:
+        """Compare the updates counted in this epoch with those planned."""
+        planned = self.schedule.planned.updates_per_epoch
+        if self.updates_done + self.updates_skipped != planned:
+            raise HorizonError(
+                f"epoch {self.clock.epoch} had {self.updates_done} updates and {self.updates_skipped} skipped ones, but "
+                f"{planned} were planned: every anneal by step would be off. Has the data changed?"
+            )
+        if self.updates_skipped:
+            logger.warning(
+                "epoch %d: mixed precision skipped %d of %d updates, which the clock does not count: step %d now, %d "
+                "planned. Anneals by step end that much before their end value.",
+                self.clock.epoch,
+                self.updates_skipped,
+                planned,
+                self.clock.step,
+                (self.clock.epoch + 1) * planned,
+            )
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens a second of training, validation and checkpoints left out."""
+        return self.clock.token / self.seconds if self.seconds else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a resume needs, as tensors and plain values."""
+        cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": named_state(self.optimizer, self.model),
+            "scaler": self.scaler.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "clock": asdict(self.clock),
+            "progress": {
+                name: getattr(self, name)
+                for name in ("batches_done", "updates_done", "updates_skipped", "rows", "seconds")
+            },
+            "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
+        }
+
+    def save(self) -> None:
+        """Write a checkpoint, named after the update that comes next."""
+        if self.checkpoints is not None:
+            path = self.checkpoints.save(self.state_dict(), step=self.clock.step, rows=self.rows)
+            logger.debug("checkpoint %s", path)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device that ``trainer.device`` names; ``auto`` is CUDA where there is one.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"trainer.device: {name!r} was asked for, but torch {torch.__version__} sees no CUDA device here. "
+            "Set trainer.device=cpu or trainer.device=auto."
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"trainer.device: {name!r} was asked for, but there are {torch.cuda.device_count()} devices here."
+        )
+    return device
+
+
+def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Return the dtype that forward passes compute in.
+
+    Raises:
+        ConfigError: fp16 on a device that is not CUDA.
+    """
+    if precision == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if precision == "fp16" and device.type != "cuda":
+        raise ConfigError(
+            f"trainer.precision: fp16 needs a CUDA device, and this run is on {device.type}. Set trainer.precision=bf16 "
+            "or fp32."
+        )
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
