@@ -219,6 +219,7 @@ def _check_together(groups: Mapping[str, Any]) -> None:
             f"model.vocab_size = {model.vocab_size} is less than the {BYTE_VOCABULARY} tokens of a corpus of bytes."
         )
     problems += schedule.contradictions()
+    problems += _trainer_problems(groups["trainer"])
     if optimizer.weight_decay * optimizer.lr >= 1:
         problems.append(
             f"optimizer.weight_decay x optimizer.lr = {optimizer.weight_decay * optimizer.lr:g}: one update would erase the "
@@ -226,6 +227,36 @@ def _check_together(groups: Mapping[str, Any]) -> None:
         )
     if problems:
         raise ConfigError(*problems)
+
+
+def _trainer_problems(trainer: schema.TrainerConfig) -> list[str]:
+    """Say what the chosen trainer needs and does not have, and what it was asked for and cannot do."""
+    from importlib.util import find_spec
+
+    from apt_launch.schema import EXTRAS, HFConfig
+
+    if type(trainer) not in EXTRAS:
+        return []
+    option, libraries = EXTRAS[type(trainer)]
+    problems = []
+    missing = [library for library in libraries if find_spec(library) is None]
+    if missing:
+        problems.append(
+            f"trainer: {' and '.join(missing)} cannot be found. Run: pip install 'apt-launch[{option}]', or choose "
+            "trainer=default."
+        )
+    if trainer.resume is not None:
+        problems.append(
+            f"trainer.resume: trainer={option} cannot go on from a checkpoint. Choose trainer=default, which goes on from "
+            "those of every trainer, or set trainer.resume=null."
+        )
+    if isinstance(trainer, HFConfig) and trainer.device.removeprefix("cuda:").strip("0").isdigit():
+        number = trainer.device.removeprefix("cuda:")
+        problems.append(
+            f"trainer.device: trainer=hf takes the first device that it sees, not {trainer.device}. Set "
+            f"trainer.device=cuda and the environment's CUDA_VISIBLE_DEVICES={number}."
+        )
+    return problems
 
 
 def plan_horizon(values: Mapping[str, Any], groups: Mapping[str, Any]) -> Horizon:

@@ -128,6 +128,14 @@ class TrainerConfig(Group):
     keep_checkpoints: Positive
 
 
+class LightningConfig(TrainerConfig):
+    """``trainer=lightning``."""
+
+
+class HFConfig(TrainerConfig):
+    """``trainer=hf``."""
+
+
 class WandbConfig(Group):
     """``logger=wandb``."""
 
@@ -162,13 +170,24 @@ GROUPS: Final[dict[str, dict[str | None, type[Group]]]] = {
         "apt_model.data.JsonlCorpus": JsonlConfig,
     },
     "optimizer": {"torch.optim.AdamW": AdamWConfig},
-    "trainer": {"apt_model.training.trainer.Trainer": TrainerConfig},
+    "trainer": {
+        "apt_model.training.trainer.Trainer": TrainerConfig,
+        "apt_model.integrations.lightning.LightningTrainer": LightningConfig,
+        "apt_model.integrations.transformers.HFTrainer": HFConfig,
+    },
     "logger": {
         "apt_launch.tracking.wandb.WandbTracker": WandbConfig,
         "apt_launch.tracking.tensorboard.TensorBoardTracker": TensorBoardConfig,
         None: NoLoggerConfig,
     },
 }
+
+
+EXTRAS: Final[dict[type[Group], tuple[str, tuple[str, ...]]]] = {
+    LightningConfig: ("lightning", ("lightning",)),
+    HFConfig: ("hf", ("transformers", "accelerate")),
+}
+"""Choices that need an extra of the package: its name, and the libraries that it brings."""
 
 
 class TopLevel(Strict):

@@ -16,10 +16,15 @@ import apt_model
 FLOORS = {
     0: ("apt_model.schedule", "apt_model.errors"),
     1: ("apt_model.layers", "apt_model.gpt"),
-    2: ("apt_model.training", "apt_model.data"),
+    2: ("apt_model.training", "apt_model.data", "apt_model.integrations"),
     3: ("apt_launch",),
 }
 LIBRARIES_FROM = {"torch": 1, "hydra": 3, "omegaconf": 3, "submitit": 3, "wandb": 3, "rich": 3, "matplotlib": 3}
+ONLY_IN = {
+    "lightning": "apt_model.integrations.lightning",
+    "transformers": "apt_model.integrations.transformers",
+    "accelerate": "apt_model.integrations.transformers",
+}
 
 
 def modules() -> list[str]:
@@ -56,11 +61,13 @@ def test_a_module_imports_only_from_its_floor_and_below(module: str) -> None:
             assert floor(name) <= floor(module), f"{module} imports {name}"
         elif name.split(".")[0] in LIBRARIES_FROM:
             assert LIBRARIES_FROM[name.split(".")[0]] <= floor(module), f"{module} imports {name}"
+        elif name.split(".")[0] in ONLY_IN:
+            assert ONLY_IN[name.split(".")[0]] == module, f"{module} imports {name}"
 
 
 def loaded(code: str) -> set[str]:
     """Run ``code`` in a fresh interpreter and return the libraries that it has loaded."""
-    watched = ("torch", "hydra", "wandb", "pydantic", "numpy", "matplotlib", "submitit", "rich")
+    watched = ("torch", "hydra", "wandb", "pydantic", "numpy", "matplotlib", "submitit", "rich", *ONLY_IN)
     program = f"{code}\nimport sys; print(*[m for m in {watched} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     return set(result.stdout.split("\n")[-2].split())
@@ -72,7 +79,7 @@ def test_the_curriculum_loads_no_torch() -> None:
 
 def test_training_and_layers_load_no_launcher() -> None:
     code = "import apt_model.gpt, apt_model.training.trainer, apt_model.data.batches"
-    assert not loaded(code) & {"hydra", "wandb", "matplotlib", "submitit", "rich"}
+    assert not loaded(code) & {"hydra", "wandb", "matplotlib", "submitit", "rich", *ONLY_IN}
 
 
 def test_composing_loads_neither_torch_nor_pydantic_nor_wandb() -> None:
@@ -86,8 +93,10 @@ def test_checking_a_config_loads_no_torch() -> None:
         "from apt_launch.config import CONF, load\n"
         "with initialize_config_dir(str(CONF), version_base='1.3'):\n"
         "    config = load(compose('config', overrides=['schedule=gpt5_moe']))\n"
+        "    load(compose('config', overrides=['trainer=lightning']))\n"
+        "    load(compose('config', overrides=['trainer=hf']))\n"
         "from pathlib import Path\n"
         "from apt_launch.folder import RunFolder\n"
         "RunFolder(Path('nowhere')).check_free(config)\n"
     )
-    assert "torch" not in loaded(code)
+    assert not loaded(code) & {"torch", *ONLY_IN}

@@ -95,7 +95,7 @@ def test_keys_in_yaml_equal_parameters_of_the_class(target: tuple[str, type[sche
     if name == "apt_model.schedule.ScheduleRunner":
         assert set(parameters) == {"horizon", "broadcast", "curriculum"}
         return
-    if name == "apt_model.training.trainer.Trainer":
+    if name in schema.GROUPS["trainer"]:
         keys -= {"keep_checkpoints"}  # Checkpoints takes it
     assert keys <= set(parameters), f"{name} does not take {keys - set(parameters)}"
     given = {"model": {"moe", "align", "voter"}, "optimizer": set()}
@@ -146,6 +146,9 @@ def test_keys_in_yaml_equal_parameters_of_the_class(target: tuple[str, type[sche
         (["model._target_=os.system"], r"^model\._target_: 'os\.system' may not be built here"),
         (["+model.x._target_=os.system"], r"^model\.x: unknown key"),
         (["+moe.num_experts._target_=os.system"], r"num_experts"),
+        (["trainer=lightning", "trainer.resume=auto"], r"^trainer\.resume: trainer=lightning cannot .*trainer=default"),
+        (["trainer=hf", "trainer.resume=x"], r"^trainer\.resume: trainer=hf cannot .*trainer\.resume=null"),
+        (["trainer=hf", "trainer.device=cuda:1"], r"^trainer\.device: trainer=hf .*CUDA_VISIBLE_DEVICES=1"),
         (["model=null"], "Config group override must be a string"),
     ],
 )

@@ -1,0 +1,105 @@
+"""The command with another trainer: the same folder, the same rows, the same exit codes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from apt_launch.tracking import read_rows
+from tests.conftest import SMALL, environment
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("other", ["lightning", "hf"])
+def test_a_run_leaves_the_same_folder_and_rows(cli: Cli, text_file: Path, tmp_path: Path, other: str) -> None:
+    rows, files, told = {}, {}, {}
+    for name in ("default", other):
+        small = [*SMALL, "data=text", f"data.path={text_file}", f"hydra.run.dir={name}", f"trainer={name}"]
+        result = cli("schedule=gpt5_moe", "trainer.accumulate=2", *small)
+        assert result.returncode == 0, result.stderr
+        assert result.stderr == ""
+        told[name] = result.stdout
+        found = read_rows(tmp_path / name / "metrics.jsonl")
+        rows[name] = [{k: v for k, v in row.items() if k not in ("time", "tokens_per_second")} for row in found]
+        files[name] = {str(path.relative_to(tmp_path / name)) for path in (tmp_path / name).rglob("*")}
+    assert [list(row) for row in rows[other]] == [list(row) for row in rows["default"]]
+    for mine, its in zip(rows["default"], rows[other], strict=True):
+        assert its == pytest.approx(mine, abs=1e-4)
+    assert files[other] == files["default"]
+    assert json.loads((tmp_path / other / "summary.json").read_text())["steps"] == 12
+    lines = [[line for line in told[name].splitlines() if line.startswith("epoch")] for name in told]
+    assert len(lines[0]) == len(lines[1]) == 9  # 6 validations, 3 modules: the library says nothing itself
+
+
+@pytest.mark.parametrize(
+    ("other", "library"), [("lightning", "lightning"), ("hf", "transformers"), ("hf", "accelerate")]
+)
+def test_a_missing_extra_is_told_with_the_command_that_brings_it(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str, library: str
+) -> None:
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "sitecustomize.py").write_text(f"import sys\nsys.modules[{library!r}] = None\n")
+    monkeypatch.setenv("PYTHONPATH", str(hidden))
+    result = cli(f"trainer={other}", "hydra.run.dir=run")
+    assert result.returncode == 2
+    assert f"trainer: {library} cannot be found. Run: pip install 'apt-launch[{other}]'" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
+
+    code = f"import apt_model.integrations.{'lightning' if other == 'lightning' else 'transformers'}"
+    direct = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    assert f"ConfigError: trainer: {other if other == 'lightning' else 'transformers and accelerate'}" in direct.stderr
+
+
+def test_a_resume_is_refused_before_anything_is_made(cli: Cli, tmp_path: Path) -> None:
+    for other in ("lightning", "hf"):
+        result = cli(f"trainer={other}", "trainer.resume=auto", "hydra.run.dir=run")
+        assert result.returncode == 2
+        assert (
+            f"trainer.resume: trainer={other} cannot go on from a checkpoint. Choose trainer=default" in result.stderr
+        )
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("other", ["lightning", "hf"])
+def test_a_signal_ends_the_run_with_a_checkpoint_and_the_default_trainer_goes_on(
+    cli: Cli, text_file: Path, tmp_path: Path, other: str, number: signal.Signals
+) -> None:
+    long = ["trainer.max_epochs=6", "trainer.max_batches_per_epoch=40", "trainer.log_every=1"]
+    small = [*SMALL, *long, "data=text", f"data.path={text_file}", "hydra.run.dir=run"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "apt_launch", *small, f"trainer={other}"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch 0"):
+            break
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "finishing this update" in errors
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["state"] == "interrupted"
+    assert 40 <= summary["steps"] < 240
+    assert (tmp_path / "run" / "checkpoints" / f"step-{summary['steps']:08d}").is_dir()
+
+    result = cli(*small, "trainer=default", "trainer.resume=auto")
+    assert result.returncode == 0, result.stderr
+    steps = [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "train/loss" in row]
+    assert steps == list(range(240))

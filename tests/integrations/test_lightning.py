@@ -1,0 +1,239 @@
+"""The callback alone, in Lightning's own trainer with models of other people."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from apt_model.errors import ConfigError
+from apt_model.gpt import GPT
+from apt_model.integrations.lightning import ScheduleCallback
+from apt_model.layers.moe import MoE
+from apt_model.schedule import Clock, Horizon, ScheduleRunner
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # Lightning's own
+
+CURRICULUM = {
+    "enable_moe_at_epoch": 1,
+    "enable_align_at_step": 5,
+    "route_temp": {"start": 2.0, "end": 0.5, "by": "epoch"},
+    "align_weight": {"start": 0.0, "end": 0.8, "by": "step"},
+}
+
+
+class Plain(pl.LightningModule):
+    """A language model of its own making, which knows nothing of curricula."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = GPT(
+            vocab_size=20, d_model=8, num_heads=2, num_layers=2, d_ff=16, seq_len=6, moe=partial(MoE, num_experts=4)
+        )
+        self.seen: list[tuple[Any, ...]] = []
+        self.callback: ScheduleCallback | None = None
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        assert self.callback is not None
+        layer = self.net.moe_layers[-1]
+        values = (layer.temperature.item(), self.net.align.weight.item())
+        self.seen.append((self.callback.clock, *values, layer.enabled, self.net.align.enabled))
+        output = self.net(*batch)
+        self.log("entropy", 10.0 - batch_idx, on_step=True)
+        return output.language_loss + output.auxiliary_loss
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.net(*batch).language_loss)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.net.parameters(), lr=1e-2)
+
+
+def batches(number: int = 5) -> DataLoader[Any]:
+    tokens = torch.randint(0, 20, (2 * number, 7), generator=torch.Generator().manual_seed(3))
+    return DataLoader(TensorDataset(tokens[:, :-1], tokens[:, 1:]), batch_size=2, generator=torch.Generator())
+
+
+def runner(**curriculum: Any) -> ScheduleRunner:
+    return ScheduleRunner(horizon=Horizon(epochs=4, updates_per_epoch=3), **(curriculum or CURRICULUM))
+
+
+def trainer(callback: ScheduleCallback, folder: Path, **options: Any) -> pl.Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    given = {"max_epochs": 4, "accumulate_grad_batches": 2, "enable_checkpointing": False, "num_sanity_val_steps": 0}
+    return pl.Trainer(callbacks=[callback], default_root_dir=folder, **{**quiet, **given, **options})
+
+
+def fit(folder: Path, schedule: ScheduleRunner | None = None, **options: Any) -> Plain:
+    module = Plain()
+    module.callback = ScheduleCallback(schedule or runner())
+    path = options.pop("ckpt_path", None)
+    validation = options.pop("validation", None)
+    module.made = trainer(module.callback, folder, **options)
+    module.made.fit(module, batches(), validation, ckpt_path=path)
+    return module
+
+
+def test_a_plain_module_goes_through_the_curriculum_update_by_update(tmp_path: Path) -> None:
+    seen = fit(tmp_path).seen
+    clocks = [clock for clock, *_ in seen]
+    assert [clock.step for clock in clocks] == [3 * e + b // 2 for e in range(4) for b in range(5)]
+    assert [clock.epoch for clock in clocks] == [e for e in range(4) for _ in range(5)]
+    assert [clock.sample for clock in clocks[:6]] == [0, 0, 4, 4, 8, 10]  # the epoch's last update has one batch
+    assert [clock.token for clock in clocks[:6]] == [0, 0, 24, 24, 48, 60]
+    assert [temperature for _, temperature, *_ in seen] == [[2.0, 1.5, 1.0, 0.5][clock.epoch] for clock in clocks]
+    assert [weight for _, _, weight, *_ in seen] == pytest.approx([0.8 * clock.step / 11 for clock in clocks])
+    assert [on for *_, on, _ in seen] == [clock.epoch >= 1 for clock in clocks]
+    assert [on for *_, on in seen] == [clock.step >= 5 for clock in clocks]
+
+
+def test_the_optimizer_follows_the_model_and_keeps_moments(tmp_path: Path) -> None:
+    module = fit(tmp_path)
+    optimizer = module.made.optimizers[0]
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert held == {id(parameter) for parameter in module.net.parameters()}
+    experts = module.net.moe_layers[0].experts
+    assert experts is not None
+    assert optimizer.state[experts.up]["step"] == 12  # those of the dense layer among them
+
+
+def test_parameters_left_to_no_optimizer_stay_out(tmp_path: Path) -> None:
+    class Partial(Plain):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            kept = [p for name, p in self.net.named_parameters() if "ffn.dense" not in name]
+            return torch.optim.AdamW(kept, lr=1e-2)
+
+    module = Partial()
+    module.callback = ScheduleCallback(runner())
+    made = trainer(module.callback, tmp_path)
+    made.fit(module, batches())
+    held = {id(parameter) for group in made.optimizers[0].param_groups for parameter in group["params"]}
+    names = {name for name, parameter in module.net.named_parameters() if id(parameter) in held}
+    assert not any("experts" in name for name in names)
+    assert "align.down.weight" in names
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_a_resume_from_a_checkpoint_of_lightning_equals_an_uninterrupted_run(tmp_path: Path, epochs: int) -> None:
+    torch.manual_seed(1)
+    whole = fit(tmp_path)
+    torch.manual_seed(1)
+    first = fit(tmp_path, max_epochs=epochs)
+    path = tmp_path / "state.ckpt"
+    first.made.save_checkpoint(path)
+    state = torch.get_rng_state()
+
+    schedule = runner()
+    module = Plain()
+    module.callback = ScheduleCallback(schedule)
+    made = trainer(module.callback, tmp_path)
+    torch.set_rng_state(state)
+
+    class Restore(pl.Callback):  # what the checkpoint cannot hold: the generator that new modules draw from
+        def on_train_start(self, *unused: Any) -> None:
+            torch.set_rng_state(state)
+
+    made.callbacks.append(Restore())
+    made.fit(module, batches(), ckpt_path=path)
+    assert first.seen + module.seen == whole.seen
+    for name, weight in whole.net.state_dict().items():
+        assert torch.allclose(weight, module.net.state_dict()[name], atol=1e-6), name
+    assert schedule.state_dict() == whole.callback.follower.schedule.state_dict()
+
+
+def test_a_resume_over_another_length_needs_a_word(tmp_path: Path) -> None:
+    first = fit(tmp_path, max_epochs=1)
+    path = tmp_path / "state.ckpt"
+    first.made.save_checkpoint(path)
+    longer = ScheduleRunner(horizon=Horizon(epochs=5, updates_per_epoch=3), **CURRICULUM)
+    with pytest.raises(ConfigError, match=r"4 epochs x 3 updates = 12 steps.*5 epochs"):
+        fit(tmp_path, longer, max_epochs=5, ckpt_path=path)
+
+
+def test_an_update_that_mixed_precision_skips_is_not_counted(tmp_path: Path) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=1000)  # the first ones overflow
+    precision = MixedPrecision("16-mixed", "cpu", scaler)
+    module = fit(tmp_path, runner(route_temp={"start": 2.0, "end": 0.5, "by": "epoch"}), plugins=[precision])
+    skipped = round(24 - torch.tensor(scaler.get_scale()).log2().item())
+    assert 0 < skipped < 12
+    assert module.callback is not None
+    assert module.callback.clock.step == 12 - skipped
+    assert module.made.global_step == 12
+    assert [clock.step for clock, *_ in module.seen[:2]] == [0, 0]
+    assert module.seen[-1][0].sample == 4 * (11 - skipped) - 2 * sum(3 * e + 2 >= skipped for e in range(3))
+
+
+@pytest.mark.parametrize("metric", ["train/loss", "entropy", "val_loss"])
+def test_latches_see_what_is_logged_and_once(tmp_path: Path, metric: str) -> None:
+    schedule = runner(events={"x": {"enable": "voter", "when": {"metric": metric, "below": -1.0}}})
+    told: list[float] = []
+    schedule.observe = lambda metrics: told.extend([metrics[metric]] if metric in metrics else [])  # type: ignore[method-assign]
+    fit(tmp_path, schedule, validation=batches(2))
+    if metric == "entropy":
+        assert told == [9.0, 7.0, 6.0] * 4  # as logged in the update's last training step
+    else:
+        assert len(told) == (12 if metric == "train/loss" else 4)
+        assert all(0.0 < loss < 6.0 for loss in told)
+
+
+def test_a_latch_turns_a_module_on_at_the_next_update(tmp_path: Path) -> None:
+    schedule = runner(events={"x": {"enable": "align", "when": {"metric": "entropy", "below": 6.5}}})
+    seen = fit(tmp_path, schedule).seen
+    assert [on for *_, on in seen] == [clock.step >= 3 for clock, *_ in seen]
+
+
+class Dial(nn.Module):
+    """Somebody's module with a number of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+        self.strength = 1.0
+        self.on = False
+
+
+class Dialled(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dial = Dial()
+        self.seen: list[tuple[float, bool]] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.seen.append((self.dial.strength, self.dial.on))
+        return self.dial.linear(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_setters_and_switches_may_be_given(tmp_path: Path) -> None:
+    module = Dialled()
+    schedule = ScheduleRunner(
+        horizon=Horizon(epochs=2, updates_per_epoch=2),
+        anneals={"s": {"target": "strength", "start": 4.0, "end": 1.0, "by": "step"}},
+        enable_moe_at_step=3,
+    )
+    callback = ScheduleCallback(
+        schedule,
+        values={"strength": partial(setattr, module.dial, "strength")},
+        switches={"moe": partial(setattr, module.dial, "on")},
+    )
+    loader = DataLoader(TensorDataset(torch.randn(6, 3)), batch_size=2)
+    trainer(callback, tmp_path, max_epochs=2).fit(module, loader)
+    assert [strength for strength, _ in module.seen] == pytest.approx([4, 4, 3, 2, 2, 1])
+    assert [on for _, on in module.seen] == [False] * 5 + [True]
+    assert callback.clock == Clock(epoch=1, step=4, sample=12, token=12)
+
+
+def test_a_name_that_the_model_does_not_have_is_told_before_the_first_update(tmp_path: Path) -> None:
+    schedule = runner(anneals={"x": {"target": "blocks.*.ffn.temprature", "start": 1.0, "end": 2.0}})
+    with pytest.raises(ConfigError, match=r"temprature.*Did you mean 'blocks\.\d\.ffn\.temperature'"):
+        fit(tmp_path, schedule)
