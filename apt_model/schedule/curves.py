@@ -75,21 +75,37 @@ class Curve:
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self.pieces = tuple(pieces)
-        self._begins = [piece.begin for piece in pieces]
+        self.at: Callable[[float], float] = _single(self.pieces[0]) if len(pieces) == 1 else _several(self.pieces)
 
     def __call__(self, index: float) -> float:
         """Return the value in force at ``index``; ends of pieces are met exactly."""
-        at = bisect_right(self._begins, index) - 1
-        if at < 0:
-            return self.pieces[0].start
-        begin, finish, start, end, shape = self.pieces[at]
-        if index >= finish:
-            return end
-        if index == begin:
-            return start
-        return shape((index - begin) / (finish - begin), start, end)
+        return self.at(index)
 
     @property
     def ends(self) -> list[float]:
         """The values at the ends of all pieces: no value lies outside their range."""
         return [value for piece in self.pieces for value in (piece.start, piece.end)]
+
+
+def _single(piece: Piece) -> Callable[[float], float]:
+    begin, finish, start, end, shape = piece
+    length = finish - begin
+
+    def at(index: float) -> float:
+        if index >= finish:
+            return end
+        if index <= begin:
+            return start
+        return shape((index - begin) / length, start, end)
+
+    return at
+
+
+def _several(pieces: tuple[Piece, ...]) -> Callable[[float], float]:
+    begins = [piece.begin for piece in pieces]
+    singles = [_single(piece) for piece in pieces]
+
+    def at(index: float) -> float:
+        return singles[max(bisect_right(begins, index) - 1, 0)](index)
+
+    return at

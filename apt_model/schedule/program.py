@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from apt_model.errors import ConfigError, nearest
 from apt_model.schedule.clock import Clock, Horizon
-from apt_model.schedule.curves import Curve
-from apt_model.schedule.spec import ACTIONS, Anneal, Curriculum, When
+from apt_model.schedule.spec import ACTIONS, Curriculum, When
 from apt_model.schedule.targets import BINDINGS, DOMAINS, MODULES, Domain, domain_of, matching
 from apt_model.schedule.times import Time
 
@@ -65,6 +65,10 @@ class LatchState:
         return cls(on=values["on"], smoothed=values["smoothed"], **clocks)
 
 
+SwitchLine = tuple[str, Callable[[Clock], Any], Callable[[Any], bool]]
+ValueLine = tuple[str, Callable[[Clock], Any], Callable[[float], float]]
+
+
 class Program:
     """Pure functions of the clock (and of what latches remember) for one curriculum over one horizon.
 
@@ -87,14 +91,28 @@ class Program:
             problems += spec.problems(curriculum.key_of(name, key), horizon, domain, self.fired)
         if problems:
             raise ConfigError(*problems)
-        self._dynamic = bool(self.latches)
-        self._curves = {name: self._curve(spec, self.fired) for name, spec in curriculum.all_anneals.items()}
-        self._curves_for: dict[str, Clock] = self.fired
-        self._thresholds = {
-            subject: [(*self._threshold(switch.at), switch.on) for switch in self._in_order(switches)]
+        # laid out once: names, what of the clock they go by, and the function of it
+        self._off: dict[str, bool | float] = {subject.label: False for subject in self.switches}
+        self.switch_lines = [
+            self._switch_line(subject, switches)
             for subject, switches in self.switches.items()
-            if all(self._is_planned(switch.at) for switch in switches)
-        }
+            if switches and all(self._is_planned(switch.at) for switch in switches)
+        ]
+        self.value_lines = self._lay_out_values(self.fired)
+        self._curves_for = self.fired
+
+    def _switch_line(self, subject: Subject, switches: list[Switch]) -> SwitchLine:
+        thresholds = [(*self._threshold(switch.at), switch.on) for switch in self._in_order(switches)]
+        unit, count, on = thresholds[0]
+        if len(thresholds) == 1 and on:
+            return subject.label, attrgetter(unit), count.__le__
+        return subject.label, lambda clock: clock, _last_reached(thresholds)
+
+    def _lay_out_values(self, fired: Mapping[str, Clock]) -> list[ValueLine]:
+        return [
+            (name, attrgetter(spec.by), spec.curve(self.horizon, fired).at)
+            for name, spec in self.curriculum.all_anneals.items()
+        ]
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -244,34 +262,30 @@ class Program:
         assert step is not None
         return "step", step
 
-    def _curve(self, spec: Anneal, fired: Mapping[str, Clock]) -> tuple[str, Curve]:
-        return spec.by, spec.curve(self.horizon, fired)
-
     def at(self, clock: Clock, latches: Mapping[Subject, LatchState] | None = None) -> dict[str, bool | float]:
         """Return what is in force at ``clock``: labels of subjects to on or off, then names of anneals to values."""
-        state: dict[str, bool | float] = {}
-        fired = self.fired
-        if self._dynamic:
-            fired = self._fired_with(latches or {})
-            if fired != self._curves_for:
-                self._curves = {name: self._curve(spec, fired) for name, spec in self.curriculum.all_anneals.items()}
-                self._curves_for = fired
+        state = self._off.copy()
+        for name, part, on in self.switch_lines:
+            state[name] = on(part(clock))
+        if self.latches:
+            self._add_latched(state, clock, latches or {})
+        for name, part, value in self.value_lines:
+            state[name] = value(part(clock))
+        return state
+
+    def _add_latched(self, state: dict[str, bool | float], clock: Clock, latches: Mapping[Subject, LatchState]) -> None:
+        """Add to ``state`` what latches decide, and what waits for them; curves begin anew once their event has come."""
+        fired = self._fired_with(latches)
+        if fired != self._curves_for:
+            self._curves_for = fired
+            self.value_lines = self._lay_out_values(fired)
         for subject, switches in self.switches.items():
-            on = False
             if subject in self.latches:
-                on = (latches or {}).get(subject, LatchState()).on
-            elif subject in self._thresholds:
-                for unit, count, value in self._thresholds[subject]:
-                    if getattr(clock, unit) >= count:
-                        on = value
-            else:
+                state[subject.label] = latches.get(subject, LatchState()).on
+            elif not all(self._is_planned(switch.at) for switch in switches):
                 reached = [switch for switch in switches if switch.at.reached(clock, self.horizon, fired)]
                 if reached:
-                    on = max(reached, key=lambda switch: switch.at.step(self.horizon, fired) or 0).on
-            state[subject.label] = on
-        for name, (unit, curve) in self._curves.items():
-            state[name] = curve(getattr(clock, unit))
-        return state
+                    state[subject.label] = max(reached, key=lambda switch: switch.at.step(self.horizon, fired) or 0).on
 
     def _fired_with(self, latches: Mapping[Subject, LatchState]) -> dict[str, Clock]:
         """Return when events happened, those of latches and what came after them included."""
@@ -350,7 +364,7 @@ class Program:
         drawn: dict[tuple[float, ...], str] = {}
         for name, spec in self.curriculum.all_anneals.items():
             where = self.curriculum.key_of(name, self.key)
-            _, curve = self._curves[name]
+            curve = spec.curve(self.horizon, self.fired)
             values = tuple(curve(getattr(clock, spec.by)) for clock in clocks)
             waits = any(anchor not in self.fired for anchor in spec.anchors())
             if len(set(values)) == 1 and not waits and steps > 1:
@@ -387,3 +401,14 @@ def reader_of(curriculum: Curriculum, anneal: str) -> str | None:
     if first in ("align", "voter"):
         return first
     return "moe" if last in ("temperature", "capacity_factor", "balance_loss_weight", "z_loss_weight") else None
+
+
+def _last_reached(thresholds: list[tuple[str, int, bool]]) -> Callable[[Clock], bool]:
+    def on(clock: Clock) -> bool:
+        state = False
+        for unit, count, value in thresholds:
+            if getattr(clock, unit) >= count:
+                state = value
+        return state
+
+    return on

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 from apt_model.errors import ConfigError, nearest
 from apt_model.schedule.clock import Clock, Horizon
@@ -13,8 +13,7 @@ from apt_model.schedule.spec import Curriculum
 from apt_model.schedule.targets import Domain, matching
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """Something that has just changed: what is on or off (``moe_enabled``), or an anneal's value."""
 
     name: str
@@ -104,29 +103,52 @@ class ScheduleRunner:
 
         The first call after construction writes everything.
         """
+        self._applied = clock
+        in_force = self._in_force
+        if in_force and not self.program.latches:  # what has no line never changes again
+            changes: list[Change] = []
+            for name, part, is_on in self.program.switch_lines:
+                on = is_on(part(clock))
+                if in_force.get(name) != on:
+                    self._deliver(name, on, changes)
+            if changes:
+                self._refreeze(changes)
+            setters = self._setters
+            for name, part, value_of in self.program.value_lines:
+                value = value_of(part(clock))
+                if in_force.get(name) != value:
+                    if name in setters:
+                        setters[name](value)
+                    in_force[name] = value
+                    changes.append(Change(name, value))
+            return changes
         if self.program.latches:
             self._latches = self.program.advance(self._latches, clock)
-        self._applied = clock
         return self._write(clock)
+
+    def _deliver(self, name: str, value: bool | float, changes: list[Change]) -> None:
+        if name in self._setters:
+            self._setters[name](value)
+        self._in_force[name] = value
+        changes.append(Change(name, value))
+
+    def _refreeze(self, changes: list[Change]) -> None:
+        """Freeze again where a module was switched: parameters that appeared are frozen, too."""
+        if any(isinstance(value, bool) and name.endswith("_enabled") for name, value in changes):
+            for subject in self.program.switches:
+                if subject.state == "frozen" and self._in_force[subject.label] and subject.label in self._setters:
+                    self._setters[subject.label](True)
 
     def reconcile(self) -> list[Change]:
         """After :meth:`load_state_dict`: bring the model to what the last update had, whatever the checkpoint held."""
         return self._write(self._applied) if self._applied is not None else []
 
     def _write(self, clock: Clock) -> list[Change]:
-        changes = []
-        in_force = self._in_force
+        changes: list[Change] = []
         for name, value in self.program.at(clock, self._latches).items():
-            if name in in_force and in_force[name] == value:
-                continue
-            if name in self._setters:
-                self._setters[name](value)
-            in_force[name] = value
-            changes.append(Change(name, value))
-        if any(change.name.endswith("_enabled") for change in changes):  # parameters that appeared are frozen, too
-            for subject in self.program.switches:
-                if subject.state == "frozen" and in_force[subject.label] and subject.label in self._setters:
-                    self._setters[subject.label](True)
+            if self._in_force.get(name) != value:  # no value equals None
+                self._deliver(name, value, changes)
+        self._refreeze(changes)
         return changes
 
     def observe(self, metrics: Mapping[str, float]) -> None:
