@@ -76,6 +76,8 @@ def build_trainer(
     """Build everything a run needs, seeded."""
     import torch
 
+    from apt_model.training.distributed import from_rank_zero
+
     torch.manual_seed(config.seed)
     values = config.values
     ours = ("resume", "keep_checkpoints")  # read by whoever owns the run's folder
@@ -84,7 +86,7 @@ def build_trainer(
         model=build_model(config),
         optimizer=_factory(values["optimizer"]),
         weight_decay=config.optimizer.weight_decay,
-        schedule=build(values["schedule"], horizon=config.horizon),
+        schedule=build(values["schedule"], horizon=config.horizon, broadcast=from_rank_zero),
         corpus=build(values["data"]),
         seed=config.seed,
         resume=resume,
