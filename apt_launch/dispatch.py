@@ -115,8 +115,8 @@ def _run(
         _record_origin(folder, trainer)
         draw_schedule(sheets({"": config.program}), folder.schedule)
         tracking.trackers = _trackers(config, folder)
-        for note in notes:
-            logger.warning("%s", note)
+        for note in (*notes, *config.program.notes()):
+            logger.warning("note: %s", note)
         logger.info(
             "%s%s: %s parameters on %s in %s, %s. Folder: %s",
             "resuming " if checkpoint else "",

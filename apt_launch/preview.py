@@ -158,7 +158,7 @@ def _timeline_table(program: Program, title: str, width: int) -> Table:
     for moment in timeline(program):
         clock = moment.clock
         values = [(name, f"{moment.values[name]:.3g}") for name in names]
-        below = [] if columns else [f"  {name} {value}" for name, value in values]
+        below = [] if columns or not values else [", ".join(f"{name} {value}" for name, value in values)]
         table.add_row(
             str(clock.step),
             str(clock.epoch),
