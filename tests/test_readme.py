@@ -21,7 +21,7 @@ from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 PAGES = README + "".join(path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "docs").glob("*.md")))
-COMMANDS = re.findall(r"^python -m apt_launch (.*)$", README, flags=re.MULTILINE)
+COMMANDS = re.findall(r"^python -m apt_launch(?:\.preview)? (.*)$", PAGES, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -29,7 +29,8 @@ def test_a_command_composes(command: str, tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "old_profile.yaml").write_text("model: {d_model: 64}\n")
     monkeypatch.chdir(tmp_path)
     overrides = [part for part in shlex.split(command, comments=True) if not part.startswith("--") and "=" in part]
-    singles = [override.split(",")[0] for override in overrides]  # one job of a sweep
+    # one job of a sweep
+    singles = [override if "{" in override else override.split(",")[0] for override in overrides]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         compose("config", overrides=with_profile_file(singles))
 
