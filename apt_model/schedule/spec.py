@@ -288,6 +288,12 @@ class Anneal(Strict):
             both = self.length(self.warmup, length, horizon) + self.length(self.cooldown, length, horizon)
             if not problems and both and both >= length:
                 problems.append(f"{key}: warmup and cooldown take {both} {self.by}s together, but {room}.")
+            up = self.length(self.peak_at, length, horizon)
+            if not problems and self.type == "one_cycle" and not 0 < up < length - 1 - both:
+                problems.append(
+                    f"{key}.peak_at is {self.peak_at} = {up} {self.by}s after the start, which must leave a way up and a way "
+                    f"down, but {room}. Set {key}.peak_at between 1 and {max(1, int(length - 2 - both))} {self.by}s."
+                )
         elif self.points is not None:
             at = [Time.parse(point, by=self.by).count(self.by, horizon) for point in self.points]
             if any(later <= earlier for earlier, later in pairwise(at)):

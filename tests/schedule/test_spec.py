@@ -98,6 +98,38 @@ def test_what_is_wrong_is_named_with_its_full_key(values: dict, message: str) ->
             r"route_temp\.end = 0 is outside its domain: it must be greater than 0",
         ),
         ("moe_capacity", {"start": -1.0, "end": 1.0}, r"moe_capacity\.start = -1 is outside"),
+        (
+            "route_temp",
+            {"start": 1.0, "end": 2.0, "type": "one_cycle", "peak": 3.0, "peak_at": "100%"},
+            r"peak_at is 100% = 8",
+        ),
+        (
+            "route_temp",
+            {"start": 1.0, "end": 2.0, "type": "one_cycle", "peak": -3.0},
+            r"route_temp\.peak = -3 is outside",
+        ),
+        ("route_temp", {"start": 1.0, "end": 2.0, "type": "step"}, r"route_temp\.steps: missing; type: step needs it"),
+        ("route_temp", {"start": 1.0, "end": 2.0, "power": 2}, r"route_temp\.power: only type: polynomial reads it"),
+        ("align_weight", {"start": 1.0, "end": 0.0, "type": "exponential"}, r"both must be of one sign and not 0"),
+        ("align_weight", {"points": {"2ep": 1.0, "1ep": 0.0}}, r"points: 2ep, 1ep are not in the order of time"),
+        ("align_weight", {"points": {"9ep": 1.0}}, r"points: 9ep is after the end"),
+        (
+            "align_weight",
+            {"start": 0.0, "segments": [{"ramp": 1.0, "over": 9}]},
+            r"segments take 9 epochs, .* only 8 for one",
+        ),
+        (
+            "align_weight",
+            {"start": 0.0, "segments": [{"ramp": 1.0, "hold": 2}]},
+            r"segments\[0\]: give one of ramp, hold",
+        ),
+        (
+            "align_weight",
+            {"start": 0.0, "end": 1.0, "from": "9ep"},
+            r"its window ends before it begins, or begins after",
+        ),
+        ("align_weight", {"start": 0.0, "end": 1.0, "until": 2, "over": 2}, r"until and .*over are both set"),
+        ("align_weight", {"start": 0.0, "end": 1.0, "cooldown": 5, "warmup": 4}, r"warmup and cooldown take 9 epochs"),
         ("align_weight", {"start": 0.0, "end": -0.1}, r"align_weight\.end = -0\.1 is outside.*at least 0"),
         (
             "route_temp",
