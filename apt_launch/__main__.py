@@ -28,7 +28,7 @@ def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 a run failed, 2 config or command line wrong, 130 interrupted."""
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
-        sys.argv[1:] = with_profile_file(sys.argv[1:])
+        sys.argv[1:] = with_profile_file(flags_first(sys.argv[1:]))
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on as they are, and we say what they mean
         run()
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
@@ -38,8 +38,10 @@ def main() -> None:
 
         show_error(explained(error))
         sys.exit(2)
-    except ValueError as error:  # two of Hydra's flags that exclude each other
-        if wants_traceback or "can be specified" not in str(error):
+    except ValueError as error:  # Hydra's own words for flags that exclude each other and overrides that mean nothing
+        from apt_launch.explain import comes_from_hydra
+
+        if wants_traceback or not comes_from_hydra(error):
             raise
         show_error(ConfigError(str(error)))
         sys.exit(2)
@@ -52,9 +54,15 @@ def main() -> None:
         sys.exit(130)
 
 
+def flags_first(arguments: list[str]) -> list[str]:
+    """Put flags before overrides, the order that Hydra's parser wants."""
+    overrides = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
+    return [argument for argument in arguments if argument not in overrides] + overrides
+
+
 def with_profile_file(arguments: list[str]) -> list[str]:
     """Put the overrides that ``profile_file=PATH`` stands for before those of the command line, which win."""
-    given = [argument for argument in arguments if argument.startswith("profile_file=")]
+    given = [argument for argument in arguments if argument.lstrip("+").startswith("profile_file=")]
     path = given[-1].split("=", 1)[1] if given else ""
     if path in ("", "null"):
         return arguments

@@ -174,6 +174,11 @@ def check_curriculum(values: Mapping[str, Any], groups: Mapping[str, Any], horiz
     lr_schedule = groups["trainer"].lr_schedule
     if lr_schedule is not None:
         problems += lr_schedule.problems("trainer.lr_schedule", horizon, NOT_NEGATIVE)
+        if lr_schedule.anchors():
+            problems.append(
+                "trainer.lr_schedule: it cannot wait for an event; write schedule.anneals with target: optimizer.lr, and "
+                "trainer.lr_schedule=null."
+            )
         if lr_schedule.target is not None:
             problems.append("trainer.lr_schedule.target: it always is the learning rate's factor. Set it to null.")
     program = None
@@ -188,6 +193,12 @@ def check_curriculum(values: Mapping[str, Any], groups: Mapping[str, Any], horiz
         problems += [
             f"schedule.events: there is no metric {metric!r}. {nearest(metric, METRICS)}"
             for metric in sorted(program.watched - METRICS)
+        ]
+        problems += [
+            f"schedule.events: a latch turns {subject.name} on by {when.metric}, which comes only while {subject.name} is on. "
+            "Choose another metric, or give the latch a deadline."
+            for subject, when in program.latches.items()
+            if when.metric.startswith(f"{subject.name}/") and when.metric != "voter/entropy" and when.deadline is None
         ]
     except ConfigError as error:
         problems += error.problems

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -32,6 +33,15 @@ class Stdout(logging.StreamHandler[IO[str]]):
     def filter(self, record: logging.LogRecord) -> bool:
         """Leave out records with a traceback."""
         return record.exc_info is None and bool(super().filter(record))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Go on in silence once nobody reads: the run and its log file do not depend on that."""
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.close(nowhere)
+        else:
+            super().handleError(record)
 
     @property
     def stream(self) -> IO[str]:  # type: ignore[override]

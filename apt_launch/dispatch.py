@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -18,9 +20,6 @@ from apt_launch.config import RunConfig
 from apt_launch.folder import RunFolder, write_json, write_whole
 from apt_launch.tracking import Record, Tracker, Tracking, read_rows
 from apt_model.errors import AptError, Interrupted
-
-if TYPE_CHECKING:
-    from apt_model.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -78,11 +77,26 @@ def _run(
     from apt_model.training.checkpoint import Checkpoints, read_manifest
 
     began = time.time()
+    trainer = build_trainer(  # before anything is written: what it refuses leaves the folder as it was
+        config,
+        log=lambda row: tracking.log(row),
+        callbacks=[progress_callback()],
+        checkpoints=Checkpoints(
+            folder.checkpoints,
+            keep_last=config.trainer.keep_checkpoints,
+            about={
+                "identity": config.identity,
+                "config": config.result_values,
+                "horizon": asdict(config.horizon),
+            },
+        ),
+        resume=checkpoint,
+        stop_requested=stop,
+    )
     write_whole(folder.config, OmegaConf.to_yaml(OmegaConf.create(config.values)))
     same_folder = checkpoint is not None and checkpoint.parent.resolve() == folder.checkpoints.resolve()
     keep_rows = read_manifest(checkpoint)["rows"] if checkpoint and same_folder else 0
     tracking = Tracking(Record(folder.metrics, keep_rows=keep_rows))
-    trainer: Trainer | None = None
 
     def finish(state: str, cause: str | None = None) -> None:
         tracking.close(state)
@@ -90,28 +104,15 @@ def _run(
             "state": state,
             "cause": cause,
             "identity": config.identity,
-            "steps": trainer.clock.step if trainer else 0,
+            "steps": trainer.clock.step,
             "seconds": round(time.time() - began, 3),
-            "tokens_per_second": round(trainer.tokens_per_second, 1) if trainer else None,
+            "tokens_per_second": round(trainer.tokens_per_second, 1),
         } | summary.summarise(read_rows(folder.metrics))
         write_json(folder.summary, content)
-        if trainer is not None:
-            summary.show(content, config, folder)
+        summary.show(content, config, folder)
 
     try:
         write_json(folder.summary, {"state": "running", "identity": config.identity})
-        trainer = build_trainer(
-            config,
-            log=tracking.log,
-            callbacks=[progress_callback()],
-            checkpoints=Checkpoints(
-                folder.checkpoints,
-                keep_last=config.trainer.keep_checkpoints,
-                about={"identity": config.identity, "config": config.result_values},
-            ),
-            resume=checkpoint,
-            stop_requested=stop,
-        )
         _record_origin(folder, trainer)
         draw_schedule(sheets({"": config.program}), folder.schedule)
         tracking.trackers = _trackers(config, folder)
@@ -138,7 +139,8 @@ def _run(
         finish("failed", cause)
         raise
     finish("done")
-    return float(summary.summarise(read_rows(folder.metrics))["final"]["val/loss"])
+    rows = read_rows(folder.metrics)
+    return next((row["val/loss"] for row in reversed(rows) if "val/loss" in row), math.nan)
 
 
 def _record_origin(folder: RunFolder, trainer: Any) -> None:

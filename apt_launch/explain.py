@@ -51,3 +51,11 @@ def _options_with(key: str) -> list[str]:
         if rest in keys:
             options.append(path.stem)
     return options
+
+
+def comes_from_hydra(error: BaseException) -> bool:
+    """Say whether ``error`` was raised by Hydra itself, for what stood on the command line."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("hydra.")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from apt_launch.config import RunConfig
 from apt_model.errors import CheckpointError, ConfigError
+from apt_model.schedule import Horizon
+from apt_model.schedule.runner import horizon_changed
 from apt_model.training.checkpoint import newest_intact, read_manifest
 
 if TYPE_CHECKING:
@@ -60,6 +62,11 @@ class RunFolder:
         Raises:
             ConfigError: the folder holds a run and ``trainer.resume`` does not say to go on with it.
         """
+        in_the_way = next(
+            (path for path in (self.path, *self.path.parents) if path.exists() and not path.is_dir()), None
+        )
+        if in_the_way is not None:
+            raise ConfigError(f"hydra.run.dir: {in_the_way} is a file, and a folder is wanted at {self.path}.")
         resume = self.resume(config)
         going_on = resume is not None and resume.checkpoint.parent.resolve() == self.checkpoints.resolve()
         if self.holds_a_run and not going_on and config.trainer.resume != "auto":
@@ -86,9 +93,10 @@ class RunFolder:
         else:
             checkpoint, passed_over = self._named(Path(asked).expanduser())
         try:
-            saved = read_manifest(checkpoint)["about"]["config"]
+            about = read_manifest(checkpoint)["about"]
         except CheckpointError as error:
             raise ConfigError(f"trainer.resume: {error}") from None
+        saved = about["config"]
         changed = changed_keys(saved, config.result_values)
         fixed = [key for key in changed if any(key == name or key.startswith(f"{name}.") for name in FIXED)]
         if fixed:
@@ -99,6 +107,8 @@ class RunFolder:
                     for key in fixed
                 ]
             )
+        if config.schedule.on_horizon_change == "error" and Horizon(**about["horizon"]) != config.horizon:
+            raise ConfigError(horizon_changed(Horizon(**about["horizon"]), config.horizon))
         notes = [*passed_over]
         if changed:
             notes.append(f"resumed with other values than before: {', '.join(changed)}")
@@ -109,10 +119,11 @@ class RunFolder:
             if not path.is_dir():
                 raise ConfigError(f"trainer.resume: there is no checkpoint {str(path)!r} (looked in {Path.cwd()}).")
             return path, []
-        checkpoint, passed_over = newest_intact(path / "checkpoints")
+        folder = path if path.name == "checkpoints" else path / "checkpoints"
+        checkpoint, passed_over = newest_intact(folder)
         if checkpoint is None:
             reasons = passed_over or [
-                f"there is no checkpoint in {str(path / 'checkpoints')!r} (looked in {Path.cwd()}). Name a run's folder, "
+                f"there is no checkpoint in {str(folder)!r} (looked in {Path.cwd()}). Name a run's folder, "
                 "a folder such as RUN/checkpoints/step-00000100, or auto."
             ]
             raise ConfigError(*[f"trainer.resume: {reason}" for reason in reasons])

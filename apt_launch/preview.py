@@ -52,31 +52,56 @@ def main() -> None:
             raise ConfigError(f"{unknown[0]}: unknown option. See python -m apt_launch.preview --help.")
         asked, jobs = expand(with_profile_file(overrides))
         folder: Path = arguments.out
+        in_the_way = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+        if in_the_way is not None:
+            raise ConfigError(f"--out: {in_the_way} is a file, and a folder is wanted at {folder}.")
+        tables = _size_tables(jobs, arguments)
         folder.mkdir(parents=True, exist_ok=True)
         programs = {job.label: job.config.program for job in jobs}
         painter.draw(sheets(programs), folder / "preview.png")
         show(jobs, asked, Console())
         (folder / "preview.html").write_text(page(programs), encoding="utf-8")
         painter.wait()
-        if arguments.sizes or arguments.gpu:
-            from apt_launch import sizes
-
-            for job in jobs:
-                if job.label:
-                    Console().print(f"\n{job.label}")
-                Console().print(
-                    sizes.table(sizes.sizes(job.config), job.config, gpu=arguments.gpu, num_gpus=arguments.gpus)
-                )
+        for label, table in tables:
+            Console().print(*([f"\n{label}"] if label else []), table)
         Console().print(f"pictures  {folder}/preview.png  {folder}/preview.html", highlight=False, soft_wrap=True)
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         from apt_launch.explain import explained
 
         show_error(explained(error))
         sys.exit(2)
+    except ValueError as error:
+        from apt_launch.explain import comes_from_hydra
+
+        if not comes_from_hydra(error):
+            raise
+        show_error(ConfigError(str(error)))
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
         painter.close()
+
+
+def _size_tables(jobs: list[Job], arguments: argparse.Namespace) -> list[tuple[str, object]]:
+    """Return a table of sizes for each job, where they are asked for.
+
+    Raises:
+        ConfigError: a kind or number of GPUs that means nothing.
+    """
+    from apt_model.errors import ConfigError
+
+    if arguments.gpu is None and arguments.gpus is not None:
+        raise ConfigError("--gpus: of which kind? Add --gpu, for instance --gpu h100.")
+    if not (arguments.sizes or arguments.gpu is not None):
+        return []
+    from apt_launch import sizes
+
+    num_gpus = 1 if arguments.gpus is None else arguments.gpus
+    return [
+        (job.label, sizes.table(sizes.sizes(job.config), job.config, gpu=arguments.gpu, num_gpus=num_gpus))
+        for job in jobs
+    ]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--multirun", "-m", action="store_true", help="taken for granted: several values always expand")
     parser.add_argument("--sizes", action="store_true", help="parameters, memory, FLOPs (loads torch)")
     parser.add_argument("--gpu", help="with --sizes: time and GPU-hours on this kind, such as h100")
-    parser.add_argument("--gpus", type=int, default=1, help="how many of them")
+    parser.add_argument("--gpus", type=int, help="how many of them; 1 unless said otherwise")
     parser.add_argument("--out", type=Path, default=Path("outputs/preview"), help="where the pictures go")
     return parser
 

@@ -86,7 +86,10 @@ def read_profile(path: Path, chosen: Iterable[str] = ()) -> tuple[list[str], lis
     for key, value in flat.items():
         name = KEYS.get(key)
         group = name.split(".")[0] if name else ""
-        if name is None or group in taken or value not in IMPLEMENTATIONS.get(key, {value}):
+        foreign = key in IMPLEMENTATIONS and not (isinstance(value, str) and value in IMPLEMENTATIONS[key])
+        if key == "training.mixed_precision" and not isinstance(value, bool):
+            foreign = True
+        if name is None or group in taken or foreign or value is None:
             unused.append(key)
             continue
         if key == "training.mixed_precision":
@@ -96,7 +99,7 @@ def read_profile(path: Path, chosen: Iterable[str] = ()) -> tuple[list[str], lis
         overrides += ["schedule=none", *_schedule_overrides(schedules)]
     elif schedules is not None:
         unused += [f"schedules.{key}" for key in schedules] if isinstance(schedules, Mapping) else ["schedules"]
-    if content.get("training", {}).get("max_epochs") is not None and "trainer" not in taken:
+    if flat.get("training.max_epochs") is not None and "trainer" not in taken:
         overrides.append("trainer.max_batches_per_epoch=null")
     return overrides, unused
 

@@ -10,9 +10,10 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field
 
 from apt_model.schedule import Anneal, Curriculum
-from apt_model.schedule.spec import Count, Positive, PositiveNumber, Strict
+from apt_model.schedule.spec import Positive, PositiveNumber, Strict
 
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 BetweenZeroAndOne = Annotated[float, Field(gt=0, lt=1)]
@@ -80,7 +81,7 @@ class StdlibConfig(Group):
     """``data=stdlib``."""
 
     val_fraction: BetweenZeroAndOne
-    seed: Count
+    seed: Seed
 
 
 class TextConfig(Group):
@@ -89,7 +90,7 @@ class TextConfig(Group):
     path: Text
     suffix: str
     val_fraction: BetweenZeroAndOne
-    seed: Count
+    seed: Seed
 
 
 class JsonlConfig(Group):
@@ -193,7 +194,7 @@ EXTRAS: Final[dict[type[Group], tuple[str, tuple[str, ...]]]] = {
 class TopLevel(Strict):
     """What stands beside the groups."""
 
-    seed: Count
+    seed: Seed
     profile_file: Text | None
 
 
@@ -211,5 +212,5 @@ def _keys(schema: Any) -> list[str]:
     for name, field in schema.model_fields.items():
         keys.append(field.alias or name)
         if "Anneal" in str(field.annotation):
-            keys += [f"{name}.{key}" for key in Anneal.model_fields]
+            keys += [f"{name}.{inner.alias or key}" for key, inner in Anneal.model_fields.items()]
     return keys

@@ -193,10 +193,12 @@ def _read_jsonl(path: Path, text_key: str, key: str, mtime_ns: int, size: int) -
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{key}: {path}, line {number} is not JSON: {error}.") from None
         if not isinstance(row, dict) or not isinstance(row.get(text_key), str):
             names = f"its keys are {', '.join(map(repr, row))}" if isinstance(row, dict) else "it is no object"
+            if isinstance(row, dict) and text_key in row:
+                names = f"it is {type(row[text_key]).__name__}"
             raise ConfigError(f"{key}: {path}, line {number} has no text under {text_key!r} (data.text_key): {names}.")
         tokens += row[text_key].encode("utf-8", errors="surrogatepass") + DOCUMENT_END
     if not tokens:

@@ -199,16 +199,24 @@ class Program:
                     f"{self.key}: the latch of {subject.name} may act from {when.not_before} = step {first} on, but the run "
                     f"has {self.horizon}. Set not_before earlier."
                 )
+            deadline = when.deadline.step(self.horizon, self.fired) if when.deadline is not None else None
+            if first is not None and deadline is not None and deadline < first:
+                problems.append(
+                    f"{self.key}: the latch of {subject.name} has its deadline at {when.deadline} = step {deadline}, before "
+                    f"{when.not_before} = step {first}, from which on it may act. Set not_before earlier or deadline later."
+                )
         return problems
 
     def _too_late(self, switch: Switch, subject: Subject, step: int) -> str:
         unit = "epoch" if switch.at.unit == "epoch" and switch.at.anchor is None else "step"
         length = self.horizon.length("epoch" if unit == "epoch" else "step")
         at = f"{switch.at.amount}" if switch.key.endswith(("_epoch", "_step")) else f"{switch.at} (step {step})"
+        remedy = f"Set it to {length - 1} or less, to null to leave {subject.name} as it is"
+        if not switch.key.endswith(("_epoch", "_step")):
+            remedy = f"Set its time to {self.horizon.steps - 1}st or earlier, or remove it"
         return (
             f"{switch.key} = {at} would never happen: the run has {length} {unit}s ({self.horizon}), so its last {unit} is "
-            f"{length - 1}. Set it to {length - 1} or less, to null to leave {subject.name} as it is, or make the run longer "
-            "with trainer.max_epochs."
+            f"{length - 1}. {remedy}, or make the run longer with trainer.max_epochs."
         )
 
     def check_targets(self, targets: Mapping[str, Domain], parameters: Iterable[str] = ()) -> None:

@@ -187,13 +187,18 @@ class ScheduleRunner:
             return
         policy = self.curriculum.on_horizon_change
         if policy == "error":
-            raise ConfigError(
-                f"The checkpoint was made for {saved}, this run has {self.planned}: every anneal would bend. "
-                "Say what is meant: schedule.on_horizon_change=rescale computes the curves over the new length, "
-                "schedule.on_horizon_change=keep_absolute keeps them as they were and holds their ends."
-            )
+            raise ConfigError(horizon_changed(saved, self.planned))
         if policy == "keep_absolute":
             self.program = Program(self.curriculum, saved)
+
+
+def horizon_changed(saved: Horizon, planned: Horizon) -> str:
+    """Say that a resume has another length than its checkpoint, and what can be done."""
+    return (
+        f"The checkpoint was made for {saved}, this run has {planned}: every anneal would bend. "
+        "Say what is meant: schedule.on_horizon_change=rescale computes the curves over the new length, "
+        "schedule.on_horizon_change=keep_absolute keeps them as they were and holds their ends."
+    )
 
 
 def _freezer(freeze: Callable[[str, bool], None], pattern: str) -> Callable[[bool], None]:

@@ -28,6 +28,13 @@ def _length(value: Any) -> Any:
     return value
 
 
+def _span(value: Any) -> Any:
+    """Check a length: what comes after an event is a time, and no length."""
+    if Time.parse(value, by="step").anchor is not None:
+        raise ValueError(f"{value!r} is a time after an event; a length such as 500st, 2ep or 10% is wanted here")
+    return value
+
+
 def _time(value: Any) -> Time:
     """Read a time that must say its unit."""
     if isinstance(value, int) and value and not isinstance(value, bool):
@@ -40,6 +47,7 @@ Positive = Annotated[int, Field(gt=0)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Length = Annotated[Any, BeforeValidator(_length)]
+Span = Annotated[Any, BeforeValidator(_span)]
 WrittenTime = Annotated[Any, BeforeValidator(_time)]
 ShapeName = Literal["linear", "cosine", "exponential", "polynomial", "sqrt", "inverse_sqrt", "step", "one_cycle"]
 Pattern = Annotated[str, Field(min_length=1)]
@@ -49,9 +57,9 @@ class Segment(Strict):
     """A part of a curve: a ``ramp`` to a value, a ``hold`` for a length, or a ``jump`` to a value."""
 
     ramp: Number | None = None
-    hold: Length | None = None
+    hold: Span | None = None
     jump: Number | None = None
-    over: Length | None = None
+    over: Span | None = None
     type: Literal["linear", "cosine", "exponential", "sqrt", "inverse_sqrt"] = "linear"
 
     def contradictions(self, key: str) -> list[str]:
@@ -77,18 +85,18 @@ class Anneal(Strict):
     end: Number | None = None
     by: Unit = "epoch"
     type: ShapeName = "linear"
-    warmup: Length = 0
-    cooldown: Length = 0
+    warmup: Span = 0
+    cooldown: Span = 0
     power: PositiveNumber | None = None
     steps: Positive | None = None
     peak: Number | None = None
-    peak_at: Length = "30%"
+    peak_at: Span = "30%"
     points: dict[int | str, Number] | None = None
     segments: list[Segment] | None = None
     repeat: Positive = 1
     begin: Length = Field(default=0, alias="from")
     until: Length | None = None
-    over: Length | None = None
+    over: Span | None = None
 
     def contradictions(self, key: str) -> list[str]:
         """Say what is missing or does not go together, before any run is known."""
@@ -113,9 +121,12 @@ class Anneal(Strict):
             problems.append(f"{key}.repeat: only segments can be repeated.")
         for at in self.points or {}:
             try:
-                Time.parse(at, by=self.by)
+                _span(at)
             except ValueError as error:
                 problems.append(f"{key}.points: {error}")
+        for name in ("points", "segments"):
+            if getattr(self, name) is not None and not getattr(self, name):
+                problems.append(f"{key}.{name}: empty. Give at least one, or set it to null.")
         for number, segment in enumerate(self.segments or []):
             problems += segment.contradictions(f"{key}.segments[{number}]")
         if self.type in SAME_SIGN and self.start is not None and self.end is not None and self.start * self.end <= 0:
@@ -271,6 +282,12 @@ class Anneal(Strict):
                 f"{key}: its window ends before it begins, or begins after the run ({horizon}). Mend from and until."
             ]
         problems: list[str] = []
+        if begin + length > horizon.length(self.by):
+            end = "over" if self.over is not None else "until"
+            problems.append(
+                f"{key}.{end} = {getattr(self, end)} ends after the run: at {begin + length:g} {self.by}s, and there are "
+                f"{horizon.length(self.by)} ({horizon}). Set it earlier."
+            )
         if self.points is None and self.segments is None:
             for name, value in (("warmup", self.warmup), ("cooldown", self.cooldown)):
                 count = self.length(value, length, horizon)
@@ -353,6 +370,8 @@ class When(Strict):
 
     def contradictions(self, key: str) -> list[str]:
         """Say what is missing or does not go together."""
+        if self.hold.anchor is not None:
+            return [f"{key}.hold: {self.hold} is a time after an event; a length such as 100st is wanted here."]
         if (self.above is None) == (self.below is None):
             return [f"{key}: give one of above and below."]
         if self.release is not None:

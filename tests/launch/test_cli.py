@@ -98,6 +98,9 @@ def test_tensorboard_is_another_choice(cli: Cli, text_file: Path, tmp_path: Path
         (["schedule=gpt5_mo"], "schedule: there is no option 'gpt5_mo'. Did you mean 'gpt5_moe'?"),
         (["trainer.max_epochs=3"], "schedule.enable_voter_at_epoch = 5 would never happen"),
         (["schedule.route_temp.end=["], "schedule.route_temp.end=[: not an override that Hydra understands"),
+        (["moe=null"], "Config group override must be a string"),
+        (["--resolve"], "--resolve flag can only be used in conjunction"),
+        (["hydra.run.dir=text.txt/x"], "hydra.run.dir: text.txt is a file, and a folder is wanted at text.txt/x"),
         (["--multirun", "--cfg", "job"], "Only one of --run, --multirun, --cfg"),
         (["profile_file=nowhere.yaml"], "profile_file: there is no file 'nowhere.yaml'"),
         (["trainer.resume=nowhere"], "trainer.resume: there is no checkpoint in 'nowhere/checkpoints'"),
@@ -106,12 +109,13 @@ def test_tensorboard_is_another_choice(cli: Cli, text_file: Path, tmp_path: Path
 def test_a_mistake_ends_with_exit_code_2_a_remedy_and_no_trace(
     cli: Cli, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
+    (tmp_path / "text.txt").touch()
     result = cli(*arguments)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
     assert "Traceback" not in result.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
 def test_hydras_own_flags_keep_working(cli: Cli) -> None:
@@ -129,6 +133,11 @@ def test_a_second_run_over_the_first_is_refused_and_loses_nothing(cli: Cli, text
     again = cli(*small(text_file, "schedule=none", "trainer.max_epochs=1", "seed=1"))
     assert again.returncode == 2
     assert "hydra.run.dir: run already holds a run. Go on with it by trainer.resume=auto" in again.stderr
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+    longer = cli(*small(text_file, "schedule=none", "trainer.max_epochs=2", "trainer.resume=auto"))
+    assert longer.returncode == 2
+    assert "schedule.on_horizon_change=rescale" in longer.stderr
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
 
     other = cli(*small(text_file, "schedule=none", "trainer.max_epochs=1", "seed=1", "trainer.resume=auto"))
@@ -272,6 +281,36 @@ def on_terminal(arguments: list[str], folder: Path) -> tuple[str, int]:
     os.close(parent)
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode(errors="replace"))
     return plain, process.wait(timeout=60)
+
+
+def test_nobody_reading_the_output_does_not_disturb_a_run(text_file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "apt_launch", *small(text_file)]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    with process:
+        process.stdout.close()
+        told = process.stderr.read()
+        assert process.wait(timeout=120) == 0, told
+    assert "Traceback" not in told
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["state"] == "done"
+
+
+def test_a_finished_run_resumed_into_a_new_folder_has_nothing_left_to_train(
+    cli: Cli, text_file: Path, tmp_path: Path
+) -> None:
+    assert cli(*small(text_file)).returncode == 0
+    again = cli(*small(text_file, "hydra.run.dir=new", "trainer.resume=run"))
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "new" / "summary.json").read_text())["steps"] == 24
+
+
+def test_flags_may_stand_between_overrides(cli: Cli) -> None:
+    shown = cli("seed=3", "--cfg", "job", "schedule.route_temp.end=0.7")
+    assert OmegaConf.create(shown.stdout).schedule.route_temp.end == 0.7
+    assert OmegaConf.create(shown.stdout).seed == 3
 
 
 def test_a_sweep_runs_one_job_after_the_other(cli: Cli, text_file: Path, tmp_path: Path) -> None:

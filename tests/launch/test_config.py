@@ -137,6 +137,16 @@ def test_keys_in_yaml_equal_parameters_of_the_class(target: tuple[str, type[sche
             ["trainer.lr_schedule.typ=x"],
             r"^trainer\.lr_schedule\.typ: unknown key\. Did you mean 'trainer\.lr_schedule\.type'",
         ),
+        (["+trainer.lr_schedule.from=moe.enabled"], r"^trainer\.lr_schedule: it cannot wait for an event"),
+        (
+            [
+                "schedule.enable_moe_at_epoch=null",
+                "+schedule.events.x={enable: moe, when: {metric: moe/max_load, above: 2}}",
+            ],
+            r"a latch turns moe on by moe/max_load, which comes only while moe is on",
+        ),
+        (["seed=99999999999999999999999"], r"seed: 99999999999999999999999 is not valid"),
+        (["schedule.route_tmp.end=0.6"], r"Did you mean 'schedule\.route_temp\.end'"),
         (["data=text"], r"^data\.path: has no value yet\. Set it: data\.path="),
         (["data=text", "data.path=nowhere"], r"^data\.path: there is no file or folder 'nowhere'"),
         (

@@ -120,3 +120,21 @@ def test_a_file_that_is_no_profile_is_refused(tmp_path: Path, content: str, mess
         with_profile_file([f"profile_file={path}"])
     with pytest.raises(ConfigError, match="profile_file: there is no file 'nowhere'"):
         with_profile_file(["profile_file=nowhere"])
+
+
+@pytest.mark.parametrize(
+    ("content", "unused"),
+    [
+        ("training: null", "training"),
+        ("training: 3", "training"),
+        ("training: [1, 2]", "training"),
+        ("model: {attention_name: [sdpa]}", "model.attention_name"),
+        ('training: {mixed_precision: "no"}', "training.mixed_precision"),
+        ("model: {d_model: null}", "model.d_model"),
+    ],
+)
+def test_odd_values_of_a_file_are_told_as_not_used(tmp_path: Path, content: str, unused: str, capsys) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_text(content)
+    assert with_profile_file([f"+profile_file={path}"]) == [f"+profile_file={path}"]
+    assert capsys.readouterr().err == f"profile_file: not used: {unused}\n"

@@ -93,6 +93,14 @@ def test_names_of_the_profile_and_events_share_one_arbiter() -> None:
         ),
         ({"b": {"disable": "moe", "when": {"metric": "x", "above": 1}}}, r"a latch turns on"),
         (
+            {"b": {"enable": "moe", "when": {"metric": "x", "above": 1, "not_before": "2ep", "deadline": "1ep"}}},
+            r"the latch of moe has its deadline at 1ep = step 4, before 2ep = step 8",
+        ),
+        (
+            {"b": {"enable": "moe", "when": {"metric": "x", "above": 1, "hold": "voter.enabled"}}},
+            r"hold: voter\.enabled is a time after an event; a length",
+        ),
+        (
             {"b": {"enable": "moe", "when": {"metric": "x", "above": 1, "not_before": "9ep"}}},
             r"latch of moe may act from 9ep = step 36 on",
         ),
@@ -220,6 +228,9 @@ def test_a_resume_at_any_step_equals_the_run_without_interruption(data, stop: in
             "f": {"freeze": "embedding", "at": "voter.enabled + 3st"},
         },
     }
+    when = curriculum["events"]["vote"]["when"]
+    if when["deadline"] is not None:
+        when["not_before"] = "0st"  # a deadline before it would be refused
     if by == "epoch" and curriculum["anneals"]["d"]["warmup"] in ("7st", "20sa", "100tok"):
         curriculum["anneals"]["d"]["warmup"] = 0  # no whole number of epochs: refused
 

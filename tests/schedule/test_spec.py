@@ -130,6 +130,18 @@ def test_what_is_wrong_is_named_with_its_full_key(values: dict, message: str) ->
         ),
         ("align_weight", {"start": 0.0, "end": 1.0, "until": 2, "over": 2}, r"until and .*over are both set"),
         ("align_weight", {"start": 0.0, "end": 1.0, "cooldown": 5, "warmup": 4}, r"warmup and cooldown take 9 epochs"),
+        (
+            "align_weight",
+            {"start": 0.0, "end": 1.0, "warmup": "moe.enabled"},
+            r"warmup: 'moe\.enabled' is a time after",
+        ),
+        (
+            "align_weight",
+            {"points": {"moe.enabled + 1ep": 1.0}},
+            r"points: 'moe\.enabled \+ 1ep' is a time after an event",
+        ),
+        ("align_weight", {"points": {}}, r"points: empty"),
+        ("align_weight", {"start": 0.0, "end": 1.0, "from": "50%", "over": "90%"}, r"over = 90% ends after the run"),
         ("align_weight", {"start": 0.0, "end": -0.1}, r"align_weight\.end = -0\.1 is outside.*at least 0"),
         (
             "route_temp",
