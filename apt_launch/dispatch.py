@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from apt_launch.build import build, build_trainer
 from apt_launch.config import RunConfig
-from apt_launch.folder import RunFolder, write_json, write_whole
+from apt_launch.folder import Resume, RunFolder, write_json, write_whole
 from apt_launch.tracking import Record, Tracker, Tracking, read_rows
 from apt_model.errors import AptError, Interrupted
 
@@ -61,20 +61,17 @@ def dispatch(config: RunConfig, path: Path) -> float:
         Interrupted: it was stopped on request and can go on.
     """
     folder = RunFolder(path)
-    folder.check_free(config)
-    resume = folder.resume(config)
+    resume = folder.check_free(config)
     stop = StopRequest()
     with stop.listening():
-        return _run(config, folder, resume.checkpoint if resume else None, resume.notes if resume else (), stop)
+        return _run(config, folder, resume, stop)
 
 
-def _run(
-    config: RunConfig, folder: RunFolder, checkpoint: Path | None, notes: tuple[str, ...], stop: StopRequest
-) -> float:
+def _run(config: RunConfig, folder: RunFolder, resume: Resume | None, stop: StopRequest) -> float:
     from apt_launch import summary
     from apt_launch.console import progress_callback
     from apt_launch.plots import draw_schedule, sheets
-    from apt_model.training.checkpoint import Checkpoints, read_manifest
+    from apt_model.training.checkpoint import Checkpoints
 
     began = time.time()
     trainer = build_trainer(  # before anything is written: what it refuses leaves the folder as it was
@@ -90,12 +87,11 @@ def _run(
                 "horizon": asdict(config.horizon),
             },
         ),
-        resume=checkpoint,
+        resume=resume.checkpoint if resume else None,
         stop_requested=stop,
     )
     write_whole(folder.config, OmegaConf.to_yaml(OmegaConf.create(config.values)))
-    same_folder = checkpoint is not None and checkpoint.parent.resolve() == folder.checkpoints.resolve()
-    keep_rows = read_manifest(checkpoint)["rows"] if checkpoint and same_folder else 0
+    keep_rows = resume.rows if resume and folder.owns(resume.checkpoint) else 0
     tracking = Tracking(Record(folder.metrics, keep_rows=keep_rows))
 
     def finish(state: str, cause: str | None = None) -> None:
@@ -116,11 +112,11 @@ def _run(
         _record_origin(folder, trainer)
         draw_schedule(sheets({"": config.program}), folder.schedule)
         tracking.trackers = _trackers(config, folder)
-        for note in (*notes, *config.program.notes()):
+        for note in (*(resume.notes if resume else ()), *config.program.notes()):
             logger.warning("note: %s", note)
         logger.info(
             "%s%s: %s parameters on %s in %s, %s. Folder: %s",
-            "resuming " if checkpoint else "",
+            "resuming " if resume else "",
             config.identity[:8],
             f"{sum(p.numel() for p in trainer.model.parameters()):,}",
             trainer.device,

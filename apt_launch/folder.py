@@ -36,6 +36,7 @@ class Resume:
     """A checkpoint to go on from, and what there is to say about it."""
 
     checkpoint: Path
+    rows: int  # of metrics, logged before it
     notes: tuple[str, ...] = ()
 
 
@@ -56,24 +57,25 @@ class RunFolder:
         """Whether there are results here that a new run would overwrite."""
         return (self.metrics.exists() and self.metrics.stat().st_size > 0) or any(self.checkpoints.glob("step-*"))
 
-    def check_free(self, config: RunConfig) -> None:
-        """Make sure that nothing of another run would be lost here, and that a resume can be what was asked for.
+    def check_free(self, config: RunConfig) -> Resume | None:
+        """Make sure that nothing of another run would be lost here; return what a resume goes on from, see :meth:`resume`.
 
         Raises:
             ConfigError: the folder holds a run and ``trainer.resume`` does not say to go on with it.
         """
-        in_the_way = next(
-            (path for path in (self.path, *self.path.parents) if path.exists() and not path.is_dir()), None
-        )
-        if in_the_way is not None:
-            raise ConfigError(f"hydra.run.dir: {in_the_way} is a file, and a folder is wanted at {self.path}.")
+        refuse_file_in_the_way(self.path, "hydra.run.dir")
         resume = self.resume(config)
-        going_on = resume is not None and resume.checkpoint.parent.resolve() == self.checkpoints.resolve()
+        going_on = resume is not None and self.owns(resume.checkpoint)
         if self.holds_a_run and not going_on and config.trainer.resume != "auto":
             raise ConfigError(
                 f"hydra.run.dir: {self.path} already holds a run. Go on with it by trainer.resume=auto, or choose another "
                 "folder."
             )
+        return resume
+
+    def owns(self, checkpoint: Path) -> bool:
+        """Say whether ``checkpoint`` is one of this folder's."""
+        return checkpoint.parent.resolve() == self.checkpoints.resolve()
 
     def resume(self, config: RunConfig) -> Resume | None:
         """Find what ``trainer.resume`` names; None: start from nothing.
@@ -93,9 +95,10 @@ class RunFolder:
         else:
             checkpoint, passed_over = self._named(Path(asked).expanduser())
         try:
-            about = read_manifest(checkpoint)["about"]
+            manifest = read_manifest(checkpoint)
         except CheckpointError as error:
             raise ConfigError(f"trainer.resume: {error}") from None
+        about = manifest["about"]
         saved = about["config"]
         changed = changed_keys(saved, config.result_values)
         fixed = [key for key in changed if any(key == name or key.startswith(f"{name}.") for name in FIXED)]
@@ -112,7 +115,7 @@ class RunFolder:
         notes = [*passed_over]
         if changed:
             notes.append(f"resumed with other values than before: {', '.join(changed)}")
-        return Resume(checkpoint, tuple(notes))
+        return Resume(checkpoint, manifest["rows"], tuple(notes))
 
     def _named(self, path: Path) -> tuple[Path, list[str]]:
         if path.name.startswith("step-"):
@@ -128,6 +131,17 @@ class RunFolder:
             ]
             raise ConfigError(*[f"trainer.resume: {reason}" for reason in reasons])
         return checkpoint, passed_over
+
+
+def refuse_file_in_the_way(folder: Path, key: str) -> None:
+    """Make sure that ``folder`` can be one.
+
+    Raises:
+        ConfigError: it, or what should hold it, is a file; ``key`` is where the user said so.
+    """
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{key}: {path} is a file, and a folder is wanted at {folder}.")
 
 
 def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

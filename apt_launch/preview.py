@@ -44,6 +44,7 @@ def main() -> None:
 
     from apt_launch.__main__ import with_profile_file
     from apt_launch.config import show_error
+    from apt_launch.folder import refuse_file_in_the_way
     from apt_model.errors import ConfigError
 
     unknown = [override for override in overrides if override.startswith("-")]
@@ -52,9 +53,7 @@ def main() -> None:
             raise ConfigError(f"{unknown[0]}: unknown option. See python -m apt_launch.preview --help.")
         asked, jobs = expand(with_profile_file(overrides))
         folder: Path = arguments.out
-        in_the_way = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
-        if in_the_way is not None:
-            raise ConfigError(f"--out: {in_the_way} is a file, and a folder is wanted at {folder}.")
+        refuse_file_in_the_way(folder, "--out")
         tables = _size_tables(jobs, arguments)
         folder.mkdir(parents=True, exist_ok=True)
         programs = {job.label: job.config.program for job in jobs}

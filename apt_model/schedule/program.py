@@ -11,7 +11,7 @@ from typing import Any
 from apt_model.errors import ConfigError, nearest
 from apt_model.schedule.clock import Clock, Horizon
 from apt_model.schedule.spec import ACTIONS, Curriculum, When
-from apt_model.schedule.targets import BINDINGS, DOMAINS, MODULES, Domain, domain_of, matching
+from apt_model.schedule.targets import BINDINGS, DOMAINS, MODULES, Domain, matching
 from apt_model.schedule.times import Time
 
 
@@ -238,7 +238,7 @@ class Program:
             if not meant:
                 problems.append(f"{where}.target: nothing is called {pattern!r}. {nearest(pattern, targets)}")
                 continue
-            domain = domain_of(pattern, targets)
+            domain = targets[meant[0]]
             problems += spec.problems(where, self.horizon, domain, self.fired)
             for target in meant:
                 if target in writers:

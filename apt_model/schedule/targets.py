@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -72,9 +72,3 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
     expression = re.compile(r"\.".join(re.escape(part).replace(r"\*", "[^.]*") for part in pattern.split(".")))
     meant = [name for name in names if expression.fullmatch(name)]
     return meant or (matching(ALIASES[pattern], names) if pattern in ALIASES else [])
-
-
-def domain_of(pattern: str, targets: Mapping[str, Domain]) -> Domain | None:
-    """Return the domain of what ``pattern`` means; None: nothing has that name."""
-    names = matching(pattern, targets)
-    return targets[names[0]] if names else None

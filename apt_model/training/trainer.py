@@ -13,10 +13,8 @@ from torch import Tensor
 from apt_model.errors import ConfigError, Interrupted
 from apt_model.schedule import Clock
 from apt_model.training import checkpoint
-from apt_model.training.base import OPTIMIZER_DOMAINS, BaseTrainer, Batch
+from apt_model.training.base import BaseTrainer, Batch
 from apt_model.training.optimizer import load_named_state
-
-__all__ = ["OPTIMIZER_DOMAINS", "Trainer"]
 
 
 class Trainer(BaseTrainer):

@@ -155,7 +155,7 @@ def test_a_swept_key_that_nothing_reads_is_noted() -> None:
 def test_the_catalogue_is_what_the_model_has(small: Callable[..., RunConfig]) -> None:
     from apt_launch.build import build_trainer
     from apt_model.layers import scheduled
-    from apt_model.training.trainer import OPTIMIZER_DOMAINS
+    from apt_model.training.base import OPTIMIZER_DOMAINS
 
     config = small(
         "schedule.enable_voter_at_epoch=1", "schedule.enable_align_at_epoch=0", "schedule.enable_moe_at_epoch=0"
