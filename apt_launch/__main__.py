@@ -13,23 +13,29 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from apt_launch.config import CONF, load, show_error
+from apt_launch.plugins import register
 from apt_model.errors import ConfigError, TrainingError
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def run(cfg: DictConfig) -> float:
     """Train one composed config; return its final validation loss."""
-    from apt_launch.dispatch import dispatch
+    from apt_launch.run import run as train
 
-    return dispatch(load(cfg), Path(HydraConfig.get().runtime.output_dir))
+    return train(load(cfg), Path(HydraConfig.get().runtime.output_dir))
 
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 a run failed, 2 config or command line wrong, 130 interrupted."""
+    if "--dry-run" in sys.argv:
+        from apt_launch import preview
+
+        return preview.main()
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
         sys.argv[1:] = with_profile_file(flags_first(sys.argv[1:]))
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on as they are, and we say what they mean
+        register()
         run()
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         if wants_traceback:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / 
 
 
 NEUTRAL = (
+    "launch",
     "logger",
     "profile_file",
     "schedule.on_horizon_change",
@@ -54,6 +55,7 @@ class RunConfig:
     optimizer: schema.AdamWConfig
     trainer: schema.TrainerConfig
     logger: schema.Group
+    launch: schema.LaunchConfig
     horizon: Horizon
     program: Program
 
@@ -68,6 +70,11 @@ class RunConfig:
         """The sha256 of what decides the result."""
         text = json.dumps(self.result_values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def resuming(self) -> RunConfig:
+        """Return the same run, to go on from its own newest checkpoint."""
+        values = {**self.values, "trainer": {**self.values["trainer"], "resume": "auto"}}
+        return replace(self, values=values, trainer=self.trainer.model_copy(update={"resume": "auto"}))
 
 
 def _is_neutral(key: str) -> bool:
@@ -86,8 +93,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def load(cfg: DictConfig) -> RunConfig:
-    """Resolve and check what Hydra composed.
+def load(cfg: DictConfig, counts: Counts | None = None) -> RunConfig:
+    """Resolve and check what Hydra composed; ``counts``: see :func:`parse`.
 
     Raises:
         ConfigError: with every problem found.
@@ -103,7 +110,7 @@ def load(cfg: DictConfig) -> RunConfig:
         raise ConfigError(f"{error.full_key}: has no value yet. Set it: {error.full_key}=...") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
-    return parse(values)
+    return parse(values, counts)
 
 
 def composed(overrides: list[str]) -> RunConfig:
@@ -121,8 +128,8 @@ def composed(overrides: list[str]) -> RunConfig:
         return load(compose("config", overrides=overrides))
 
 
-def parse(values: dict[str, Any]) -> RunConfig:
-    """Check plain values; see :func:`load`."""
+def parse(values: dict[str, Any], counts: Counts | None = None) -> RunConfig:
+    """Check plain values; see :func:`load`. ``counts`` keeps what was counted, for the next of many configs."""
     from apt_launch import schema
 
     problems: list[str] = []
@@ -154,10 +161,10 @@ def parse(values: dict[str, Any]) -> RunConfig:
     if problems:
         raise ConfigError(*problems)
 
-    _check_together(groups)
-    horizon = plan_horizon(values, groups)
+    _check_together(groups, top.launch)
+    horizon = plan_horizon(values, groups, {} if counts is None else counts)
     program = check_curriculum(values, groups, horizon)
-    return RunConfig(values=values, seed=top.seed, horizon=horizon, program=program, **groups)
+    return RunConfig(values=values, seed=top.seed, launch=top.launch, horizon=horizon, program=program, **groups)
 
 
 def check_curriculum(values: Mapping[str, Any], groups: Mapping[str, Any], horizon: Horizon) -> Program:
@@ -207,7 +214,7 @@ def check_curriculum(values: Mapping[str, Any], groups: Mapping[str, Any], horiz
     return program
 
 
-def _check_together(groups: Mapping[str, Any]) -> None:
+def _check_together(groups: Mapping[str, Any], launch: schema.LaunchConfig) -> None:
     """Refuse values that are right each by itself and wrong together."""
     from apt_model.data.corpora import BYTE_VOCABULARY
 
@@ -228,6 +235,12 @@ def _check_together(groups: Mapping[str, Any]) -> None:
     if model.vocab_size < BYTE_VOCABULARY:
         problems.append(
             f"model.vocab_size = {model.vocab_size} is less than the {BYTE_VOCABULARY} tokens of a corpus of bytes."
+        )
+    ranks = launch.nodes * launch.tasks_per_node
+    if groups["trainer"].batch_size % ranks:
+        problems.append(
+            f"trainer.batch_size = {groups['trainer'].batch_size} cannot be shared by {ranks} ranks (launch.nodes x "
+            f"launch.tasks_per_node). Make it a multiple of {ranks}."
         )
     problems += schedule.contradictions()
     problems += _trainer_problems(groups["trainer"])
@@ -270,8 +283,12 @@ def _trainer_problems(trainer: schema.TrainerConfig) -> list[str]:
     return problems
 
 
-def plan_horizon(values: Mapping[str, Any], groups: Mapping[str, Any]) -> Horizon:
-    """Count the corpus and plan the run's updates.
+Counts = dict[str, int]
+"""Tokens of a corpus: its config and a split as JSON, to their number."""
+
+
+def plan_horizon(values: Mapping[str, Any], groups: Mapping[str, Any], counts: Counts) -> Horizon:
+    """Count the corpus, unless ``counts`` knows it, and plan the run's updates.
 
     Raises:
         ConfigError: a file is missing or wrong, or the text does not fill one batch.
@@ -279,12 +296,14 @@ def plan_horizon(values: Mapping[str, Any], groups: Mapping[str, Any]) -> Horizo
     from apt_model.data import Sampler
     from apt_model.schedule import Horizon
 
-    corpus = build_corpus(values["data"])
     trainer, model = groups["trainer"], groups["model"]
     batches = {}
     for split, limit in (("train", trainer.max_batches_per_epoch), ("val", trainer.validation_batches)):
+        counted = json.dumps([values["data"], split])
+        if counted not in counts:
+            counts[counted] = build_corpus(values["data"]).count(split)  # type: ignore[arg-type]
         sampler = Sampler(
-            num_tokens=corpus.count(split),  # type: ignore[arg-type]
+            num_tokens=counts[counted],
             seq_len=model.seq_len,
             batch_size=trainer.batch_size,
             seed=values["seed"],

@@ -1,165 +1,326 @@
-"""Runs a checked config here, and keeps its folder."""
+"""Where a sweep goes, and how it is followed: this machine or a cluster."""
 
 from __future__ import annotations
 
-import logging
-import math
-import os
-import signal
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from omegaconf import OmegaConf
-
-from apt_launch.build import build, build_trainer
-from apt_launch.config import RunConfig
-from apt_launch.folder import Resume, RunFolder, write_json, write_whole
-from apt_launch.tracking import Record, Tracker, Tracking, read_rows
-from apt_model.errors import AptError, Interrupted
-
-logger = logging.getLogger(__name__)
+from apt_launch import ledger
+from apt_launch.folder import refuse_file_in_the_way, write_json, write_whole
+from apt_launch.ledger import ENDED, Ledger, Seen, State, Status, read_state
+from apt_launch.plan import Job, Plan, to_yaml
+from apt_model.errors import ConfigError
 
 
-class StopRequest:
-    """Set by Ctrl-C or SIGTERM: the update in progress is finished first. A second signal leaves at once."""
+class Place(Protocol):
+    """Where jobs run."""
 
-    def __init__(self) -> None:
-        self.made = False
+    name: str
+    values: dict[str, Any]
+    detaches: bool  # the command returns once the jobs are sent
 
-    def __call__(self) -> bool:
-        """Say whether a signal has come."""
-        return self.made
+    def has_gpus(self) -> bool:
+        """Say whether jobs can have GPUs there."""
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Listen to SIGINT and SIGTERM meanwhile."""
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def check(self, plan: Plan) -> None:
+        """Raise ConfigError if a job could never run there."""
 
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.made:
-            os._exit(130)
-        self.made = True
-        told = f"{signal.Signals(number).name}: finishing this update and writing a checkpoint; once more leaves at once.\n"
-        os.write(2, told.encode())  # a handler may interrupt a write: nothing that buffers is safe here
+    def send(self, plan: Plan, folder: Path, jobs: Sequence[Job]) -> list[str]:
+        """Send ``jobs``, whose folders are ready; return lines to tell."""
+
+    def look(self, folder: Path, jobs: Mapping[str, State]) -> dict[str, Seen]:
+        """Return the true states of ``jobs``, by folder, none of which has ended by its own word."""
+
+    def cancel(self, folder: Path, jobs: Mapping[str, State]) -> None:
+        """Stop ``jobs``; return when nothing of them runs."""
 
 
-def dispatch(config: RunConfig, path: Path) -> float:
-    """Train ``config`` here, into the folder ``path``; return the final validation loss.
+def place(name: str, values: Mapping[str, Any]) -> Place:
+    """Return the place that ``hydra/launcher=name`` stands for.
 
     Raises:
-        ConfigError: the folder is taken, or something that only torch can tell is wrong.
-        TrainingError: the run failed; ``summary.json`` has the cause.
-        Interrupted: it was stopped on request and can go on.
+        ConfigError: it is neither local nor slurm.
     """
-    folder = RunFolder(path)
-    resume = folder.check_free(config)
-    stop = StopRequest()
-    with stop.listening():
-        return _run(config, folder, resume, stop)
+    from apt_launch.schema import LocalLauncherConfig, SlurmLauncherConfig
+    from apt_model.errors import validated
+
+    given = {key: value for key, value in values.items() if not key.startswith("_")}
+    if name == "local":
+        from apt_launch.local import LocalPlace
+
+        return LocalPlace(validated(LocalLauncherConfig, given, key="hydra.launcher").model_dump())
+    if name == "slurm":
+        from apt_launch.slurm import SlurmPlace
+
+        return SlurmPlace(validated(SlurmLauncherConfig, given, key="hydra.launcher").model_dump())
+    raise ConfigError(f"hydra/launcher: {name!r} gets no plan; choose local or slurm.")
 
 
-def _run(config: RunConfig, folder: RunFolder, resume: Resume | None, stop: StopRequest) -> float:
-    from apt_launch import summary
-    from apt_launch.console import progress_callback
-    from apt_launch.plots import draw_schedule, sheets
-    from apt_model.training.checkpoint import Checkpoints
+def carry_out(plan: Plan, folder: Path, where: Place) -> None:
+    """Freeze ``plan`` in ``folder``, send it to ``where``, and follow it if it runs here or ``launch.wait`` says so.
 
-    began = time.time()
-    trainer = build_trainer(  # before anything is written: what it refuses leaves the folder as it was
-        config,
-        log=lambda row: tracking.log(row),
-        callbacks=[progress_callback()],
-        checkpoints=Checkpoints(
-            folder.checkpoints,
-            keep_last=config.trainer.keep_checkpoints,
-            about={
-                "identity": config.identity,
-                "config": config.result_values,
-                "horizon": asdict(config.horizon),
-            },
-        ),
-        resume=resume.checkpoint if resume else None,
-        stop_requested=stop,
-    )
-    write_whole(folder.config, OmegaConf.to_yaml(OmegaConf.create(config.values)))
-    keep_rows = resume.rows if resume and folder.owns(resume.checkpoint) else 0
-    tracking = Tracking(Record(folder.metrics, keep_rows=keep_rows))
-
-    def finish(state: str, cause: str | None = None) -> None:
-        tracking.close(state)
-        content = {
-            "state": state,
-            "cause": cause,
-            "identity": config.identity,
-            "steps": trainer.clock.step,
-            "seconds": round(time.time() - began, 3),
-            "tokens_per_second": round(trainer.tokens_per_second, 1),
-        } | summary.summarise(read_rows(folder.metrics))
-        write_json(folder.summary, content)
-        summary.show(content, config, folder)
-
-    try:
-        write_json(folder.summary, {"state": "running", "identity": config.identity})
-        _record_origin(folder, trainer)
-        draw_schedule(sheets({"": config.program}), folder.schedule)
-        tracking.trackers = _trackers(config, folder)
-        for note in (*(resume.notes if resume else ()), *config.program.notes()):
-            logger.warning("note: %s", note)
-        logger.info(
-            "%s%s: %s parameters on %s in %s, %s. Folder: %s",
-            "resuming " if resume else "",
-            config.identity[:8],
-            f"{sum(p.numel() for p in trainer.model.parameters()):,}",
-            trainer.device,
-            str(trainer.autocast_dtype).removeprefix("torch."),
-            config.horizon,
-            folder.path,
+    Raises:
+        ConfigError: the folder is taken, or a job can never run there; nothing has been sent.
+        SystemExit: with 1 if a job failed.
+    """
+    refuse_file_in_the_way(folder, "hydra.sweep.dir")
+    if (folder / "plan.yaml").exists():
+        raise ConfigError(
+            f"hydra.sweep.dir: {folder} already holds a sweep. Go on with it by: python -m apt_launch.sweep resume {folder}, "
+            "or choose another folder."
         )
-        trainer.fit()
-    except Interrupted as interrupted:
-        finish("interrupted")
-        logger.info("%s. Go on with: trainer.resume=auto hydra.run.dir=%s", interrupted, folder.path)
-        raise
-    except BaseException as error:
-        cause = str(error) if isinstance(error, AptError) else f"{type(error).__name__}: {error}"
-        logger.error("failed: %s", cause, exc_info=True)
-        finish("failed", cause)
-        raise
-    finish("done")
-    rows = read_rows(folder.metrics)
-    return next((row["val/loss"] for row in reversed(rows) if "val/loss" in row), math.nan)
+    where.check(plan)
+    folder.mkdir(parents=True, exist_ok=True)
+    plan.write(folder)
+    prepare(plan, folder, plan.jobs)
+    say(f"sweep {plan.id}: {plan.told}. Folder: {folder}")
+    for line in where.send(plan, folder, plan.jobs):
+        say(line)
+    waits = any(job.config is not None and job.config.launch.wait for job in plan.jobs)
+    if where.detaches and not waits:
+        say(f"It goes on without this command. Look at it by: python -m apt_launch.sweep status {folder}")
+        return
+    code = follow(folder)
+    if code:
+        raise SystemExit(code)
 
 
-def _record_origin(folder: RunFolder, trainer: Any) -> None:
-    from apt_launch.provenance import provenance
+@dataclass(frozen=True)
+class Result:
+    """What came of a job, for a sweeper that chooses the next ones by it."""
 
-    origin = provenance(Path.cwd()) | {
-        "device": str(trainer.device),
-        "compute_dtype": str(trainer.autocast_dtype).removeprefix("torch."),
+    folder: str
+    state: str
+    loss: float | None
+    told: str
+
+
+def run_batch(before: Plan | None, made: Plan, folder: Path, where: Place) -> tuple[Plan, dict[str, Result]]:
+    """Run the jobs of ``made`` after those of ``before`` in the same sweep; wait; return the joined plan and all results.
+
+    A job that is done already is not run again.
+
+    Raises:
+        ConfigError: the folder holds another sweep, or a job can never run there.
+    """
+    refuse_file_in_the_way(folder, "hydra.sweep.dir")
+    if before is None and (folder / "plan.yaml").exists():
+        raise ConfigError(f"hydra.sweep.dir: {folder} already holds a sweep. Choose another folder.")
+    where.check(made)
+    known = {(job.identity, job.resources) for job in before.jobs} if before else set()
+    new = replace(made, jobs=tuple(job for job in made.jobs if (job.identity, job.resources) not in known))
+    plan = new if before is None else before.joined(new) if new.jobs else before
+    folder.mkdir(parents=True, exist_ok=True)
+    plan.write(folder)
+    jobs = plan.jobs[len(before.jobs) if before else 0 :]
+    if jobs:
+        prepare(plan, folder, jobs)
+        for line in where.send(plan, folder, jobs):
+            say(line)
+        follow(folder, only={job.folder for job in jobs})
+    return plan, {
+        status.job.identity: Result(status.job.folder, status.state, status.loss, status.told)
+        for status in Ledger(folder).statuses(rows=False)
     }
-    write_json(folder.provenance, origin)
 
 
-def _trackers(config: RunConfig, folder: RunFolder) -> list[Tracker]:
-    """Build what the ``logger`` group names."""
-    import hashlib
+def prepare(plan: Plan, folder: Path, jobs: Sequence[Job]) -> None:
+    """Make the folders of ``jobs``, each with all that the job will read."""
+    for job in jobs:
+        own = folder / job.folder
+        (own / ".hydra").mkdir(parents=True, exist_ok=True)
+        values = plan.values(job)
+        write_whole(own / "config.yaml", to_yaml(values))
+        write_whole(own / ".hydra" / "overrides.yaml", to_yaml({"overrides": list(job.overrides)}))
+        about = {
+            "sweep": plan.id,
+            "number": job.number,
+            "overrides": list(job.overrides),
+            "cwd": plan.cwd,
+            "hours": job.resources.hours,
+        }
+        write_json(own / "job.json", about)
+        if not (own / "state.json").exists():
+            ledger.write_state(own, State())
 
-    if config.logger.target is None or config.values["logger"]["mode"] == "disabled":
-        return []
-    place = f"{config.identity}:{folder.path.resolve()}"
-    tracker = build(
-        config.values["logger"],
-        folder=folder.path,
-        run_id=f"{config.identity[:8]}-{hashlib.sha256(place.encode()).hexdigest()[:8]}",
-        config=config.values,
+
+def say(line: str) -> None:
+    """Tell the user."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+# --- following ---------------------------------------------------------------------------------------------------------
+
+
+def follow(folder: Path, only: set[str] | None = None) -> int:
+    """Tell of each job as it changes, until all have ended; then show the table. Return the exit code.
+
+    Ctrl-C asks whether to leave the jobs running or to cancel them.
+
+    Raises:
+        KeyboardInterrupt: the user left or cancelled.
+    """
+    from apt_launch.sweep import show
+
+    book = Ledger(folder)
+    told: dict[str, str] = {}
+    pause = 0.05
+    while True:
+        try:
+            statuses = [s for s in book.statuses(rows=False) if only is None or s.job.folder in only]
+            for status in statuses:
+                name = status.job.folder
+                if told.get(name) != status.state and status.state not in ("planned", "submitted", "pending"):
+                    say(_line(status))
+                    pause = 0.05
+                told[name] = status.state
+            if all(status.final or status.state == "planned" for status in statuses):
+                break
+            time.sleep(pause)
+            pause = min(pause * 1.2, 0.2 if book.plan.launcher == "local" else 5.0)
+        except KeyboardInterrupt:
+            _leave_or_cancel(folder)
+    if only is None:
+        show(book.plan, book.statuses(), folder)
+    return 0 if all(status.state == "done" for status in statuses) else 1
+
+
+def _line(status: Status) -> str:
+    loss = f"  val/loss {status.loss:.4f}" if status.loss is not None else ""
+    again = f" (life {status.restarts + 1})" if status.restarts and status.state == "running" else ""
+    cause = f": {status.cause}" if status.cause and status.state in ("failed", "cancelled", "unknown") else ""
+    return f"{status.job.number:>4}  {status.state:<9}{again}{loss}  {status.job.label}{cause}"
+
+
+def _leave_or_cancel(folder: Path) -> None:
+    """Ask what Ctrl-C means; without somebody to ask, the jobs go on."""
+    leave = f"The jobs go on. Look at them by: python -m apt_launch.sweep status {folder}"
+    answer = ""
+    if sys.stdin.isatty():
+        try:
+            answer = (
+                input("\nLeave the jobs running, cancel them, or go on waiting? [leave/cancel/wait] ").strip().lower()
+            )
+        except (KeyboardInterrupt, EOFError):
+            answer = "leave"
+    if answer.startswith("w"):
+        return
+    if answer.startswith("c"):
+        cancel(folder)
+        say("All cancelled; their checkpoints are kept.")
+    else:
+        say(leave)
+    raise KeyboardInterrupt
+
+
+def cancel(folder: Path) -> list[Status]:
+    """Cancel every job of the sweep that has not ended; return the states when nothing of it runs any more.
+
+    Raises:
+        ConfigError: there is no sweep, or the cluster does not answer.
+    """
+    book = Ledger(folder)
+    open_ones = {
+        job.folder: state for job in book.plan.jobs if (state := read_state(folder / job.folder)).state not in ENDED
+    }
+    sent = {name: state for name, state in open_ones.items() if state.state != "planned"}
+    if sent:
+        place(book.plan.launcher, book.plan.launcher_values).cancel(folder, sent)
+    for name in open_ones:
+        state = read_state(folder / name)
+        if state.state not in ENDED:
+            ledger.write_state(folder / name, replace(state, state="cancelled", cause="on request"))
+    return book.statuses()
+
+
+def resume(folder: Path, overrides: Sequence[str] = ()) -> int:
+    """Send again what failed, was cancelled, or is missing; return how many jobs that is.
+
+    Args:
+        overrides: of keys that cannot change a result, such as ``launch.hours=48``.
+
+    Raises:
+        ConfigError: a key cannot change, or a job's folder holds another config than the plan.
+    """
+    from apt_launch.config import _is_neutral, flatten, parse
+    from apt_launch.folder import changed_keys
+
+    book = Ledger(folder)
+    changed = _parsed(overrides)
+    if refused := sorted(key for key in changed if not _is_neutral(key)):
+        raise ConfigError(
+            *(f"{key}: a resume cannot change it, for it would be another run. Start a new sweep." for key in refused)
+        )
+    again = [status.job for status in book.statuses(rows=False) if status.state not in _GOING_ON]
+    again = [job for job in again if read_state(folder / job.folder).state != "done"]
+    jobs, problems = [], []
+    for job in again:
+        path = folder / job.folder / "config.yaml"
+        planned = {**book.plan.shared, **job.differs}
+        if path.exists():
+            from apt_launch.plan import from_yaml
+
+            differ = [
+                key
+                for key in changed_keys(flatten(from_yaml(path.read_text(encoding="utf-8"))), planned)
+                if not _is_neutral(key)
+            ]
+            problems += [
+                f"{key}: {path} says otherwise than plan.yaml. Put it back, or remove the folder." for key in differ
+            ]
+        config = parse(_nested({**planned, **changed}))
+        launch = config.launch
+        resources = replace(
+            job.resources,
+            hours=launch.hours,
+            time_limit_minutes=launch.time_limit_minutes,
+            cpus=launch.cpus,
+            mem_gb=launch.mem_gb,
+            gpus=job.resources.gpus if launch.gpus is None else launch.gpus,
+            nodes=launch.nodes,
+            tasks_per_node=launch.tasks_per_node,
+        )
+        jobs.append(replace(job, resources=resources, differs={**job.differs, **changed}))
+    if problems:
+        raise ConfigError(*problems)
+    if not jobs:
+        return 0
+    shared = {key: value for key, value in book.plan.shared.items() if key not in changed}
+    by_number = {job.number: job for job in jobs}
+    everyone = tuple(
+        by_number.get(job.number)
+        or replace(
+            job, differs={**job.differs, **{key: book.plan.shared[key] for key in changed if key in book.plan.shared}}
+        )
+        for job in book.plan.jobs
     )
-    return [tracker]
+    plan = replace(book.plan, shared=shared, jobs=everyone)
+    where = place(plan.launcher, plan.launcher_values)
+    where.check(replace(plan, jobs=tuple(jobs)))
+    plan.write(folder)
+    for job in jobs:
+        (folder / job.folder / "cancel").unlink(missing_ok=True)
+    prepare(plan, folder, jobs)
+    for line in where.send(plan, folder, jobs):
+        say(line)
+    return len(jobs)
+
+
+_GOING_ON = frozenset({"submitted", "pending", "running", "requeued", "preempted"})
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    from apt_launch.plan import unflatten
+
+    return unflatten(flat)
+
+
+def _parsed(overrides: Sequence[str]) -> dict[str, Any]:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(list(overrides))}

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,18 +19,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from apt_launch.config import RunConfig
+    from apt_launch.plan import Job, Plan
     from apt_model.schedule import Program
 
-MOST_JOBS = 64
-"""Above this many jobs curves are no longer told apart."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One composed config among those that the overrides ask for."""
-
-    label: str  # what tells it from the others; empty where there is one
-    config: RunConfig
+MOST_OVERLAID = 16
+"""Above this many jobs curves are no longer told apart: the first ones are drawn, and all are listed."""
 
 
 def main() -> None:
@@ -45,20 +37,22 @@ def main() -> None:
     from apt_launch.__main__ import with_profile_file
     from apt_launch.config import show_error
     from apt_launch.folder import refuse_file_in_the_way
+    from apt_launch.plan import gather
     from apt_model.errors import ConfigError
 
     unknown = [override for override in overrides if override.startswith("-")]
     try:
         if unknown:
             raise ConfigError(f"{unknown[0]}: unknown option. See python -m apt_launch.preview --help.")
-        asked, jobs = expand(with_profile_file(overrides))
+        plan = gather(with_profile_file(overrides))
+        jobs = plan.jobs[:MOST_OVERLAID]
         folder: Path = arguments.out
         refuse_file_in_the_way(folder, "--out")
         tables = _size_tables(jobs, arguments)
         folder.mkdir(parents=True, exist_ok=True)
-        programs = {job.label: job.config.program for job in jobs}
+        programs = {job.label if len(jobs) > 1 else "": config_of(job).program for job in jobs}
         painter.draw(sheets(programs), folder / "preview.png")
-        show(jobs, asked, Console())
+        show(plan, Console())
         (folder / "preview.html").write_text(page(programs), encoding="utf-8")
         painter.wait()
         for label, table in tables:
@@ -82,7 +76,7 @@ def main() -> None:
         painter.close()
 
 
-def _size_tables(jobs: list[Job], arguments: argparse.Namespace) -> list[tuple[str, object]]:
+def _size_tables(jobs: Sequence[Job], arguments: argparse.Namespace) -> list[tuple[str, object]]:
     """Return a table of sizes for each job, where they are asked for.
 
     Raises:
@@ -98,7 +92,7 @@ def _size_tables(jobs: list[Job], arguments: argparse.Namespace) -> list[tuple[s
 
     num_gpus = 1 if arguments.gpus is None else arguments.gpus
     return [
-        (job.label, sizes.table(sizes.sizes(job.config), job.config, gpu=arguments.gpu, num_gpus=num_gpus))
+        (job.label, sizes.table(sizes.sizes(config_of(job)), config_of(job), gpu=arguments.gpu, num_gpus=num_gpus))
         for job in jobs
     ]
 
@@ -111,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--multirun", "-m", action="store_true", help="taken for granted: several values always expand")
+    parser.add_argument("--dry-run", action="store_true", help="taken for granted: nothing is ever sent")
     parser.add_argument("--sizes", action="store_true", help="parameters, memory, FLOPs (loads torch)")
     parser.add_argument("--gpu", help="with --sizes: time and GPU-hours on this kind, such as h100")
     parser.add_argument("--gpus", type=int, help="how many of them; 1 unless said otherwise")
@@ -118,44 +113,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def expand(overrides: list[str]) -> tuple[int, list[Job]]:
-    """Compose every combination of the overrides' values, each once.
-
-    Returns:
-        how many were asked for, and the different ones.
-
-    Raises:
-        ConfigError: a config is wrong; the message says of which job.
-    """
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    from apt_launch.config import composed
-    from apt_model.errors import ConfigError
-
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    varied = [override.get_key_element() for override in parsed if override.is_sweep_override()]
-    combinations = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
-    if len(combinations) > MOST_JOBS:
-        raise ConfigError(f"{len(combinations)} jobs are too many to lay over each other; ask for {MOST_JOBS} or less.")
-    jobs: dict[str, Job] = {}
-    for combination in combinations:
-        label = " ".join(part for part in combination if part.split("=")[0] in varied)
-        try:
-            config = composed(list(combination))
-        except ConfigError as error:
-            raise ConfigError(*(f"{label}: {p}" if label else p for p in error.problems)) from None
-        jobs.setdefault(config.identity, Job(label, config))
-    return len(combinations), list(jobs.values())
-
-
-def show(jobs: list[Job], asked: int, console: Console) -> None:
-    """Print the timeline of each job, its values as lines of blocks, and what is hardly meant."""
-    if asked > 1:
-        console.print(f"{asked} asked, {len(jobs)} unique", highlight=False)
+def show(plan: Plan, console: Console) -> None:
+    """Print the plan of a sweep, the timeline of each job, its values as lines of blocks, and what is hardly meant."""
+    jobs = plan.jobs[:MOST_OVERLAID]
+    if plan.asked > 1:
+        console.print(plan.told, highlight=False)
+        console.print(_plan_table(plan))
+        if plan.gpu_hours:
+            console.print(f"at most {plan.gpu_hours:g} GPU-hours", highlight=False)
+        if len(plan.jobs) > len(jobs):
+            console.print(f"Timelines and curves of the first {len(jobs)} of {len(plan.jobs)} jobs:", highlight=False)
     for job in jobs:
-        program = job.config.program
-        title = job.label or f"{job.config.identity[:8]}: {program.horizon}"
+        program = config_of(job).program
+        title = job.label or f"{job.identity[:8]}: {program.horizon}"
         console.print(_timeline_table(program, title, console.width))
         for line in _sparklines(program, width=max(20, min(72, console.width - 36))):
             console.print(line, highlight=False)
@@ -163,6 +133,29 @@ def show(jobs: list[Job], asked: int, console: Console) -> None:
             console.print(f"note: {note}", highlight=False, soft_wrap=True)
     for note in unread_sweeps(jobs):
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
+
+
+def config_of(job: Job) -> RunConfig:
+    """Return the config of a job that was planned by this process."""
+    assert job.config is not None
+    return job.config
+
+
+def _plan_table(plan: Plan) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
+    for name, justify in (
+        ("job", "right"),
+        ("identity", "left"),
+        ("what differs", "left"),
+        ("steps", "right"),
+        ("gets", "left"),
+    ):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for job in plan.jobs:
+        table.add_row(str(job.number), job.identity[:8], job.label, str(job.steps), str(job.resources))
+    return table
 
 
 def _timeline_table(program: Program, title: str, width: int) -> Table:
@@ -234,7 +227,7 @@ def _last_at(steps: list[int], step: int) -> int:
     return bisect_right(steps, step) - 1
 
 
-def unread_sweeps(jobs: list[Job]) -> list[str]:
+def unread_sweeps(jobs: Sequence[Job]) -> list[str]:
     """Name the curriculum's keys that vary between jobs without a model noticing."""
     from apt_launch.folder import changed_keys
     from apt_model.schedule.timeline import effect
@@ -242,9 +235,9 @@ def unread_sweeps(jobs: list[Job]) -> list[str]:
     noticed: dict[str, bool] = {}
     for first, job in enumerate(jobs):
         for other in jobs[first + 1 :]:
-            changed = changed_keys(job.config.result_values, other.config.result_values)
+            changed = changed_keys(config_of(job).result_values, config_of(other).result_values)
             if len(changed) == 1 and changed[0].startswith("schedule."):
-                same = effect(job.config.program) == effect(other.config.program)
+                same = effect(config_of(job).program) == effect(config_of(other).program)
                 noticed[changed[0]] = noticed.get(changed[0], False) or not same
     return [
         f"{key} is swept, but nothing reads it: all its values give the same run."

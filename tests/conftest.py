@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,14 @@ def environment() -> dict[str, str]:
     """The environment of a command under test: no key, no colours, nothing that reaches out."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "HYDRA_"))}
     return kept | {"WANDB_ERROR_REPORTING": "false", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def until(happened: Callable[[], object], what: str, timeout: float = 60.0) -> None:
+    """Wait for what another process will do."""
+    end = time.monotonic() + timeout
+    while not happened():
+        assert time.monotonic() < end, f"waited {timeout:g} s for {what}"
+        time.sleep(0.02)
 
 
 def wandb_records(folder: Path) -> list[dict[str, Any]]:

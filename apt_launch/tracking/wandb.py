@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ class WandbTracker:
         folder: the run's folder.
         run_id: the same for every resume in that folder, so that W&B continues one run.
         config: what W&B shows as the run's config.
+        group: the sweep that the run belongs to.
+        job_type: what kind of run it is.
+        job_tags: more tags; W&B takes 64 characters of each.
     """
 
     def __init__(
@@ -32,6 +36,9 @@ class WandbTracker:
         folder: Path,
         run_id: str,
         config: dict[str, Any],
+        group: str | None = None,
+        job_type: str = "train",
+        job_tags: Sequence[str] = (),
     ) -> None:
         import wandb
 
@@ -39,11 +46,12 @@ class WandbTracker:
             "project": project,
             "entity": entity,
             "name": name,
-            "tags": tags,
+            "tags": [*tags, *(tag[:64] for tag in job_tags)],
+            "group": group,
             "dir": folder,
             "id": run_id,
             "resume": "allow",
-            "job_type": "train",
+            "job_type": job_type,
             "config": config,
             "settings": wandb.Settings(console="off", silent=True, finish_timeout=60),
         }

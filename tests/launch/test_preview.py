@@ -10,7 +10,8 @@ import pytest
 
 from apt_launch.catalogue import METRICS, parameters, targets
 from apt_launch.config import RunConfig
-from apt_launch.preview import expand, page, unread_sweeps
+from apt_launch.plan import gather
+from apt_launch.preview import config_of, page, unread_sweeps
 from apt_model.errors import ConfigError
 from apt_model.schedule.timeline import timeline
 from tests.conftest import environment
@@ -39,8 +40,7 @@ def test_what_is_shown_is_what_training_logs(cli: Cli, text_file: Path, tmp_path
 
     overrides = [*SMALL, "data=text", f"data.path={text_file}", "schedule.route_temp.type=cosine"]
     assert cli(*overrides, "hydra.run.dir=run").returncode == 0
-    _, jobs = expand(overrides)
-    program = jobs[0].config.program
+    program = config_of(gather(overrides).jobs[0]).program
     for row in read_rows(tmp_path / "run" / "metrics.jsonl"):
         planned = program.at(program.horizon.clock_at(int(row["step"])))
         logged = {name.removeprefix("schedule/"): v for name, v in row.items() if name.startswith("schedule/")}
@@ -65,7 +65,8 @@ def test_the_command_prints_and_draws_without_torch(cli: Cli, tmp_path: Path) ->
 
 
 def test_several_values_are_expanded_and_duplicates_told(cli: Cli) -> None:
-    asked, jobs = expand(["seed=1,1", "schedule.route_temp.end=0.6,0.60,0.8"])
+    plan = gather(["seed=1,1", "schedule.route_temp.end=0.6,0.60,0.8"])
+    asked, jobs = plan.asked, plan.jobs
     assert asked == 6
     assert [job.label for job in jobs] == ["seed=1 schedule.route_temp.end=0.6", "seed=1 schedule.route_temp.end=0.8"]
     result = cli("seed=1,1", "schedule.route_temp.end=0.6,0.60,0.8", "--multirun", module="apt_launch.preview")
@@ -75,7 +76,7 @@ def test_several_values_are_expanded_and_duplicates_told(cli: Cli) -> None:
 def test_a_bad_job_is_named(cli: Cli, tmp_path: Path) -> None:
     result = cli("schedule.route_temp.end=0.6,0", module="apt_launch.preview")
     assert result.returncode == 2
-    assert "schedule.route_temp.end=0: schedule.route_temp.end = 0 is outside its domain" in result.stderr
+    assert "job 1 (schedule.route_temp.end=0): schedule.route_temp.end = 0 is outside its domain" in result.stderr
     for arguments, message in (
         (["--size"], "--size: unknown option"),
         (["schedule.rout_temp.end=1"], "Did you mean 'schedule.route_temp.end'"),
@@ -144,11 +145,11 @@ def test_the_curriculum_as_it_comes_has_nothing_to_note(composed: Callable[..., 
 
 def test_a_swept_key_that_nothing_reads_is_noted() -> None:
     off = "schedule.enable_voter_at_epoch=null"
-    _, unread = expand([off, "schedule.vote_threshold.end=1.0,2.0"])
+    unread = gather([off, "schedule.vote_threshold.end=1.0,2.0"]).jobs
     assert unread_sweeps(unread) == [
         "schedule.vote_threshold.end is swept, but nothing reads it: all its values give the same run."
     ]
-    _, read = expand(["schedule.vote_threshold.end=1.0,2.0"])
+    read = gather(["schedule.vote_threshold.end=1.0,2.0"]).jobs
     assert unread_sweeps(read) == []
 
 

@@ -1,0 +1,190 @@
+"""What Hydra finds: the sweeper ``plan``, the launchers ``local`` and ``slurm``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+
+if TYPE_CHECKING:
+    from hydra.core.utils import JobReturn
+    from hydra.types import HydraContext, TaskFunction
+    from omegaconf import DictConfig
+
+    from apt_launch.dispatch import Place
+    from apt_launch.plan import Composer, Plan
+
+
+def register() -> None:
+    """Make them known to Hydra, under the names that ``conf/hydra`` has.
+
+    Hydra builds plugins of the package ``hydra_plugins`` only; this module takes a place there, beside those installed.
+    """
+    import importlib
+    import sys
+    from types import ModuleType
+
+    from hydra.core.plugins import Plugins
+
+    try:
+        package = importlib.import_module("hydra_plugins")
+    except ImportError:
+        package = sys.modules["hydra_plugins"] = ModuleType("hydra_plugins")
+        package.__path__ = []
+    sys.modules["hydra_plugins.apt_launch"] = package.apt_launch = sys.modules[__name__]  # type: ignore[attr-defined]
+    for plugin in (PlanSweeper, LocalLauncher, SlurmLauncher):
+        Plugins.instance().register(plugin)
+
+
+def gpus_of(launcher: str, values: Mapping[str, Any]) -> int:
+    """Return what ``launch.gpus=null`` stands for: 1 where there are GPUs."""
+    from apt_launch.dispatch import place
+
+    return 1 if place(launcher, values).has_gpus() else 0
+
+
+class PlanSweeper(Sweeper):
+    """Composes and checks every job, drops duplicates, freezes the plan, and sends it off.
+
+    Args:
+        params: what to sweep, by key; the command line wins.
+        zip: lists of keys whose values advance together.
+    """
+
+    __module__ = "hydra_plugins.apt_launch"
+
+    def __init__(self, params: Mapping[str, Any] | None = None, zip: Sequence[Sequence[str]] = ()) -> None:
+        self.params = dict(params or {})
+        self.zip = [list(names) for names in zip]
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Take note of where Hydra stands."""
+        from hydra.core.plugins import Plugins
+
+        self.context = hydra_context
+        self.config = config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Plan what ``arguments`` ask for, and send it.
+
+        Raises:
+            ConfigError: a job is wrong, or the folder is taken; nothing has been sent.
+        """
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
+        from apt_launch import plan
+        from apt_launch.dispatch import carry_out
+        from apt_model.errors import ConfigError
+
+        if not isinstance(self.launcher, _PlannedLauncher):
+            raise ConfigError(
+                "hydra/launcher: hydra/sweeper=plan sends through local or slurm. For another launcher choose "
+                "hydra/sweeper=basic."
+            )
+        loader = self.context.config_loader
+        place = self.launcher.place
+        made = plan.make(
+            arguments,
+            composer=composer_of(self.context, self.config),
+            parse=OverridesParser.create(config_loader=loader).parse_overrides,
+            params=self.params,
+            zipped=self.zip,
+            launcher=place.name,
+            launcher_values=place.values,
+            gpus_where_any=lambda: 1 if place.has_gpus() else 0,
+        )
+        carry_out(made, Path(str(self.config.hydra.sweep.dir)), place)
+
+
+def composer_of(context: HydraContext, config: DictConfig) -> Composer:
+    """Return what composes a job as Hydra's command line would: same search path, same config."""
+    from hydra.types import RunMode
+
+    from apt_launch.plan import Composer, groups_of
+
+    loader = context.config_loader
+    name = config.hydra.job.config_name
+    return Composer(
+        lambda overrides: loader.load_configuration(name, overrides, run_mode=RunMode.RUN), groups_of(loader)
+    )
+
+
+class _PlannedLauncher(Launcher):
+    """A launcher whose jobs get frozen configs: what both of ours have in common."""
+
+    __module__ = "hydra_plugins.apt_launch"
+
+    def __init__(self, name: str, values: Mapping[str, Any]) -> None:
+        from apt_launch.dispatch import place
+
+        self.place: Place = place(name, values)
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Take note of where Hydra stands."""
+        self.context = hydra_context
+        self.config = config
+        self.composer: Composer | None = None
+        self.plan: Plan | None = None
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run these jobs for a sweeper that waits for them; return what really came of each.
+
+        Batches of one sweep share a folder and a plan. Equal jobs of a batch run once.
+
+        Raises:
+            ConfigError: a job is wrong; none of the batch has been sent.
+        """
+        from hydra.core.utils import JobReturn, JobStatus
+
+        from apt_launch import dispatch, plan
+        from apt_model.errors import TrainingError
+
+        if self.composer is None:
+            self.composer = composer_of(self.context, self.config)
+        made = plan.of_combinations(
+            [(list(overrides), list(overrides)) for overrides in job_overrides],
+            command=[str(override) for override in self.config.hydra.overrides.task],
+            composer=self.composer,
+            launcher=self.place.name,
+            launcher_values=self.place.values,
+            gpus_where_any=lambda: 1 if self.place.has_gpus() else 0,
+        )
+        folder = Path(str(self.config.hydra.sweep.dir))
+        self.plan, results = dispatch.run_batch(self.plan, made, folder, self.place)
+        returns = []
+        for number, overrides in enumerate(job_overrides):
+            identity = self.composer(list(overrides)).identity
+            result = results[identity]
+            done = JobReturn(
+                overrides=list(overrides),
+                working_dir=str(folder / result.folder),
+                task_name=f"apt_launch {initial_job_idx + number}",
+                status=JobStatus.COMPLETED if result.state == "done" else JobStatus.FAILED,
+            )
+            done.return_value = result.loss if result.state == "done" else TrainingError(result.told)
+            returns.append(done)
+        return returns
+
+
+class LocalLauncher(_PlannedLauncher):
+    """``hydra/launcher=local``: this machine's cores and GPUs."""
+
+    __module__ = "hydra_plugins.apt_launch"
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__("local", values)
+
+
+class SlurmLauncher(_PlannedLauncher):
+    """``hydra/launcher=slurm``: job arrays on a cluster."""
+
+    __module__ = "hydra_plugins.apt_launch"
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__("slurm", values)

@@ -1,0 +1,229 @@
+"""Runs a checked config here, and keeps its folder."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from apt_launch.build import build, build_trainer
+from apt_launch.config import RunConfig
+from apt_launch.drill import Drill, Drilled
+from apt_launch.folder import Resume, RunFolder, write_json, write_whole
+from apt_launch.lease import Holder, Lease
+from apt_launch.tracking import Record, Tracker, Tracking, read_rows
+from apt_model.errors import AptError, Interrupted
+
+logger = logging.getLogger(__name__)
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""What asks a run to stop: a person, and what clusters send before they take a node away."""
+
+
+class StopRequest:
+    """Set by one of ``SIGNALS``: the update in progress is finished first. A second Ctrl-C leaves at once."""
+
+    def __init__(self) -> None:
+        self.made = False
+
+    def __call__(self) -> bool:
+        """Say whether a signal has come."""
+        return self.made
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listen to ``SIGNALS`` meanwhile."""
+        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.made and number == signal.SIGINT:
+            os._exit(130)
+        if self.made:  # clusters send several signals for one end
+            return
+        self.made = True
+        more = "; once more leaves at once" if number == signal.SIGINT else ""
+        told = f"{signal.Signals(number).name}: finishing this update and writing a checkpoint{more}.\n"
+        os.write(2, told.encode())  # a handler may interrupt a write: nothing that buffers is safe here
+
+
+@dataclass(frozen=True)
+class Membership:
+    """Which job of which sweep a run is."""
+
+    sweep: str
+    tags: tuple[str, ...] = ()
+
+
+def run(config: RunConfig, path: Path, member: Membership | None = None) -> float:
+    """Train ``config`` here, into the folder ``path``; return the final validation loss.
+
+    Several ranks train one model; the first of them writes. A job of a sweep holds its folder's lease already.
+
+    Raises:
+        ConfigError: the folder is taken, or something that only torch can tell is wrong.
+        TrainingError: the run failed; ``summary.json`` has the cause.
+        Interrupted: it was stopped on request and can go on.
+    """
+    folder = RunFolder(path)
+    folder.check_free(config)
+    stop = StopRequest()
+    with stop.listening():
+        from apt_launch._ranks import process_group
+
+        with process_group() as ranks:
+            if ranks.rank:
+                return _follow_first_rank(config, folder, stop)
+            path.mkdir(parents=True, exist_ok=True)
+            lease = Lease(path / "lease.json", Holder.this_process()) if member is None else None
+            try:
+                while True:
+                    try:
+                        return _run(config, folder, folder.check_free(config), stop, member)
+                    except Drilled:
+                        if member is not None:  # its launcher gives it a new process
+                            raise
+                        config = config.resuming()
+            finally:
+                if lease is not None:
+                    lease.release()
+
+
+def _follow_first_rank(config: RunConfig, folder: RunFolder, stop: StopRequest) -> float:
+    """Do the work of a rank that writes nothing."""
+    from apt_launch._ranks import barrier
+
+    barrier()  # the first rank has the lease, and knows what to go on from
+    resume = folder.check_free(config)
+    drill = Drill(folder.path, config)
+    trainer = build_trainer(
+        config,
+        log=lambda row: None,
+        callbacks=drill.callbacks,
+        resume=resume.checkpoint if resume else None,
+        stop_requested=drill.stop_or(stop),
+    )
+    drill.fit(trainer)
+    return math.nan
+
+
+def _run(
+    config: RunConfig, folder: RunFolder, resume: Resume | None, stop: StopRequest, member: Membership | None
+) -> float:
+    from apt_launch import summary
+    from apt_launch._ranks import barrier
+    from apt_launch.console import progress_callback
+    from apt_launch.plots import draw_schedule, sheets
+    from apt_model.training.checkpoint import Checkpoints
+
+    began = time.time()
+    barrier()
+    drill = Drill(folder.path, config)
+    trainer = build_trainer(  # before anything is written: what it refuses leaves the folder as it was
+        config,
+        log=lambda row: tracking.log(row),
+        callbacks=[progress_callback(), *drill.callbacks],
+        checkpoints=Checkpoints(
+            folder.checkpoints,
+            keep_last=config.trainer.keep_checkpoints,
+            about={
+                "identity": config.identity,
+                "config": config.result_values,
+                "horizon": asdict(config.horizon),
+            },
+        ),
+        resume=resume.checkpoint if resume else None,
+        stop_requested=drill.stop_or(stop),
+    )
+    write_whole(folder.config, OmegaConf.to_yaml(OmegaConf.create(config.values)))
+    keep_rows = resume.rows if resume and folder.owns(resume.checkpoint) else 0
+    tracking = Tracking(Record(folder.metrics, keep_rows=keep_rows))
+
+    def finish(state: str, cause: str | None = None) -> None:
+        tracking.close(state)
+        content = {
+            "state": state,
+            "cause": cause,
+            "identity": config.identity,
+            "steps": trainer.clock.step,
+            "seconds": round(time.time() - began, 3),
+            "tokens_per_second": round(trainer.tokens_per_second, 1),
+        } | summary.summarise(read_rows(folder.metrics))
+        write_json(folder.summary, content)
+        summary.show(content, config, folder)
+
+    try:
+        write_json(folder.summary, {"state": "running", "identity": config.identity})
+        _record_origin(folder, trainer)
+        draw_schedule(sheets({"": config.program}), folder.schedule)
+        tracking.trackers = _trackers(config, folder, member)
+        for note in (*(resume.notes if resume else ()), *config.program.notes()):
+            logger.warning("note: %s", note)
+        logger.info(
+            "%s%s: %s parameters on %s in %s, %s. Folder: %s",
+            "resuming " if resume else "",
+            config.identity[:8],
+            f"{sum(p.numel() for p in trainer.model.parameters()):,}",
+            trainer.device,
+            str(trainer.autocast_dtype).removeprefix("torch."),
+            config.horizon,
+            folder.path,
+        )
+        drill.fit(trainer)
+    except Interrupted as interrupted:
+        finish("interrupted")
+        if not isinstance(interrupted, Drilled) and member is None:
+            logger.info("%s. Go on with: trainer.resume=auto hydra.run.dir=%s", interrupted, folder.path)
+        raise
+    except BaseException as error:
+        cause = str(error) if isinstance(error, AptError) else f"{type(error).__name__}: {error}"
+        logger.error("failed: %s", cause, exc_info=True)
+        finish("failed", cause)
+        raise
+    finish("done")
+    rows = read_rows(folder.metrics)
+    return next((row["val/loss"] for row in reversed(rows) if "val/loss" in row), math.nan)
+
+
+def _record_origin(folder: RunFolder, trainer: Any) -> None:
+    from apt_launch.provenance import provenance
+
+    origin = provenance(Path.cwd()) | {
+        "device": str(trainer.device),
+        "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "compute_dtype": str(trainer.autocast_dtype).removeprefix("torch."),
+    }
+    write_json(folder.provenance, origin)
+
+
+def _trackers(config: RunConfig, folder: RunFolder, member: Membership | None) -> list[Tracker]:
+    """Build what the ``logger`` group names."""
+    import hashlib
+
+    if config.logger.target is None or config.values["logger"]["mode"] == "disabled":
+        return []
+    place = f"{config.identity}:{folder.path.resolve()}"
+    tracker = build(
+        config.values["logger"],
+        folder=folder.path,
+        run_id=f"{config.identity[:8]}-{hashlib.sha256(place.encode()).hexdigest()[:8]}",
+        config=config.values,
+        group=member.sweep if member else None,
+        job_type="sweep" if member else "train",
+        job_tags=member.tags if member else (),
+    )
+    return [tracker]

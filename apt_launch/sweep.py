@@ -1,0 +1,219 @@
+"""``python -m apt_launch.sweep status|wait|resume|cancel|report DIR``: a sweep after its launch, from any terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apt_launch.ledger import Ledger, Status, phase
+from apt_launch.plan import Plan
+from apt_model.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+STYLES = {"done": "green", "failed": "bold red", "cancelled": "yellow", "running": "cyan", "unknown": "magenta"}
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 a job failed, 2 the command line or the folder is wrong, 130 interrupted."""
+    from hydra.errors import HydraException
+
+    arguments = _parser().parse_args()
+    try:
+        sys.exit(COMMANDS[arguments.command](arguments))
+    except (ConfigError, HydraException) as error:
+        from apt_launch.config import show_error
+        from apt_launch.explain import explained
+
+        show_error(explained(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m apt_launch.sweep",
+        description="Look after a sweep that python -m apt_launch --multirun has sent.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, told in (
+        ("status", "show every job: state, progress, loss, age of its last sign of life"),
+        ("wait", "wait until all jobs have ended"),
+        ("resume", "send again what failed, was cancelled or is missing; overrides such as launch.hours=48 may follow"),
+        ("cancel", "stop all jobs, with a checkpoint of each"),
+        ("report", "write tables, plots and a page that say which job won"),
+    ):
+        command = commands.add_parser(name, help=told, description=told.capitalize() + ".", allow_abbrev=False)
+        command.add_argument("folder", metavar="DIR", type=Path, help="the sweep's folder, with plan.yaml in it")
+        if name == "status":
+            command.add_argument("--json", action="store_true", help="for programs: one JSON object a job and line")
+        if name == "resume":
+            command.add_argument("overrides", nargs="*", help="of keys that cannot change a result")
+        if name in ("wait", "resume"):
+            command.add_argument(
+                "--wait", action="store_true", help=argparse.SUPPRESS if name == "wait" else "wait for them, too"
+            )
+        if name == "report":
+            command.add_argument("--metric", default="val/loss", help="what decides; val/loss unless said otherwise")
+    return parser
+
+
+def status(arguments: argparse.Namespace) -> int:
+    """Show the jobs."""
+    book = Ledger(arguments.folder)
+    statuses = book.statuses()
+    if arguments.json:
+        for one in statuses:
+            sys.stdout.write(json.dumps(_as_json(one)) + "\n")
+    else:
+        show(book.plan, statuses, arguments.folder)
+    return 1 if any(one.state == "failed" for one in statuses) else 0
+
+
+def wait(arguments: argparse.Namespace) -> int:
+    """Wait for the jobs."""
+    from apt_launch.dispatch import follow
+
+    return follow(arguments.folder)
+
+
+def resume(arguments: argparse.Namespace) -> int:
+    """Send jobs again."""
+    from apt_launch import dispatch
+
+    plan = Plan.read(arguments.folder)
+    number = dispatch.resume(arguments.folder, arguments.overrides)
+    if not number:
+        dispatch.say("Nothing to send: every job is done or on its way.")
+        return 0
+    if arguments.wait or not dispatch.place(plan.launcher, plan.launcher_values).detaches:
+        return dispatch.follow(arguments.folder)
+    dispatch.say(f"Look at it by: python -m apt_launch.sweep status {arguments.folder}")
+    return 0
+
+
+def cancel(arguments: argparse.Namespace) -> int:
+    """Cancel the jobs."""
+    from apt_launch import dispatch
+
+    statuses = dispatch.cancel(arguments.folder)
+    show(Plan.read(arguments.folder), statuses, arguments.folder)
+    return 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Write the report."""
+    from apt_launch.report import write_report
+
+    states = {one.job.folder: one.state for one in Ledger(arguments.folder).statuses(rows=False)}
+    for path in write_report(arguments.folder, states, metric=arguments.metric):
+        sys.stdout.write(f"{path}\n")
+    return 0
+
+
+COMMANDS = {"status": status, "wait": wait, "resume": resume, "cancel": cancel, "report": report}
+
+
+def show(plan: Plan, statuses: Sequence[Status], folder: Path) -> None:
+    """Print the table of the jobs, and the causes of those that failed."""
+    from rich.console import Console
+
+    console = Console()
+    console.print(f"sweep {plan.id}: {plan.told}, {plan.launcher}", style="bold", highlight=False)
+    console.print(_table(plan, statuses, console.width))
+    counts = Counter(one.state for one in statuses)
+    console.print(", ".join(f"{number} {state}" for state, number in counts.items()), highlight=False)
+    for one in statuses:
+        if one.state in ("failed", "unknown") or (one.state == "cancelled" and one.cause):
+            log = one.folder / "log.txt"
+            where = f" Log: {log}" if log.exists() else ""
+            console.print(
+                f"job {one.job.number} ({one.job.label}) {one.state}: {one.cause}{where}",
+                highlight=False,
+                soft_wrap=True,
+                markup=False,
+            )
+    if any(one.state in ("failed", "cancelled") for one in statuses):
+        console.print(
+            f"Run them again, from their checkpoints: python -m apt_launch.sweep resume {folder}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _table(plan: Plan, statuses: Sequence[Status], width: int) -> Table:
+    """Narrow terminals get the columns that matter most, and keys without what they have in common."""
+    from rich.table import Table
+
+    columns = {
+        "job": [str(one.job.number) for one in statuses],
+        "what differs": [" ".join(_short(override) for override in one.job.overrides) for one in statuses],
+        "state": [
+            f"[{STYLES.get(one.state, 'none')}]{one.state}[/]{f' (life {one.restarts + 1})' if one.restarts else ''}"
+            for one in statuses
+        ],
+        "epoch": [f"{int(one.row['epoch'])}" if one.row else "" for one in statuses],
+        "step": [f"{int(one.row['step']) + 1}/{one.job.steps}" if one.row else "" for one in statuses],
+        "phase": [phase(one.row) if one.row else "" for one in statuses],
+        "train/loss": [_number(one.row, "train/loss", ".4f") for one in statuses],
+        "val/loss": [_number(one.row, "val/loss", ".4f") for one in statuses],
+        "tokens/s": [_number(one.row, "tokens_per_second", ",.0f") for one in statuses],
+        "heard of": [_ago(one.age) if one.age is not None and one.state != "planned" else "" for one in statuses],
+    }
+    for name in ("epoch", "train/loss", "tokens/s"):  # what can be spared, until the rest fits
+        if sum(2 + max(map(len, [name, *cells])) for name, cells in columns.items()) > width:
+            del columns[name]
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
+    for name in columns:
+        left = name in ("what differs", "state", "phase")
+        table.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=name != "what differs")
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*cells)
+    return table
+
+
+def _short(override: str) -> str:
+    """Return an override by the last part of its key; ``route_temp.end`` where that says nothing by itself."""
+    key, _, value = override.partition("=")
+    parts = key.split(".")
+    kept = parts[-2:] if parts[-1] in ("start", "end", "warmup", "by", "shape", "at") else parts[-1:]
+    return f"{'.'.join(kept)}={value}"
+
+
+def _number(row: Mapping[str, float], name: str, form: str) -> str:
+    return format(row[name], form) if name in row else ""
+
+
+def _ago(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
+
+
+def _as_json(one: Status) -> dict[str, Any]:
+    return {
+        "number": one.job.number,
+        "folder": str(one.folder),
+        "overrides": list(one.job.overrides),
+        "state": one.state,
+        "cause": one.cause,
+        "job_id": one.job_id,
+        "restarts": one.restarts,
+        "loss": one.loss,
+        "age": one.age,
+        "phase": phase(one.row) if one.row else None,
+        "row": dict(one.row),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+"""Sweeps on this machine: real processes, which fail, die, are interrupted and go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apt_launch.lease import read_holder
+from tests.conftest import SMALL, environment, until, wandb_records
+
+Start = Callable[..., "subprocess.Popen[str]"]
+LONG = ("trainer.max_epochs=300", "trainer.log_every=1", "schedule=none", "trainer.checkpoint_every_epochs=50")
+"""Overrides of a run that takes several seconds."""
+
+
+@pytest.fixture
+def base(text_file: Path) -> list[str]:
+    return [*SMALL, "data=text", f"data.path={text_file}"]
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Where the sweep under test goes."""
+    return tmp_path / "sweep"
+
+
+@pytest.fixture
+def start(base: list[str], sweep: Path, tmp_path: Path) -> Iterator[Start]:
+    """Start a sweep in the background; whatever of it is left at the end is cancelled."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str, **more: Any) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "apt_launch", "--multirun", *base, f"hydra.sweep.dir={sweep}", *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | more
+        started.append(subprocess.Popen(command, cwd=tmp_path, env=environment(), text=True, **pipes))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+    if (sweep / "plan.yaml").exists():
+        after(sweep, "cancel")
+
+
+def after(sweep: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Call ``python -m apt_launch.sweep`` as from another terminal."""
+    name, *rest = command
+    return subprocess.run(
+        [sys.executable, "-m", "apt_launch.sweep", name, str(sweep), *rest],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment(),
+        cwd="/",
+    )
+
+
+def states(sweep: Path) -> dict[int, dict[str, Any]]:
+    rows = [json.loads(line) for line in after(sweep, "status", "--json").stdout.splitlines()]
+    return {row["number"]: row for row in rows}
+
+
+def state_file(sweep: Path, number: int) -> dict[str, Any]:
+    paths = list(sweep.glob(f"{number}-*/state.json"))
+    return json.loads(paths[0].read_text()) if paths else {"state": "planned"}
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row[name]) for row in rows for name in ("train/loss", "val/loss") if name in row]
+
+
+def folder(sweep: Path, number: int) -> Path:
+    return next(sweep.glob(f"{number}-*"))
+
+
+def trains(sweep: Path, number: int) -> bool:
+    """Whether the job has logged rows and is still at it."""
+    records = list(sweep.glob(f"{number}-*/metrics.jsonl"))
+    return bool(records) and records[0].stat().st_size > 0 and state_file(sweep, number)["state"] == "running"
+
+
+def test_a_sweep_runs_each_different_job_once_and_leaves_the_folder_that_was_promised(
+    start: Start, sweep: Path, tmp_path: Path
+) -> None:
+    output, _ = start("schedule.route_temp.end=0.6,0.60,0.8").communicate(timeout=120)
+    assert "3 asked, 2 unique" in output
+    assert sorted(path.name[:2] for path in sweep.glob("[0-9]*")) == ["0-", "1-"]
+    for number, end in ((0, 0.6), (1, 0.8)):
+        own = folder(sweep, number)
+        assert {path.name for path in own.iterdir()} >= {
+            *("config.yaml", ".hydra", "metrics.jsonl", "summary.json", "schedule.png", "checkpoints"),
+            *("train.log", "log.txt", "provenance.json", "state.json"),
+        }
+        summary = json.loads((own / "summary.json").read_text())
+        assert own.name == f"{number}-{summary['identity'][:8]}"
+        assert summary["state"] == "done"
+        assert summary["anneals"]["route_temp"]["last"] == pytest.approx(end)
+        assert state_file(sweep, number)["loss"] == summary["final"]["val/loss"]
+    assert {row["state"] for row in states(sweep).values()} == {"done"}
+    table = after(sweep, "status").stdout
+    assert "moe+align+voter" in table
+    assert "24/24" in table
+    assert "2 done" in table
+
+    again = start("schedule.route_temp.end=0.6")
+    told, _ = again.communicate(timeout=60)
+    assert again.returncode == 2
+    assert f"apt_launch.sweep resume {sweep}" in told
+    assert "Nothing to send" in after(sweep, "resume").stdout
+
+
+def test_pickles_hold_no_config(start: Start, sweep: Path) -> None:
+    start("seed=0,1").communicate(timeout=120)
+    pickles = list((sweep / ".submitit").glob("*.pkl"))
+    assert pickles
+    assert all(b"d_model" not in path.read_bytes() for path in pickles)
+    assert (sweep / ".submitit").stat().st_mode & 0o077 == 0
+
+
+def test_a_job_that_fails_loses_only_itself_and_says_why(start: Start, sweep: Path, tmp_path: Path) -> None:
+    process = start("optimizer.lr=0.001,1e30", "schedule=none", "optimizer.weight_decay=0", "trainer.lr_schedule=null")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    told = states(sweep)
+    assert told[0]["state"] == "done"
+    assert told[1]["state"] == "failed"
+    assert "loss is" in told[1]["cause"] or "norm is" in told[1]["cause"]
+    assert "optimizer.lr=1e+30" in output or "optimizer.lr=1e30" in output
+    assert "Traceback" in (folder(sweep, 1) / "log.txt").read_text()
+    assert "Traceback" not in output
+    assert after(sweep, "status").returncode == 1
+
+
+def test_a_job_that_is_killed_loses_only_itself_and_resume_makes_it_whole(start: Start, sweep: Path) -> None:
+    process = start("seed=0,1", *LONG)
+    until(lambda: trains(sweep, 1), "job 1 to train")
+    until(lambda: list(folder(sweep, 1).glob("checkpoints/step-*")), "its first checkpoint")
+    holder = read_holder(folder(sweep, 1) / "lease.json")
+    assert holder is not None
+    os.kill(holder.pid, signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode == 1
+    told = states(sweep)
+    assert told[0]["state"] == "done"
+    assert told[1]["state"] == "failed"
+    assert "SIGKILL" in told[1]["cause"]
+
+    resumed = after(sweep, "resume")
+    assert resumed.returncode == 0
+    assert states(sweep)[1]["state"] == "done"
+    assert "resuming" in (folder(sweep, 1) / "log.txt").read_text()
+    assert len(losses(folder(sweep, 1))) == len(losses(folder(sweep, 0))) == 4 * 300 + 300
+    assert len(set(losses(folder(sweep, 1)))) == 1500
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_job_that_is_preempted_goes_on_exactly_in_its_folder(start: Start, sweep: Path, number: int) -> None:
+    process = start(
+        "schedule.route_temp.end=0.6,0.8",
+        "trainer.max_epochs=60",
+        "trainer.log_every=1",
+        "hydra.launcher.max_parallel=1",
+    )
+    until(lambda: trains(sweep, 1), "job 1 to train")
+    holder = read_holder(folder(sweep, 1) / "lease.json")
+    assert holder is not None
+    os.kill(holder.pid, number)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert states(sweep)[1]["restarts"] == 1
+    rows = losses(folder(sweep, 1))
+    assert rows[-1][0] == 239
+    assert len(rows) == 240 + 60
+
+
+def test_a_drill_proves_that_jobs_continue_exactly(start: Start, sweep: Path) -> None:
+    start("seed=0,1", "launch.drill=true").communicate(timeout=120)
+    for number in (0, 1):
+        assert state_file(sweep, number)["state"] == "done"
+        assert state_file(sweep, number)["restarts"] == 1
+        drill = json.loads((folder(sweep, number) / "drill.json").read_text())
+        assert drill["verified"] is True
+        assert drill["step"] == 12
+        assert "bit for bit" in (folder(sweep, number) / "log.txt").read_text()
+
+
+def test_a_drill_notices_the_smallest_difference(start: Start, sweep: Path) -> None:
+    process = start("seed=0", "launch.drill=true", "trainer.keep_checkpoints=100")
+    process.communicate(timeout=120)
+    path = folder(sweep, 0) / "drill.json"
+    drill = json.loads(path.read_text())
+    drill["verified"] = False
+    drill["rows"][3]["train/loss"] += 1e-7
+    path.write_text(json.dumps(drill))
+    for checkpoint in sorted((folder(sweep, 0) / "checkpoints").glob("step-*")):
+        if int(checkpoint.name[5:]) > drill["step"]:
+            for file in checkpoint.iterdir():
+                file.unlink()
+            checkpoint.rmdir()
+    (folder(sweep, 0) / "state.json").write_text(json.dumps({"state": "failed"}))
+    after(sweep, "resume")
+    assert state_file(sweep, 0)["state"] == "failed"
+    assert "drill: step" in state_file(sweep, 0)["cause"]
+
+
+def test_a_job_stops_when_its_hours_are_spent_and_goes_on_with_more(start: Start, sweep: Path) -> None:
+    process = start("seed=0", *LONG, "trainer.max_epochs=3000", "launch.hours=0.0008")
+    process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "launch.hours=" in state_file(sweep, 0)["cause"]
+    before = len(losses(folder(sweep, 0)))
+    assert before > 0
+    resume = subprocess.Popen(
+        [sys.executable, "-m", "apt_launch.sweep", "resume", str(sweep), "launch.hours=1"], env=environment()
+    )
+    until(lambda: "resuming" in (folder(sweep, 0) / "log.txt").read_text(), "the next life")
+    assert after(sweep, "cancel").returncode == 0
+    resume.wait(timeout=60)
+    assert len(losses(folder(sweep, 0))) > before
+
+
+def test_cancel_from_another_terminal_leaves_no_process_and_every_checkpoint(start: Start, sweep: Path) -> None:
+    process = start("seed=0,1,2", *LONG)
+    until(lambda: trains(sweep, 0) and trains(sweep, 1), "two jobs to train")
+    holders = [read_holder(folder(sweep, number) / "lease.json") for number in (0, 1)]
+    worker = read_holder(next((sweep / ".submitit").glob("worker-*.json")))
+    told = after(sweep, "cancel")
+    assert told.returncode == 0
+    assert not any(holder.alive for holder in [*holders, worker] if holder)
+    process.communicate(timeout=30)
+    assert {row["state"] for row in states(sweep).values()} == {"cancelled"}
+    for number in (0, 1):
+        assert list(folder(sweep, number).glob("checkpoints/step-*"))
+
+
+def test_ctrl_c_asks_and_the_jobs_go_on_when_one_leaves(
+    base: list[str], sweep: Path, tmp_path: Path, start: Start
+) -> None:
+    main, terminal = pty.openpty()
+    process = start("seed=0", *LONG, stdin=terminal, start_new_session=False)
+    until(lambda: trains(sweep, 0), "the job to train")
+    process.send_signal(signal.SIGINT)
+    os.write(main, b"leave\n")
+    output, _ = process.communicate(timeout=60)
+    os.close(main)
+    os.close(terminal)
+    assert process.returncode == 130
+    assert f"apt_launch.sweep status {sweep}" in output
+    assert after(sweep, "wait").returncode == 0
+    assert states(sweep)[0]["state"] == "done"
+
+
+def test_gpus_are_handed_out_and_never_shared(start: Start, sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    start("launch.gpus=1,2", "seed=0,1").communicate(timeout=120)
+    given = {}
+    for row in states(sweep).values():
+        provenance = json.loads((Path(row["folder"]) / "provenance.json").read_text())
+        given[tuple(row["overrides"])] = provenance["visible_gpus"]
+    assert {gpus for names, gpus in given.items() if "launch.gpus=1" in names} <= {"4", "7"}
+    assert {gpus for names, gpus in given.items() if "launch.gpus=2" in names} <= {"4,7", "7,4"}
+    assert len(given) == 4
+
+
+def test_what_can_never_run_here_is_refused_before_anything_is_sent(start: Start, sweep: Path) -> None:
+    process = start("seed=0,1", "launch.cpus=1000")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "job 0 (seed=0) wants 1000 cores a task" in output
+    assert not sweep.exists()
+
+
+def test_a_folder_in_use_takes_no_second_writer(start: Start, sweep: Path) -> None:
+    start("seed=0", *LONG)
+    until(lambda: trains(sweep, 0), "the job to train")
+    own = folder(sweep, 0)
+    config = (own / "config.yaml").read_text()
+    code = f"from apt_launch.job import perform; from pathlib import Path; perform(Path({str(own)!r}))"
+    second = subprocess.run([sys.executable, "-c", code], env=environment(), timeout=60, check=False)
+    assert second.returncode == 1
+    assert (own / "config.yaml").read_text() == config
+    assert "is writing here" in (own / "log.txt").read_text()
+
+
+def test_a_resume_says_which_keys_differ(start: Start, sweep: Path) -> None:
+    start(
+        "seed=0", "optimizer.lr=1e30", "schedule=none", "optimizer.weight_decay=0", "trainer.lr_schedule=null"
+    ).communicate(timeout=60)
+    told = after(sweep, "resume", "optimizer.lr=0.001")
+    assert told.returncode == 2
+    assert "optimizer.lr: a resume cannot change it" in told.stderr
+    config = folder(sweep, 0) / "config.yaml"
+    config.write_text(config.read_text().replace("num_layers: 2", "num_layers: 3"))
+    told = after(sweep, "resume")
+    assert told.returncode == 2
+    assert "model.num_layers" in told.stderr
+
+
+def test_wandb_shows_the_sweep_as_a_group(start: Start, sweep: Path) -> None:
+    output, _ = start("seed=0,1", "logger.mode=offline").communicate(timeout=120)
+    (offline,) = folder(sweep, 0).glob("wandb/offline-run-*/*.wandb")
+    run = next(record["run"] for record in wandb_records(offline.parent) if record["type"] == "run")
+    assert f"sweep {run['run_group']}:" in output
+    assert run["job_type"] == "sweep"
+    assert "seed=0" in run["tags"]
+    assert run["run_id"].startswith(json.loads((folder(sweep, 0) / "summary.json").read_text())["identity"][:8])
