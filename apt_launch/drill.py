@@ -67,32 +67,35 @@ class Drill:
         """What compares, in the life after the interruption."""
         from apt_model.training.callbacks import Callback
 
-        told = self.told
-        if told is None or told["verified"]:
+        if self.told is None or self.told["verified"]:
             return []
-        path = self.path
 
         class Compare(Callback):
+            def __init__(self, path: Path, told: dict[str, Any]) -> None:
+                self.path, self.told = path, told
+                self.rows = {row["step"]: row for row in told["rows"]}
+
             def on_step(self, trainer: BaseTrainer) -> None:
                 step = trainer.clock.step
-                rows = {row["step"]: row for row in told["rows"]}
-                if step in rows and trainer.last_row.get("step") == step and "train/loss" in trainer.last_row:
-                    _compare(rows[step], _comparable(trainer.last_row))
-                if step == told["until"] - 1:
-                    if weights(trainer) != told["weights"]:
+                if step in self.rows and trainer.last_row.get("step") == step and "train/loss" in trainer.last_row:
+                    _compare(self.rows[step], _comparable(trainer.last_row))
+                if step == self.told["until"] - 1:
+                    digest = weights(trainer)  # on every rank, one of which notes it
+                    if digest != self.told["weights"]:
                         raise TrainingError(
                             f"drill: the weights after step {step} are not those of the uninterrupted run."
                         )
-                    write_json(path, told | {"verified": True})
+                    if not _is_other_rank():
+                        write_json(self.path, self.told | {"verified": True})
                     logger.info(
                         "drill: interrupted before step %d, continued exactly: %d rows and all weights after step %d are "
                         "those of the uninterrupted run, bit for bit",
-                        told["step"],
-                        len(rows),
+                        self.told["step"],
+                        len(self.rows),
                         step,
                     )
 
-        return [Compare()]
+        return [Compare(self.path, self.told)]
 
     def fit(self, trainer: BaseTrainer) -> None:
         """Train; where the drill stopped it, note what an uninterrupted run would have computed next.
@@ -134,9 +137,9 @@ class Drill:
 
 
 def _is_other_rank() -> bool:
-    from apt_launch._ranks import Ranks
+    from apt_model.training.distributed import Ranks
 
-    return Ranks.here().rank != 0
+    return bool(Ranks.of_group().rank)
 
 
 def _comparable(row: dict[str, float]) -> dict[str, float]:

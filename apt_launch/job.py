@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -31,7 +31,14 @@ class BudgetSpentError(TrainingError):
     """The job took all its hours."""
 
 
-def perform(folder: Path, *, job_id: str | None = None, restart: int | None = None, rank: int = 0) -> int:
+def perform(
+    folder: Path,
+    *,
+    job_id: str | None = None,
+    restart: int | None = None,
+    rank: int = 0,
+    requeue: Callable[[Path], None] = lambda folder: None,
+) -> int:
     """Run the job of ``folder`` in this process; return its exit code.
 
     Everything it prints goes to ``log.txt`` there, of ranks after the first to ``log-RANK.txt``.
@@ -39,6 +46,7 @@ def perform(folder: Path, *, job_id: str | None = None, restart: int | None = No
     Args:
         job_id: SLURM's; None: a worker of this machine runs it.
         restart: lives of the job before this one; None: as its state says.
+        requeue: gives an interrupted job back to its cluster, called while the folder is still this process's.
 
     Raises:
         Exception: what made it fail, already told in its state and log.
@@ -57,13 +65,15 @@ def perform(folder: Path, *, job_id: str | None = None, restart: int | None = No
         logging.getLogger(__name__).error("%s", error)
         raise
     try:
-        return _perform(folder, about, before, state, rank)
+        return _perform(folder, about, before, state, rank, requeue)
     finally:
         if lease is not None:
             lease.release()
 
 
-def _perform(folder: Path, about: dict[str, Any], before: State, state: State, rank: int) -> int:
+def _perform(
+    folder: Path, about: dict[str, Any], before: State, state: State, rank: int, requeue: Callable[[Path], None]
+) -> int:
     began = time.time()
 
     def tell(name: Any, cause: str | None = None, loss: float | None = None) -> None:
@@ -85,6 +95,8 @@ def _perform(folder: Path, about: dict[str, Any], before: State, state: State, r
             tell("failed", str(spent))
             raise spent from None
         tell("preempted")
+        if rank == 0:
+            requeue(folder)
         return AGAIN
     except Exception as error:
         cause = str(error) if isinstance(error, AptError) else f"{type(error).__name__}: {error}"
@@ -164,9 +176,9 @@ def run_on_slurm(folder: str) -> float | None:
     array = environment.get("SLURM_ARRAY_JOB_ID")
     job_id = f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array else environment["SLURM_JOB_ID"]
     path = Path(folder)
-    code = perform(path, job_id=job_id, restart=int(environment.get("SLURM_RESTART_COUNT", "0")), rank=rank)
-    if code == AGAIN and rank == 0:
-        _requeue(path)
+    code = perform(
+        path, job_id=job_id, restart=int(environment.get("SLURM_RESTART_COUNT", "0")), rank=rank, requeue=_requeue
+    )
     if code != DONE:
         sys.stdout.flush()
         os._exit(0 if code == AGAIN else code)
@@ -214,8 +226,8 @@ def _requeue(folder: Path) -> None:
         if shown is not None and shown.strip() in ("CANCELLED", "DEADLINE"):
             write_state(folder, replace(state, state="cancelled", cause="by scancel; its checkpoint is kept"))
             return
+        write_state(folder, replace(state, state="requeued", restarts=state.restarts + 1))
         if _slurm("scontrol", "requeue", number) is not None:
-            write_state(folder, replace(state, state="requeued", restarts=state.restarts + 1))
             return
         time.sleep(2)
     write_state(folder, replace(state, state="failed", cause="SLURM did not take it back (scontrol requeue failed)"))

@@ -209,7 +209,8 @@ def to_yaml(content: Mapping[str, Any]) -> str:
     import yaml
 
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    return yaml.dump(content, Dumper=dumper, sort_keys=False, allow_unicode=True, width=120)
+    text: str = yaml.dump(content, Dumper=dumper, sort_keys=False, allow_unicode=True, width=120)
+    return text
 
 
 def from_yaml(text: str) -> dict[str, Any]:
@@ -498,6 +499,7 @@ def gather(arguments: Sequence[str]) -> Plan:
         launcher = OmegaConf.to_container(hydra.launcher, resolve=True)
         assert isinstance(sweeper, dict)
         assert isinstance(launcher, dict)
+        values = {str(key): value for key, value in launcher.items() if not str(key).startswith("_")}
         name = hydra.runtime.choices["hydra/launcher"]
         return make(
             [str(o.input_line) for o in parsed if not o.key_or_group.startswith(("hydra.", "hydra/"))],
@@ -506,8 +508,8 @@ def gather(arguments: Sequence[str]) -> Plan:
             params=sweeper.get("params"),
             zipped=sweeper.get("zip") or (),
             launcher=name,
-            launcher_values={key: value for key, value in launcher.items() if not key.startswith("_")},
-            gpus_where_any=lambda: gpus_of(name, launcher),
+            launcher_values=values,
+            gpus_where_any=lambda: gpus_of(name, values),
         )
 
 

@@ -65,7 +65,7 @@ class PlanSweeper(Sweeper):
         from hydra.core.plugins import Plugins
 
         self.context = hydra_context
-        self.config = config
+        self.given = config
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -91,7 +91,7 @@ class PlanSweeper(Sweeper):
         place = self.launcher.place
         made = plan.make(
             arguments,
-            composer=composer_of(self.context, self.config),
+            composer=composer_of(self.context, self.given),
             parse=OverridesParser.create(config_loader=loader).parse_overrides,
             params=self.params,
             zipped=self.zip,
@@ -99,7 +99,7 @@ class PlanSweeper(Sweeper):
             launcher_values=place.values,
             gpus_where_any=lambda: 1 if place.has_gpus() else 0,
         )
-        carry_out(made, Path(str(self.config.hydra.sweep.dir)), place)
+        carry_out(made, Path(str(self.given.hydra.sweep.dir)), place)
 
 
 def composer_of(context: HydraContext, config: DictConfig) -> Composer:
@@ -128,7 +128,7 @@ class _PlannedLauncher(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Take note of where Hydra stands."""
         self.context = hydra_context
-        self.config = config
+        self.given = config
         self.composer: Composer | None = None
         self.plan: Plan | None = None
 
@@ -146,16 +146,16 @@ class _PlannedLauncher(Launcher):
         from apt_model.errors import TrainingError
 
         if self.composer is None:
-            self.composer = composer_of(self.context, self.config)
+            self.composer = composer_of(self.context, self.given)
         made = plan.of_combinations(
             [(list(overrides), list(overrides)) for overrides in job_overrides],
-            command=[str(override) for override in self.config.hydra.overrides.task],
+            command=[str(override) for override in self.given.hydra.overrides.task],
             composer=self.composer,
             launcher=self.place.name,
             launcher_values=self.place.values,
             gpus_where_any=lambda: 1 if self.place.has_gpus() else 0,
         )
-        folder = Path(str(self.config.hydra.sweep.dir))
+        folder = Path(str(self.given.hydra.sweep.dir))
         self.plan, results = dispatch.run_batch(self.plan, made, folder, self.place)
         returns = []
         for number, overrides in enumerate(job_overrides):

@@ -83,7 +83,7 @@ def run(config: RunConfig, path: Path, member: Membership | None = None) -> floa
     folder.check_free(config)
     stop = StopRequest()
     with stop.listening():
-        from apt_launch._ranks import process_group
+        from apt_model.training.distributed import process_group
 
         with process_group() as ranks:
             if ranks.rank:
@@ -105,7 +105,7 @@ def run(config: RunConfig, path: Path, member: Membership | None = None) -> floa
 
 def _follow_first_rank(config: RunConfig, folder: RunFolder, stop: StopRequest) -> float:
     """Do the work of a rank that writes nothing."""
-    from apt_launch._ranks import barrier
+    from apt_model.training.distributed import barrier
 
     barrier()  # the first rank has the lease, and knows what to go on from
     resume = folder.check_free(config)
@@ -125,10 +125,10 @@ def _run(
     config: RunConfig, folder: RunFolder, resume: Resume | None, stop: StopRequest, member: Membership | None
 ) -> float:
     from apt_launch import summary
-    from apt_launch._ranks import barrier
     from apt_launch.console import progress_callback
     from apt_launch.plots import draw_schedule, sheets
     from apt_model.training.checkpoint import Checkpoints
+    from apt_model.training.distributed import barrier
 
     began = time.time()
     barrier()

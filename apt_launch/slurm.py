@@ -121,7 +121,7 @@ class SlurmPlace:
 
     def _submit(self, plan: Plan, folder: Path, resources: Resources, jobs: Sequence[Job]) -> str:
         import submitit
-        from submitit.core.utils import FailedSubmissionError
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         own = folder / ".submitit"
         own.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ class SlurmPlace:
                     if len(paths) == 1:
                         return [executor.submit(run_on_slurm, paths[0])]
                     return list(executor.map_array(run_on_slurm, paths))
-            except FailedSubmissionError as error:
+            except (FailedSubmissionError, FailedJobError) as error:
                 if AWAY.search(str(error)):  # it may have been taken all the same: never send it twice
                     with contextlib.suppress(AwayError, RefusedError):
                         ask("scancel", f"--name={name}")

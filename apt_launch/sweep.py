@@ -113,8 +113,10 @@ def report(arguments: argparse.Namespace) -> int:
     """Write the report."""
     from apt_launch.report import write_report
 
-    states = {one.job.folder: one.state for one in Ledger(arguments.folder).statuses(rows=False)}
-    for path in write_report(arguments.folder, states, metric=arguments.metric):
+    statuses = Ledger(arguments.folder).statuses(rows=False)
+    states = {one.job.folder: one.state for one in statuses}
+    causes = {one.job.folder: one.cause for one in statuses}
+    for path in write_report(arguments.folder, states, arguments.metric, causes):
         sys.stdout.write(f"{path}\n")
     return 0
 

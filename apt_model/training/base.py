@@ -23,6 +23,7 @@ from apt_model.schedule.clock import Unit
 from apt_model.schedule.targets import NOT_NEGATIVE
 from apt_model.training.callbacks import Callback, Callbacks
 from apt_model.training.checkpoint import Checkpoints
+from apt_model.training.distributed import Ranks, any_rank, barrier, gathered, mean_of
 from apt_model.training.follower import Follower, bind
 from apt_model.training.optimizer import named_state, parameter_groups
 
@@ -135,6 +136,7 @@ class BaseTrainer(Follower):
         self.rows = 0
         self.seconds = 0.0
         self.last_row: Row = {}
+        self.ranks = Ranks()  # alone, unless the loop shares batches
         self._changes: list[Change] = []  # for the update in the making
         self._losses: list[Tensor] = []  # of its batches
         self._auxiliary: list[Tensor] = []
@@ -204,17 +206,25 @@ class BaseTrainer(Follower):
             output = self.model(tokens, targets)
         assert output.language_loss is not None
         loss: Tensor = output.language_loss + output.auxiliary_loss
-        if not torch.isfinite(loss):
+        mean = self.mean_of_ranks(
+            {"language": output.language_loss.detach(), "auxiliary": output.auxiliary_loss.detach()}
+        )
+        language, auxiliary = mean["language"], mean["auxiliary"]
+        if not torch.isfinite(language + auxiliary):
             raise NonFiniteError(
-                f"the loss is {loss.item()} at {self.clock} (language model {output.language_loss.item():g}, "
-                f"auxiliary {output.auxiliary_loss.item():g}). The last checkpoint is from before it. Try a lower "
-                "optimizer.lr, a longer trainer.lr_schedule.warmup or trainer.precision=fp32."
+                f"the loss is {(language + auxiliary).item()} at {self.clock} (language model {language.item():g}, "
+                f"auxiliary {auxiliary.item():g}). The last checkpoint is from before it. Try a lower optimizer.lr, a longer "
+                "trainer.lr_schedule.warmup or trainer.precision=fp32."
             )
-        self._losses.append(output.language_loss.detach())
-        self._auxiliary.append(output.auxiliary_loss.detach())
+        self._losses.append(language)
+        self._auxiliary.append(auxiliary)
         self._told = output.metrics
-        self.count(samples=len(tokens), tokens=tokens.numel())
+        self.count(samples=len(tokens) * self.ranks.world, tokens=tokens.numel() * self.ranks.world)
         return loss
+
+    def mean_of_ranks(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return 0-dim values as their means over ranks that share batches."""
+        return values if self.ranks.world == 1 else mean_of(values)
 
     def clip(self, *, scaled: bool) -> Tensor:
         """Limit the gradient's norm and return what it was, 0-dim.
@@ -242,7 +252,7 @@ class BaseTrainer(Follower):
             "train/auxiliary_loss": torch.stack(self._auxiliary).mean().item(),
             "train/grad_norm": self._norm.item(),
             "lr": self.lr,
-        } | {name: value.item() for name, value in self._told.items()}
+        } | {name: value.item() for name, value in self.mean_of_ranks(self._told).items()}
         took = self._take_time()
         self.updates_done += 1
         last = self.batches_done == len(self.train_batches)
@@ -279,7 +289,7 @@ class BaseTrainer(Follower):
 
     def asked_to_stop(self) -> bool:
         """Say whether the run should stop here; a checkpoint is written then."""
-        asked = self.stop_requested()
+        asked = any_rank(self.stop_requested()) if self.ranks.world > 1 else self.stop_requested()
         if asked:
             self.save()
         return asked
@@ -348,14 +358,22 @@ class BaseTrainer(Follower):
                 name: getattr(self, name)
                 for name in ("batches_done", "updates_done", "updates_skipped", "rows", "seconds")
             },
-            "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
+            "random": {"cpu": torch.get_rng_state(), "cuda": cuda} | self._random_of_ranks(),
         }
 
+    def _random_of_ranks(self) -> dict[str, Any]:
+        return {"ranks": gathered(torch.get_rng_state())} if self.ranks.world > 1 else {}
+
     def save(self) -> None:
-        """Write a checkpoint, named after the update that comes next."""
-        if self.checkpoints is not None:
-            path = self.checkpoints.save(self.state_dict(), step=self.clock.step, rows=self.rows)
+        """Write a checkpoint, named after the update that comes next; the first rank writes for all."""
+        if self.checkpoints is None and self.ranks.world == 1:
+            return
+        state = self.state_dict()
+        if self.checkpoints is not None and self.ranks.rank == 0:
+            path = self.checkpoints.save(state, step=self.clock.step, rows=self.rows)
             logger.debug("checkpoint %s", path)
+        if self.ranks.world > 1:
+            barrier()
 
 
 def choose_device(name: str) -> torch.device:

@@ -5,22 +5,37 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from apt_model.errors import ConfigError, Interrupted
-from apt_model.schedule import Clock
+from apt_model.schedule import Change, Clock
 from apt_model.training import checkpoint
 from apt_model.training.base import BaseTrainer, Batch
+from apt_model.training.distributed import Ranks, average_buffers, average_gradients, equalise
 from apt_model.training.optimizer import load_named_state
 
 
 class Trainer(BaseTrainer):
-    """Trains a model through its curriculum: one loop, read from top to bottom. Arguments: see :class:`BaseTrainer`."""
+    """Trains a model through its curriculum: one loop, read from top to bottom. Arguments: see :class:`BaseTrainer`.
+
+    In a process group every rank takes an equal share of each batch, and gradients are averaged; ``batch_size`` and the
+    clock count the whole. Balance losses and capacities are those of a rank's share, as is usual. Every rank validates on
+    all batches, so that the loss is the one of a single process; the first rank alone writes.
+    """
 
     can_resume: ClassVar[bool] = True
+
+    def __init__(self, *, batch_size: int, **arguments: Any) -> None:
+        super().__init__(batch_size=batch_size, **arguments)
+        self.ranks = Ranks.of_group()
+        if batch_size % self.ranks.world:
+            raise ConfigError(
+                f"trainer.batch_size = {batch_size} cannot be shared by {self.ranks.world} ranks. Make it a multiple of "
+                f"{self.ranks.world}."
+            )
 
     def fit(self) -> None:
         """Train to the end of the last epoch.
@@ -31,6 +46,7 @@ class Trainer(BaseTrainer):
         """
         if self.resume is not None:
             self.load(self.resume)
+        equalise(self.model)
         self.callbacks.notify("on_train_begin", self)
         try:
             for epoch in range(self.clock.epoch, self.max_epochs):
@@ -51,7 +67,14 @@ class Trainer(BaseTrainer):
         """Yield the batches of one update after another, from where the epoch stands."""
         batches = self.train_batches.epoch(epoch, start=self.batches_done, device=self.device)
         while update := list(itertools.islice(batches, self.accumulate)):
-            yield update
+            yield [(self.ranks.share(tokens), self.ranks.share(targets)) for tokens, targets in update]
+
+    def begin_update(self) -> list[Change]:
+        """As every trainer does; modules that are new have equal weights on all ranks."""
+        changes = super().begin_update()
+        if changes:
+            equalise(self.model)
+        return changes
 
     def step(self, batches: list[Batch]) -> Tensor | None:
         """Forward, backward and one update on ``batches``; return the gradient's norm, None if mixed precision skipped it.
@@ -63,6 +86,8 @@ class Trainer(BaseTrainer):
             loss = self.scaler.scale(self.loss_of(tokens, targets) / len(batches))
             loss.backward()  # type: ignore[no-untyped-call]
             self.callbacks.notify("on_batch_end", self)
+        average_gradients(self.model.parameters())
+        average_buffers(self.model)
         self.scaler.unscale_(self.optimizer)
         norm = self.clip(scaled=self.scaler.is_enabled())
         scale = self.scaler.get_scale()
@@ -98,6 +123,8 @@ class Trainer(BaseTrainer):
         self.clock = Clock(**state["clock"])
         for name, value in state["progress"].items():
             setattr(self, name, value)
-        torch.set_rng_state(state["random"]["cpu"])
+        random = state["random"]
+        own = random["ranks"][self.ranks.rank] if self.ranks.rank < len(random.get("ranks", ())) else random["cpu"]
+        torch.set_rng_state(own)
         if state["random"]["cuda"] and self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["random"]["cuda"])

@@ -313,7 +313,9 @@ def test_flags_may_stand_between_overrides(cli: Cli) -> None:
     assert OmegaConf.create(shown.stdout).seed == 3
 
 
-def test_hydras_own_sweeper_and_launcher_still_run_one_job_after_the_other(cli: Cli, text_file: Path, tmp_path: Path) -> None:
+def test_hydras_own_sweeper_and_launcher_still_run_one_job_after_the_other(
+    cli: Cli, text_file: Path, tmp_path: Path
+) -> None:
     arguments = [argument for argument in small(text_file) if not argument.startswith("hydra.run.dir")]
     own = ("hydra/sweeper=basic", "hydra/launcher=basic")
     result = cli("--multirun", *own, *arguments, "hydra.sweep.dir=sweep", "schedule.route_temp.end=0.6,0.8")

@@ -1,0 +1,196 @@
+"""The pictures of a sweep's report, each as PNG and as SVG for the page."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apt_launch.report import SEEDS, Findings, Group, Trial, short_key
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_NAMED = 10
+"""Above this many jobs colours are a scale, and names are left to the table."""
+
+GREY = "#808080"  # to be read on white and on black
+
+
+def draw(findings: Findings, folder: Path) -> dict[str, str]:
+    """Draw what there is data for, as PNG into ``folder``; return the same as SVG, by name."""
+    import matplotlib as mpl
+
+    drawn = {}
+    style: Any = {
+        **{f"{part}.color": GREY for part in ("text", "xtick", "ytick")},
+        **{"axes.labelcolor": GREY, "axes.edgecolor": GREY, "axes.titlecolor": GREY, "grid.color": GREY},
+        **{"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9, "legend.labelcolor": GREY},
+    }
+    with mpl.rc_context(style):
+        for name, figure in (
+            ("losses", _losses(findings)),
+            ("schedules", _schedules(findings)),
+            ("metric", _metric(findings)),
+        ):
+            if figure is None:
+                continue
+            figure.savefig(folder / f"{name}.png", dpi=110, facecolor="white")
+            text = io.StringIO()
+            figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+            drawn[name] = _inline(text.getvalue(), name)
+    return drawn
+
+
+def _inline(svg: str, name: str) -> str:
+    """Return an SVG file as an element of a page: no prolog, no size, names of its own."""
+    body = svg[svg.index("<svg") :]
+    head, _, rest = body.partition(">")
+    view = next(part for part in head.split('"') if part.startswith("0 0 "))
+    rest = rest.replace('id="', f'id="{name}-').replace('"#', f'"#{name}-').replace("url(#", f"url(#{name}-")
+    rest = rest[: rest.index("<metadata>")] + rest[rest.index("</metadata>") + len("</metadata>") :]
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg viewBox="{view}" {spaces} role="img" aria-label="{name}">{rest}'
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _colours(trials: Sequence[Trial]) -> dict[int, Any]:
+    import matplotlib as mpl
+
+    if len(trials) <= MOST_NAMED:
+        return {trial.job.number: f"C{place}" for place, trial in enumerate(trials)}
+    scale = mpl.colormaps["viridis"]
+    return {trial.job.number: scale(place / (len(trials) - 1)) for place, trial in enumerate(trials)}
+
+
+def _legend(figure: Figure, axis: Any, trials: Sequence[Trial]) -> None:
+    if len(trials) <= MOST_NAMED:
+        handles, labels = axis.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
+    else:
+        figure.supxlabel(f"{len(trials)} jobs, from the first (dark) to the last (bright)", fontsize=8)
+
+
+def _losses(findings: Findings) -> Figure | None:
+    trials = [trial for trial in findings.trials if trial.series("train/loss") or trial.series("val/loss")]
+    if not trials:
+        return None
+    figure = _figure(9, 4.4)
+    axis = figure.subplots()
+    colours = _colours(trials)
+    for trial in trials:
+        colour = colours[trial.job.number]
+        for name, look in (
+            ("train/loss", {"alpha": 0.3, "linewidth": 0.8}),
+            ("val/loss", {"marker": "o", "markersize": 3.5}),
+        ):
+            points = trial.series(name)
+            label = trial.label if name == "val/loss" else None
+            axis.plot([x for x, _ in points], [y for _, y in points], color=colour, label=label, **look)
+    _mark_phases(axis, trials, colours)
+    if findings.tokens is not None:
+        axis.axvline(findings.tokens, color=GREY, linewidth=2.5, alpha=0.35)
+    axis.set_xlabel("tokens")
+    axis.set_ylabel("loss (line: training, dots: validation)")
+    axis.grid(alpha=0.25)
+    _legend(figure, axis, trials)
+    return figure
+
+
+def _mark_phases(axis: Any, trials: Sequence[Trial], colours: dict[int, Any]) -> None:
+    """Draw a line where a module goes on: grey where all jobs agree, else in the job's colour."""
+    for height, module in enumerate(dict.fromkeys(module for trial in trials for module in trial.switches)):
+        places = {trial.switches[module] for trial in trials if module in trial.switches}
+        alike = len(places) == 1
+        for trial in trials:
+            if module in trial.switches:
+                colour = GREY if alike else colours[trial.job.number]
+                axis.axvline(trial.switches[module], color=colour, linestyle="--", linewidth=0.9)
+                if alike:
+                    break
+        axis.annotate(
+            f" {module} on",
+            (min(places), 1 - 0.07 * (height + 1)),
+            xycoords=("data", "axes fraction"),
+            fontsize=8,
+        )
+
+
+def _schedules(findings: Findings) -> Figure | None:
+    trials = [trial for trial in findings.trials if trial.anneals]
+    names = list(dict.fromkeys(name for trial in trials for name in trial.anneals))
+    if not names:
+        return None
+    figure = _figure(9, 1.0 + 1.35 * len(names))
+    axes = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
+    colours = _colours(trials)
+    for axis, name in zip(axes, names, strict=True):
+        for trial in trials:
+            points = trial.series(name)
+            axis.step(
+                [x for x, _ in points],
+                [y for _, y in points],
+                where="post",
+                color=colours[trial.job.number],
+                label=trial.label,
+                linewidth=1.3,
+                alpha=0.8,
+            )
+        axis.set_title(name.removeprefix("schedule/"), loc="left", fontsize=9)
+        axis.grid(alpha=0.25)
+        axis.margins(y=0.15)
+    axes[-1].set_xlabel("tokens")
+    _legend(figure, axes[0], trials)
+    return figure
+
+
+def _metric(findings: Findings) -> Figure | None:
+    keys = [key for key in findings.keys if key not in SEEDS]
+    if not keys or not findings.values:
+        return None
+    across = min(3, len(keys))
+    down = math.ceil(len(keys) / across)
+    figure = _figure(9, 0.4 + 2.9 * down)
+    axes = figure.subplots(down, across, squeeze=False, sharey=True).ravel()
+    for axis in axes[len(keys) :]:
+        axis.set_visible(False)
+    for axis, key in zip(axes, keys, strict=False):
+        shown = [t for t in findings.trials if t.job.number in findings.values and key in t.settings]
+        pairs = [(trial.settings[key], findings.values[trial.job.number]) for trial in shown]
+        numeric = all(_as_number(value) is not None for value, _ in pairs)
+        names = sorted({value for value, _ in pairs}, key=(lambda v: _as_number(v) or 0.0) if numeric else str)
+        place = {value: (_as_number(value) if numeric else float(number)) for number, value in enumerate(names)}
+        axis.scatter([place[value] for value, _ in pairs], [y for _, y in pairs], s=22, color="C0", alpha=0.55)
+        means, halves = [], []
+        for name in names:
+            group = Group({}, [y for value, y in pairs if value == name])
+            means.append(group.mean)
+            halves.append(group.half_interval or 0.0)
+        axis.errorbar(
+            [place[name] for name in names], means, yerr=halves, color="C3", marker="_", linewidth=1, capsize=3
+        )
+        axis.set_xlabel(short_key(key))
+        if not numeric:
+            axis.set_xticks(list(place.values()), [name[:18] for name in names], rotation=20)
+        elif len(names) <= 6:
+            axis.set_xticks([place[name] for name in names], names)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel(f"{findings.metric}\n(red: mean and 95 % interval)")
+    return figure
+
+
+def _as_number(value: str) -> float | None:
+    try:
+        return float(value)
+    except ValueError:
+        return None

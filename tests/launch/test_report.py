@@ -1,0 +1,188 @@
+"""A sweep's report: numbers worked out by hand, and a real browser that looks at the page."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shlex
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from apt_launch.config import composed
+from apt_launch.plan import Plan, gather
+from apt_launch.report import find, headline, told_groups, write_report
+from tests.conftest import SMALL
+
+Sweep = Callable[..., tuple[Path, Plan]]
+
+
+@pytest.fixture
+def planned(text_file: Path, tmp_path: Path) -> Iterator[Sweep]:
+    """Plan a sweep, and write the record that its jobs would have: (tokens, validation loss) of each."""
+
+    def planned(overrides: list[str], records: list[list[tuple[int, float]]]) -> tuple[Path, Plan]:
+        folder = tmp_path / "sweep"
+        folder.mkdir()
+        plan = gather([*SMALL, "data=text", f"data.path={text_file}", *overrides])
+        plan.write(folder)
+        for job, record in zip(plan.jobs, records, strict=True):
+            (folder / job.folder).mkdir()
+            rows = []
+            for place, (tokens, loss) in enumerate(record):
+                when = {"step": place, "epoch": place, "tokens": tokens, "time": 1.0 + place}
+                more = {
+                    "tokens_per_second": 100.0,
+                    "schedule/route_temp": 1.5 - place / 10,
+                    "schedule/moe_enabled": int(place > 0),
+                }
+                rows += [when | {"train/loss": loss + 0.5} | more, when | {"val/loss": loss}]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / job.folder / "metrics.jsonl").write_text(text + ('{"step": 9, "tok' if rows else ""))
+        return folder, plan
+
+    yield planned
+    GlobalHydra.instance().clear()
+
+
+def states(plan: Plan, *names: str) -> dict[str, str]:
+    return {job.folder: name for job, name in zip(plan.jobs, names, strict=True)}
+
+
+SIX = ["schedule.route_temp.end=0.6,0.8", "seed=0,1,2"]
+ENDS = [[(100, 4.0), (200, value)] for value in (2.0, 2.2, 2.7, 3.0, 3.1, 3.2)]
+
+
+def test_the_lowest_value_wins_and_its_command_runs_that_very_job(planned: Sweep, text_file: Path) -> None:
+    folder, plan = planned(SIX, ENDS)
+    findings = find(folder, states(plan, *["done"] * 6))
+    assert headline(findings) == "Best of 6: job 0 (route_temp.end=0.6 seed=0), val/loss 2.0000."
+    assert findings.best is not None
+    words = shlex.split(findings.command(findings.best))
+    assert words[:3] == ["python", "-m", "apt_launch"]
+    assert composed(words[3:]).identity == plan.jobs[0].identity
+
+
+def test_means_and_intervals_over_seeds_are_students(planned: Sweep) -> None:
+    folder, plan = planned(SIX, ENDS)
+    told = told_groups(find(folder, states(plan, *["done"] * 6)))
+    # mean 2.3, deviation sqrt((0.09 + 0.01 + 0.16) / 2) = 0.36056, t(2) = 4.303: 4.303 x 0.36056 / sqrt(3) = 0.8957
+    assert told[0] == "schedule.route_temp.end=0.6: val/loss 2.3000 ± 0.8957 (95 % of 3 seeds)"
+    # mean 3.1, deviation 0.1: 4.303 x 0.1 / sqrt(3) = 0.2484
+    assert told[1] == "schedule.route_temp.end=0.8: val/loss 3.1000 ± 0.2484 (95 % of 3 seeds)"
+
+
+def test_one_seed_gives_no_interval_and_says_so(planned: Sweep) -> None:
+    folder, plan = planned(["schedule.route_temp.end=0.6,0.8"], [[(100, 2.0)], [(100, 3.0)]])
+    assert "no interval can be given" in told_groups(find(folder, states(plan, "done", "done")))[0]
+
+
+def test_a_partial_sweep_is_compared_at_equal_tokens(planned: Sweep) -> None:
+    records = [[(100, 4.0), (200, 3.0), (300, 1.0)], [(100, 3.9), (200, 2.9)], [], []]
+    folder, plan = planned(["schedule.route_temp.end=0.6,0.7,0.8,0.9"], records)
+    findings = find(folder, states(plan, "done", "running", "failed", "pending"))
+    assert findings.tokens == 200
+    assert findings.values == {0: 3.0, 1: 2.9}
+    assert headline(findings) == "Best so far of 2: job 1 (route_temp.end=0.7), val/loss 2.9000."
+    assert "compared at 200 tokens" in findings.told
+    assert "2 of 4 jobs have no val/loss there and are left out" in findings.told
+
+
+def test_values_that_are_no_numbers_are_left_out(planned: Sweep) -> None:
+    folder, plan = planned(["seed=0,1"], [[(100, 2.0), (200, float("nan"))], [(100, 3.0), (200, 2.5)]])
+    findings = find(folder, states(plan, "failed", "done"))
+    assert findings.values == {0: 2.0, 1: 3.0}
+
+
+def test_a_sweep_without_data_still_has_its_table(planned: Sweep) -> None:
+    folder, plan = planned(["seed=0,1"], [[], []])
+    files = write_report(folder, states(plan, "pending", "pending"))
+    assert "No job has recorded val/loss yet" in (folder / "report" / "report.html").read_text()
+    assert all(path.exists() for path in files)
+
+
+def test_the_table_tells_every_job_and_why_it_failed(planned: Sweep) -> None:
+    folder, plan = planned(SIX, ENDS)
+    write_report(folder, states(plan, *["done"] * 5, "failed"), causes={plan.jobs[5].folder: "the <loss> is | nan"})
+    with (folder / "report" / "report.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["val/loss compared"]) for row in rows[:5]] == sorted([2.0, 2.2, 2.7, 3.0, 3.1])
+    assert rows[-1]["cause"] == "the <loss> is | nan"
+    markdown = (folder / "report" / "report.md").read_text()
+    heads, *lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in lines} == {heads.count("|")}
+    assert "the &lt;loss&gt; is | nan" in (folder / "report" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("jobs", [1, 30])
+def test_every_size_of_sweep_is_drawn(planned: Sweep, jobs: int) -> None:
+    folder, plan = planned([f"seed=range(0,{jobs})"], [[(100, 4.0), (200, 3.0)]] * jobs)
+    files = write_report(folder, states(plan, *["done"] * jobs))
+    assert {path.name for path in files} >= {"losses.png", "schedules.png"}
+
+
+@pytest.fixture
+def browser() -> str:
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    if found is None and os.environ.get("CI") and os.geteuid() == 0 and shutil.which("apt-get"):
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        for command in (["update"], ["install", "-y", "-qq", "--no-install-recommends", "chromium"]):
+            subprocess.run(["apt-get", *command], env=environment, capture_output=True, timeout=600, check=True)
+        found = shutil.which("chromium")
+    if found is None:
+        pytest.skip("needs chromium")
+    return found
+
+
+def test_a_browser_shows_the_page_and_asks_nobody_for_anything(planned: Sweep, browser: str, tmp_path: Path) -> None:
+    folder, plan = planned(SIX, ENDS)
+    write_report(folder, states(plan, *["done"] * 6))
+    page = folder / "report" / "report.html"
+    text = page.read_text()
+    outside = {
+        link
+        for link in re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", text)
+        if not link.startswith("#")
+    }
+    assert not outside
+    quiet = [f"--disable-{name}" for name in ("gpu", "quic", "background-networking", "component-update", "sync")]
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--no-first-run",
+        *quiet,
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    picture = tmp_path / "page.png"
+    subprocess.run(
+        [*command, "--window-size=1000,1400", f"--screenshot={picture}", page.as_uri()],
+        capture_output=True,
+        timeout=120,
+        check=True,
+    )
+    assert struct.unpack(">II", picture.read_bytes()[16:24]) == (1000, 1400)
+    dom = subprocess.run(
+        [*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+    for section in ("Losses over tokens", "Schedules", "Final val/loss by what was swept", "Mean over seeds", "Jobs"):
+        assert f"<h2>{section}</h2>" in dom
+    assert dom.count("<svg") == 3
+    assert dom.count("<tr") == 7
+
+
+def test_reporting_loads_no_torch(planned: Sweep) -> None:
+    folder, plan = planned(SIX, ENDS)
+    code = (
+        "import sys; from pathlib import Path; from apt_launch.report import write_report; "
+        f"write_report(Path({str(folder)!r}), {states(plan, *['done'] * 6)!r}); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,0 +1,313 @@
+"""Sweeps on a real cluster: everything that a cluster does to a job, and what becomes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apt_launch.lease import read_holder
+from tests.conftest import SMALL, environment, until
+from tests.slurm.cluster import NODES, Cluster
+
+LONG = (
+    *("trainer.max_epochs=1200", "trainer.log_every=1", "schedule=none", "trainer.validation_batches=1"),
+    *("trainer.checkpoint_every_epochs=100", "trainer.keep_checkpoints=2"),
+)
+"""Overrides of a run that takes about half a minute."""
+
+
+class Sweep:
+    """A sweep sent to ``cluster``, with what a user would call."""
+
+    def __init__(self, cluster: Cluster, folder: Path, base: list[str]) -> None:
+        self.cluster = cluster
+        self.folder = folder
+        self.base = base
+        self.env = environment() | {"SLURM_CONF": cluster.environment()["SLURM_CONF"]}
+
+    def command(self, *overrides: str) -> list[str]:
+        sent = ["--multirun", "hydra/launcher=slurm", "launch.gpus=0", *self.base, f"hydra.sweep.dir={self.folder}"]
+        return [sys.executable, "-m", "apt_launch", *sent, *overrides]
+
+    def send(self, *overrides: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        result = subprocess.run(self.command(*overrides), capture_output=True, text=True, timeout=200, env=self.env)
+        assert result.returncode == code, result.stdout + result.stderr
+        return result
+
+    def call(self, *command: str) -> subprocess.CompletedProcess[str]:
+        name, *rest = command
+        return subprocess.run(
+            [sys.executable, "-m", "apt_launch.sweep", name, str(self.folder), *rest],
+            **{"capture_output": True, "text": True, "timeout": 240, "env": self.env},
+        )
+
+    def jobs(self) -> dict[int, dict[str, Any]]:
+        return {row["number"]: row for row in map(json.loads, self.call("status", "--json").stdout.splitlines())}
+
+    def own(self, number: int) -> Path:
+        return next(self.folder.glob(f"{number}-*"))
+
+    def written(self, number: int) -> dict[str, Any]:
+        return json.loads((self.own(number) / "state.json").read_text())
+
+    def trains(self, number: int) -> bool:
+        record = self.own(number) / "metrics.jsonl"
+        return record.exists() and record.stat().st_size > 0 and self.written(number)["state"] == "running"
+
+    def saved(self, number: int) -> bool:
+        return self.trains(number) and any((self.own(number) / "checkpoints").glob("step-*"))
+
+    def log(self, number: int) -> str:
+        path = self.own(number) / "log.txt"
+        return path.read_text() if path.exists() else ""
+
+    def steps(self, number: int) -> list[int]:
+        rows = map(json.loads, (self.own(number) / "metrics.jsonl").read_text().splitlines())
+        return [row["step"] for row in rows if "train/loss" in row]
+
+    def finishes_whole(self, number: int, lives: int = 2) -> None:
+        """Check that the job comes to its end, each update once, after ``lives`` at least."""
+        assert self.call("wait").returncode == 0, self.log(number)
+        assert self.steps(number) == list(range(1200 * 4))
+        assert self.written(number)["restarts"] >= lives - 1
+        assert self.log(number).count("resuming") >= lives - 1
+
+
+@pytest.fixture
+def at(text_file: Path, tmp_path: Path) -> Callable[[Cluster], Sweep]:
+    return lambda cluster: Sweep(cluster, tmp_path / "sweep", [*SMALL, "data=text", f"data.path={text_file}"])
+
+
+@pytest.fixture
+def sweep(cluster: Cluster, at: Callable[[Cluster], Sweep]) -> Sweep:
+    return at(cluster)
+
+
+def test_an_array_of_eight_loses_only_the_job_that_fails_and_the_one_that_dies(sweep: Sweep) -> None:
+    rates = ",".join(["0.001", "0.0011", "0.0012", "0.0013", "0.0014", "0.0015", "0.0016", "1e30"])
+    told = sweep.send(
+        f"optimizer.lr={rates}", "optimizer.weight_decay=0", "schedule=none", "trainer.max_epochs=60"
+    ).stdout
+    assert "8 asked, 8 unique" in told
+    assert f"apt_launch.sweep status {sweep.folder}" in told
+    arrays = {row["job_id"].split("_")[0] for row in sweep.jobs().values()}
+    assert len(arrays) == 1
+    until(lambda: sweep.trains(0), "job 0 to train", 90)
+    holder = read_holder(sweep.own(0) / "lease.json")
+    assert holder is not None
+    os.kill(holder.pid, signal.SIGKILL)
+    assert sweep.call("wait").returncode == 1
+
+    jobs = sweep.jobs()
+    assert {number: row["state"] for number, row in jobs.items()} == {0: "failed", 7: "failed"} | dict.fromkeys(
+        range(1, 7), "done"
+    )
+    sweep.cluster.wait_until(lambda: not sweep.cluster.run("squeue", "-h").stdout.strip(), "the queue to be empty")
+    slurm = sweep.cluster.states()
+    (array,) = arrays
+    assert slurm[f"{array}_7"] == slurm[f"{array}_0"] == "FAILED"
+    assert {slurm[f"{array}_{number}"] for number in range(1, 7)} == {"COMPLETED"}
+    assert "loss is" in jobs[7]["cause"] or "norm is" in jobs[7]["cause"]
+    assert "Traceback" in sweep.log(7)
+
+    assert sweep.call("resume").returncode == 0
+    assert sweep.call("wait").returncode == 1
+    states = {number: row["state"] for number, row in sweep.jobs().items()}
+    assert states == {7: "failed"} | dict.fromkeys(range(7), "done")
+
+
+@pytest.mark.slow
+def test_a_time_limit_makes_a_checkpoint_and_another_life(sweep: Sweep) -> None:
+    sweep.send("seed=0", *LONG, "launch.time_limit_minutes=1", "hydra.launcher.signal_delay_s=45")
+    sweep.finishes_whole(0)
+    assert "SIGUSR2" in sweep.log(0)
+
+
+@pytest.mark.parametrize("number", ["USR1", "USR2", "TERM"])
+def test_a_signal_makes_a_checkpoint_and_another_life(sweep: Sweep, number: str) -> None:
+    sweep.send("seed=0", *LONG)
+    until(lambda: sweep.trains(0), "the job to train")
+    sweep.cluster.run("scancel", f"--signal={number}", sweep.written(0)["job_id"])
+    sweep.finishes_whole(0)
+    assert sweep.written(0)["restarts"] == 1
+
+
+def test_scontrol_requeue_goes_on_from_a_checkpoint(sweep: Sweep) -> None:
+    sweep.send("seed=0", *LONG)
+    until(lambda: sweep.saved(0), "a checkpoint")
+    sweep.cluster.run("scontrol", "requeue", sweep.written(0)["job_id"])
+    sweep.finishes_whole(0)
+
+
+@pytest.mark.parametrize("warned", [True, False])
+def test_a_preempted_job_goes_on_whether_it_was_warned_or_not(
+    make_cluster: Callable[..., Cluster], at: Callable[[Cluster], Sweep], warned: bool
+) -> None:
+    cluster = make_cluster(grace_seconds=10 if warned else 0, signal_on_preemption=warned)
+    sweep = at(cluster)
+    sweep.send("seed=0", *LONG)
+    until(lambda: sweep.saved(0), "a checkpoint")
+    cluster.run("sbatch", "-p", "high", "-N2", "--exclusive", "--mem=0", "-o/dev/null", "--wrap=sleep 1")
+    sweep.finishes_whole(0)
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_loses_no_job_and_comes_back(sweep: Sweep) -> None:
+    sweep.send("seed=0", *LONG)
+    until(lambda: sweep.saved(0), "a checkpoint")
+    node = sweep.cluster.run("squeue", "-h", "-o", "%N").stdout.strip()
+    assert node in NODES
+    sweep.cluster.fail_node(node)
+    sweep.finishes_whole(0)
+    sweep.cluster.start_node(node)
+    sweep.cluster.wait_until(lambda: sweep.cluster.node_is_idle(node), f"{node} to be idle")
+
+
+@pytest.mark.slow
+def test_a_job_that_outlives_its_nodes_daemon_gives_way_to_its_next_life(sweep: Sweep) -> None:
+    more = [override for override in LONG if "max_epochs" not in override]
+    sweep.send("seed=0", *more, "trainer.max_epochs=1200", "trainer.batch_size=16")
+    until(lambda: sweep.saved(0), "a checkpoint")
+    first = read_holder(sweep.own(0) / "lease.json")
+    assert first is not None
+    node = sweep.cluster.run("squeue", "-h", "-o", "%N").stdout.strip()
+    sweep.cluster.kill_slurmd(node)
+    try:
+        until(lambda: sweep.written(0)["restarts"] == 1 or sweep.written(0)["state"] == "done", "the next life", 120)
+        until(lambda: not first.alive, "the first life to leave")
+        assert sweep.call("wait").returncode == 0
+        assert sweep.steps(0) == list(range(4800))
+    finally:
+        sweep.cluster.start_node(node)
+        sweep.cluster.wait_until(lambda: sweep.cluster.node_is_idle(node), f"{node} to be idle")
+
+
+def test_a_controller_that_is_away_at_submission_is_waited_for(sweep: Sweep) -> None:
+    sweep.cluster.stop_controller()
+    sending = subprocess.Popen(
+        sweep.command("seed=0,1"), env=sweep.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert sending.stderr is not None
+    try:
+        assert "does not answer; trying again" in sending.stderr.readline()
+    finally:
+        sweep.cluster.start_controller()
+    output, errors = sending.communicate(timeout=120)
+    assert sending.returncode == 0, errors
+    assert sweep.call("wait").returncode == 0
+    assert len([name for name in sweep.cluster.states() if name.split("_")[0] in output]) == 2
+
+
+def test_a_controller_that_stays_away_is_told(sweep: Sweep) -> None:
+    sweep.cluster.stop_controller()
+    try:
+        told = sweep.send("seed=0,1", "hydra.launcher.retry_minutes=0", code=2).stderr
+    finally:
+        sweep.cluster.start_controller()
+    assert "hydra.launcher: SLURM's controller does not answer" in told
+    assert "Traceback" not in told
+
+
+def test_a_controller_that_goes_away_makes_states_unknown_and_kills_nothing(sweep: Sweep) -> None:
+    sweep.send("seed=0", *LONG)
+    until(lambda: sweep.trains(0), "the job to train")
+    sweep.cluster.stop_controller()
+    try:
+        told = sweep.jobs()[0]
+        assert told["state"] == "unknown"
+        assert "SLURM does not answer" in told["cause"]
+    finally:
+        sweep.cluster.start_controller()
+    assert sweep.call("wait").returncode == 0
+    assert sweep.jobs()[0]["state"] == "done"
+
+
+def test_cancel_leaves_nothing_on_the_cluster_and_resume_goes_on(sweep: Sweep) -> None:
+    sweep.send("seed=range(0,20)", *LONG)
+    until(lambda: sweep.trains(0), "the first job to train")
+    assert sweep.call("cancel").returncode == 0
+    assert not sweep.cluster.run("squeue", "-h").stdout.strip()
+    assert {row["state"] for row in sweep.jobs().values()} == {"cancelled"}
+    holder = read_holder(sweep.own(0) / "lease.json")
+    assert holder is None or not holder.alive
+    assert any((sweep.own(0) / "checkpoints").glob("step-*"))
+
+
+def test_more_jobs_than_an_array_may_have_go_in_several(
+    make_cluster: Callable[..., Cluster], at: Callable[[Cluster], Sweep]
+) -> None:
+    sweep = at(make_cluster(max_array_size=4))
+    told = sweep.send("seed=range(0,7)", "trainer.max_epochs=1", "schedule=none").stdout
+    assert [line.split(": ")[1].split(",")[0] for line in told.splitlines() if line.startswith("SLURM job")] == [
+        "3 jobs",
+        "3 jobs",
+        "1 job",
+    ]
+    assert sweep.call("wait").returncode == 0
+    assert {row["state"] for row in sweep.jobs().values()} == {"done"}
+
+
+def test_jobs_of_different_resources_go_in_arrays_of_their_own(sweep: Sweep) -> None:
+    told = sweep.send("launch.gpus=1,4", "seed=0,1", "trainer.max_epochs=1", "schedule=none").stdout
+    assert told.count("SLURM job") == 2
+    assert sweep.call("wait").returncode == 0
+    for row in sweep.jobs().values():
+        provenance = json.loads((Path(row["folder"]) / "provenance.json").read_text())
+        wanted = int(next(o for o in row["overrides"] if o.startswith("launch.gpus")).split("=")[1])
+        assert len(provenance["visible_gpus"].split(",")) == wanted
+
+
+@pytest.mark.parametrize("accounting", [False, True])
+def test_a_job_that_died_unseen_is_unknown_without_accounting_and_failed_with_it(
+    make_cluster: Callable[..., Cluster], at: Callable[[Cluster], Sweep], accounting: bool
+) -> None:
+    cluster = make_cluster(accounting=accounting, min_job_age=2)
+    sweep = at(cluster)
+    sweep.send("seed=0,1", *LONG)
+    until(lambda: sweep.trains(0) and sweep.trains(1), "two jobs to train", 90)
+    for number in (0, 1):
+        holder = read_holder(sweep.own(number) / "lease.json")
+        assert holder is not None
+        os.kill(holder.pid, signal.SIGKILL)
+    cluster.wait_until(lambda: not cluster.states(), "SLURM to forget them", 120)
+    told = sweep.jobs()
+    assert {row["state"] for row in told.values()} == {"failed" if accounting else "unknown"}
+    assert ("FAILED" if accounting else "no accounting") in told[0]["cause"]
+    assert sweep.call("wait").returncode == 1
+
+
+def test_four_ranks_on_two_nodes_train_one_model(sweep: Sweep) -> None:
+    sweep.send(
+        "seed=0",
+        "launch.nodes=2",
+        "launch.tasks_per_node=2",
+        "trainer.batch_size=8",
+        "schedule=none",
+        "launch.drill=true",
+    )
+    assert sweep.call("wait").returncode == 0, sweep.log(0)
+    assert sweep.steps(0)[-1] == 23
+    assert "bit for bit" in sweep.log(0)
+    assert len(list(sweep.own(0).glob("log-*.txt"))) == 3
+
+
+def test_other_sweepers_wait_and_get_true_results(sweep: Sweep) -> None:
+    told = sweep.send(
+        "hydra/sweeper=basic", "optimizer.lr=0.001,1e30", "optimizer.weight_decay=0", "schedule=none", code=1
+    )
+    assert {number: row["state"] for number, row in sweep.jobs().items()} == {0: "done", 1: "failed"}
+    assert "Traceback" not in told.stderr
+
+
+def test_what_slurm_refuses_is_said_in_its_words(sweep: Sweep) -> None:
+    told = sweep.send("seed=0,1", "hydra.launcher.partition=gpus", code=2).stderr
+    assert "hydra.launcher: SLURM refuses" in told
+    assert "partition" in told
