@@ -117,8 +117,10 @@ def _train(folder: Path, about: dict[str, Any], state: State, before: State, ran
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder / 'config.yaml'}: cannot be read: {error}") from None
     config = parse(values)
-    if (folder / "checkpoints").is_dir() or before.restarts or state.restarts:
+    if any((folder / "checkpoints").glob("step-*")):
         config = config.resuming()
+    else:  # an earlier life came to no checkpoint: its rows will be computed again
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
     if rank == 0:
         write_state(folder, state)
     left = about["hours"] * 3600 - before.seconds

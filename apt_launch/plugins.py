@@ -147,9 +147,10 @@ class _PlannedLauncher(Launcher):
 
         if self.composer is None:
             self.composer = composer_of(self.context, self.given)
+        asked = [str(override) for override in self.given.hydra.overrides.task]
         made = plan.of_combinations(
-            [(list(overrides), list(overrides)) for overrides in job_overrides],
-            command=[str(override) for override in self.given.hydra.overrides.task],
+            [(list(all_of), [one for one in all_of if one not in asked]) for all_of in job_overrides],
+            command=asked,
             composer=self.composer,
             launcher=self.place.name,
             launcher_values=self.place.values,

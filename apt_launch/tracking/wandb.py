@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ class WandbTracker:
     Args:
         mode: ``offline``; or ``online``, which needs a key and is offline without one.
         folder: the run's folder.
-        run_id: the same for every resume in that folder, so that W&B continues one run.
+        run_id: the same for every resume in that folder, so that W&B continues one run. Under W&B's own sweep agent the
+            run is the one that the agent names.
         config: what W&B shows as the run's config.
         group: the sweep that the run belongs to.
         job_type: what kind of run it is.
@@ -49,7 +51,7 @@ class WandbTracker:
             "tags": [*tags, *(tag[:64] for tag in job_tags)],
             "group": group,
             "dir": folder,
-            "id": run_id,
+            "id": _agents_run() or run_id,
             "resume": "allow",
             "job_type": job_type,
             "config": config,
@@ -66,6 +68,11 @@ class WandbTracker:
     def close(self, state: str) -> None:
         """Finish the run; only a run that is done has exit code 0."""
         self.run.finish(exit_code=0 if state == "done" else 1)
+
+
+def _agents_run() -> str | None:
+    """Return the run that W&B's own agent has made for this process, if it is one that the agent started."""
+    return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
 
 
 def _reachable(folder: Path) -> bool:

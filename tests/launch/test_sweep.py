@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from apt_launch.lease import read_holder
+from apt_launch.plan import from_yaml
 from tests.conftest import SMALL, environment, until, wandb_records
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -316,3 +317,28 @@ def test_wandb_shows_the_sweep_as_a_group(start: Start, sweep: Path) -> None:
     assert run["job_type"] == "sweep"
     assert "seed=0" in run["tags"]
     assert run["run_id"].startswith(json.loads((folder(sweep, 0) / "summary.json").read_text())["identity"][:8])
+
+
+@pytest.mark.parametrize("name", ["route_temp", "moe_capacity", "align_weight", "vote_threshold", "all_anneals"])
+def test_every_kept_sweep_runs_with_the_tiny_profile(start: Start, sweep: Path, name: str) -> None:
+    tiny = ("profile=tiny_debug", "schedule=gpt5_moe", "trainer.max_epochs=6", "trainer.max_batches_per_epoch=1")
+    process = start(f"+sweeps={name}", *tiny)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    jobs = states(sweep)
+    assert {row["state"] for row in jobs.values()} == {"done"}
+    assert len(jobs) == {"moe_capacity": 4, "all_anneals": 16}.get(name, 3)
+    written = after(sweep, "report").stdout.split()
+    assert all(Path(path).stat().st_size > 0 for path in written)
+    assert {Path(path).name for path in written} >= {"report.csv", "report.md", "report.html", "metric.png"}
+
+
+def test_optuna_chooses_by_true_results(start: Start, sweep: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs apt-launch[optuna]")
+    trials = ("hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2", "hydra.sweeper.sampler.seed=1")
+    start("hydra/sweeper=optuna", *trials, "optimizer.lr=interval(0.001,0.01)").communicate(timeout=240)
+    best = from_yaml((sweep / "optimization_results.yaml").read_text())
+    losses_found = {row["loss"] for row in states(sweep).values()}
+    assert len(losses_found) == 4
+    assert best["best_value"] == min(losses_found)
+    assert "optimizer.lr=" in states(sweep)[3]["overrides"][0]
