@@ -63,7 +63,7 @@ class RunConfig:
     def result_values(self) -> dict[str, Any]:
         """The values that decide what the run computes, flat: dotted key to value."""
         flat = flatten(self.values)
-        return {key: value for key, value in flat.items() if not _is_neutral(key)}
+        return {key: value for key, value in flat.items() if not is_neutral(key)}
 
     @property
     def identity(self) -> str:
@@ -77,7 +77,8 @@ class RunConfig:
         return replace(self, values=values, trainer=self.trainer.model_copy(update={"resume": "auto"}))
 
 
-def _is_neutral(key: str) -> bool:
+def is_neutral(key: str) -> bool:
+    """Say whether a key cannot change what a run computes."""
     return any(key == name or key.startswith(f"{name}.") for name in NEUTRAL)
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from apt_launch import ledger
-from apt_launch.folder import refuse_file_in_the_way, write_json, write_whole
+from apt_launch.config import flatten, is_neutral, parse
+from apt_launch.folder import changed_keys, refuse_file_in_the_way, write_json, write_whole
 from apt_launch.ledger import ENDED, Ledger, Seen, State, Status, read_state
-from apt_launch.plan import Job, Plan, to_yaml
+from apt_launch.plan import Job, Plan, Resources, from_yaml, to_yaml, unflatten
 from apt_model.errors import ConfigError
 
 
@@ -245,79 +246,56 @@ def resume(folder: Path, overrides: Sequence[str] = ()) -> int:
         overrides: of keys that cannot change a result, such as ``launch.hours=48``.
 
     Raises:
-        ConfigError: a key cannot change, or a job's folder holds another config than the plan.
+        ConfigError: a key cannot change, a job's folder holds another config than the plan, or nobody knows what became
+            of a job.
     """
-    from apt_launch.config import _is_neutral, flatten, parse
-    from apt_launch.folder import changed_keys
-
     book = Ledger(folder)
     changed = _parsed(overrides)
-    if refused := sorted(key for key in changed if not _is_neutral(key)):
+    if refused := sorted(key for key in changed if not is_neutral(key)):
         raise ConfigError(
             *(f"{key}: a resume cannot change it, for it would be another run. Start a new sweep." for key in refused)
         )
-    again = [status.job for status in book.statuses(rows=False) if status.state not in _GOING_ON]
-    again = [job for job in again if read_state(folder / job.folder).state != "done"]
-    jobs, problems = [], []
-    for job in again:
-        path = folder / job.folder / "config.yaml"
-        planned = {**book.plan.shared, **job.differs}
-        if path.exists():
-            from apt_launch.plan import from_yaml
-
-            differ = [
-                key
-                for key in changed_keys(flatten(from_yaml(path.read_text(encoding="utf-8"))), planned)
-                if not _is_neutral(key)
-            ]
-            problems += [
-                f"{key}: {path} says otherwise than plan.yaml. Put it back, or remove the folder." for key in differ
-            ]
-        config = parse(_nested({**planned, **changed}))
-        launch = config.launch
-        resources = replace(
-            job.resources,
-            hours=launch.hours,
-            time_limit_minutes=launch.time_limit_minutes,
-            cpus=launch.cpus,
-            mem_gb=launch.mem_gb,
-            gpus=job.resources.gpus if launch.gpus is None else launch.gpus,
-            nodes=launch.nodes,
-            tasks_per_node=launch.tasks_per_node,
-        )
-        jobs.append(replace(job, resources=resources, differs={**job.differs, **changed}))
+    statuses = book.statuses(rows=False)
+    problems = [status.told for status in statuses if status.state == "unknown" and not status.final]
+    wanted = {s.job.number for s in statuses if s.state in ("failed", "cancelled", "planned", "unknown")}
+    jobs = []
+    for job in book.plan.jobs:
+        values = {**book.plan.shared, **job.differs}
+        if job.number in wanted:
+            problems += _differences(folder / job.folder, values)
+            values |= changed
+            job = replace(job, resources=_resources_of(values, job.resources))
+        jobs.append((job, values))
     if problems:
         raise ConfigError(*problems)
-    if not jobs:
+    plan = book.plan.with_values(jobs)
+    again = [job for job in plan.jobs if job.number in wanted]
+    if not again:
         return 0
-    shared = {key: value for key, value in book.plan.shared.items() if key not in changed}
-    by_number = {job.number: job for job in jobs}
-    everyone = tuple(
-        by_number.get(job.number)
-        or replace(
-            job, differs={**job.differs, **{key: book.plan.shared[key] for key in changed if key in book.plan.shared}}
-        )
-        for job in book.plan.jobs
-    )
-    plan = replace(book.plan, shared=shared, jobs=everyone)
     where = place(plan.launcher, plan.launcher_values)
-    where.check(replace(plan, jobs=tuple(jobs)))
+    where.check(replace(plan, jobs=tuple(again)))
     plan.write(folder)
-    for job in jobs:
+    for job in again:
         (folder / job.folder / "cancel").unlink(missing_ok=True)
-    prepare(plan, folder, jobs)
-    for line in where.send(plan, folder, jobs):
+    prepare(plan, folder, again)
+    for line in where.send(plan, folder, again):
         say(line)
-    return len(jobs)
+    return len(again)
 
 
-_GOING_ON = frozenset({"submitted", "pending", "running", "requeued", "preempted"})
+def _differences(folder: Path, planned: Mapping[str, Any]) -> list[str]:
+    """Say where the config in a job's folder is not the one that was planned."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return []
+    found = flatten(from_yaml(path.read_text(encoding="utf-8")))
+    differ = [key for key in changed_keys(found, planned) if not is_neutral(key)]
+    return [f"{key}: {path} says otherwise than plan.yaml. Put it back, or remove the folder." for key in differ]
 
 
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    from apt_launch.plan import unflatten
-
-    return unflatten(flat)
+def _resources_of(values: Mapping[str, Any], before: Resources) -> Resources:
+    launch = parse(unflatten(values)).launch.model_dump(include={field.name for field in fields(Resources)})
+    return Resources(**{**launch, "gpus": before.gpus if launch["gpus"] is None else launch["gpus"]})
 
 
 def _parsed(overrides: Sequence[str]) -> dict[str, Any]:

@@ -170,13 +170,14 @@ class Plan:
 
     def joined(self, other: Plan) -> Plan:
         """Return this plan with the jobs of ``other`` after its own, for a sweeper that asks in batches."""
-        flat = [{**plan.shared, **job.differs} for plan in (self, other) for job in plan.jobs]
-        shared = _shared(flat)
-        jobs = [
-            replace(job, number=number, differs=_without(values, shared))
-            for number, (job, values) in enumerate(zip([*self.jobs, *other.jobs], flat, strict=True))
-        ]
-        return replace(self, asked=self.asked + other.asked, shared=shared, jobs=tuple(jobs))
+        all_of = [(job, {**plan.shared, **job.differs}) for plan in (self, other) for job in plan.jobs]
+        numbered = [(replace(job, number=number), values) for number, (job, values) in enumerate(all_of)]
+        return replace(self.with_values(numbered), asked=self.asked + other.asked)
+
+    def with_values(self, jobs: Sequence[tuple[Job, Mapping[str, Any]]]) -> Plan:
+        """Return this plan with ``jobs``, each with its whole config, flat."""
+        shared = _shared([values for _, values in jobs])
+        return replace(self, shared=shared, jobs=tuple(replace(j, differs=_without(v, shared)) for j, v in jobs))
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 
 from apt_launch.__main__ import with_profile_file
 from apt_launch.catalogue import parameters, targets
@@ -29,10 +31,18 @@ def test_a_command_composes(command: str, tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "old_profile.yaml").write_text("model: {d_model: 64}\n")
     monkeypatch.chdir(tmp_path)
     overrides = [part for part in shlex.split(command, comments=True) if not part.startswith("--") and "=" in part]
-    # one job of a sweep
-    singles = [override if "{" in override else override.split(",")[0] for override in overrides]
+    singles = [_one_value(override) for override in OverridesParser.create().parse_overrides(overrides)]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         compose("config", overrides=with_profile_file(singles))
+
+
+def _one_value(override: Override) -> str:
+    """Return what one job of a sweep would be asked for."""
+    if not override.is_sweep_override():
+        return str(override.input_line)
+    if override.is_discrete_sweep():
+        return f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"
+    return f"{override.get_key_element()}={override.value().start}"
 
 
 @pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", PAGES, flags=re.DOTALL))
