@@ -6,6 +6,8 @@ that dies takes nothing with it.
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 import shutil
 import signal
@@ -22,6 +24,7 @@ from apt_launch.folder import write_json
 from apt_launch.lease import Holder, read_holder
 from apt_launch.ledger import ENDED, Seen, State, holder_is_alive, read_state, write_state
 from apt_launch.plan import Job, Plan, Resources
+from apt_launch.provenance import packages
 from apt_model.errors import ConfigError
 
 MOST_RESTARTS = 20
@@ -282,13 +285,19 @@ class Worker:
 
 def _load_libraries(*, with_wandb: bool) -> None:
     """Load, once for all jobs, what each of them uses."""
-    import torch._dynamo  # every optimizer loads it  # noqa: F401
-
-    import apt_model.gpt
-    import apt_model.training.trainer  # noqa: F401
-
-    if with_wandb:
-        import wandb  # noqa: F401
+    used = [
+        "torch._dynamo",
+        "matplotlib.figure",
+        "matplotlib.backends.backend_agg",
+        "apt_launch.run",
+        "apt_launch.summary",
+    ]
+    used += ["apt_launch.drill", "apt_launch.console", "apt_model.gpt", "apt_model.training.trainer"]
+    for name in [*used, *(["wandb"] if with_wandb else [])]:
+        importlib.import_module(name)
+    packages()
+    gc.collect()
+    gc.freeze()  # what is shared with the jobs is never touched again
 
 
 def _be_job(folder: Path, gpus: Sequence[str], cores: int) -> int:

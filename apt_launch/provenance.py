@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import shutil
@@ -25,7 +26,7 @@ def provenance(folder: Path) -> dict[str, Any]:
 
     return {
         "git": _git(folder),
-        "packages": dict(sorted({d.metadata["Name"]: d.version for d in distributions()}.items())),
+        "packages": packages(),
         "python": sys.version,
         "platform": platform.platform(),
         "host": socket.gethostname(),
@@ -34,6 +35,12 @@ def provenance(folder: Path) -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+@functools.cache
+def packages() -> dict[str, str]:
+    """Return the version of each package that is installed."""
+    return dict(sorted({d.metadata["Name"]: d.version for d in distributions()}.items()))
 
 
 def _git(folder: Path) -> dict[str, Any] | None:

@@ -18,10 +18,10 @@ from tests.conftest import SMALL, environment, until
 from tests.slurm.cluster import NODES, Cluster
 
 LONG = (
-    *("trainer.max_epochs=1200", "trainer.log_every=1", "schedule=none", "trainer.validation_batches=1"),
-    *("trainer.checkpoint_every_epochs=100", "trainer.keep_checkpoints=2"),
+    *("trainer.max_epochs=500", "trainer.log_every=1", "schedule=none", "trainer.validation_batches=1"),
+    *("trainer.checkpoint_every_epochs=50", "trainer.keep_checkpoints=2"),
 )
-"""Overrides of a run that takes about half a minute."""
+"""Overrides of a run of 2000 updates, which takes about ten seconds."""
 
 
 class Sweep:
@@ -73,10 +73,10 @@ class Sweep:
         rows = map(json.loads, (self.own(number) / "metrics.jsonl").read_text().splitlines())
         return [row["step"] for row in rows if "train/loss" in row]
 
-    def finishes_whole(self, number: int, lives: int = 2) -> None:
+    def finishes_whole(self, number: int, lives: int = 2, updates: int = 2000) -> None:
         """Check that the job comes to its end, each update once, after ``lives`` at least."""
         assert self.call("wait").returncode == 0, self.log(number)
-        assert self.steps(number) == list(range(1200 * 4))
+        assert self.steps(number) == list(range(updates))
         assert self.written(number)["restarts"] >= lives - 1
         assert self.log(number).count("resuming") >= lives - 1
 
@@ -126,8 +126,9 @@ def test_an_array_of_eight_loses_only_the_job_that_fails_and_the_one_that_dies(s
 
 @pytest.mark.slow
 def test_a_time_limit_makes_a_checkpoint_and_another_life(sweep: Sweep) -> None:
-    sweep.send("seed=0", *LONG, "launch.time_limit_minutes=1", "hydra.launcher.signal_delay_s=45")
-    sweep.finishes_whole(0)
+    limit = ("launch.time_limit_minutes=1", "hydra.launcher.signal_delay_s=45")
+    sweep.send("seed=0", *LONG, "trainer.max_epochs=3500", "trainer.checkpoint_every_epochs=500", *limit)
+    sweep.finishes_whole(0, updates=14000)
     assert "SIGUSR2" in sweep.log(0)
 
 
