@@ -217,6 +217,7 @@ def check_curriculum(values: Mapping[str, Any], groups: Mapping[str, Any], horiz
 
 def _check_together(groups: Mapping[str, Any], launch: schema.LaunchConfig) -> None:
     """Refuse values that are right each by itself and wrong together."""
+    from apt_launch.schema import EXTRAS
     from apt_model.data.corpora import BYTE_VOCABULARY
 
     model, moe, schedule, optimizer = (groups[name] for name in ("model", "moe", "schedule", "optimizer"))
@@ -242,6 +243,11 @@ def _check_together(groups: Mapping[str, Any], launch: schema.LaunchConfig) -> N
         problems.append(
             f"trainer.batch_size = {groups['trainer'].batch_size} cannot be shared by {ranks} ranks (launch.nodes x "
             f"launch.tasks_per_node). Make it a multiple of {ranks}."
+        )
+    if ranks > 1 and type(groups["trainer"]) in EXTRAS:
+        problems.append(
+            f"launch: {ranks} ranks share batches with trainer=default only. Choose it, or set launch.nodes=1 "
+            "launch.tasks_per_node=1."
         )
     problems += schedule.contradictions()
     problems += _trainer_problems(groups["trainer"])

@@ -27,6 +27,10 @@ AGAIN: Final = 75
 STOPPED: Final = 130
 
 
+CLUSTERS: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals by which clusters, or people, ask a job to stop."""
+
+
 class BudgetSpentError(TrainingError):
     """The job took all its hours."""
 
@@ -51,7 +55,10 @@ def perform(
     Raises:
         Exception: what made it fail, already told in its state and log.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, CLUSTERS
+    )  # they wait until the folder is ours, and while its state is written
+    for number in CLUSTERS:
         signal.signal(number, _leave_early)
     _write_output_to(folder / ("log.txt" if rank == 0 else f"log-{rank}.txt"))
     _configure_logging(folder if rank == 0 else None)
@@ -109,6 +116,7 @@ def _perform(
 
 
 def _train(folder: Path, about: dict[str, Any], state: State, before: State, rank: int) -> float:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, CLUSTERS)
     from apt_launch.run import Membership, run
 
     os.chdir(about["cwd"])
@@ -133,6 +141,7 @@ def _train(folder: Path, about: dict[str, Any], state: State, before: State, ran
         return run(config, folder, member)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.pthread_sigmask(signal.SIG_BLOCK, CLUSTERS)
 
 
 def wants_cancel(folder: Path) -> bool:

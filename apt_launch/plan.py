@@ -287,7 +287,7 @@ class Composer:
 
 def _replaces_a_leaf(cfg: DictConfig, override: Override) -> bool:
     """Say whether ``override`` sets a value where a value stands: the next job sets the same key again."""
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
 
     if override.is_add() or override.is_force_add() or override.is_delete():
         return False
@@ -295,7 +295,7 @@ def _replaces_a_leaf(cfg: DictConfig, override: Override) -> bool:
         return False
     above, _, last = override.key_or_group.rpartition(".")
     parent = OmegaConf.select(cfg, above) if above else cfg
-    return OmegaConf.is_dict(parent) and not OmegaConf.is_config(parent._get_node(last))
+    return isinstance(parent, DictConfig) and last in parent and not OmegaConf.is_config(parent._get_node(last))
 
 
 def expand(

@@ -121,12 +121,18 @@ class _PlannedLauncher(Launcher):
     __module__ = "hydra_plugins.apt_launch"
 
     def __init__(self, name: str, values: Mapping[str, Any]) -> None:
-        from apt_launch.dispatch import place
-
-        self.place: Place = place(name, values)
+        self.name = name
+        self.values = dict(values)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Take note of where Hydra stands."""
+        """Take note of where Hydra stands.
+
+        Raises:
+            ConfigError: a value of the launcher is wrong.
+        """
+        from apt_launch.dispatch import place
+
+        self.place: Place = place(self.name, self.values)
         self.context = hydra_context
         self.given = config
         self.composer: Composer | None = None

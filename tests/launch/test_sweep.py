@@ -342,3 +342,41 @@ def test_optuna_chooses_by_true_results(start: Start, sweep: Path) -> None:
     assert len(losses_found) == 4
     assert best["best_value"] == min(losses_found)
     assert "optimizer.lr=" in states(sweep)[3]["overrides"][0]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "told"),
+    [
+        ("launch.gpu=1,2", "launch.gpu: unknown key. Did you mean 'launch.gpus'"),
+        ("hydra/launcher=slrm", "hydra/launcher: there is no option 'slrm'. Did you mean 'slurm'?"),
+        ("hydra.launcher.max_parallel=zero", "hydra.launcher.max_parallel: 'zero' is not valid"),
+        ("schedule.route_temp.end=0.6,0", "job 1 (schedule.route_temp.end=0): schedule.route_temp.end = 0 is outside"),
+        ("+sweeps=routetemp", "sweeps: there is no option 'routetemp'. Did you mean 'route_temp'?"),
+        ("hydra/launcher=basic", "hydra/launcher: hydra/sweeper=plan sends through local or slurm"),
+        ("launch.nodes=2", "launch.tasks_per_node: job 0"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_sent(start: Start, sweep: Path, mistake: str, told: str) -> None:
+    process = start(mistake)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert told in output
+    assert "Traceback" not in output
+    assert not sweep.exists()
+
+
+def test_a_dry_run_shows_the_plan_and_sends_nothing(start: Start, sweep: Path) -> None:
+    process = start("schedule.route_temp.end=0.6,0.60,0.8", "launch.gpus=2", "launch.hours=3", "--dry-run")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "3 asked, 2 unique" in output
+    assert "at most 12 GPU-hours" in output
+    assert not sweep.exists()
+
+
+@pytest.mark.parametrize("command", ["status", "wait", "resume", "cancel", "report"])
+def test_a_folder_without_a_sweep_is_told(tmp_path: Path, command: str) -> None:
+    result = after(tmp_path, command)
+    assert result.returncode == 2
+    assert "there is no sweep here" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -218,7 +218,7 @@ def test_a_controller_that_stays_away_is_told(sweep: Sweep) -> None:
 
 
 def test_a_controller_that_goes_away_makes_states_unknown_and_kills_nothing(sweep: Sweep) -> None:
-    sweep.send("seed=0", *LONG)
+    sweep.send("seed=0", *LONG, "trainer.max_epochs=1500")  # squeue alone asks for ten seconds
     until(lambda: sweep.trains(0), "the job to train")
     sweep.cluster.stop_controller()
     try:
@@ -232,7 +232,7 @@ def test_a_controller_that_goes_away_makes_states_unknown_and_kills_nothing(swee
 
 
 def test_cancel_leaves_nothing_on_the_cluster_and_resume_goes_on(sweep: Sweep) -> None:
-    sweep.send("seed=range(0,20)", *LONG)
+    sweep.send("seed=range(0,6)", *LONG)
     until(lambda: sweep.trains(0), "the first job to train")
     assert sweep.call("cancel").returncode == 0
     assert not sweep.cluster.run("squeue", "-h").stdout.strip()
