@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from apt_launch.lease import read_holder
-from apt_launch.plan import from_yaml
+from apt_launch.dispatch import prepare
+from apt_launch.lease import LOST, read_holder
+from apt_launch.plan import from_yaml, gather
 from tests.conftest import SMALL, environment, until, wandb_records
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -293,6 +294,30 @@ def test_a_folder_in_use_takes_no_second_writer(start: Start, sweep: Path) -> No
     assert second.returncode == 1
     assert (own / "config.yaml").read_text() == config
     assert "is writing here" in (own / "log.txt").read_text()
+
+
+def test_a_later_life_of_a_cluster_job_takes_the_folder_and_the_earlier_one_leaves(
+    base: list[str], sweep: Path
+) -> None:
+    plan = gather([*base, *LONG, "seed=0", "trainer.checkpoint_every_epochs=10"])
+    sweep.mkdir()
+    plan.write(sweep)
+    prepare(plan, sweep, plan.jobs)
+    own = folder(sweep, 0)
+
+    def life(restart: int) -> subprocess.Popen[bytes]:
+        call = f"perform(Path({str(own)!r}), job_id='7', restart={restart})"
+        code = f"from apt_launch.job import perform; from pathlib import Path; {call}"
+        return subprocess.Popen([sys.executable, "-c", code], env=environment())
+
+    first = life(0)
+    until(lambda: trains(sweep, 0) and list(own.glob("checkpoints/step-*")), "a checkpoint of the first life")
+    second = life(1)
+    assert first.wait(timeout=60) == LOST
+    assert second.wait(timeout=120) == 0
+    assert "lost the lease" in (own / "log.txt").read_text()
+    assert [step for step, _ in losses(own)] == [step for step, _ in sorted(losses(own), key=lambda row: row[0])]
+    assert len(losses(own)) == len({step for step, _ in losses(own)}) + 300 == 1500
 
 
 def test_a_resume_says_which_keys_differ(start: Start, sweep: Path) -> None:

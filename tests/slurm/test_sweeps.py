@@ -172,25 +172,6 @@ def test_a_node_that_dies_loses_no_job_and_comes_back(sweep: Sweep) -> None:
     sweep.cluster.wait_until(lambda: sweep.cluster.node_is_idle(node), f"{node} to be idle")
 
 
-@pytest.mark.slow
-def test_a_job_that_outlives_its_nodes_daemon_gives_way_to_its_next_life(sweep: Sweep) -> None:
-    more = [override for override in LONG if "max_epochs" not in override]
-    sweep.send("seed=0", *more, "trainer.max_epochs=1200", "trainer.batch_size=16")
-    until(lambda: sweep.saved(0), "a checkpoint")
-    first = read_holder(sweep.own(0) / "lease.json")
-    assert first is not None
-    node = sweep.cluster.run("squeue", "-h", "-o", "%N").stdout.strip()
-    sweep.cluster.kill_slurmd(node)
-    try:
-        until(lambda: sweep.written(0)["restarts"] == 1 or sweep.written(0)["state"] == "done", "the next life", 120)
-        until(lambda: not first.alive, "the first life to leave")
-        assert sweep.call("wait").returncode == 0
-        assert sweep.steps(0) == list(range(4800))
-    finally:
-        sweep.cluster.start_node(node)
-        sweep.cluster.wait_until(lambda: sweep.cluster.node_is_idle(node), f"{node} to be idle")
-
-
 def test_a_controller_that_is_away_at_submission_is_waited_for(sweep: Sweep) -> None:
     sweep.cluster.stop_controller()
     sending = subprocess.Popen(
