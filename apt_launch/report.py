@@ -213,25 +213,15 @@ def write_report(
 
 def columns(findings: Findings) -> list[str]:
     """Return the table's heads."""
-    compared = f"{findings.metric} compared"
-    return [
-        "job",
-        *findings.keys,
-        "state",
-        "step",
-        "tokens",
-        compared,
-        f"best {findings.metric}",
-        "train/loss",
-        "tokens/s",
-        "seconds",
-        "cause",
-    ]
+    reached = ["state", "step", "tokens", f"{findings.metric} compared", f"best {findings.metric}"]
+    causes = ["cause"] if any(trial.cause for trial in findings.trials) else []
+    return ["job", *findings.keys, *reached, "train/loss", "tokens/s", "seconds", *causes]
 
 
 def lines(findings: Findings) -> list[list[Any]]:
     """Return the table's lines, the best first, then those without a value."""
     found = []
+    with_causes = "cause" in columns(findings)
     for trial in findings.trials:
         last: Row = {}
         for row in trial.rows:
@@ -250,7 +240,7 @@ def lines(findings: Findings) -> list[list[Any]]:
                 last.get("train/loss"),
                 last.get("tokens_per_second"),
                 last.get("time"),
-                trial.cause,
+                *([trial.cause] if with_causes else []),
             ]
         )
     compared = len(findings.keys) + 4

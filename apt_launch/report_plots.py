@@ -158,6 +158,7 @@ def _metric(findings: Findings) -> Figure | None:
     keys = [key for key in findings.keys if key not in SEEDS]
     if not keys or not findings.values:
         return None
+    only_seeds = len(keys) == 1  # jobs with one value differ in nothing else: the interval is that of seeds
     across = min(3, len(keys))
     down = math.ceil(len(keys) / across)
     figure = _figure(9, 0.4 + 2.9 * down)
@@ -175,7 +176,7 @@ def _metric(findings: Findings) -> Figure | None:
         for name in names:
             group = Group({}, [y for value, y in pairs if value == name])
             means.append(group.mean)
-            halves.append(group.half_interval or 0.0)
+            halves.append(group.half_interval or 0.0 if only_seeds else 0.0)
         axis.errorbar(
             [place[name] for name in names], means, yerr=halves, color="C3", marker="_", linewidth=1, capsize=3
         )
@@ -185,7 +186,8 @@ def _metric(findings: Findings) -> Figure | None:
         elif len(names) <= 6:
             axis.set_xticks([place[name] for name in names], names)
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel(f"{findings.metric}\n(red: mean and 95 % interval)")
+    interval = " and 95 % interval over seeds" if only_seeds else " of the jobs with that value"
+    axes[0].set_ylabel(f"{findings.metric}\n(red: mean{interval})")
     return figure
 
 
