@@ -289,6 +289,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.")
+            warnings.filterwarnings("ignore", message="The `srun` command is available")
             warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.")
             yield
     finally:

@@ -70,11 +70,13 @@ class BaseTrainer(Follower):
         stop_requested: asked after each update; True makes it the last one before a checkpoint and ``Interrupted``.
 
     Raises:
-        ConfigError: the device or its precision is not there, the corpus is too small, or this trainer cannot resume.
+        ConfigError: the device or its precision is not there, the corpus is too small, ranks cannot share a batch, or this
+            trainer cannot resume.
     """
 
     model: GPT
     can_resume: ClassVar[bool] = False
+    shares_batches: ClassVar[bool] = False  # among the ranks of a process group
 
     def __init__(
         self,
@@ -136,7 +138,12 @@ class BaseTrainer(Follower):
         self.rows = 0
         self.seconds = 0.0
         self.last_row: Row = {}
-        self.ranks = Ranks()  # alone, unless the loop shares batches
+        self.ranks = Ranks.of_group() if self.shares_batches else Ranks()
+        if batch_size % self.ranks.world:
+            raise ConfigError(
+                f"trainer.batch_size = {batch_size} cannot be shared by {self.ranks.world} ranks. Make it a multiple of "
+                f"{self.ranks.world}."
+            )
         self._changes: list[Change] = []  # for the update in the making
         self._losses: list[Tensor] = []  # of its batches
         self._auxiliary: list[Tensor] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from apt_model.errors import ConfigError, Interrupted
 from apt_model.schedule import Change, Clock
 from apt_model.training import checkpoint
 from apt_model.training.base import BaseTrainer, Batch
-from apt_model.training.distributed import Ranks, average_buffers, average_gradients, equalise
+from apt_model.training.distributed import average_buffers, average_gradients, equalise
 from apt_model.training.optimizer import load_named_state
 
 
@@ -27,15 +27,7 @@ class Trainer(BaseTrainer):
     """
 
     can_resume: ClassVar[bool] = True
-
-    def __init__(self, *, batch_size: int, **arguments: Any) -> None:
-        super().__init__(batch_size=batch_size, **arguments)
-        self.ranks = Ranks.of_group()
-        if batch_size % self.ranks.world:
-            raise ConfigError(
-                f"trainer.batch_size = {batch_size} cannot be shared by {self.ranks.world} ranks. Make it a multiple of "
-                f"{self.ranks.world}."
-            )
+    shares_batches: ClassVar[bool] = True
 
     def fit(self) -> None:
         """Train to the end of the last epoch.
