@@ -171,7 +171,7 @@ def test_a_job_that_is_killed_loses_only_itself_and_resume_makes_it_whole(start:
 def test_a_job_that_is_preempted_goes_on_exactly_in_its_folder(start: Start, sweep: Path, number: int) -> None:
     process = start(
         "schedule.route_temp.end=0.6,0.8",
-        "trainer.max_epochs=60",
+        "trainer.max_epochs=300",
         "trainer.log_every=1",
         "hydra.launcher.max_parallel=1",
     )
@@ -183,8 +183,8 @@ def test_a_job_that_is_preempted_goes_on_exactly_in_its_folder(start: Start, swe
     assert process.returncode == 0
     assert states(sweep)[1]["restarts"] == 1
     rows = losses(folder(sweep, 1))
-    assert rows[-1][0] == 239
-    assert len(rows) == 240 + 60
+    assert rows[-1][0] == 1199
+    assert len(rows) == 1200 + 300
 
 
 def test_a_drill_proves_that_jobs_continue_exactly(start: Start, sweep: Path) -> None:
