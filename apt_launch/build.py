@@ -74,13 +74,12 @@ def build_trainer(
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Trainer:
     """Build everything a run needs, seeded."""
-    import torch
-
     from apt_model.training.distributed import from_rank_zero
+    from apt_model.training.randomness import seed_all
 
-    torch.manual_seed(config.seed)
+    seed_all(config.seed)
     values = config.values
-    ours = ("resume", "keep_checkpoints")  # read by whoever owns the run's folder
+    ours = ("resume", "keep_last", "keep_best", "keep_every")  # read by whoever owns the run's folder
     trainer: Trainer = build(
         {key: value for key, value in values["trainer"].items() if key not in ours},
         model=build_model(config),

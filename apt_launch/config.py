@@ -35,7 +35,10 @@ NEUTRAL = (
     "trainer.resume",
     "trainer.log_every",
     "trainer.checkpoint_every_epochs",
-    "trainer.keep_checkpoints",
+    "trainer.checkpoint_every_minutes",
+    "trainer.keep_last",
+    "trainer.keep_best",
+    "trainer.keep_every",
 )
 """Keys that cannot change what a run computes: no part of its identity."""
 
@@ -250,6 +253,7 @@ def _check_together(groups: Mapping[str, Any], launch: schema.LaunchConfig) -> N
             "launch.tasks_per_node=1."
         )
     problems += schedule.contradictions()
+    problems += _missing_libraries(groups)
     problems += _trainer_problems(groups["trainer"])
     if optimizer.weight_decay * optimizer.lr >= 1:
         problems.append(
@@ -260,23 +264,31 @@ def _check_together(groups: Mapping[str, Any], launch: schema.LaunchConfig) -> N
         raise ConfigError(*problems)
 
 
-def _trainer_problems(trainer: schema.TrainerConfig) -> list[str]:
-    """Say what the chosen trainer needs and does not have, and what it was asked for and cannot do."""
+def _missing_libraries(groups: Mapping[str, Any]) -> list[str]:
+    """Say what chosen options need and is not installed."""
     from importlib.util import find_spec
 
+    from apt_launch.schema import EXTRAS
+
+    problems = []
+    for name, default in (("trainer", "default"), ("logger", "wandb")):
+        option, libraries = EXTRAS.get(type(groups[name]), ("", ()))
+        missing = [library for library in libraries if find_spec(library) is None]
+        if missing:
+            problems.append(
+                f"{name}: {' and '.join(missing)} cannot be found. Run: pip install 'apt-launch[{option}]', or choose "
+                f"{name}={default}."
+            )
+    return problems
+
+
+def _trainer_problems(trainer: schema.TrainerConfig) -> list[str]:
+    """Say what the chosen trainer was asked for and cannot do."""
     from apt_launch.schema import EXTRAS, HFConfig
 
-    if type(trainer) not in EXTRAS:
-        return []
-    option, libraries = EXTRAS[type(trainer)]
     problems = []
-    missing = [library for library in libraries if find_spec(library) is None]
-    if missing:
-        problems.append(
-            f"trainer: {' and '.join(missing)} cannot be found. Run: pip install 'apt-launch[{option}]', or choose "
-            "trainer=default."
-        )
-    if trainer.resume is not None:
+    if trainer.resume is not None and type(trainer) in EXTRAS:
+        option, _ = EXTRAS[type(trainer)]
         problems.append(
             f"trainer.resume: trainer={option} cannot go on from a checkpoint. Choose trainer=default, which goes on from "
             "those of every trainer, or set trainer.resume=null."

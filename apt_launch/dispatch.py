@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -171,8 +173,8 @@ def follow(folder: Path, only: set[str] | None = None) -> int:
     book = Ledger(folder)
     told: dict[str, str] = {}
     pause = 0.05
-    while True:
-        try:
+    with _interrupts() as interrupts:
+        while True:
             statuses = [s for s in book.statuses(rows=False) if only is None or s.job.folder in only]
             for status in statuses:
                 name = status.job.folder
@@ -182,13 +184,27 @@ def follow(folder: Path, only: set[str] | None = None) -> int:
                 told[name] = status.state
             if all(status.final or status.state == "planned" for status in statuses):
                 break
-            time.sleep(pause)
+            until = time.monotonic() + pause
+            while not interrupts and (left := until - time.monotonic()) > 0:
+                time.sleep(min(left, 0.1))
+            if interrupts:
+                interrupts.clear()
+                _leave_or_cancel(folder)
             pause = min(pause * 1.2, 0.2 if book.plan.launcher == "local" else 5.0)
-        except KeyboardInterrupt:
-            _leave_or_cancel(folder)
     if only is None:
         show(book.plan, book.statuses(), folder)
     return 0 if all(status.state == "done" for status in statuses) else 1
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Collect Ctrl-C meanwhile: an exception may come where Python swallows it, in a destructor for instance."""
+    interrupts: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _line(status: Status) -> str:
@@ -199,16 +215,19 @@ def _line(status: Status) -> str:
 
 
 def _leave_or_cancel(folder: Path) -> None:
-    """Ask what Ctrl-C means; without somebody to ask, the jobs go on."""
+    """Ask what Ctrl-C means; without somebody to ask, the jobs go on. Once more is an answer, too."""
     leave = f"The jobs go on. Look at them by: python -m apt_launch.sweep status {folder}"
     answer = ""
     if sys.stdin.isatty():
+        collecting = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             answer = (
                 input("\nLeave the jobs running, cancel them, or go on waiting? [leave/cancel/wait] ").strip().lower()
             )
         except (KeyboardInterrupt, EOFError):
             answer = "leave"
+        finally:
+            signal.signal(signal.SIGINT, collecting)
     if answer.startswith("w"):
         return
     if answer.startswith("c"):

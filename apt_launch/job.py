@@ -117,7 +117,8 @@ def _perform(
 
 def _train(folder: Path, about: dict[str, Any], state: State, before: State, rank: int) -> float:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, CLUSTERS)
-    from apt_launch.run import Membership, run
+    from apt_launch.run import run
+    from apt_launch.tracking.projections import Membership
 
     os.chdir(about["cwd"])
     try:

@@ -9,18 +9,19 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from apt_launch.build import build, build_trainer
+from apt_launch.build import build_trainer
 from apt_launch.config import RunConfig
 from apt_launch.drill import Drill, Drilled
 from apt_launch.folder import Resume, RunFolder, write_json, write_whole
 from apt_launch.lease import Holder, Lease
-from apt_launch.tracking import Record, Tracker, Tracking, read_rows
+from apt_launch.tracking import Record, Tracking, read_rows
+from apt_launch.tracking.projections import Membership, project
 from apt_model.errors import AptError, Interrupted
 
 logger = logging.getLogger(__name__)
@@ -59,14 +60,6 @@ class StopRequest:
         more = "; once more leaves at once" if number == signal.SIGINT else ""
         told = f"{signal.Signals(number).name}: finishing this update and writing a checkpoint{more}.\n"
         os.write(2, told.encode())  # a handler may interrupt a write: nothing that buffers is safe here
-
-
-@dataclass(frozen=True)
-class Membership:
-    """Which job of which sweep a run is."""
-
-    sweep: str
-    tags: tuple[str, ...] = ()
 
 
 def run(config: RunConfig, path: Path, member: Membership | None = None) -> float:
@@ -133,19 +126,23 @@ def _run(
     began = time.time()
     barrier()
     drill = Drill(folder.path, config)
+    checkpoints = Checkpoints(
+        folder.checkpoints,
+        keep_last=config.trainer.keep_last,
+        keep_best=config.trainer.keep_best,
+        keep_every=config.trainer.keep_every,
+        about={
+            "identity": config.identity,
+            "config": config.result_values,
+            "horizon": asdict(config.horizon),
+        },
+        before=lambda: tracking.record.sync(),
+    )
     trainer = build_trainer(  # before anything is written: what it refuses leaves the folder as it was
         config,
         log=lambda row: tracking.log(row),
         callbacks=[progress_callback(), *drill.callbacks],
-        checkpoints=Checkpoints(
-            folder.checkpoints,
-            keep_last=config.trainer.keep_checkpoints,
-            about={
-                "identity": config.identity,
-                "config": config.result_values,
-                "horizon": asdict(config.horizon),
-            },
-        ),
+        checkpoints=checkpoints,
         resume=resume.checkpoint if resume else None,
         stop_requested=drill.stop_or(stop),
     )
@@ -154,6 +151,7 @@ def _run(
     tracking = Tracking(Record(folder.metrics, keep_rows=keep_rows))
 
     def finish(state: str, cause: str | None = None) -> None:
+        checkpoints.wait()
         tracking.close(state)
         content = {
             "state": state,
@@ -170,7 +168,7 @@ def _run(
         write_json(folder.summary, {"state": "running", "identity": config.identity})
         _record_origin(folder, trainer)
         draw_schedule(sheets({"": config.program}), folder.schedule)
-        tracking.trackers = _trackers(config, folder, member)
+        project(tracking, config, folder.path, member)
         for note in (*(resume.notes if resume else ()), *config.program.notes()):
             logger.warning("note: %s", note)
         logger.info(
@@ -208,22 +206,3 @@ def _record_origin(folder: RunFolder, trainer: Any) -> None:
         "compute_dtype": str(trainer.autocast_dtype).removeprefix("torch."),
     }
     write_json(folder.provenance, origin)
-
-
-def _trackers(config: RunConfig, folder: RunFolder, member: Membership | None) -> list[Tracker]:
-    """Build what the ``logger`` group names."""
-    import hashlib
-
-    if config.logger.target is None or config.values["logger"]["mode"] == "disabled":
-        return []
-    place = f"{config.identity}:{folder.path.resolve()}"
-    tracker = build(
-        config.values["logger"],
-        folder=folder.path,
-        run_id=f"{config.identity[:8]}-{hashlib.sha256(place.encode()).hexdigest()[:8]}",
-        config=config.values,
-        group=member.sweep if member else None,
-        job_type="sweep" if member else "train",
-        job_tags=member.tags if member else (),
-    )
-    return [tracker]

@@ -126,7 +126,10 @@ class TrainerConfig(Group):
     log_every: Positive
     validation_batches: Positive | None
     checkpoint_every_epochs: Positive
-    keep_checkpoints: Positive
+    checkpoint_every_minutes: PositiveNumber | None
+    keep_last: Positive
+    keep_best: Annotated[int, Field(ge=0)]
+    keep_every: Positive | None
 
 
 class LightningConfig(TrainerConfig):
@@ -149,6 +152,12 @@ class WandbConfig(Group):
 
 class TensorBoardConfig(Group):
     """``logger=tensorboard``."""
+
+    mode: Literal["offline", "disabled"]
+
+
+class CsvConfig(Group):
+    """``logger=csv``."""
 
     mode: Literal["offline", "disabled"]
 
@@ -179,6 +188,7 @@ GROUPS: Final[dict[str, dict[str | None, type[Group]]]] = {
     "logger": {
         "apt_launch.tracking.wandb.WandbTracker": WandbConfig,
         "apt_launch.tracking.tensorboard.TensorBoardTracker": TensorBoardConfig,
+        "apt_launch.tracking.csv.CsvTracker": CsvConfig,
         None: NoLoggerConfig,
     },
 }
@@ -187,6 +197,7 @@ GROUPS: Final[dict[str, dict[str | None, type[Group]]]] = {
 EXTRAS: Final[dict[type[Group], tuple[str, tuple[str, ...]]]] = {
     LightningConfig: ("lightning", ("lightning",)),
     HFConfig: ("hf", ("transformers", "accelerate")),
+    TensorBoardConfig: ("tensorboard", ("tensorboard",)),
 }
 """Choices that need an extra of the package: its name, and the libraries that it brings."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import threading
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ class WandbServer:
         self.history: dict[str, list[dict[str, Any]]] = {}
         self.summary: dict[str, dict[str, Any]] = {}
         self.url = ""
+        self.bodies: list[bytes] = []
+        self.away = threading.Event()
+        """While it is set, nobody answers: requests end in error 503."""
 
     def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
         """Return the data of a GraphQL query."""
@@ -64,8 +68,29 @@ class WandbServer:
         if "serverInfo" in query or "ServerFeatures" in query:
             return {"serverInfo": {"features": [], "cliVersionInfo": {}, "latestLocalVersionInfo": None}}
         if "RunResumeStatus" in query or "bucket(" in query:
-            return {"model": {"id": "project", "name": "apt-launch", "entity": entity, "bucket": None}}
+            bucket = self.state_of(str(variables.get("name")))
+            return {"model": {"id": "project", "name": "apt-launch", "entity": entity, "bucket": bucket}}
         return {}
+
+    def state_of(self, run: str) -> dict[str, Any] | None:
+        """Return what a client that resumes ``run`` is told; None: there is no such run."""
+        if run not in self.runs:
+            return None
+        rows = self.history.get(run, [])
+        return {
+            "name": run,
+            "displayName": run,
+            "summaryMetrics": json.dumps(self.summary.get(run, {})),
+            "logLineCount": 0,
+            "historyLineCount": len(rows),
+            "eventsLineCount": 0,
+            "historyTail": json.dumps([json.dumps(row) for row in rows[-1:]]),
+            "eventsTail": "[]",
+            "config": "{}",
+            "tags": [],
+            "notes": "",
+            "wandbConfig": json.dumps({"t": 1}),
+        }
 
     def stream(self, run: str, content: dict[str, Any]) -> None:
         """Note rows and summary of a run."""
@@ -86,7 +111,9 @@ def serving(server: WandbServer) -> Iterator[WandbServer]:
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            body = self._body()
+            if self._is_away():
+                return
             if self.path.endswith("/graphql"):
                 asked = json.loads(body)
                 server.asked.append(asked.get("operationName") or asked["query"][:60])
@@ -97,15 +124,27 @@ def serving(server: WandbServer) -> Iterator[WandbServer]:
             self._reply({})
 
         def do_PUT(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            self._reply({})
+            self._body()
+            if not self._is_away():
+                self._reply({})
 
         def do_GET(self) -> None:
-            self._reply({})
+            if not self._is_away():
+                self._reply({})
 
-        def _reply(self, content: dict[str, Any]) -> None:
+        def _body(self) -> bytes:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            server.bodies.append(gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body)
+            return server.bodies[-1]
+
+        def _is_away(self) -> bool:
+            if server.away.is_set():
+                self._reply({"error": "away"}, 503)
+            return server.away.is_set()
+
+        def _reply(self, content: dict[str, Any], status: int = 200) -> None:
             body = json.dumps(content).encode()
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -114,7 +153,11 @@ def serving(server: WandbServer) -> Iterator[WandbServer]:
         def log_message(self, *about: Any) -> None:
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Quiet(ThreadingHTTPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """Say nothing: a client that is killed resets its connections."""
+
+    http = Quiet(("127.0.0.1", 0), Handler)
     http.daemon_threads = True
     server.url = f"http://127.0.0.1:{http.server_port}"
     thread = threading.Thread(target=http.serve_forever)

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from apt_launch.tracking import Row
-from apt_model.errors import ConfigError
 
 
 class TensorBoardTracker:
-    """Writes every metric as a scalar over the step.
+    """Writes every metric as a scalar over the step; a resume writes those of before anew."""
 
-    Raises:
-        ConfigError: tensorboard is not installed.
-    """
+    def __init__(self, *, mode: str, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, *, mode: str, folder: Path, **run: Any) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ConfigError(
-                "logger: tensorboard is not installed. Run: pip install 'apt-launch[tensorboard]', or choose logger=wandb."
-            ) from None
+        for earlier in (folder / "tensorboard").glob("events.out.tfevents.*"):
+            earlier.unlink()
         self.writer = SummaryWriter(folder / "tensorboard")
 
     def log(self, row: Row) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Sequence
@@ -12,19 +13,28 @@ from apt_launch.tracking import Row
 
 logger = logging.getLogger(__name__)
 
+START_TIMEOUT = 30.0
+FINISH_TIMEOUT = 45.0
+"""Seconds that W&B's client may take."""
+
 
 class WandbTracker:
-    """Shows rows to W&B under the steps they have here.
+    """Shows rows to W&B under the steps they have here, each once: what the service has already is skipped.
+
+    Rows of one step (the last update of an epoch and its validation) are one row there. The service takes no row for a step
+    that it has, so the last update of an epoch waits for its validation.
 
     Args:
-        mode: ``offline``; or ``online``, which needs a key and is offline without one.
+        mode: ``offline``; or ``online``, which needs a key and is offline without one, or while the service is away.
         folder: the run's folder.
         run_id: the same for every resume in that folder, so that W&B continues one run. Under W&B's own sweep agent the
             run is the one that the agent names.
         config: what W&B shows as the run's config.
+        updates_per_epoch: planned; see above.
         group: the sweep that the run belongs to.
         job_type: what kind of run it is.
         job_tags: more tags; W&B takes 64 characters of each.
+        fallback: whether ``online`` may become offline; otherwise it raises.
     """
 
     def __init__(
@@ -38,9 +48,11 @@ class WandbTracker:
         folder: Path,
         run_id: str,
         config: dict[str, Any],
+        updates_per_epoch: int,
         group: str | None = None,
         job_type: str = "train",
         job_tags: Sequence[str] = (),
+        fallback: bool = True,
     ) -> None:
         import wandb
 
@@ -55,19 +67,80 @@ class WandbTracker:
             "resume": "allow",
             "job_type": job_type,
             "config": config,
-            "settings": wandb.Settings(console="off", silent=True, finish_timeout=60),
+            "settings": wandb.Settings(
+                console="off",
+                silent=True,
+                init_timeout=START_TIMEOUT,
+                finish_timeout=FINISH_TIMEOUT,
+                finish_timeout_raises=True,
+            ),
         }
-        self.run = wandb.init(mode="online" if mode == "online" and _reachable(folder) else "offline", **about)
+        self.updates_per_epoch = updates_per_epoch
+        self._held: Row = {}
+        self.run: Any = self._online(about, fallback=fallback) if mode == "online" else None
+        if self.run is None:
+            _put_earlier_away(folder / "wandb")
+            self.run = wandb.init(mode="offline", **about)
+        self.delivered = self.run.starting_step - 1
+        """The last step that the service has."""
+        self.sent = 0
+        """Rows sent from here."""
         self.run.define_metric("*", step_metric="trainer/step")
 
+    @staticmethod
+    def _online(about: dict[str, Any], *, fallback: bool) -> Any:
+        """Return a run that the service knows; None, and a word about it, if there is no key or nobody answers."""
+        import wandb
+
+        wandb.setup(wandb.Settings(silent=True))
+        try:
+            if not wandb.login(prompt=False):
+                raise wandb.errors.UsageError("there is no API key here. Set WANDB_API_KEY or run `wandb login`")
+            run = wandb.init(mode="online", **about)
+        except wandb.Error as error:
+            if not fallback:
+                raise
+            logger.warning(
+                "W&B: %s. This run is kept offline; deliver it later with: python -m apt_launch.sync %s",
+                str(error).strip().splitlines()[0].rstrip("."),
+                about["dir"],
+            )
+            return None
+        logger.info("W&B: %s", run.url)
+        return run
+
     def log(self, row: Row) -> None:
-        """Send one row."""
-        step = int(row["step"])
-        self.run.log(row | {"trainer/step": step}, step=step)
+        """Take one row; it is sent when the next step begins."""
+        if self._held and row["step"] != self._held["step"]:
+            self._send()
+        self._held |= row
+
+    def _send(self) -> None:
+        step = int(self._held["step"])
+        if step > self.delivered:
+            try:
+                self.run.log(self._held | {"trainer/step": step}, step=step)
+            except Exception:
+                self._abandon()
+                raise
+            self.sent += 1
+        self._held = {}
 
     def close(self, state: str) -> None:
         """Finish the run; only a run that is done has exit code 0."""
+        if self._held and not (self._awaits_validation() and state != "done"):
+            self._send()
         self.run.finish(exit_code=0 if state == "done" else 1)
+
+    def _abandon(self) -> None:
+        """Leave a client that is dead: at the process's end it would try once more, and fail aloud."""
+        import wandb
+
+        with contextlib.suppress(Exception):
+            wandb.teardown()
+
+    def _awaits_validation(self) -> bool:
+        return (int(self._held["step"]) + 1) % self.updates_per_epoch == 0 and "val/loss" not in self._held
 
 
 def _agents_run() -> str | None:
@@ -75,17 +148,8 @@ def _agents_run() -> str | None:
     return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
 
 
-def _reachable(folder: Path) -> bool:
-    """Say whether W&B knows us; if not, why, and what to do later."""
-    import wandb
-
-    later = f"Upload this run later with: wandb sync {folder / 'wandb' / 'offline-run-*'}"
-    try:
-        if wandb.login(prompt=False):
-            return True
-        logger.warning(
-            "W&B has no API key here, so this run is kept offline. Set WANDB_API_KEY or run `wandb login`. %s", later
-        )
-    except wandb.Error as error:
-        logger.warning("W&B cannot be reached, so this run is kept offline (%s). %s", error, later)
-    return False
+def _put_earlier_away(folder: Path) -> None:
+    """Make room for a whole offline run: what earlier lives left of it is kept, out of the way of ``wandb sync``."""
+    for earlier in folder.glob("offline-run-*"):
+        (folder / "earlier").mkdir(exist_ok=True)
+        earlier.rename(folder / "earlier" / earlier.name)

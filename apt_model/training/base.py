@@ -26,6 +26,7 @@ from apt_model.training.checkpoint import Checkpoints
 from apt_model.training.distributed import Ranks, any_rank, barrier, gathered, mean_of
 from apt_model.training.follower import Follower, bind
 from apt_model.training.optimizer import named_state, parameter_groups
+from apt_model.training.randomness import random_state
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class BaseTrainer(Follower):
         log_every: updates between rows.
         validation_batches: batches of the validation split, the same each time; None: all.
         checkpoint_every_epochs: epochs between checkpoints; the last epoch always has one.
+        checkpoint_every_minutes: minutes of training after which there is one in the middle of an epoch, too; None: none.
         checkpoints: where they go; None: none are written.
         log: receives every row.
         callbacks: see :class:`apt_model.training.callbacks.Callback`.
@@ -99,6 +101,7 @@ class BaseTrainer(Follower):
         log_every: int = 10,
         validation_batches: int | None = None,
         checkpoint_every_epochs: int = 1,
+        checkpoint_every_minutes: float | None = None,
         checkpoints: Checkpoints | None = None,
         log: Callable[[Row], None] = lambda row: None,
         callbacks: Sequence[Callback] = (),
@@ -127,6 +130,7 @@ class BaseTrainer(Follower):
         self.resume = resume
         self.log_every = log_every
         self.checkpoint_every_epochs = checkpoint_every_epochs
+        self.checkpoint_every_seconds = 60 * checkpoint_every_minutes if checkpoint_every_minutes else math.inf
         self.checkpoints = checkpoints
         self.log = log
         self.callbacks = Callbacks(callbacks)
@@ -137,6 +141,7 @@ class BaseTrainer(Follower):
         self.updates_skipped = 0  # of this epoch
         self.rows = 0
         self.seconds = 0.0
+        self._saved_at = 0.0  # of these seconds
         self.last_row: Row = {}
         self.ranks = Ranks.of_group() if self.shares_batches else Ranks()
         if batch_size % self.ranks.world:
@@ -286,19 +291,20 @@ class BaseTrainer(Follower):
     def end_epoch(self) -> None:
         """Compare the epoch with the plan, validate, go on to the next epoch, and save where it is due."""
         self._compare_with_plan()
-        self.validate()
+        loss = self.validate()
         self.callbacks.notify("on_epoch_end", self)
         epoch = self.clock.epoch + 1
         self.clock = self.clock.at_epoch(epoch)
         self.batches_done = self.updates_done = self.updates_skipped = 0
         if epoch % self.checkpoint_every_epochs == 0 or epoch == self.max_epochs:
-            self.save()
+            self.save(wait=epoch == self.max_epochs, epochs=epoch, loss=loss)
 
     def asked_to_stop(self) -> bool:
-        """Say whether the run should stop here; a checkpoint is written then."""
-        asked = any_rank(self.stop_requested()) if self.ranks.world > 1 else self.stop_requested()
-        if asked:
-            self.save()
+        """Say whether the run should stop here; a checkpoint is written then, and also where one is due by time."""
+        due = self.seconds - self._saved_at >= self.checkpoint_every_seconds
+        asked, due = any_rank(self.stop_requested(), due) if self.ranks.world > 1 else (self.stop_requested(), due)
+        if asked or due:
+            self.save(wait=asked)
         return asked
 
     @torch.no_grad()
@@ -354,7 +360,6 @@ class BaseTrainer(Follower):
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resume needs, as tensors and plain values."""
-        cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
         return {
             "model": self.model.state_dict(),
             "optimizer": named_state(self.optimizer, self.model),
@@ -365,19 +370,27 @@ class BaseTrainer(Follower):
                 name: getattr(self, name)
                 for name in ("batches_done", "updates_done", "updates_skipped", "rows", "seconds")
             },
-            "random": {"cpu": torch.get_rng_state(), "cuda": cuda} | self._random_of_ranks(),
+            "random": gathered(random_state(self.device)) if self.ranks.world > 1 else [random_state(self.device)],
         }
 
-    def _random_of_ranks(self) -> dict[str, Any]:
-        return {"ranks": gathered(torch.get_rng_state())} if self.ranks.world > 1 else {}
+    def save(self, *, wait: bool = True, epochs: int | None = None, loss: float | None = None) -> None:
+        """Write a checkpoint, named after the update that comes next; the first rank writes for all.
 
-    def save(self) -> None:
-        """Write a checkpoint, named after the update that comes next; the first rank writes for all."""
+        Args:
+            wait: until it is safe; False: go on once the state is copied.
+            epochs: that are complete; None: this one is in the middle of an epoch.
+            loss: of its validation.
+
+        Raises:
+            CheckpointError: it could not be written; without ``wait`` that is a warning.
+        """
+        self._saved_at = self.seconds
         if self.checkpoints is None and self.ranks.world == 1:
             return
         state = self.state_dict()
         if self.checkpoints is not None and self.ranks.rank == 0:
-            path = self.checkpoints.save(state, step=self.clock.step, rows=self.rows)
+            about = {"rows": self.rows, "epochs": epochs, "loss": loss}
+            path = self.checkpoints.save(state, step=self.clock.step, wait=wait, **about)
             logger.debug("checkpoint %s", path)
         if self.ranks.world > 1:
             barrier()

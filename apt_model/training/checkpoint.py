@@ -1,87 +1,179 @@
-"""Checkpoints that are whole or not there: written aside, synced, checksummed, renamed.
+"""Checkpoints that are whole or not there: written aside, synced, checksummed, renamed; only then are older ones pruned.
 
-A folder ``step-XXXXXXXX`` holds ``state.pt`` and ``manifest.json`` with the size and sha256 of every file. Finding and
-judging checkpoints needs no torch.
+A folder ``step-XXXXXXXX`` holds ``model.safetensors`` (the weights), ``state.pt`` (all else that a resume needs) and
+``manifest.json`` with the size and sha256 of both. Finding and judging checkpoints needs no torch.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from apt_model.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
+
 MANIFEST = "manifest.json"
 STATE = "state.pt"
+WEIGHTS = "model.safetensors"
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
+    One that cannot be written (a full disk, a folder that became read-only) costs no training: it is warned of, and what was
+    there before stays. Only a checkpoint that the caller waits for raises.
+
     Args:
         folder: holds one folder for each checkpoint; made when needed.
-        keep_last: how many stay; older ones are removed after a newer one is safe.
+        keep_last: the newest ones that stay.
+        keep_best: those of the lowest validation loss that stay as well.
+        keep_every: checkpoints after each such number of epochs stay as well; None: none for that reason.
         about: goes into each manifest as it is: what run this is.
+        before: called before one is written, in the thread that writes: what it counts on must be safe by then.
     """
 
-    def __init__(self, folder: Path, *, keep_last: int = 2, about: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep_last: int = 2,
+        keep_best: int = 0,
+        keep_every: int | None = None,
+        about: Mapping[str, Any] | None = None,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
         self.folder = folder
         self.keep_last = keep_last
+        self.keep_best = keep_best
+        self.keep_every = keep_every
         self.about = dict(about or {})
+        self.before = before
+        self._writer: threading.Thread | None = None
 
-    def save(self, state: Mapping[str, Any], *, step: int, rows: int = 0) -> Path:
-        """Write ``state`` (tensors and plain values) and return its folder; once this returns, a crash cannot undo it.
+    def save(self, state: Mapping[str, Any], *, step: int, wait: bool = True, **progress: Any) -> Path:
+        """Write ``state`` and return its folder. ``state["model"]``, if there is one, has the weights by name.
 
         Args:
             step: updates made so far; names the folder.
-            rows: rows of metrics logged so far; those after them will be logged again by a resume.
+            wait: until a crash cannot undo it; False: return once ``state`` is copied, and write in the background.
+            progress: goes into the manifest: ``rows`` of metrics logged so far (those after them will be logged again by a
+                resume), ``epochs`` that are complete, the validation ``loss``.
 
         Raises:
-            CheckpointError: the disk is full, the folder cannot be written. Earlier checkpoints are untouched.
+            CheckpointError: it could not be written, and the caller waits. Earlier checkpoints are untouched.
         """
+        self.wait()
+        if wait:
+            return self._write(state, step, progress)
+        copied = _copy(state)
+        self._writer = threading.Thread(target=self._write_or_warn, args=(copied, step, progress), name="checkpoint")
+        self._writer.start()
+        return self.folder / f"step-{step:08d}"
+
+    def wait(self) -> None:
+        """Wait until nothing is being written."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+
+    def _write_or_warn(self, state: Mapping[str, Any], step: int, progress: Mapping[str, Any]) -> None:
+        try:
+            self._write(state, step, progress)
+        except CheckpointError as error:
+            newest = self.all()[-1:]
+            left = f"The newest one is {newest[0].name}." if newest else "There is none yet."
+            logger.warning("%s. Training goes on without it. %s", error, left)
+
+    def _write(self, state: Mapping[str, Any], step: int, progress: Mapping[str, Any]) -> Path:
         import torch
+        from safetensors.torch import save_file
 
         final = self.folder / f"step-{step:08d}"
         aside = self.folder / f".{final.name}.tmp"
+        rest = dict(state)
+        weights = {n: value for n, value in rest.pop("model", {}).items() if isinstance(value, torch.Tensor)}
+        if "model" in state:
+            rest["model"] = {name: value for name, value in state["model"].items() if name not in weights}
+        written = [WEIGHTS, STATE] if "model" in state else [STATE]
         try:
+            self.before()
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
+            if WEIGHTS in written:
+                save_file({name: tensor.contiguous() for name, tensor in weights.items()}, aside / WEIGHTS)
             with (aside / STATE).open("wb") as file:
-                torch.save(dict(state), file)
-                file.flush()
-                os.fsync(file.fileno())
-            manifest = {
-                "step": step,
-                "rows": rows,
-                "about": self.about,
-                "files": {STATE: _fingerprint(aside / STATE)},
-            }
-            with (aside / MANIFEST).open("w", encoding="utf-8") as file:
-                json.dump(manifest, file, indent=2)
-                file.flush()
-                os.fsync(file.fileno())
-            _sync_folder(aside)
-            replaced = self.folder / f".{final.name}.old"
+                torch.save(rest, file)
+            files = {name: _fingerprint(aside / name) for name in written}
+            manifest = {"step": step, **progress, "about": self.about, "files": files}
+            (aside / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+            for name in (*written, MANIFEST):
+                _sync(aside / name)
+            _sync(aside)
             if final.exists():  # the same step again: its epoch is complete now, or it was reached anew after a resume
-                final.rename(replaced)
+                final.rename(_replaced(final))
             aside.rename(final)
-            _sync_folder(self.folder)
-            shutil.rmtree(replaced, ignore_errors=True)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            _sync(self.folder)
+        except Exception as error:  # torch reports a full disk as a RuntimeError, safetensors as its own error
             shutil.rmtree(aside, ignore_errors=True)
+            if not isinstance(error, OSError | RuntimeError) and type(error).__name__ != "SafetensorError":
+                raise
             raise CheckpointError(f"the checkpoint of step {step} could not be written to {final}: {error}") from None
-        for old in self.all()[: -self.keep_last]:
-            shutil.rmtree(old, ignore_errors=True)
+        self._prune()
         return final
+
+    def _prune(self) -> None:
+        """Remove what need not stay; the newest one always does."""
+        there = [path for path in self.all() if not path.name.startswith(".")]
+        stay = set(there[-self.keep_last :])
+        told = {path: _told(path) for path in there}
+        losses = [path for path in there if told[path].get("loss") is not None]
+        stay |= set(sorted(losses, key=lambda path: told[path]["loss"])[: self.keep_best])
+        if self.keep_every is not None:
+            epochs = {path: told[path].get("epochs") for path in there}
+            stay |= {path for path, done in epochs.items() if done and done % self.keep_every == 0}
+        for old in [*(path for path in there if path not in stay), *self.folder.glob(".step-*")]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def all(self) -> list[Path]:
         """Return the checkpoints' folders, oldest first, without a look inside."""
-        return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
+        there = {path.name: path for path in self.folder.glob("step-*") if path.is_dir()}
+        for path in self.folder.glob(".step-*.old"):  # cut off between two renames
+            there.setdefault(path.stem[1:], path)
+        return [there[name] for name in sorted(there)]
+
+
+def _replaced(final: Path) -> Path:
+    return final.with_name(f".{final.name}.old")
+
+
+def _told(checkpoint: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return manifest
+
+
+def _copy(state: Any) -> Any:
+    """Return ``state`` with every tensor copied to the CPU: the next update may change the original."""
+    import torch
+
+    if isinstance(state, torch.Tensor):
+        return state.detach().clone() if state.device.type == "cpu" else state.detach().cpu()
+    if isinstance(state, Mapping):
+        return {key: _copy(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_copy(value) for value in state)
+    return state
 
 
 def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
@@ -105,15 +197,15 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"]
+        files = dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint} is no checkpoint: {MANIFEST} cannot be read ({error})") from None
-    for name, expected in files.items():
+    for name in {STATE, *files}:
         try:
             found = _fingerprint(checkpoint / name)
         except OSError as error:
             raise CheckpointError(f"{checkpoint} is damaged: {name} cannot be read ({error.strerror})") from None
-        if found != expected:
+        if found != files.get(name):
             raise CheckpointError(f"{checkpoint} is damaged: {name} differs from its checksum in {MANIFEST}")
     return manifest
 
@@ -127,25 +219,36 @@ def load(checkpoint: Path) -> dict[str, Any]:
     import pickle
 
     import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
-    read_manifest(checkpoint)
+    files = read_manifest(checkpoint)["files"]
     try:
         state: dict[str, Any] = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
+        if WEIGHTS in files:
+            state["model"] = load_file(checkpoint / WEIGHTS) | state["model"]
+    except (pickle.UnpicklingError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint} holds something else than tensors and plain values: {error}") from None
     return state
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
+    about = path.stat()
+    return {"bytes": about.st_size, "sha256": _sha256(path, about.st_size, about.st_mtime_ns, about.st_ino)}
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: Path, size: int, mtime_ns: int, inode: int) -> str:
+    """Hash a file once; the last three arguments notice another one under its name."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return digest.hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

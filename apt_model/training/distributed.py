@@ -81,13 +81,13 @@ def barrier() -> None:
         dist.barrier()
 
 
-def any_rank(value: bool) -> bool:
-    """Say whether ``value`` is true on some rank."""
+def any_rank(*values: bool) -> tuple[bool, ...]:
+    """Say of each value whether it is true on some rank."""
     if Ranks.of_group().world == 1:
-        return value
-    shared = torch.tensor([float(value)], device=_device())
+        return values
+    shared = torch.tensor([float(value) for value in values], device=_device())
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-    return bool(shared.item())
+    return tuple(bool(value) for value in shared.tolist())
 
 
 def gathered(value: Any) -> list[Any]:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from apt_model.errors import ConfigError, Interrupted
@@ -16,6 +15,7 @@ from apt_model.training import checkpoint
 from apt_model.training.base import BaseTrainer, Batch
 from apt_model.training.distributed import average_buffers, average_gradients, equalise
 from apt_model.training.optimizer import load_named_state
+from apt_model.training.randomness import restore_random_state
 
 
 class Trainer(BaseTrainer):
@@ -115,8 +115,6 @@ class Trainer(BaseTrainer):
         self.clock = Clock(**state["clock"])
         for name, value in state["progress"].items():
             setattr(self, name, value)
-        random = state["random"]
-        own = random["ranks"][self.ranks.rank] if self.ranks.rank < len(random.get("ranks", ())) else random["cpu"]
-        torch.set_rng_state(own)
-        if state["random"]["cuda"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+        self._saved_at = self.seconds
+        ranks = state["random"]
+        restore_random_state(ranks[self.ranks.rank if self.ranks.rank < len(ranks) else 0], self.device)

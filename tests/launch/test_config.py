@@ -96,7 +96,7 @@ def test_keys_in_yaml_equal_parameters_of_the_class(target: tuple[str, type[sche
         assert set(parameters) == {"horizon", "broadcast", "curriculum"}
         return
     if name in schema.GROUPS["trainer"]:
-        keys -= {"keep_checkpoints"}  # Checkpoints takes it
+        keys -= {"keep_last", "keep_best", "keep_every"}  # Checkpoints takes it
     assert keys <= set(parameters), f"{name} does not take {keys - set(parameters)}"
     given = {"model": {"moe", "align", "voter"}, "optimizer": set()}
     forgotten = {
@@ -206,7 +206,7 @@ def test_nothing_outside_the_allow_list_is_built_also_when_nested(target: str, t
 def test_identity_is_that_of_the_result(composed: Composed) -> None:
     base = composed().identity
     assert len(base) == 64
-    for neutral in ("logger.mode=disabled", "trainer.log_every=1", "trainer.keep_checkpoints=9", "logger=none"):
+    for neutral in ("logger.mode=disabled", "trainer.log_every=1", "trainer.keep_last=9", "logger=none"):
         assert composed(neutral).identity == base
     for real in ("seed=1", "schedule.route_temp.end=0.6", "trainer.precision=fp32", "model.ffn=gelu"):
         assert composed(real).identity != base

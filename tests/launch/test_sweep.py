@@ -199,7 +199,7 @@ def test_a_drill_proves_that_jobs_continue_exactly(start: Start, sweep: Path) ->
 
 
 def test_a_drill_notices_the_smallest_difference(start: Start, sweep: Path) -> None:
-    process = start("seed=0", "launch.drill=true", "trainer.keep_checkpoints=100")
+    process = start("seed=0", "launch.drill=true", "trainer.keep_last=100")
     process.communicate(timeout=120)
     path = folder(sweep, 0) / "drill.json"
     drill = json.loads(path.read_text())

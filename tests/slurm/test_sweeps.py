@@ -19,7 +19,7 @@ from tests.slurm.cluster import NODES, Cluster
 
 LONG = (
     *("trainer.max_epochs=500", "trainer.log_every=1", "schedule=none", "trainer.validation_batches=1"),
-    *("trainer.checkpoint_every_epochs=50", "trainer.keep_checkpoints=2"),
+    *("trainer.checkpoint_every_epochs=50", "trainer.keep_last=2"),
 )
 """Overrides of a run of 2000 updates, which takes about ten seconds."""
 

@@ -1,0 +1,80 @@
+"""``python -m apt_launch.sync DIR``: deliver to W&B what it has not seen of a run, or of each run of a sweep.
+
+``metrics.jsonl`` is what gets delivered, so it does not matter how often a run was killed, or whether it was offline. Rows
+that W&B has are skipped: twice is as good as once. A run that is offline may be delivered while it trains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from apt_launch.config import parse, show_error
+from apt_launch.lease import read_holder
+from apt_launch.plan import from_yaml
+from apt_launch.tracking.projections import deliver
+from apt_model.errors import ConfigError
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 all delivered, 1 W&B did not take it, 2 nothing to deliver, 130 interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m apt_launch.sync", description=(__doc__ or "").split("\n\n")[1])
+    parser.add_argument("folder", metavar="DIR", type=Path, help="a run's folder, or a sweep's")
+    folder = parser.parse_args().folder
+    try:
+        runs = runs_in(folder)
+        sys.exit(max(_deliver(run) for run in runs) if len(runs) == 1 else _deliver_each(runs))
+    except ConfigError as error:
+        show_error(error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """Return the folders of the runs in ``folder``: itself, or those of a sweep's jobs.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if (folder / "metrics.jsonl").exists():
+        return [folder]
+    runs = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
+    if not runs:
+        raise ConfigError(f"{folder}: there is no run here: no metrics.jsonl (looked in {Path.cwd()}).")
+    return runs
+
+
+def _deliver_each(runs: list[Path]) -> int:
+    """Deliver each run in a process of its own: W&B's client keeps one run a process."""
+    codes = [
+        subprocess.run([sys.executable, "-m", "apt_launch.sync", str(run)], check=False).returncode for run in runs
+    ]
+    return max(codes)
+
+
+def _deliver(folder: Path) -> int:
+    import wandb
+
+    try:
+        config = parse(from_yaml((folder / "config.yaml").read_text(encoding="utf-8")))
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: {error}") from None
+    holder = read_holder(folder / "lease.json")
+    if holder is not None and holder.alive is not False and config.values["logger"].get("mode") == "online":
+        raise ConfigError(f"{folder}: process {holder.pid} on {holder.host} is training here, and delivers by itself.")
+    try:
+        sent, before = deliver(config, folder, summary["state"])
+    except (wandb.Error, TimeoutError) as error:
+        sys.stderr.write(f"error: {folder}: W&B: {str(error).strip()}. Nothing is lost; try again later.\n")
+        return 1
+    sys.stdout.write(f"{folder}: {sent} rows sent, {before} were there\n")
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""CSV: ``metrics.csv`` in the run's folder, for spreadsheets and pandas."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from apt_launch.tracking import Row
+
+
+class CsvTracker:
+    """Writes a line a row; metrics that come later in a run are new columns, empty in the lines before."""
+
+    def __init__(self, *, mode: str, folder: Path) -> None:
+        self.path = folder / "metrics.csv"
+        self.columns: list[str] = []
+        self._file = self.path.open("w", newline="", encoding="utf-8")
+
+    def log(self, row: Row) -> None:
+        """Write one row."""
+        new = [name for name in row if name not in self.columns]
+        if new:
+            self._add(new)
+        csv.DictWriter(self._file, self.columns).writerow(row)
+        self._file.flush()
+
+    def _add(self, columns: list[str]) -> None:
+        """Write the file anew, with more columns."""
+        self._file.close()
+        with self.path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        self.columns += columns
+        aside = self.path.with_name(f".{self.path.name}.tmp")
+        with aside.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        aside.replace(self.path)
+        self._file = self.path.open("a", newline="", encoding="utf-8")
+
+    def close(self, state: str) -> None:
+        """Close the file."""
+        self._file.close()
