@@ -4,7 +4,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?= schedule=gpt5_moe
 
-.PHONY: help run test lint wheel clean
+KILLS ?= 200
+
+.PHONY: help run test soak lint wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -15,6 +17,9 @@ run: $(VENV)/.installed ## train through the whole curriculum on real text: make
 
 test: $(VENV)/.installed ## run all tests
 	$(BIN)/python -m pytest
+
+soak: $(VENV)/.installed ## kill training 200 times and compare what comes out: make soak KILLS=1000
+	APT_KILLS=$(KILLS) $(BIN)/python -m pytest -s tests/reliability/test_kills.py
 
 lint: $(VENV)/.installed ## ruff and mypy
 	$(BIN)/ruff check .
