@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from apt_launch.config import CONF, load, show_error
+from apt_launch.folder import keep_private
 from apt_launch.plugins import register
 from apt_model.errors import ConfigError, TrainingError
 
@@ -31,6 +32,7 @@ def main() -> None:
         from apt_launch import preview
 
         return preview.main()
+    keep_private()
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
         sys.argv[1:] = with_profile_file(flags_first(sys.argv[1:]))

@@ -135,7 +135,9 @@ def composed(overrides: list[str]) -> RunConfig:
 def parse(values: dict[str, Any], counts: Counts | None = None) -> RunConfig:
     """Check plain values; see :func:`load`. ``counts`` keeps what was counted, for the next of many configs."""
     from apt_launch import schema
+    from apt_launch.guard import check_secrets
 
+    check_secrets(values)
     problems: list[str] = []
     groups: dict[str, Any] = {}
     for name, schemas in schema.GROUPS.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,6 +132,11 @@ class RunFolder:
             ]
             raise ConfigError(*[f"trainer.resume: {reason}" for reason in reasons])
         return checkpoint, passed_over
+
+
+def keep_private() -> None:
+    """Let only this user read what the process writes from now on: configs, logs, job scripts, W&B's files."""
+    os.umask(0o077)
 
 
 def refuse_file_in_the_way(folder: Path, key: str) -> None:

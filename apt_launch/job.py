@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from apt_launch.config import parse
+from apt_launch.folder import keep_private
 from apt_launch.lease import Holder, Lease
 from apt_launch.ledger import State, read_state, write_state
 from apt_launch.plan import from_yaml
@@ -55,6 +56,7 @@ def perform(
     Raises:
         Exception: what made it fail, already told in its state and log.
     """
+    keep_private()
     signal.pthread_sigmask(
         signal.SIG_BLOCK, CLUSTERS
     )  # they wait until the folder is ours, and while its state is written

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def register() -> None:
-    """Make them known to Hydra, under the names that ``conf/hydra`` has.
+    """Make them known to Hydra, under the names that ``conf/hydra`` has, and have it judge what it composes.
 
     Hydra builds plugins of the package ``hydra_plugins`` only; this module takes a place there, beside those installed.
     """
@@ -29,6 +29,8 @@ def register() -> None:
 
     from hydra.core.plugins import Plugins
 
+    from apt_launch import guard
+
     try:
         package = importlib.import_module("hydra_plugins")
     except ImportError:
@@ -37,6 +39,7 @@ def register() -> None:
     sys.modules["hydra_plugins.apt_launch"] = package.apt_launch = sys.modules[__name__]  # type: ignore[attr-defined]
     for plugin in (PlanSweeper, LocalLauncher, SlurmLauncher):
         Plugins.instance().register(plugin)
+    guard.install()
 
 
 def gpus_of(launcher: str, values: Mapping[str, Any]) -> int:

@@ -13,6 +13,8 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+from apt_launch.guard import redacted
+
 LARGEST_DIFF = 1 << 20
 
 
@@ -65,6 +67,6 @@ def _git(folder: Path) -> dict[str, Any] | None:
     return {
         "commit": commit.strip(),
         "dirty": bool((ask("status", "--porcelain") or "").strip()),
-        "diff": diff[:LARGEST_DIFF],
+        "diff": redacted(diff[:LARGEST_DIFF]),
         "diff_truncated": len(diff) > LARGEST_DIFF,
     }

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from apt_launch.folder import keep_private
 from apt_launch.ledger import Ledger, Status, phase
 from apt_launch.plan import Plan
 from apt_model.errors import ConfigError
@@ -25,6 +26,7 @@ def main() -> None:
     from hydra.errors import HydraException
 
     arguments = _parser().parse_args()
+    keep_private()
     try:
         sys.exit(COMMANDS[arguments.command](arguments))
     except (ConfigError, HydraException) as error:

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from apt_launch.config import parse, show_error
+from apt_launch.folder import keep_private
 from apt_launch.lease import read_holder
 from apt_launch.plan import from_yaml
 from apt_launch.tracking.projections import deliver
@@ -24,6 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m apt_launch.sync", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("folder", metavar="DIR", type=Path, help="a run's folder, or a sweep's")
     folder = parser.parse_args().folder
+    keep_private()
     try:
         runs = runs_in(folder)
         sys.exit(max(_deliver(run) for run in runs) if len(runs) == 1 else _deliver_each(runs))

@@ -70,6 +70,7 @@ class WandbTracker:
             "settings": wandb.Settings(
                 console="off",
                 silent=True,
+                disable_code=True,  # and no diff: provenance.json has one, without lines that look like secrets
                 init_timeout=START_TIMEOUT,
                 finish_timeout=FINISH_TIMEOUT,
                 finish_timeout_raises=True,

@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.forks import Forks, forking
+
+
+@pytest.fixture(scope="package")
+def forks() -> Iterator[Forks]:
+    """Run commands without the seconds that loading torch takes."""
+    with forking() as forks:
+        yield forks
