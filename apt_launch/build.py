@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +71,7 @@ def build_trainer(
     callbacks: Sequence[Callback] = (),
     checkpoints: Checkpoints | None = None,
     resume: Path | None = None,
+    leave_out: Collection[tuple[int, int]] = (),
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Trainer:
     """Build everything a run needs, seeded."""
@@ -79,7 +80,7 @@ def build_trainer(
 
     seed_all(config.seed)
     values = config.values
-    ours = ("resume", "keep_last", "keep_best", "keep_every")  # read by whoever owns the run's folder
+    ours = ("resume", "keep_last", "keep_best", "keep_every", "stall_minutes")  # read by whoever owns the run's folder
     trainer: Trainer = build(
         {key: value for key, value in values["trainer"].items() if key not in ours},
         model=build_model(config),
@@ -89,6 +90,7 @@ def build_trainer(
         corpus=build(values["data"]),
         seed=config.seed,
         resume=resume,
+        leave_out=leave_out,
         checkpoints=checkpoints,
         log=log,
         callbacks=callbacks,

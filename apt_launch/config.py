@@ -39,6 +39,7 @@ NEUTRAL = (
     "trainer.keep_last",
     "trainer.keep_best",
     "trainer.keep_every",
+    "trainer.stall_minutes",
 )
 """Keys that cannot change what a run computes: no part of its identity."""
 
@@ -295,6 +296,8 @@ def _trainer_problems(trainer: schema.TrainerConfig) -> list[str]:
             f"trainer.resume: trainer={option} cannot go on from a checkpoint. Choose trainer=default, which goes on from "
             "those of every trainer, or set trainer.resume=null."
         )
+    if trainer.on_nonfinite != "stop" and type(trainer) in EXTRAS:
+        problems.append(f"trainer.on_nonfinite: {trainer.on_nonfinite} is for trainer=default only. Set it to stop.")
     if isinstance(trainer, HFConfig) and trainer.device.removeprefix("cuda:").strip("0").isdigit():
         number = trainer.device.removeprefix("cuda:")
         problems.append(

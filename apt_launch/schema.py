@@ -130,6 +130,8 @@ class TrainerConfig(Group):
     keep_last: Positive
     keep_best: Annotated[int, Field(ge=0)]
     keep_every: Positive | None
+    on_nonfinite: Literal["stop", "skip", "rollback"]
+    stall_minutes: PositiveNumber | None
 
 
 class LightningConfig(TrainerConfig):

@@ -72,7 +72,7 @@ def _deliver(folder: Path) -> int:
     try:
         sent, before = deliver(config, folder, summary["state"])
     except (wandb.Error, TimeoutError) as error:
-        sys.stderr.write(f"error: {folder}: W&B: {str(error).strip()}. Nothing is lost; try again later.\n")
+        sys.stderr.write(f"error: {folder}: W&B: {str(error).strip().rstrip('.')}. Nothing is lost; try again later.\n")
         return 1
     sys.stdout.write(f"{folder}: {sent} rows sent, {before} were there\n")
     return 0

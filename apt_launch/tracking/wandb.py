@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,7 @@ class WandbTracker:
                 raise wandb.errors.UsageError("there is no API key here. Set WANDB_API_KEY or run `wandb login`")
             run = wandb.init(mode="online", **about)
         except wandb.Error as error:
+            _abandon_client()
             if not fallback:
                 raise
             logger.warning(
@@ -122,26 +124,36 @@ class WandbTracker:
             try:
                 self.run.log(self._held | {"trainer/step": step}, step=step)
             except Exception:
-                self._abandon()
+                _abandon_client()
                 raise
             self.sent += 1
         self._held = {}
 
     def close(self, state: str) -> None:
-        """Finish the run; only a run that is done has exit code 0."""
+        """Finish the run; one that failed or was interrupted has exit code 1."""
         if self._held and not (self._awaits_validation() and state != "done"):
             self._send()
-        self.run.finish(exit_code=0 if state == "done" else 1)
-
-    def _abandon(self) -> None:
-        """Leave a client that is dead: at the process's end it would try once more, and fail aloud."""
-        import wandb
-
-        with contextlib.suppress(Exception):
-            wandb.teardown()
+        try:
+            self.run.finish(exit_code=0 if state in ("done", "running") else 1)
+        except Exception:
+            _abandon_client()
+            raise
 
     def _awaits_validation(self) -> bool:
         return (int(self._held["step"]) + 1) % self.updates_per_epoch == 0 and "val/loss" not in self._held
+
+
+def _abandon_client() -> None:
+    """Leave a client that is dead, or that waits for a service which is away: the process's end would wait for it."""
+    import wandb
+
+    def leave() -> None:
+        with contextlib.suppress(Exception):
+            wandb.teardown()
+
+    thread = threading.Thread(target=leave, name="wandb teardown", daemon=True)
+    thread.start()
+    thread.join(timeout=2)  # it has let go of the client by then, if not yet ended it
 
 
 def _agents_run() -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -66,6 +66,9 @@ class BaseTrainer(Follower):
         validation_batches: batches of the validation split, the same each time; None: all.
         checkpoint_every_epochs: epochs between checkpoints; the last epoch always has one.
         checkpoint_every_minutes: minutes of training after which there is one in the middle of an epoch, too; None: none.
+        on_nonfinite: what follows a loss or gradient that is not finite: ``stop``, ``skip`` the update, or ``rollback``,
+            which stops here and is the caller's to do.
+        leave_out: updates that are not made: (epoch, first batch); what a rollback found.
         checkpoints: where they go; None: none are written.
         log: receives every row.
         callbacks: see :class:`apt_model.training.callbacks.Callback`.
@@ -102,6 +105,8 @@ class BaseTrainer(Follower):
         validation_batches: int | None = None,
         checkpoint_every_epochs: int = 1,
         checkpoint_every_minutes: float | None = None,
+        on_nonfinite: Literal["stop", "skip", "rollback"] = "stop",
+        leave_out: Collection[tuple[int, int]] = (),
         checkpoints: Checkpoints | None = None,
         log: Callable[[Row], None] = lambda row: None,
         callbacks: Sequence[Callback] = (),
@@ -131,6 +136,8 @@ class BaseTrainer(Follower):
         self.log_every = log_every
         self.checkpoint_every_epochs = checkpoint_every_epochs
         self.checkpoint_every_seconds = 60 * checkpoint_every_minutes if checkpoint_every_minutes else math.inf
+        self.on_nonfinite = on_nonfinite
+        self.leave_out = frozenset(leave_out)
         self.checkpoints = checkpoints
         self.log = log
         self.callbacks = Callbacks(callbacks)
@@ -143,6 +150,7 @@ class BaseTrainer(Follower):
         self.seconds = 0.0
         self._saved_at = 0.0  # of these seconds
         self.last_row: Row = {}
+        self.last_loss = math.nan  # of the last update
         self.ranks = Ranks.of_group() if self.shares_batches else Ranks()
         if batch_size % self.ranks.world:
             raise ConfigError(
@@ -267,6 +275,7 @@ class BaseTrainer(Follower):
         } | {name: value.item() for name, value in self.mean_of_ranks(self._told).items()}
         took = self._take_time()
         self.updates_done += 1
+        self.last_loss = row["train/loss"]
         last = self.batches_done == len(self.train_batches)
         if self._changes or self.clock.step % self.log_every == 0 or last:
             speed = {"tokens_per_second": self.tokens / took}
@@ -277,7 +286,7 @@ class BaseTrainer(Follower):
         super().end_update(row)
 
     def skip_update(self) -> None:
-        """Take note of an update that mixed precision skipped; the clock stays."""
+        """Take note of an update that was skipped; the clock stays."""
         self._take_time()
         self.updates_skipped += 1
         super().skip_update()
@@ -344,8 +353,8 @@ class BaseTrainer(Follower):
             )
         if self.updates_skipped:
             logger.warning(
-                "epoch %d: mixed precision skipped %d of %d updates, which the clock does not count: step %d now, %d "
-                "planned. Anneals by step end that much before their end value.",
+                "epoch %d: %d of %d updates were skipped, which the clock does not count: step %d now, %d planned. Anneals "
+                "by step end that much before their end value.",
                 self.clock.epoch,
                 self.updates_skipped,
                 planned,

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
 from torch import Tensor
 
-from apt_model.errors import ConfigError, Interrupted
+from apt_model.errors import ConfigError, Interrupted, NonFiniteError
 from apt_model.schedule import Change, Clock
 from apt_model.training import checkpoint
 from apt_model.training.base import BaseTrainer, Batch
 from apt_model.training.distributed import average_buffers, average_gradients, equalise
 from apt_model.training.optimizer import load_named_state
 from apt_model.training.randomness import restore_random_state
+
+
+logger = logging.getLogger(__name__)
+
+MOST_SKIPPED = 20
+"""Updates in a row that may be skipped because they are not finite."""
 
 
 class Trainer(BaseTrainer):
@@ -28,6 +35,7 @@ class Trainer(BaseTrainer):
 
     can_resume: ClassVar[bool] = True
     shares_batches: ClassVar[bool] = True
+    _given_up = 0  # updates in a row
 
     def fit(self) -> None:
         """Train to the end of the last epoch.
@@ -44,11 +52,20 @@ class Trainer(BaseTrainer):
             for epoch in range(self.clock.epoch, self.max_epochs):
                 self.callbacks.notify("on_epoch_begin", self)
                 for batches in self._updates(epoch):
+                    if (epoch, self.batches_done) in self.leave_out:
+                        self.leave_out_update(batches)
+                        continue
                     self.begin_update()
-                    if self.step(batches) is None:
+                    try:
+                        skipped = self.step(batches) is None
+                    except NonFiniteError as error:
+                        self.give_up_update(batches, error)
+                        continue
+                    if skipped:
                         self.skip_update()
                     else:
                         self.end_update()
+                        self._given_up = 0
                     self._stop_if_requested()
                 self.end_epoch()
                 self._stop_if_requested()
@@ -87,6 +104,28 @@ class Trainer(BaseTrainer):
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return None if self.scaler.get_scale() < scale else norm
+
+    def leave_out_update(self, batches: list[Batch]) -> None:
+        """Go on without the update of ``batches``."""
+        logger.warning("%s: the update of batch %d is left out", self.clock, self.batches_done)
+        self.batches_done += len(batches)
+        self.updates_skipped += 1
+
+    def give_up_update(self, batches: list[Batch], error: NonFiniteError) -> None:
+        """Go on with the weights from before an update that is not finite, where ``on_nonfinite`` says so.
+
+        Raises:
+            NonFiniteError: it does not, or this one was the last of too many in a row.
+        """
+        self._given_up += 1
+        if self.on_nonfinite != "skip":
+            raise error
+        if self._given_up > MOST_SKIPPED:
+            raise NonFiniteError(f"{MOST_SKIPPED} updates in a row were skipped, and still {error}")
+        logger.warning("skipped an update: %s", str(error).split(". The last checkpoint")[0])
+        self.optimizer.zero_grad(set_to_none=True)
+        self.batches_done += len(batches) - len(self._losses)  # those that were not tried
+        self.skip_update()
 
     def _stop_if_requested(self) -> None:
         if self.asked_to_stop():

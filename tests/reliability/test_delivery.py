@@ -15,16 +15,10 @@ import pytest
 
 from apt_launch.tracking import read_rows
 from tests.conftest import SMALL, until
-from tests.forks import Ended, Forks, forking
+from tests.forks import Ended, Forks
 from tests.wandb_server import WandbServer, serving
 
 KEY = "x" * 40
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    with forking() as forks:
-        yield forks
 
 
 @pytest.fixture
@@ -88,7 +82,7 @@ def test_every_row_arrives_once_over_five_kills(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["refuses", "says nothing"])
+@pytest.mark.parametrize("kind", ["refuses", "says nothing", "is unavailable"])
 def test_nobody_answers_at_the_start(
     forks: Forks, server: WandbServer, command: list[str], tmp_path: Path, kind: str
 ) -> None:
@@ -97,9 +91,13 @@ def test_nobody_answers_at_the_start(
         if kind == "says nothing":
             closed.listen()
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        if kind == "is unavailable":
+            server.away.set()
+            url = server.url
         began = time.monotonic()
         ended = forks.run(*command, cwd=tmp_path, env=client(url))
         assert time.monotonic() - began < 60 + 30
+        server.away.clear()
     assert ended.code == 0, ended.err
     assert (ended.out + ended.err).count("python -m apt_launch.sync ") == 1
     assert "Traceback" not in ended.out + ended.err
@@ -154,8 +152,9 @@ def test_an_outage_that_lasts_keeps_the_run_no_longer_than_stated_and_sync_deliv
 def test_the_death_of_wandbs_own_process_does_not_hurt_the_run(
     forks: Forks, server: WandbServer, command: list[str], tmp_path: Path
 ) -> None:
-    pid = forks.start(*command, "trainer.max_epochs=300", "schedule=none", cwd=tmp_path, env=client(server.url))
-    until(lambda: server.runs, "W&B to know the run")
+    pid = forks.start(*command, "trainer.max_epochs=600", "schedule=none", cwd=tmp_path, env=client(server.url))
+    log = tmp_path / "run" / "train.log"
+    until(lambda: log.exists() and "W&B: http" in log.read_text(), "the client to be ready")
     cores = [child for child in psutil.Process(pid).children(recursive=True) if "wandb" in child.name()]
     assert cores
     for core in cores:
@@ -182,7 +181,8 @@ def test_an_offline_run_that_was_interrupted_is_delivered_whole(
     os.kill(pid, signal.SIGINT)
     assert forks.wait().code == 130
     assert sync(forks, tmp_path, server.url).code == 0
-    assert 20 <= len(delivered(server)) < 600
+    held_back = len(recorded(tmp_path / "run")) - len(delivered(server))
+    assert held_back in (0, 1)  # the last update of an epoch waits for its validation
     assert forks.run(*offline, "trainer.max_epochs=150", "schedule=none", cwd=tmp_path).code == 0
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 1
     assert sync(forks, tmp_path, server.url).code == 0

@@ -1,0 +1,211 @@
+"""What keeps an eye on a run: a step that stalls, memory that runs out, a loss that jumps where a module goes on."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from apt_model.schedule import Change
+from apt_model.training.callbacks import Callback
+
+if TYPE_CHECKING:
+    from apt_model.training.base import BaseTrainer
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+
+
+class SpikeWatch(Callback):
+    """Warns, with numbers, if the loss jumps after a module is switched.
+
+    Told are jumps of the mean over ``short`` updates above the mean of the ``window`` updates before the switch, by more than
+    three of their standard deviations; within ``window`` updates of the switch, and once for each.
+    """
+
+    def __init__(self, window: int = 20, short: int = 5) -> None:
+        self.losses: deque[float] = deque(maxlen=window)
+        self.short = short
+        self.armed: tuple[str, float, float, deque[float]] | None = None
+        self.left = 0
+
+    def on_schedule(self, trainer: BaseTrainer, changes: Sequence[Change]) -> None:
+        """Take note of what the loss was."""
+        switched = [change for change in changes if isinstance(change.value, bool)]
+        if switched and len(self.losses) >= self.short:
+            names = " and ".join(f"{c.name.rsplit('_', 1)[0]} {'on' if c.value else 'off'}" for c in switched)
+            where = f"{names} at {trainer.clock}"
+            self.armed = (where, statistics.mean(self.losses), statistics.pstdev(self.losses), deque(maxlen=self.short))
+            self.left = self.losses.maxlen or 0
+
+    def on_step(self, trainer: BaseTrainer) -> None:
+        """Compare."""
+        self.losses.append(trainer.last_loss)
+        if self.armed is None:
+            return
+        where, before, deviation, after = self.armed
+        after.append(trainer.last_loss)
+        self.left -= 1
+        now = statistics.mean(after)
+        if len(after) == self.short and now > before + 3 * deviation:
+            logger.warning(
+                "%s: train/loss rose from %.4f (mean of the updates before, deviation %.4f) to %.4f (mean of %d updates to "
+                "step %d). If it stays: a lower optimizer.lr there, or a larger capacity.",
+                where,
+                before,
+                deviation,
+                now,
+                self.short,
+                trainer.clock.step,
+            )
+            self.armed = None
+        elif self.left == 0:
+            self.armed = None
+
+
+class Memory(NamedTuple):
+    """Bytes in use and there."""
+
+    used: int
+    total: int
+
+
+def host_memory(root: Path = Path("/")) -> Memory | None:
+    """Return the memory of this process's control group where it has a limit, else of the machine; None: unknown.
+
+    What the system would give back at once (cached files) is not in use.
+
+    Args:
+        root: where ``proc`` and ``sys`` are.
+    """
+    try:
+        path = next(
+            line[3:] for line in (root / "proc/self/cgroup").read_text().splitlines() if line.startswith("0::")
+        ).lstrip("/")
+        group = root / "sys/fs/cgroup" / path
+        while not (group / "memory.max").exists() and group != root / "sys/fs/cgroup":
+            group = group.parent
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            told = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            current = int((group / "memory.current").read_text())
+            return Memory(current - int(told.get("inactive_file", 0)), int(limit))
+    except (OSError, ValueError, StopIteration):
+        pass  # no control groups of version 2
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+        return Memory((kib["MemTotal"] - kib["MemAvailable"]) * 1024, kib["MemTotal"] * 1024)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def device_memory(device: torch.device) -> Memory | None:
+    """Return the memory of a CUDA device, without what torch holds for later; None: there is none."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return Memory(total - free - cached, total)
+
+
+class Watchdog(Callback):
+    """A thread that looks after a run: warns of a step that stalls, and once of memory that is nearly full.
+
+    Where every Python thread stands is dumped by the interpreter's own fault handler, which works even where one of them holds
+    the interpreter and hangs.
+
+    Args:
+        log: the file that gets the dumps.
+        stall_seconds: after which a step stalls; None: never.
+        nearly_full: share of the memory in use.
+        every: seconds between looks.
+        memory: what to look at; None: the host, and the trainer's device.
+    """
+
+    def __init__(
+        self,
+        log: Path,
+        *,
+        stall_seconds: float | None,
+        nearly_full: float = 0.95,
+        every: float = 5.0,
+        memory: Callable[[], dict[str, Memory | None]] | None = None,
+    ) -> None:
+        self.log = log
+        self.stall_seconds = stall_seconds
+        self.nearly_full = nearly_full
+        self.every = min(every, stall_seconds / 4) if stall_seconds else every
+        self.memory = memory
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._progress = self._armed = 0.0
+
+    def on_train_begin(self, trainer: BaseTrainer) -> None:
+        """Begin to look."""
+        device = trainer.device
+        self.memory = self.memory or (lambda: {"the host": host_memory(), str(device): device_memory(device)})
+        self._file = self.log.open("a", encoding="utf-8")
+        self._note()
+        self._thread = threading.Thread(target=self._look, args=(trainer,), name="watchdog", daemon=True)
+        self._thread.start()
+
+    def on_batch_end(self, trainer: BaseTrainer) -> None:
+        """Take note that things go on."""
+        self._note()
+
+    def on_step(self, trainer: BaseTrainer) -> None:
+        """Take note that things go on."""
+        self._note()
+
+    def on_epoch_end(self, trainer: BaseTrainer) -> None:
+        """Take note that things go on."""
+        self._note()
+
+    def on_train_end(self, trainer: BaseTrainer) -> None:
+        """Look no more."""
+        if self._thread is not None:
+            self._ended.set()
+            self._thread.join()
+            faulthandler.cancel_dump_traceback_later()
+            self._file.close()
+
+    def _note(self) -> None:
+        self._progress = time.monotonic()
+        if self.stall_seconds and self._progress - self._armed > self.stall_seconds / 20:
+            self._armed = self._progress
+            faulthandler.dump_traceback_later(self.stall_seconds, file=self._file)
+
+    def _look(self, trainer: BaseTrainer) -> None:
+        stalled = 0.0  # of which progress that was told
+        told: set[str] = set()
+        while not self._ended.wait(self.every):
+            stands = time.monotonic() - self._progress
+            if self.stall_seconds and stands > self.stall_seconds and stalled != self._progress:
+                stalled = self._progress
+                logger.warning(
+                    "%s: no batch has ended for %.0f s (trainer.stall_minutes). Where every thread stands is in %s.",
+                    trainer.clock,
+                    stands,
+                    self.log,
+                )
+            assert self.memory is not None
+            for name, memory in self.memory().items():
+                if memory and name not in told and memory.used > self.nearly_full * memory.total:
+                    told.add(name)
+                    logger.warning(
+                        "the memory of %s is nearly full: %.1f of %.1f GiB. A lower trainer.batch_size with a higher "
+                        "trainer.accumulate needs less; a job gets more by launch.mem_gb.",
+                        name,
+                        memory.used / GIB,
+                        memory.total / GIB,
+                    )
