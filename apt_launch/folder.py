@@ -52,6 +52,8 @@ class RunFolder:
         self.schedule = path / "schedule.png"
         self.checkpoints = path / "checkpoints"
         self.provenance = path / "provenance.json"
+        self.log = path / "train.log"
+        self._left_out = path / "left_out.json"
 
     @property
     def holds_a_run(self) -> bool:
@@ -77,6 +79,16 @@ class RunFolder:
     def owns(self, checkpoint: Path) -> bool:
         """Say whether ``checkpoint`` is one of this folder's."""
         return checkpoint.parent.resolve() == self.checkpoints.resolve()
+
+    def left_out(self) -> list[tuple[int, int]]:
+        """Return the updates that rollbacks found: (epoch, first batch)."""
+        if not self._left_out.exists():
+            return []
+        return [(epoch, batch) for epoch, batch in json.loads(self._left_out.read_text(encoding="utf-8"))["updates"]]
+
+    def leave_out(self, updates: list[tuple[int, int]]) -> None:
+        """Note updates that every later life leaves out."""
+        write_json(self._left_out, {"updates": updates})
 
     def resume(self, config: RunConfig) -> Resume | None:
         """Find what ``trainer.resume`` names; None: start from nothing.

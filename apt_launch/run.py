@@ -22,7 +22,7 @@ from apt_launch.folder import Resume, RunFolder, write_json, write_whole
 from apt_launch.lease import Holder, Lease
 from apt_launch.tracking import Record, Tracking, read_rows
 from apt_launch.tracking.projections import Membership, project
-from apt_model.errors import AptError, Interrupted
+from apt_model.errors import AptError, Interrupted, NonFiniteError
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,8 @@ def run(config: RunConfig, path: Path, member: Membership | None = None) -> floa
                 while True:
                     try:
                         return _run(config, folder, folder.check_free(config), stop, member)
+                    except RolledBack:
+                        config = config.resuming()
                     except Drilled:
                         if member is not None:  # its launcher gives it a new process
                             raise
@@ -96,22 +98,43 @@ def run(config: RunConfig, path: Path, member: Membership | None = None) -> floa
                     lease.release()
 
 
+class RolledBack(Interrupted):
+    """The run goes back to its last checkpoint, and will leave an update out."""
+
+
 def _follow_first_rank(config: RunConfig, folder: RunFolder, stop: StopRequest) -> float:
     """Do the work of a rank that writes nothing."""
     from apt_model.training.distributed import barrier
 
-    barrier()  # the first rank has the lease, and knows what to go on from
-    resume = folder.check_free(config)
-    drill = Drill(folder.path, config)
-    trainer = build_trainer(
-        config,
-        log=lambda row: None,
-        callbacks=drill.callbacks,
-        resume=resume.checkpoint if resume else None,
-        stop_requested=drill.stop_or(stop),
-    )
-    drill.fit(trainer)
-    return math.nan
+    while True:
+        barrier()  # the first rank has the lease, and knows what to go on from
+        resume = folder.check_free(config)
+        left_out = folder.left_out()
+        drill = Drill(folder.path, config)
+        trainer = build_trainer(
+            config,
+            log=lambda row: None,
+            callbacks=drill.callbacks,
+            resume=resume.checkpoint if resume else None,
+            leave_out=left_out,
+            stop_requested=drill.stop_or(stop),
+        )
+        try:
+            drill.fit(trainer)
+        except NonFiniteError:
+            if not _may_roll_back(config, left_out):
+                raise
+            config = config.resuming()
+        else:
+            return math.nan
+
+
+MOST_ROLLBACKS = 10
+"""After which a run has failed: something is wrong that no batch is to blame for."""
+
+
+def _may_roll_back(config: RunConfig, left_out: list[tuple[int, int]]) -> bool:
+    return config.trainer.on_nonfinite == "rollback" and len(left_out) < MOST_ROLLBACKS
 
 
 def _run(
@@ -122,9 +145,13 @@ def _run(
     from apt_launch.plots import draw_schedule, sheets
     from apt_model.training.checkpoint import Checkpoints
     from apt_model.training.distributed import barrier
+    from apt_model.training.watchdogs import SpikeWatch, Watchdog
 
     began = time.time()
     barrier()
+    left_out = folder.left_out()
+    minutes = config.trainer.stall_minutes
+    watchdog = Watchdog(folder.log, stall_seconds=60 * minutes if minutes else None)
     drill = Drill(folder.path, config)
     checkpoints = Checkpoints(
         folder.checkpoints,
@@ -141,9 +168,10 @@ def _run(
     trainer = build_trainer(  # before anything is written: what it refuses leaves the folder as it was
         config,
         log=lambda row: tracking.log(row),
-        callbacks=[progress_callback(), *drill.callbacks],
+        callbacks=[progress_callback(), SpikeWatch(), watchdog, *drill.callbacks],
         checkpoints=checkpoints,
         resume=resume.checkpoint if resume else None,
+        leave_out=left_out,
         stop_requested=drill.stop_or(stop),
     )
     write_whole(folder.config, OmegaConf.to_yaml(OmegaConf.create(config.values)))
@@ -163,6 +191,11 @@ def _run(
         } | summary.summarise(read_rows(folder.metrics))
         write_json(folder.summary, content)
         summary.show(content, config, folder)
+
+    def fail(error: BaseException) -> None:
+        cause = str(error) if isinstance(error, AptError) else f"{type(error).__name__}: {error}"
+        logger.error("failed: %s", cause, exc_info=True)
+        finish("failed", cause)
 
     try:
         write_json(folder.summary, {"state": "running", "identity": config.identity})
@@ -187,10 +220,17 @@ def _run(
         if not isinstance(interrupted, Drilled) and member is None:
             logger.info("%s. Go on with: trainer.resume=auto hydra.run.dir=%s", interrupted, folder.path)
         raise
+    except NonFiniteError as error:
+        if not _may_roll_back(config, left_out):
+            fail(error)
+            raise
+        folder.leave_out([*left_out, (trainer.clock.epoch, trainer.batches_done)])
+        checkpoints.wait()
+        tracking.close("interrupted")
+        logger.warning("rolling back to the last checkpoint, from where this update will be left out: %s", error)
+        raise RolledBack(str(error)) from None
     except BaseException as error:
-        cause = str(error) if isinstance(error, AptError) else f"{type(error).__name__}: {error}"
-        logger.error("failed: %s", cause, exc_info=True)
-        finish("failed", cause)
+        fail(error)
         raise
     finish("done")
     rows = read_rows(folder.metrics)

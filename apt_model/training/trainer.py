@@ -18,7 +18,6 @@ from apt_model.training.distributed import average_buffers, average_gradients, e
 from apt_model.training.optimizer import load_named_state
 from apt_model.training.randomness import restore_random_state
 
-
 logger = logging.getLogger(__name__)
 
 MOST_SKIPPED = 20
