@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from apt_launch.config import CONF, load, show_error
-from apt_launch.folder import keep_private
+from apt_launch.folder import RunFolder, keep_private
 from apt_launch.plugins import register
 from apt_model.errors import ConfigError, TrainingError
 
@@ -23,7 +23,12 @@ def run(cfg: DictConfig) -> float:
     """Train one composed config; return its final validation loss."""
     from apt_launch.run import run as train
 
-    return train(load(cfg), Path(HydraConfig.get().runtime.output_dir))
+    path = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        return train(load(cfg), path)
+    except ConfigError:  # what only torch or the whole text could tell
+        RunFolder(path).discard()
+        raise
 
 
 def main() -> None:

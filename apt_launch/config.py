@@ -149,7 +149,7 @@ def parse(values: dict[str, Any], counts: Counts | None = None) -> RunConfig:
             )
             continue
         target = group.get("_target_")
-        if target not in schemas:
+        if not isinstance(target, str | None) or target not in schemas:
             known = [str(known) for known in schemas]
             problems.append(f"{name}._target_: {target!r} may not be built here. {nearest(str(target), known)}")
             continue

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +61,15 @@ class RunFolder:
     def holds_a_run(self) -> bool:
         """Whether there are results here that a new run would overwrite."""
         return (self.metrics.exists() and self.metrics.stat().st_size > 0) or any(self.checkpoints.glob("step-*"))
+
+    def discard(self) -> None:
+        """Remove what Hydra has put here for a run that was refused, if there is nothing else."""
+        if self.path.is_dir() and {path.name for path in self.path.iterdir()} <= {".hydra", self.log.name}:
+            shutil.rmtree(self.path)
+            ours = Path.cwd() / "outputs"
+            for above in (above for above in self.path.absolute().parents if ours in (above, *above.parents)):
+                with contextlib.suppress(OSError):  # it holds more
+                    above.rmdir()
 
     def check_free(self, config: RunConfig) -> Resume | None:
         """Make sure that nothing of another run would be lost here; return what a resume goes on from, see :meth:`resume`.
