@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import sys
 from pathlib import Path
@@ -16,6 +18,9 @@ from apt_launch.config import CONF, load, show_error
 from apt_launch.folder import RunFolder, keep_private
 from apt_launch.plugins import register
 from apt_model.errors import ConfigError, TrainingError
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+"""A disk that takes nothing: no mistake of ours, and nothing that a traceback explains."""
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
@@ -38,6 +43,7 @@ def main() -> None:
 
         return preview.main()
     keep_private()
+    logging.raiseExceptions = False  # a log that cannot be written is no reason to fill the terminal
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
         sys.argv[1:] = with_profile_file(flags_first(sys.argv[1:]))
@@ -60,6 +66,11 @@ def main() -> None:
         sys.exit(2)
     except TrainingError as error:
         if wants_traceback or error.__cause__ is not None:
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
+    except OSError as error:
+        if wants_traceback or error.errno not in DISK:
             raise
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from apt_launch import ledger
 from apt_launch.config import flatten, is_neutral, parse
-from apt_launch.folder import changed_keys, refuse_file_in_the_way, write_json, write_whole
+from apt_launch.folder import changed_keys, refuse_place, write_json, write_whole
 from apt_launch.ledger import ENDED, Ledger, Seen, State, Status, read_state
 from apt_launch.plan import Job, Plan, Resources, from_yaml, to_yaml, unflatten
 from apt_model.errors import ConfigError
@@ -70,7 +70,7 @@ def carry_out(plan: Plan, folder: Path, where: Place) -> None:
         ConfigError: the folder is taken, or a job can never run there; nothing has been sent.
         SystemExit: with 1 if a job failed.
     """
-    refuse_file_in_the_way(folder, "hydra.sweep.dir")
+    refuse_place(folder, "hydra.sweep.dir")
     if (folder / "plan.yaml").exists():
         raise ConfigError(
             f"hydra.sweep.dir: {folder} already holds a sweep. Go on with it by: python -m apt_launch.sweep resume {folder}, "
@@ -110,7 +110,7 @@ def run_batch(before: Plan | None, made: Plan, folder: Path, where: Place) -> tu
     Raises:
         ConfigError: the folder holds another sweep, or a job can never run there.
     """
-    refuse_file_in_the_way(folder, "hydra.sweep.dir")
+    refuse_place(folder, "hydra.sweep.dir")
     if before is None and (folder / "plan.yaml").exists():
         raise ConfigError(f"hydra.sweep.dir: {folder} already holds a sweep. Choose another folder.")
     where.check(made)

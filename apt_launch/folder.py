@@ -77,7 +77,7 @@ class RunFolder:
         Raises:
             ConfigError: the folder holds a run and ``trainer.resume`` does not say to go on with it.
         """
-        refuse_file_in_the_way(self.path, "hydra.run.dir")
+        refuse_place(self.path, "hydra.run.dir")
         resume = self.resume(config)
         going_on = resume is not None and self.owns(resume.checkpoint)
         if self.holds_a_run and not going_on and config.trainer.resume != "auto":
@@ -162,15 +162,20 @@ def keep_private() -> None:
     os.umask(0o077)
 
 
-def refuse_file_in_the_way(folder: Path, key: str) -> None:
-    """Make sure that ``folder`` can be one.
+def refuse_place(folder: Path, key: str) -> None:
+    """Make sure that ``folder`` can be one that is written to.
 
     Raises:
-        ConfigError: it, or what should hold it, is a file; ``key`` is where the user said so.
+        ConfigError: it, or what should hold it, is a file, or may not be written; ``key`` is where the user said so.
     """
+    there = None
     for path in (folder, *folder.parents):
-        if path.exists() and not path.is_dir():
-            raise ConfigError(f"{key}: {path} is a file, and a folder is wanted at {folder}.")
+        if path.exists():
+            there = there or path
+            if not path.is_dir():
+                raise ConfigError(f"{key}: {path} is a file, and a folder is wanted at {folder}.")
+    if there is not None and not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}: {there} may not be written to. Choose another folder.")
 
 
 def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

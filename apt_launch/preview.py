@@ -36,7 +36,7 @@ def main() -> None:
 
     from apt_launch.__main__ import with_profile_file
     from apt_launch.config import show_error
-    from apt_launch.folder import refuse_file_in_the_way
+    from apt_launch.folder import refuse_place
     from apt_launch.plan import gather
     from apt_model.errors import ConfigError
 
@@ -47,7 +47,7 @@ def main() -> None:
         plan = gather(with_profile_file(overrides))
         jobs = plan.jobs[:MOST_OVERLAID]
         folder: Path = arguments.out
-        refuse_file_in_the_way(folder, "--out")
+        refuse_place(folder, "--out")
         tables = _size_tables(jobs, arguments)
         folder.mkdir(parents=True, exist_ok=True)
         programs = {job.label if len(jobs) > 1 else "": config_of(job).program for job in jobs}

@@ -189,7 +189,10 @@ def _run(
             "seconds": round(time.time() - began, 3),
             "tokens_per_second": round(trainer.tokens_per_second, 1),
         } | summary.summarise(read_rows(folder.metrics))
-        write_json(folder.summary, content)
+        try:
+            write_json(folder.summary, content)
+        except OSError as error:
+            logger.error("%s could not be written: %s", folder.summary, error)
         summary.show(content, config, folder)
 
     def fail(error: BaseException) -> None:
