@@ -10,9 +10,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from apt_launch.config import CONF, load, show_error
 from apt_launch.folder import RunFolder, keep_private
@@ -50,20 +48,6 @@ def main() -> None:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on as they are, and we say what they mean
         register()
         run()
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
-        if wants_traceback:
-            raise
-        from apt_launch.explain import explained
-
-        show_error(explained(error))
-        sys.exit(2)
-    except ValueError as error:  # Hydra's own words for flags that exclude each other and overrides that mean nothing
-        from apt_launch.explain import comes_from_hydra
-
-        if wants_traceback or not comes_from_hydra(error):
-            raise
-        show_error(ConfigError(str(error)))
-        sys.exit(2)
     except TrainingError as error:
         if wants_traceback or error.__cause__ is not None:
             raise
@@ -74,6 +58,14 @@ def main() -> None:
             raise
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
+    except Exception as error:
+        from apt_launch.explain import understood
+
+        told = understood(error)
+        if wants_traceback or told is None:
+            raise
+        show_error(told)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 

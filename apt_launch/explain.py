@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any, cast
 
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from apt_launch.config import CONF, flatten
 from apt_launch.schema import all_keys
@@ -53,9 +54,19 @@ def _options_with(key: str) -> list[str]:
     return options
 
 
-def comes_from_hydra(error: BaseException) -> bool:
-    """Say whether ``error`` was raised by Hydra itself, for what stood on the command line."""
+def understood(error: BaseException) -> ConfigError | None:
+    """Return ``error`` as a ConfigError if it is about what was asked for, also where Hydra stumbled over it; else None."""
+    if isinstance(error, ConfigError | HydraException | OmegaConfBaseException):
+        return explained(error)
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("hydra.")
+    module = str(trace.tb_frame.f_globals.get("__name__", "")) if trace is not None else ""
+    if not module.startswith(("hydra.", "omegaconf.", "antlr4.")):
+        return None
+    if isinstance(error, ValueError):  # in words for users: flags that exclude each other, for instance
+        return ConfigError(str(error))
+    return ConfigError(
+        f"the overrides mean nothing to Hydra ({type(error).__name__}: {str(error).strip() or 'no more is known'}). A group "
+        "takes the name of an option (model=gpt), a key takes a value (model.d_model=64)."
+    )

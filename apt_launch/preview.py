@@ -30,8 +30,6 @@ def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 config or command line wrong, 130 interrupted."""
     arguments, overrides = _parser().parse_known_args()
     painter = Painter()  # first of all: it loads its library while this process loads Hydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
     from rich.console import Console
 
     from apt_launch.__main__ import with_profile_file
@@ -58,17 +56,13 @@ def main() -> None:
         for label, table in tables:
             Console().print(*([f"\n{label}"] if label else []), table)
         Console().print(f"pictures  {folder}/preview.png  {folder}/preview.html", highlight=False, soft_wrap=True)
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
-        from apt_launch.explain import explained
+    except Exception as error:
+        from apt_launch.explain import understood
 
-        show_error(explained(error))
-        sys.exit(2)
-    except ValueError as error:
-        from apt_launch.explain import comes_from_hydra
-
-        if not comes_from_hydra(error):
+        told = understood(error)
+        if told is None:
             raise
-        show_error(ConfigError(str(error)))
+        show_error(told)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

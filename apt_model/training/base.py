@@ -16,7 +16,7 @@ from torch import Tensor
 
 from apt_model.data import Corpus, Sampler
 from apt_model.data.batches import Batches
-from apt_model.errors import ConfigError, HorizonError, NonFiniteError
+from apt_model.errors import ConfigError, HorizonError, NonFiniteError, TrainingError
 from apt_model.gpt import GPT
 from apt_model.schedule import Anneal, Change, ScheduleRunner
 from apt_model.schedule.clock import Unit
@@ -220,6 +220,7 @@ class BaseTrainer(Follower):
 
         Raises:
             NonFiniteError: it is not finite.
+            TrainingError: the curriculum has frozen every parameter.
         """
         self.callbacks.notify("on_batch_begin", self)
         with self._autocast():
@@ -235,6 +236,10 @@ class BaseTrainer(Follower):
                 f"the loss is {(language + auxiliary).item()} at {self.clock} (language model {language.item():g}, "
                 f"auxiliary {auxiliary.item():g}). The last checkpoint is from before it. Try a lower optimizer.lr, a longer "
                 "trainer.lr_schedule.warmup or trainer.precision=fp32."
+            )
+        if not loss.requires_grad:
+            raise TrainingError(
+                f"every parameter is frozen at {self.clock}: there is nothing to train. See schedule.events."
             )
         self._losses.append(language)
         self._auxiliary.append(auxiliary)
