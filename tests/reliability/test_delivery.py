@@ -19,6 +19,8 @@ from tests.forks import Ended, Forks
 from tests.wandb_server import WandbServer, serving
 
 KEY = "x" * 40
+CANARY = "c4n4ry-0123456789abcdef-c4n4ry"
+"""A secret of the environment; see test_security."""
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def command(text_file: Path) -> list[str]:
 
 
 def client(url: str) -> dict[str, str]:
-    return {"WANDB_BASE_URL": url, "WANDB_API_KEY": KEY}
+    return {"WANDB_BASE_URL": url, "WANDB_API_KEY": KEY, "MY_SERVICE_TOKEN": CANARY}
 
 
 def recorded(run: Path) -> list[dict[str, float]]:
@@ -52,6 +54,8 @@ def delivered(server: WandbServer) -> list[dict[str, float]]:
 
 
 def check_every_row_once(server: WandbServer, run: Path, *, but: tuple[str, ...] = ()) -> None:
+    for secret in (KEY, CANARY):
+        assert not [body for body in server.bodies if secret.encode() in body]
     rows, expected = delivered(server), recorded(run)
     assert [row["_step"] for row in rows] == [row["step"] for row in expected]
     assert [row["trainer/step"] for row in rows] == [row["step"] for row in expected]

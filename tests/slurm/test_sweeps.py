@@ -92,6 +92,7 @@ def sweep(cluster: Cluster, at: Callable[[Cluster], Sweep]) -> Sweep:
 
 
 def test_an_array_of_eight_loses_only_the_job_that_fails_and_the_one_that_dies(sweep: Sweep) -> None:
+    sweep.env["MY_SERVICE_TOKEN"] = secret = "c4n4ry-0123456789abcdef-c4n4ry"
     rates = ",".join(["0.001", "0.0011", "0.0012", "0.0013", "0.0014", "0.0015", "0.0016", "1e30"])
     told = sweep.send(
         f"optimizer.lr={rates}", "optimizer.weight_decay=0", "schedule=none", "trainer.max_epochs=60"
@@ -122,6 +123,11 @@ def test_an_array_of_eight_loses_only_the_job_that_fails_and_the_one_that_dies(s
     assert sweep.call("wait").returncode == 1
     states = {number: row["state"] for number, row in sweep.jobs().items()}
     assert states == {7: "failed"} | dict.fromkeys(range(7), "done")
+
+    files = [path for path in sweep.folder.rglob("*") if path.is_file()]
+    assert {".sh", ".pkl", ".out"} <= {path.suffix for path in files}
+    assert [path for path in files if secret.encode() in path.read_bytes()] == []
+    assert [path for path in (sweep.folder, *files) if path.stat().st_mode & 0o077] == []
 
 
 @pytest.mark.slow
