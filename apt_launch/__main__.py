@@ -53,19 +53,19 @@ def main() -> None:
             raise
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
-    except OSError as error:
-        if wants_traceback or error.errno not in DISK:
-            raise
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(1)
     except Exception as error:
         from apt_launch.explain import understood
 
         told = understood(error)
-        if wants_traceback or told is None:
+        if wants_traceback:
             raise
-        show_error(told)
-        sys.exit(2)
+        if told is not None:
+            show_error(told)
+            sys.exit(2)
+        if isinstance(error, OSError) and error.errno in DISK:
+            sys.stderr.write(f"error: {error}\n")
+            sys.exit(1)
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
 
