@@ -56,16 +56,16 @@ def main() -> None:
     except Exception as error:
         from apt_launch.explain import understood
 
-        told = understood(error)
         if wants_traceback:
             raise
-        if told is not None:
-            show_error(told)
-            sys.exit(2)
         if isinstance(error, OSError) and error.errno in DISK:
             sys.stderr.write(f"error: {error}\n")
             sys.exit(1)
-        raise
+        told = understood(error)
+        if told is None:
+            raise
+        show_error(told)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
