@@ -14,7 +14,7 @@ from apt_launch.config import RunConfig
 from apt_model.errors import CheckpointError, ConfigError
 from apt_model.schedule import Horizon
 from apt_model.schedule.runner import horizon_changed
-from apt_model.training.checkpoint import newest_intact, read_manifest
+from apt_model.training.checkpoint import Checkpoints, newest_intact, read_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,7 +60,7 @@ class RunFolder:
     @property
     def holds_a_run(self) -> bool:
         """Whether there are results here that a new run would overwrite."""
-        return (self.metrics.exists() and self.metrics.stat().st_size > 0) or any(self.checkpoints.glob("step-*"))
+        return (self.metrics.exists() and self.metrics.stat().st_size > 0) or bool(Checkpoints(self.checkpoints).all())
 
     def discard(self) -> None:
         """Remove what Hydra has put here for a run that was refused, if there is nothing else."""

@@ -20,6 +20,7 @@ from apt_launch.lease import Holder, Lease
 from apt_launch.ledger import State, read_state, write_state
 from apt_launch.plan import from_yaml
 from apt_model.errors import AptError, ConfigError, Interrupted, TrainingError
+from apt_model.training.checkpoint import Checkpoints
 
 DONE: Final = 0
 FAILED: Final = 1
@@ -128,7 +129,7 @@ def _train(folder: Path, about: dict[str, Any], state: State, before: State, ran
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder / 'config.yaml'}: cannot be read: {error}") from None
     config = parse(values)
-    if any((folder / "checkpoints").glob("step-*")):
+    if Checkpoints(folder / "checkpoints").all():
         config = config.resuming()
     else:  # an earlier life came to no checkpoint: its rows will be computed again
         (folder / "metrics.jsonl").unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from apt_launch.config import parse, show_error
+from apt_launch.config import show_error
 from apt_launch.folder import keep_private
 from apt_launch.lease import read_holder
 from apt_launch.plan import from_yaml
@@ -62,15 +62,15 @@ def _deliver(folder: Path) -> int:
     import wandb
 
     try:
-        config = parse(from_yaml((folder / "config.yaml").read_text(encoding="utf-8")))
+        values = from_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: {error}") from None
     holder = read_holder(folder / "lease.json")
-    if holder is not None and holder.alive is not False and config.values["logger"].get("mode") == "online":
+    if holder is not None and holder.alive is not False and values["logger"].get("mode") == "online":
         raise ConfigError(f"{folder}: process {holder.pid} on {holder.host} is training here, and delivers by itself.")
     try:
-        sent, before = deliver(config, folder, summary["state"])
+        sent, before = deliver(values, folder, summary["state"])
     except (wandb.Error, TimeoutError) as error:
         sys.stderr.write(f"error: {folder}: W&B: {str(error).strip().rstrip('.')}. Nothing is lost; try again later.\n")
         return 1

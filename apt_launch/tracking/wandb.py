@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +27,7 @@ class WandbTracker:
     Args:
         mode: ``offline``; or ``online``, which needs a key and is offline without one, or while the service is away.
         folder: the run's folder.
-        run_id: the same for every resume in that folder, so that W&B continues one run. Under W&B's own sweep agent the
-            run is the one that the agent names.
+        run_id: the same for every life of the run.
         config: what W&B shows as the run's config.
         updates_per_epoch: planned; see above.
         group: the sweep that the run belongs to.
@@ -64,7 +62,7 @@ class WandbTracker:
             "tags": [*tags, *(tag[:64] for tag in job_tags)],
             "group": group,
             "dir": folder,
-            "id": _agents_run() or run_id,
+            "id": run_id,
             "resume": "allow",
             "job_type": job_type,
             "config": config,
@@ -154,11 +152,6 @@ def _abandon_client() -> None:
     thread = threading.Thread(target=leave, name="wandb teardown", daemon=True)
     thread.start()
     thread.join(timeout=2)  # it has let go of the client by then, if not yet ended it
-
-
-def _agents_run() -> str | None:
-    """Return the run that W&B's own agent has made for this process, if it is one that the agent started."""
-    return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
 
 
 def _put_earlier_away(folder: Path) -> None:
