@@ -154,7 +154,7 @@ def test_a_step_that_stalls_is_told_and_the_log_shows_where_every_thread_stands(
         def wait_for_the_dump(self) -> None:
             until(lambda: "no batch has ended" in caplog.text and log.read_text().count("Thread 0x") >= 2, "a dump", 30)
 
-    watchdog = Watchdog(log, stall_seconds=0.5)
+    watchdog = Watchdog(log, stall_seconds=2.0)
     trainer = build_trainer(
         small("schedule=none", "trainer.max_epochs=2"), log=lambda row: None, callbacks=[watchdog, Stall()]
     )
