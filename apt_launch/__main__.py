@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from apt_launch.config import CONF, load, show_error
-from apt_launch.folder import RunFolder, keep_private
+from apt_launch.guard import keep_private
 from apt_launch.plugins import register
 from apt_model.errors import ConfigError, TrainingError
 
@@ -30,6 +30,8 @@ def run(cfg: DictConfig) -> float:
     try:
         return train(load(cfg), path)
     except ConfigError:  # what only torch or the whole text could tell
+        from apt_launch.folder import RunFolder
+
         RunFolder(path).discard()
         raise
 

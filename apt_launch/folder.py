@@ -157,11 +157,6 @@ class RunFolder:
         return checkpoint, passed_over
 
 
-def keep_private() -> None:
-    """Let only this user read what the process writes from now on: configs, logs, job scripts, W&B's files."""
-    os.umask(0o077)
-
-
 def refuse_place(folder: Path, key: str) -> None:
     """Make sure that ``folder`` can be one that is written to.
 

@@ -28,11 +28,11 @@ HYDRA_TARGETS: Final = frozenset(
 )
 """What Hydra's own node may build, beside plugins that are installed."""
 
-PLUGINS: Final = {
-    "launcher": ("hydra_plugins.",),
-    "sweeper": ("hydra_plugins.", "optuna.samplers.", "optuna.pruners."),
-}
-"""Installed packages whose classes a launcher or a sweeper may be, or be given."""
+PLUGINS: Final = "hydra_plugins."
+"""The package of installed plugins, whose classes a launcher or a sweeper may be."""
+
+OPTUNA: Final = re.compile(r"optuna\.samplers\.[A-Z]\w*Sampler|optuna\.pruners\.[A-Z]\w*Pruner")
+"""What the sweeper of Optuna may be given."""
 
 LOGGING: Final = frozenset(
     {
@@ -66,6 +66,11 @@ SECRET_VALUE: Final = re.compile(
 )
 ASSIGNMENT: Final = re.compile(r"([\w.-]+)[\"']?\s*[=:]\s*[\"']?(?![\"'\s$]|os\.|None|null)[^\"'\s]{6,}")
 SHORTEST_SECRET: Final = 8
+
+
+def keep_private() -> None:
+    """Let only this user read what the process writes from now on: configs, logs, job scripts, W&B's files."""
+    os.umask(0o077)
 
 
 def install() -> None:
@@ -110,8 +115,9 @@ def check_hydra(composed: DictConfig) -> None:
 def _target_problems(node: Mapping[str, Any]) -> Iterator[str]:
     for path, target in _targets(node):
         role = path.split(".", 1)[0]
-        families = PLUGINS.get(role, ())
-        if target in HYDRA_TARGETS or (str(target).startswith(families) and _is_class(str(target), families)):
+        if target in HYDRA_TARGETS or (role == "sweeper" and OPTUNA.fullmatch(str(target))):
+            continue
+        if role in ("launcher", "sweeper") and str(target).startswith(PLUGINS) and _is_class(str(target)):
             continue
         yield f"hydra.{path}: {target!r} may not be built here."
 
@@ -129,15 +135,15 @@ def _targets(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _targets(value, f"{path}.{number}")
 
 
-def _is_class(target: str, families: tuple[str, ...]) -> bool:
-    """Say whether ``target`` is a class of one of the families itself, and not an alias of something else."""
+def _is_class(target: str) -> bool:
+    """Say whether ``target`` is a class of a plugin itself, and not an alias of something else."""
     from hydra.utils import get_object
 
     try:
         found = get_object(target)
     except Exception:
         return False
-    return isinstance(found, type) and f"{found.__module__}.".startswith(families)
+    return isinstance(found, type) and f"{found.__module__}.".startswith(PLUGINS)
 
 
 def _logging_problems(node: Any, path: str) -> Iterator[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from apt_launch.config import parse
-from apt_launch.folder import keep_private
+from apt_launch.guard import keep_private
 from apt_launch.lease import Holder, Lease
 from apt_launch.ledger import State, read_state, write_state
 from apt_launch.plan import from_yaml

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apt_launch.folder import keep_private
+from apt_launch.guard import keep_private
 from apt_launch.ledger import Ledger, Status, phase
 from apt_launch.plan import Plan
 from apt_model.errors import ConfigError

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from apt_launch.config import show_error
-from apt_launch.folder import keep_private
+from apt_launch.guard import keep_private
 from apt_launch.lease import read_holder
 from apt_launch.plan import from_yaml
 from apt_launch.tracking.projections import deliver

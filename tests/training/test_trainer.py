@@ -345,7 +345,7 @@ def test_an_update_that_mixed_precision_skips_is_not_counted(
     monkeypatch.setattr(run.trainer.scaler, "get_scale", lambda: next(scales))
     run.trainer.fit()
     assert run.trainer.clock.step == 7
-    assert "skipped 1 of 4 updates" in caplog.text
+    assert "1 of 4 updates were skipped" in caplog.text
 
 
 def test_validation_does_not_touch_training(small: Small) -> None:
