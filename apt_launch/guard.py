@@ -93,8 +93,7 @@ def check_hydra(composed: DictConfig) -> None:
     Raises:
         ConfigError: with every problem found.
     """
-    values: Any = OmegaConf.to_container(composed, resolve=False)
-    node = values.get("hydra", {})
+    node: Any = OmegaConf.to_container(composed["hydra"], resolve=False)
     problems = [*_target_problems(node), *_secret_problems(node, "hydra")]
     for name in ("hydra_logging", "job_logging"):
         problems += _logging_problems(node.get(name) or {}, f"hydra.{name}")
@@ -179,10 +178,15 @@ def check_secrets(values: Mapping[str, Any]) -> None:
         raise ConfigError(*problems)
 
 
-def _secret_problems(values: Any, path: str) -> list[str]:
-    known = {
+def _secrets_of_the_environment() -> dict[str, str]:
+    """Return the variables that are named like secrets, and long enough to be found elsewhere by their value."""
+    return {
         name: value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET
     }
+
+
+def _secret_problems(values: Any, path: str) -> list[str]:
+    known = _secrets_of_the_environment()
     problems = []
     for key, value in _leaves(values, path):
         reason = _reason(key, value, known)
@@ -227,7 +231,7 @@ def _leaves(values: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def redacted(text: str) -> str:
     """Return ``text`` without the lines that look like they hold a secret."""
-    known = [value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET]
+    known = _secrets_of_the_environment().values()
 
     def clean(line: str) -> str:
         hidden = SECRET_VALUE.search(line) or _assigns_a_secret(line) or any(secret in line for secret in known)

@@ -16,6 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from apt_launch.config import RunConfig
 from apt_launch.config import composed as compose
+from apt_launch.tracking import read_rows
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -92,6 +93,12 @@ def until(happened: Callable[[], object], what: str, timeout: float = 60.0) -> N
     while not happened():
         assert time.monotonic() < end, f"waited {timeout:g} s for {what}"
         time.sleep(0.02)
+
+
+def rows_in(run: Path) -> int:
+    """Return how many rows a run has logged so far."""
+    path = run / "metrics.jsonl"
+    return len(read_rows(path)) if path.exists() else 0
 
 
 def wandb_records(folder: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 
 class WandbServer:
-    """Answers what the client asks for; ``sweep`` and ``commands`` are what an agent is told, one a heartbeat."""
+    """Answers what the client asks for; ``sweep`` and ``commands`` are what an agent is told, one run at a time."""
 
     def __init__(self, sweep: str = "", commands: list[dict[str, Any]] | None = None) -> None:
         self.sweep = sweep
@@ -30,7 +30,8 @@ class WandbServer:
         """Return the data of a GraphQL query."""
         entity = {"id": "entity", "name": "tester"}
         if "agentHeartbeat" in query:
-            command = [self.commands.pop(0)] if self.commands else []
+            busy = json.loads(variables.get("runState") or "{}")
+            command = [self.commands.pop(0)] if self.commands and not busy else []
             return {"agentHeartbeat": {"agent": {"id": "agent"}, "commands": json.dumps(command)}}
         if "createAgent" in query:
             return {"createAgent": {"agent": {"id": "agent"}}}

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from apt_launch.tracking import read_rows
-from tests.conftest import SMALL, until
+from tests.conftest import SMALL, rows_in, until
 from tests.forks import Ended, Forks
 from tests.wandb_server import WandbServer, serving
 
@@ -112,15 +112,20 @@ def test_nobody_answers_at_the_start(
         check_every_row_once(server, tmp_path / "run")
 
 
+def lose_wandb(forks: Forks, server: WandbServer, *command: str, cwd: Path) -> None:
+    """Start a run, and take W&B away once it knows the run."""
+    forks.start(*command, cwd=cwd, env=client(server.url))
+    until(lambda: server.runs, "W&B to know the run")
+    server.away.set()
+
+
 @pytest.mark.slow
 def test_an_outage_in_the_middle_that_ends_costs_nothing(
     forks: Forks, server: WandbServer, command: list[str], tmp_path: Path
 ) -> None:
-    forks.start(*command, "trainer.max_epochs=300", "schedule=none", cwd=tmp_path, env=client(server.url))
-    until(lambda: server.runs, "W&B to know the run")
-    server.away.set()
-    begun = rows_now(tmp_path / "run")
-    until(lambda: rows_now(tmp_path / "run") > begun + 20, "training to go on")
+    lose_wandb(forks, server, *command, "trainer.max_epochs=300", "schedule=none", cwd=tmp_path)
+    begun = rows_in(tmp_path / "run")
+    until(lambda: rows_in(tmp_path / "run") > begun + 20, "training to go on")
     server.away.clear()
     ended = forks.wait()
     assert ended.code == 0, ended.err
@@ -131,9 +136,7 @@ def test_an_outage_in_the_middle_that_ends_costs_nothing(
 def test_an_outage_that_lasts_keeps_the_run_no_longer_than_stated_and_sync_delivers_the_rest(
     forks: Forks, server: WandbServer, command: list[str], tmp_path: Path
 ) -> None:
-    forks.start(*command, "trainer.max_epochs=200", "schedule=none", cwd=tmp_path, env=client(server.url))
-    until(lambda: server.runs, "W&B to know the run")
-    server.away.set()
+    lose_wandb(forks, server, *command, "trainer.max_epochs=200", "schedule=none", cwd=tmp_path)
     ended = forks.wait()
     assert ended.code == 0, ended.err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -171,17 +174,12 @@ def test_the_death_of_wandbs_own_process_does_not_hurt_the_run(
     check_every_row_once(server, tmp_path / "run")
 
 
-def rows_now(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return len(path.read_bytes().splitlines()) if path.exists() else 0
-
-
 def test_an_offline_run_that_was_interrupted_is_delivered_whole(
     forks: Forks, server: WandbServer, command: list[str], tmp_path: Path
 ) -> None:
     offline = [override for override in command if not override.startswith("logger.mode")]
     pid = forks.start(*offline, "trainer.max_epochs=150", "schedule=none", cwd=tmp_path)
-    until(lambda: rows_now(tmp_path / "run") > 20, "rows")
+    until(lambda: rows_in(tmp_path / "run") > 20, "rows")
     os.kill(pid, signal.SIGINT)
     assert forks.wait().code == 130
     assert sync(forks, tmp_path, server.url).code == 0

@@ -20,8 +20,8 @@ import torch
 
 from apt_launch.tracking import read_rows
 from apt_model.training.checkpoint import Checkpoints, load, read_manifest
-from tests.conftest import SMALL
-from tests.forks import Forks, forking
+from tests.conftest import SMALL, rows_in
+from tests.forks import Forks
 
 KILLS = int(os.environ.get("APT_KILLS", "20"))
 SEED = int(os.environ.get("APT_KILLS_SEED", "0"))
@@ -61,11 +61,6 @@ def equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def rows_in(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return len(read_rows(path)) if path.exists() else 0
-
-
 def place_of_kill(run: Path, rows_before: int) -> str:
     if any((run / "checkpoints").glob(".step-*")):
         return "while saving"
@@ -90,23 +85,24 @@ def killed_until_done(forks: Forks, command: list[str], folder: Path, times: ran
 
 
 @pytest.mark.slow
-def test_runs_that_are_killed_at_random_times_end_as_if_nothing_had_happened(text_file: Path, tmp_path: Path) -> None:
+def test_runs_that_are_killed_at_random_times_end_as_if_nothing_had_happened(
+    forks: Forks, text_file: Path, tmp_path: Path
+) -> None:
     times = random.Random(SEED)
     places: Counter[str] = Counter()
     runs = 0
-    with forking() as forks:
-        while sum(places.values()) < KILLS:
-            command = [*SMALL, *LIVES, "data=text", f"data.path={text_file}", f"seed={runs}"]
-            folders = {name: tmp_path / f"{runs}-{name}" for name in ("whole", "killed")}
-            for path in folders.values():
-                path.mkdir()
-            whole = forks.run(*command, "hydra.run.dir=run", cwd=folders["whole"])
-            assert whole.code == 0, whole.err
-            places += killed_until_done(forks, command, folders["killed"], times, KILLS - sum(places.values()))
-            expected, found = (compared(folders[name] / "run") for name in ("whole", "killed"))
-            for name in expected:
-                assert equal(expected[name], found[name]), f"run {runs} differs in {name} after {dict(places)}"
-            runs += 1
+    while sum(places.values()) < KILLS:
+        command = [*SMALL, *LIVES, "data=text", f"data.path={text_file}", f"seed={runs}"]
+        folders = {name: tmp_path / f"{runs}-{name}" for name in ("whole", "killed")}
+        for path in folders.values():
+            path.mkdir()
+        whole = forks.run(*command, "hydra.run.dir=run", cwd=folders["whole"])
+        assert whole.code == 0, whole.err
+        places += killed_until_done(forks, command, folders["killed"], times, KILLS - sum(places.values()))
+        expected, found = (compared(folders[name] / "run") for name in ("whole", "killed"))
+        for name in expected:
+            assert equal(expected[name], found[name]), f"run {runs} differs in {name} after {dict(places)}"
+        runs += 1
     told = {"kills": sum(places.values()), **places, "runs": runs, "identical": runs}
     print(json.dumps(told))
     if KILLS >= 20:
