@@ -52,9 +52,8 @@ def _targets(values: Any) -> list[Any]:
     return []
 
 
-def build_model(config: RunConfig) -> GPT:
-    """Build the model as it is before the curriculum's first update, on torch's default device; the seed is the caller's."""
-    values = config.values
+def build_model(values: Mapping[str, Any]) -> GPT:
+    """Build a config's model as it is before the curriculum's first update, on torch's default device, not seeded."""
     model: GPT = build(
         values["model"],
         moe=_factory(values["moe"]),
@@ -83,7 +82,7 @@ def build_trainer(
     ours = ("resume", "keep_last", "keep_best", "keep_every", "stall_minutes")  # read by whoever owns the run's folder
     trainer: Trainer = build(
         {key: value for key, value in values["trainer"].items() if key not in ours},
-        model=build_model(config),
+        model=build_model(values),
         optimizer=_factory(values["optimizer"]),
         weight_decay=config.optimizer.weight_decay,
         schedule=build(values["schedule"], horizon=config.horizon, broadcast=from_rank_zero),

@@ -135,6 +135,19 @@ def composed(overrides: list[str]) -> RunConfig:
 
 def parse(values: dict[str, Any], counts: Counts | None = None) -> RunConfig:
     """Check plain values; see :func:`load`. ``counts`` keeps what was counted, for the next of many configs."""
+    groups, top = parse_groups(values)
+    _check_together(groups, top.launch)
+    horizon = plan_horizon(values, groups, {} if counts is None else counts)
+    program = check_curriculum(values, groups, horizon)
+    return RunConfig(values=values, seed=top.seed, launch=top.launch, horizon=horizon, program=program, **groups)
+
+
+def parse_groups(values: Mapping[str, Any]) -> tuple[dict[str, Any], schema.TopLevel]:
+    """Check each group, and what is in none, by itself; no file is looked at.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
     from apt_launch import schema
     from apt_launch.guard import check_secrets
 
@@ -167,11 +180,7 @@ def parse(values: dict[str, Any], counts: Counts | None = None) -> RunConfig:
         problems += error.problems
     if problems:
         raise ConfigError(*problems)
-
-    _check_together(groups, top.launch)
-    horizon = plan_horizon(values, groups, {} if counts is None else counts)
-    program = check_curriculum(values, groups, horizon)
-    return RunConfig(values=values, seed=top.seed, launch=top.launch, horizon=horizon, program=program, **groups)
+    return groups, top
 
 
 def check_curriculum(values: Mapping[str, Any], groups: Mapping[str, Any], horizon: Horizon) -> Program:

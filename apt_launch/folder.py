@@ -117,7 +117,7 @@ class RunFolder:
                     raise ConfigError(*[f"trainer.resume: {reason}" for reason in passed_over])
                 return None
         else:
-            checkpoint, passed_over = self._named(Path(asked).expanduser())
+            checkpoint, passed_over = find_checkpoint(Path(asked).expanduser(), "trainer.resume")
         try:
             manifest = read_manifest(checkpoint)
         except CheckpointError as error:
@@ -141,20 +141,26 @@ class RunFolder:
             notes.append(f"resumed with other values than before: {', '.join(changed)}")
         return Resume(checkpoint, manifest["rows"], tuple(notes))
 
-    def _named(self, path: Path) -> tuple[Path, list[str]]:
-        if path.name.startswith("step-"):
-            if not path.is_dir():
-                raise ConfigError(f"trainer.resume: there is no checkpoint {str(path)!r} (looked in {Path.cwd()}).")
-            return path, []
-        folder = path if path.name == "checkpoints" else path / "checkpoints"
-        checkpoint, passed_over = newest_intact(folder)
-        if checkpoint is None:
-            reasons = passed_over or [
-                f"there is no checkpoint in {str(folder)!r} (looked in {Path.cwd()}). Name a run's folder, "
-                "a folder such as RUN/checkpoints/step-00000100, or auto."
-            ]
-            raise ConfigError(*[f"trainer.resume: {reason}" for reason in reasons])
-        return checkpoint, passed_over
+
+def find_checkpoint(path: Path, key: str) -> tuple[Path, list[str]]:
+    """Return the checkpoint ``path``, or the newest whole one of the run in ``path``, and why newer ones were passed over.
+
+    Raises:
+        ConfigError: there is none; ``key`` is where the user said so.
+    """
+    if path.name.startswith("step-"):
+        if not path.is_dir():
+            raise ConfigError(f"{key}: there is no checkpoint {str(path)!r} (looked in {Path.cwd()}).")
+        return path, []
+    folder = path if path.name == "checkpoints" else path / "checkpoints"
+    checkpoint, passed_over = newest_intact(folder)
+    if checkpoint is None:
+        reasons = passed_over or [
+            f"there is no checkpoint in {str(folder)!r} (looked in {Path.cwd()}). Name a run's folder, "
+            "or a folder such as RUN/checkpoints/step-00000100."
+        ]
+        raise ConfigError(*[f"{key}: {reason}" for reason in reasons])
+    return checkpoint, passed_over
 
 
 def refuse_place(folder: Path, key: str) -> None:

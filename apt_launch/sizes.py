@@ -182,7 +182,7 @@ def sizes(config: RunConfig, *, on_gpu: bool | None = None) -> list[Phase]:
     half = config.trainer.precision in ("bf16", "fp16") or (config.trainer.precision == "auto" and on_gpu)
     compute = 2 if half else FP32
     with torch.device("meta"):
-        model = build_model(config)
+        model = build_model(config.values)
     curriculum = config.program.curriculum
     for name in curriculum.all_anneals:
         scheduled.expect(model, matching(curriculum.target_of(name), scheduled.targets(model)))

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apt_model.layers.align import BiStateAlignment
-from apt_model.layers.attention import SelfAttention
+from apt_model.layers.align import AlignReport, BiStateAlignment, StableSum
+from apt_model.layers.attention import KeyValues, SelfAttention
 from apt_model.layers.feed_forward import FeedForward
 from apt_model.layers.moe import Lineage, MoE, MoEReport
 from apt_model.layers.voter import EntropyVoter
@@ -27,6 +27,19 @@ class Output(NamedTuple):
     metrics: dict[str, Tensor]  # detached, 0-dim
 
 
+class Cache:
+    """What a model remembers of the tokens it has read, so that it reads each once."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.blocks = [KeyValues() for _ in range(num_layers)]
+        self.align = StableSum()
+
+    @property
+    def length(self) -> int:
+        """Tokens read."""
+        return self.blocks[0].length
+
+
 class Block(nn.Module):
     """Pre-norm residual block: attention, then a feed-forward layer that may be a mixture of experts."""
 
@@ -37,9 +50,9 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(d_model)
         self.ffn = ffn
 
-    def forward(self, x: Tensor) -> tuple[Tensor, MoEReport | None]:
-        """Map (batch, seq, d_model) to the same shape."""
-        x = x + self.attention(self.attention_norm(x))
+    def forward(self, x: Tensor, seen: KeyValues | None = None) -> tuple[Tensor, MoEReport | None]:
+        """Map (batch, seq, d_model) to the same shape; ``seen``: of the positions before."""
+        x = x + self.attention(self.attention_norm(x), seen)
         y, report = self.ffn(self.ffn_norm(x))
         return x + y, report
 
@@ -116,14 +129,7 @@ class GPT(nn.Module):
             tokens: (batch, seq) int64, seq <= seq_len.
             targets: the same shape: the token that follows each.
         """
-        hidden = self.embedding(tokens)
-        reports = []
-        for block in self.blocks:
-            hidden, report = block(hidden)
-            if report is not None:
-                reports.append(report)
-        hidden, alignment = self.align(hidden)
-        hidden = self.norm(hidden)
+        hidden, reports, alignment = self._hidden(tokens)
         logits, votes = self.voter(hidden, self.head(hidden), self.head)
 
         loss = None
@@ -140,6 +146,27 @@ class GPT(nn.Module):
             auxiliary = auxiliary + alignment.loss
             metrics |= alignment.metrics
         return Output(logits, loss, auxiliary, metrics)
+
+    def _hidden(self, tokens: Tensor, cache: Cache | None = None) -> tuple[Tensor, list[MoEReport], AlignReport | None]:
+        """Return what :meth:`head` turns into logits, (batch, seq, d_model), and what layers tell."""
+        hidden = self.embedding(tokens)
+        reports = []
+        for block, seen in zip(self.blocks, cache.blocks if cache else [None] * len(self.blocks), strict=True):
+            hidden, report = block(hidden, seen)
+            if report is not None:
+                reports.append(report)
+        hidden, alignment = self.align(hidden, cache.align if cache else None)
+        return self.norm(hidden), reports, alignment
+
+    def next_logits(self, tokens: Tensor, cache: Cache) -> tuple[Tensor, dict[str, Tensor]]:
+        """Read ``tokens`` (batch, seq) after those that ``cache`` remembers, seq_len in all at most.
+
+        Returns:
+            (batch, vocab_size) logits of the token that comes next, and the voter's metrics (0-dim).
+        """
+        hidden = self._hidden(tokens, cache)[0][:, -1:]
+        logits, votes = self.voter(hidden, self.head(hidden), self.head)
+        return logits[:, 0].float(), votes
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross-entropy of ``logits`` (tokens, vocab_size); smoothed in training where that was asked for."""

@@ -69,16 +69,15 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Call ``python -m apt_launch`` in an empty folder."""
 
     def cli(*arguments: str, module: str = "apt_launch") -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", module, *arguments],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env=environment(),
-        )
+        return run_module(module, *arguments, cwd=tmp_path)
 
     return cli
+
+
+def run_module(module: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m module`` to its end."""
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300, check=False)
 
 
 def environment() -> dict[str, str]:

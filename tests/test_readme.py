@@ -15,6 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
+from apt_launch import generate
 from apt_launch.__main__ import with_profile_file
 from apt_launch.catalogue import parameters, targets
 from apt_launch.config import CONF, RunConfig
@@ -34,6 +35,11 @@ def test_a_command_composes(command: str, tmp_path: Path, monkeypatch: pytest.Mo
     singles = [_one_value(override) for override in OverridesParser.create().parse_overrides(overrides)]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         compose("config", overrides=with_profile_file(singles))
+
+
+@pytest.mark.parametrize("command", re.findall(r"^python -m apt_launch\.generate (.*)$", PAGES, flags=re.MULTILINE))
+def test_a_command_that_makes_text_is_understood(command: str) -> None:
+    assert generate.parser().parse_args(shlex.split(command, comments=True)).prompt
 
 
 def _one_value(override: Override) -> str:

@@ -24,9 +24,18 @@ BYTE_VOCABULARY = 256
 
 
 class Corpus(ABC):
-    """Text in two splits. ``vocab_size`` tokens are possible."""
+    """Text in two splits. ``vocab_size`` tokens are possible; ``end`` is the one that follows every document."""
 
     vocab_size = BYTE_VOCABULARY
+    end = DOCUMENT_END[0]
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of ``text``."""
+        return list(text.encode("utf-8", errors="surrogatepass"))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of ``tokens``; what is no text becomes U+FFFD."""
+        return bytes(tokens).decode("utf-8", errors="replace")
 
     @abstractmethod
     def count(self, split: Split) -> int:

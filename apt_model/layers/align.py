@@ -18,6 +18,14 @@ class AlignReport(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+class StableSum:
+    """The sum of the hidden states that there were, (batch, 1, d_model) float32, and their number."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | float = 0.0
+        self.length = 0
+
+
 class BiStateAlignment(nn.Module):
     """Mixes a slow state of the text so far into the hidden state, and rewards agreement of the two.
 
@@ -70,12 +78,20 @@ class BiStateAlignment(nn.Module):
         if self.back is not None:
             nn.init.zeros_(self.back.weight)
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, AlignReport | None]:
-        """Map ``hidden`` (batch, seq, d_model) to the same shape; a report when switched on."""
+    def forward(self, hidden: Tensor, seen: StableSum | None = None) -> tuple[Tensor, AlignReport | None]:
+        """Map ``hidden`` (batch, seq, d_model) to the same shape; a report when switched on.
+
+        Args:
+            seen: of the positions before those of ``hidden``, which are added; None: there are none.
+        """
         if self.down is None or self.back is None:
             return hidden, None
         positions = torch.arange(1, hidden.shape[1] + 1, device=hidden.device).unsqueeze(1)
-        stable = self.down((hidden.float().cumsum(dim=1) / positions).to(hidden.dtype))
+        total = hidden.float().cumsum(dim=1)
+        if seen:
+            total, positions = total + seen.total, positions + seen.length
+            seen.total, seen.length = total[:, -1:], seen.length + hidden.shape[1]
+        stable = self.down((total / positions).to(hidden.dtype))
         fluid = self.down(hidden)
         mixed = self.back(self.alpha * stable + (1.0 - self.alpha) * fluid)
         loss, agreement = self.alignment_loss(fluid, stable)

@@ -18,23 +18,49 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Causal attention through torch's fused kernels.
 
     Args:
-        query: (batch, heads, seq, head_dim); key and value have the same shape.
+        query: (batch, heads, seq, head_dim).
+        key, value: (batch, heads, keys, head_dim), keys >= seq: the last query is at the position of the last key.
 
     Returns:
-        The same shape.
+        The shape of ``query``.
     """
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    if query.shape[-2] == key.shape[-2]:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=~_future(query, key))
 
 
 def eager(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Causal attention written out, quadratic in memory: the reference for :func:`sdpa`, with its shapes."""
-    length = query.shape[-2]
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
-    future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
-    return scores.masked_fill(future, -math.inf).softmax(dim=-1) @ value
+    return scores.masked_fill(_future(query, key), -math.inf).softmax(dim=-1) @ value
+
+
+def _future(query: Tensor, key: Tensor) -> Tensor:
+    """Return (seq, keys): whether a key comes after a query."""
+    queries, keys = query.shape[-2], key.shape[-2]
+    return torch.ones(queries, keys, dtype=torch.bool, device=query.device).triu(1 + keys - queries)
 
 
 ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"sdpa": sdpa, "eager": eager}
+
+
+class KeyValues:
+    """Keys and values of the positions that a layer has seen, each (batch, heads, length, head_dim)."""
+
+    def __init__(self) -> None:
+        self._key: Tensor | None = None
+        self._value: Tensor | None = None
+        self.length = 0
+
+    def append(self, key: Tensor, value: Tensor, room: int) -> tuple[Tensor, Tensor]:
+        """Add positions and return all; ``room``: positions that there will be at most."""
+        if self._key is None or self._value is None:
+            shape = (*key.shape[:2], room, key.shape[-1])
+            self._key, self._value = key.new_empty(shape), value.new_empty(shape)
+        here = slice(self.length, self.length + key.shape[-2])
+        self._key[:, :, here], self._value[:, :, here] = key, value
+        self.length = here.stop
+        return self._key[:, :, : here.stop], self._value[:, :, : here.stop]
 
 
 class RotaryEmbedding(nn.Module):
@@ -50,10 +76,10 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)  # (seq_len, head_dim / 2)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Rotate ``x`` of (batch, heads, seq, head_dim), whose positions count from 0; seq <= seq_len."""
-        length = x.shape[-2]
-        cos, sin = self.cos[:length].to(x.dtype), self.sin[:length].to(x.dtype)
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+        """Rotate ``x`` of (batch, heads, seq, head_dim), whose positions count from ``start``; the last < seq_len."""
+        here = slice(start, start + x.shape[-2])
+        cos, sin = self.cos[here].to(x.dtype), self.sin[here].to(x.dtype)
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
@@ -81,12 +107,20 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (batch, seq, d_model) to the same shape; position t sees positions 0 to t."""
+    def forward(self, x: Tensor, seen: KeyValues | None = None) -> Tensor:
+        """Map (batch, seq, d_model) to the same shape; position t sees positions 0 to t.
+
+        Args:
+            seen: of the positions before those of ``x``, which are added; None: there are none.
+        """
         batch, length, d_model = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.num_heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        mixed = self.attend(self.rotate(query), self.rotate(key), value)
+        start = seen.length if seen else 0
+        query, key = self.rotate(query, start), self.rotate(key, start)
+        if seen:
+            key, value = seen.append(key, value, room=self.rotate.cos.shape[0])
+        mixed = self.attend(query, key, value)
         output: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, d_model))
         if self.training and "dropout" in self.expected:
             return dropout(output, self.dropout)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apt_model.errors import ConfigError
+from apt_model.gpt import GPT
 from apt_model.layers import scheduled
 from apt_model.layers.voter import EntropyVoter
 from apt_model.schedule import Change, Clock, ScheduleRunner
@@ -55,6 +57,22 @@ def bind(
     for module in model.modules():
         if isinstance(module, EntropyVoter):
             module.watched = "voter/entropy" in schedule.program.watched
+
+
+def restore_model(model: GPT, schedule: ScheduleRunner, state: Mapping[str, Any]) -> None:
+    """Give ``model`` the modules and weights of a checkpoint's state; ``schedule`` can be reconciled then.
+
+    Raises:
+        ConfigError: the state is of another model, or of another length of the run.
+    """
+    schedule.load_state_dict(state["schedule"])
+    for module, switch in model.switches().items():
+        switch(state["schedule"]["on"].get(f"{module}_enabled", False))
+    model.take_lineage()
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise ConfigError(f"the checkpoint was made for another model. {error}") from None
 
 
 class Follower:

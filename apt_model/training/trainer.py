@@ -10,11 +10,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from apt_model.errors import ConfigError, Interrupted, NonFiniteError
+from apt_model.errors import Interrupted, NonFiniteError
 from apt_model.schedule import Change, Clock
 from apt_model.training import checkpoint
 from apt_model.training.base import BaseTrainer, Batch
 from apt_model.training.distributed import average_buffers, average_gradients, equalise
+from apt_model.training.follower import restore_model
 from apt_model.training.optimizer import load_named_state
 from apt_model.training.randomness import restore_random_state
 
@@ -138,14 +139,7 @@ class Trainer(BaseTrainer):
             ConfigError: it was made for another model, or for another length of the run.
         """
         state = checkpoint.load(path)
-        self.schedule.load_state_dict(state["schedule"])
-        for module, switch in self.model.switches().items():
-            switch(state["schedule"]["on"].get(f"{module}_enabled", False))
-        self.model.take_lineage()
-        try:
-            self.model.load_state_dict(state["model"])
-        except RuntimeError as error:
-            raise ConfigError(f"trainer.resume: {path} was made for another model. {error}") from None
+        restore_model(self.model, self.schedule, state)
         load_named_state(self.optimizer, self.model, state["optimizer"])
         self.schedule.reconcile()
         self.follow()

@@ -49,7 +49,7 @@ def full(composed: Composed, tmp_path: Path) -> Callable[..., RunConfig]:
 def at_its_end(config: RunConfig) -> GPT:
     """Build the model for real, with all that its curriculum switches on, as training would."""
     torch.manual_seed(0)
-    model = build_model(config)
+    model = build_model(config.values)
     curriculum = config.program.curriculum
     for name in curriculum.anneals:
         scheduled.expect(model, matching(curriculum.target_of(name), scheduled.targets(model)))

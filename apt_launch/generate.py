@@ -1,0 +1,211 @@
+"""``python -m apt_launch.generate RUN_DIR --prompt TEXT``: text from a run's checkpoint.
+
+The newest checkpoint that is whole is taken, with the modules that were on at its time. Text goes to standard output, the
+rest to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apt_launch.build import build, build_model
+from apt_launch.config import build_corpus, parse_groups, show_error
+from apt_launch.folder import find_checkpoint
+from apt_launch.guard import keep_private
+from apt_launch.plan import from_yaml
+from apt_model.errors import CheckpointError, ConfigError
+from apt_model.schedule import Horizon
+from apt_model.training.checkpoint import load, read_manifest
+
+if TYPE_CHECKING:
+    import torch
+
+    from apt_model.data import Corpus
+    from apt_model.generation import Generated
+    from apt_model.gpt import GPT
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 2 the command line or the folder is wrong, 130 interrupted."""
+    arguments = parser().parse_args()
+    keep_private()
+    try:
+        _generate(arguments)
+    except (ConfigError, CheckpointError) as error:
+        show_error(error if isinstance(error, ConfigError) else ConfigError(str(error)))
+        sys.exit(2)
+    except BrokenPipeError:  # whoever read has seen enough
+        sys.stderr.close()
+        sys.exit(0)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
+    found = argparse.ArgumentParser(
+        prog="python -m apt_launch.generate",
+        description="Sample text from a run's checkpoint.",
+        epilog="Text goes to standard output, speed and votes to standard error.",
+        allow_abbrev=False,
+    )
+    add = found.add_argument
+    add("folder", metavar="RUN_DIR", type=Path, help="a run's folder, or one of its checkpoints")
+    add("--prompt", action="append", metavar="TEXT", help="what the text begins with; again for more, in one batch")
+    add("--prompt-file", type=Path, metavar="FILE", help="a prompt a line")
+    add("--num-samples", type=int, default=1, metavar="N", help="texts for each prompt (1)")
+    add("--max-new-tokens", type=int, default=200, metavar="N", help="tokens added to a prompt at most (200)")
+    add("--temperature", type=float, default=0.8, help="of the draw; 0: always the likeliest token (0.8)")
+    add("--top-k", type=int, metavar="K", help="draw only from the K likeliest tokens")
+    add("--top-p", type=float, default=1.0, metavar="P", help="draw only from the likeliest that sum to P (1)")
+    add("--voter", choices=("auto", "on", "off"), default="auto", help="entropy voting; auto: as the run had it")
+    add("--vote-threshold", type=float, metavar="NATS", help="entropy above which there are votes; else the run's")
+    add("--seed", type=int, default=0, help="of draws and votes (0)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--json", action="store_true", help="for programs: one JSON object a text and line")
+    return found
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    prompts = _prompts(arguments)
+    checkpoint, passed_over = find_checkpoint(arguments.folder, "RUN_DIR")
+    for reason in passed_over:
+        sys.stderr.write(f"passed over: {reason}\n")
+    import torch
+
+    from apt_model.generation import Sampling, generate
+    from apt_model.training.base import choose_device
+
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    try:
+        device = choose_device(arguments.device)
+    except RuntimeError as error:
+        raise ConfigError(f"--device: {error}") from None
+    model, corpus = restored(checkpoint, device)
+    if arguments.voter != "auto":
+        model.voter.enable(arguments.voter == "on")
+    if arguments.vote_threshold is not None:
+        model.voter.threshold.fill_(arguments.vote_threshold)
+    torch.manual_seed(arguments.seed)
+    watched = len(prompts) == 1 and not arguments.json and sys.stdout.isatty()
+    shown = _Shown(corpus, prompts[0]) if watched else None
+    generated = generate(
+        model,
+        [corpus.encode(prompt) for prompt in prompts],
+        max_new_tokens=arguments.max_new_tokens,
+        sampling=sampling,
+        num_tokens=corpus.vocab_size,
+        end=corpus.end,
+        told=shown.add if shown else lambda prompt, token: None,
+    )
+    if shown:
+        sys.stdout.write("\n")
+    else:
+        _write(prompts, generated, corpus, as_json=arguments.json)
+    sys.stderr.write(_told(generated, checkpoint, model) + "\n")
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    """Return the prompts that were given, each as often as there are texts asked for.
+
+    Raises:
+        ConfigError: there are none, one is empty, or a number makes no sense.
+    """
+    prompts: list[str] = list(arguments.prompt or [])
+    if arguments.prompt_file is not None:
+        try:
+            prompts += arguments.prompt_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--prompt-file: {error}") from None
+    problems = []
+    if not prompts:
+        problems.append("--prompt: there is none. Say how the text begins: --prompt 'def '")
+    if not all(prompts):
+        problems.append("--prompt: one is empty. Say how the text begins: --prompt 'def '")
+    problems += [
+        f"--{name.replace('_', '-')} = {getattr(arguments, name)} must be {least} or more."
+        for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("seed", 0))
+        if getattr(arguments, name) < least
+    ]
+    if problems:
+        raise ConfigError(*problems)
+    return [prompt for prompt in prompts for _ in range(arguments.num_samples)]
+
+
+def restored(checkpoint: Path, device: torch.device) -> tuple[GPT, Corpus]:
+    """Return a run's model as it was at ``checkpoint``, and the corpus, which knows what its tokens mean.
+
+    Raises:
+        ConfigError: the run's config is missing or wrong.
+        CheckpointError: the checkpoint is damaged.
+    """
+    from apt_model.training.follower import bind, restore_model
+
+    path = checkpoint.parent.parent / "config.yaml"
+    try:
+        values: dict[str, Any] = from_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: the config of the run cannot be read: {error}") from None
+    parse_groups(values)
+    horizon = Horizon(**read_manifest(checkpoint)["about"]["horizon"])
+    model = build_model(values)
+    schedule = build(values["schedule"], horizon=horizon)
+    bind(schedule, model, more={"optimizer.lr": lambda value: None, "optimizer.weight_decay": lambda value: None})
+    restore_model(model, schedule, load(checkpoint))
+    schedule.reconcile()
+    model.take_lineage()
+    return model.to(device).eval(), build_corpus(values["data"])
+
+
+class _Shown:
+    """Shows a text as it grows."""
+
+    def __init__(self, corpus: Corpus, prompt: str) -> None:
+        self.corpus = corpus
+        self.tokens: list[int] = []
+        self.written = 0
+        sys.stdout.write(prompt)
+
+    def add(self, prompt: int, token: int) -> None:
+        self.tokens.append(token)
+        text = self.corpus.decode(self.tokens).rstrip("\ufffd")  # a character may take several tokens
+        sys.stdout.write(text[self.written :])
+        sys.stdout.flush()
+        self.written = max(self.written, len(text))
+
+
+def _write(prompts: Sequence[str], generated: Generated, corpus: Corpus, *, as_json: bool) -> None:
+    for number, (prompt, tokens) in enumerate(zip(prompts, generated.tokens, strict=True)):
+        text = corpus.decode(tokens)
+        if as_json:
+            sys.stdout.write(json.dumps({"prompt": prompt, "text": text, "tokens": len(tokens)}) + "\n")
+        else:
+            sys.stdout.write(("---\n" if number else "") + prompt + text + "\n")
+
+
+def _told(generated: Generated, checkpoint: Path, model: GPT) -> str:
+    """Say what was done, in one line."""
+    on = [name for name, is_on in _modules(model).items() if is_on]
+    votes = f", {generated.voted_fraction:.0%} voted on" if model.voter.enabled else ""
+    return (
+        f"{checkpoint.name} ({' + '.join(on) or 'dense'}): {sum(map(len, generated.tokens))} tokens at "
+        f"{generated.tokens_per_second:,.0f} a second{votes}; {generated.prompt_tokens} of the prompts in "
+        f"{generated.prompt_seconds:.2f} s"
+    )
+
+
+def _modules(model: GPT) -> dict[str, bool]:
+    return {
+        "moe": any(layer.enabled for layer in model.moe_layers),
+        "align": model.align.enabled,
+        "voter": model.voter.enabled,
+    }
+
+
+if __name__ == "__main__":
+    main()
