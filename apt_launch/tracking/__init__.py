@@ -98,12 +98,14 @@ class Projection:
     Args:
         path: of the record.
         make: builds the tracker, in that thread; it may take its time, or fail.
+        name: of the tracker, for messages.
         remedy: how to deliver later what could not be delivered now.
     """
 
-    def __init__(self, path: Path, make: Callable[[], Tracker], *, remedy: str = "") -> None:
+    def __init__(self, path: Path, make: Callable[[], Tracker], *, name: str, remedy: str = "") -> None:
         self.path = path
         self.make = make
+        self.name = name
         self.remedy = remedy
         self._state: str | None = None
         self._news = threading.Event()
@@ -126,7 +128,6 @@ class Projection:
             )
 
     def _run(self) -> None:
-        tracker = None
         try:
             tracker = self.make()
             for row in self._rows():
@@ -135,9 +136,9 @@ class Projection:
             tracker.close(str(self._state))
         except Exception as error:
             logger.warning(
-                "%s failed after step %d and is shown no more rows (%s: %s). metrics.jsonl goes on with all of them. %s",
-                type(tracker).__name__ if tracker else "the logger",
-                self._shown,
+                "%s failed %s and is shown no more rows (%s: %s). metrics.jsonl goes on with all of them. %s",
+                self.name,
+                "at its start" if self._shown < 0 else f"after step {self._shown:.0f}",
                 type(error).__name__,
                 str(error).strip(),
                 self.remedy,
@@ -166,9 +167,9 @@ class Tracking:
         self.record = record
         self.projections: list[Projection] = []
 
-    def project(self, make: Callable[[], Tracker], *, remedy: str = "") -> None:
+    def project(self, make: Callable[[], Tracker], *, name: str, remedy: str = "") -> None:
         """Show the rows, from the first on, to what ``make`` builds; see :class:`Projection`."""
-        self.projections.append(Projection(self.record.path, make, remedy=remedy))
+        self.projections.append(Projection(self.record.path, make, name=name, remedy=remedy))
 
     def log(self, row: Row) -> None:
         """Log ``row``."""

@@ -64,13 +64,14 @@ def project(tracking: Tracking, config: RunConfig, folder: Path, member: Members
     if config.logger.target is None or values["mode"] == "disabled":
         return
     if not isinstance(config.logger, WandbConfig):
-        tracking.project(functools.partial(build, values, folder=folder))
+        name = config.logger.target.rpartition(".")[2]
+        tracking.project(functools.partial(build, values, folder=folder), name=name)
         return
     identity = Identity.of(config, folder, member)
     _path(folder).parent.mkdir(exist_ok=True)
     write_json(_path(folder), asdict(identity))
     make = functools.partial(build, values, folder=folder, config=config.values, **asdict(identity))
-    tracking.project(make, remedy=f"Deliver the rest with: python -m apt_launch.sync {folder}")
+    tracking.project(make, name="W&B", remedy=f"Deliver the rest with: python -m apt_launch.sync {folder}")
 
 
 def deliver(values: dict[str, Any], folder: Path, state: str) -> tuple[int, int]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +78,17 @@ class WandbTracker:
         }
         self.updates_per_epoch = updates_per_epoch
         self._held: Row = {}
-        self.run: Any = self._online(about, fallback=fallback) if mode == "online" else None
-        if self.run is None:
-            _put_earlier_away(folder / "wandb")
-            self.run = wandb.init(mode="offline", **about)
+        _keep_its_threads_quiet()
+        with _abandoning_client():
+            self.run: Any = self._online(about, fallback=fallback) if mode == "online" else None
+            if self.run is None:
+                _put_earlier_away(folder / "wandb")
+                self.run = wandb.init(mode="offline", **about)
+            self.run.define_metric("*", step_metric="trainer/step")
         self.delivered = self.run.starting_step - 1
         """The last step that the service has."""
         self.sent = 0
         """Rows sent from here."""
-        self.run.define_metric("*", step_metric="trainer/step")
 
     @staticmethod
     def _online(about: dict[str, Any], *, fallback: bool) -> Any:
@@ -98,9 +101,9 @@ class WandbTracker:
                 raise wandb.errors.UsageError("there is no API key here. Set WANDB_API_KEY or run `wandb login`")
             run = wandb.init(mode="online", **about)
         except wandb.Error as error:
-            _abandon_client()
             if not fallback:
                 raise
+            _abandon_client()
             logger.warning(
                 "W&B: %s. This run is kept offline; deliver it later with: python -m apt_launch.sync %s",
                 str(error).strip().splitlines()[0].rstrip("."),
@@ -119,11 +122,8 @@ class WandbTracker:
     def _send(self) -> None:
         step = int(self._held["step"])
         if step > self.delivered:
-            try:
+            with _abandoning_client():
                 self.run.log(self._held | {"trainer/step": step}, step=step)
-            except Exception:
-                _abandon_client()
-                raise
             self.sent += 1
         self._held = {}
 
@@ -131,11 +131,8 @@ class WandbTracker:
         """Finish the run; one that failed or was interrupted has exit code 1."""
         if self._held and not (self._awaits_validation() and state != "done"):
             self._send()
-        try:
+        with _abandoning_client():
             self.run.finish(exit_code=0 if state in ("done", "running") else 1)
-        except Exception:
-            _abandon_client()
-            raise
 
     def _awaits_validation(self) -> bool:
         return (int(self._held["step"]) + 1) % self.updates_per_epoch == 0 and "val/loss" not in self._held
@@ -152,6 +149,34 @@ def _abandon_client() -> None:
     thread = threading.Thread(target=leave, name="wandb teardown", daemon=True)
     thread.start()
     thread.join(timeout=2)  # it has let go of the client by then, if not yet ended it
+
+
+@contextlib.contextmanager
+def _abandoning_client() -> Iterator[None]:
+    """Leave the client if what is done with it fails."""
+    try:
+        yield
+    except Exception:
+        _abandon_client()
+        raise
+
+
+def _keep_its_threads_quiet() -> None:
+    """Log, not print, what ends a thread of W&B's client: when its process dies, that is told where the next row fails."""
+    import wandb
+
+    place = str(Path(wandb.__file__).parent)
+    others = threading.excepthook
+
+    def hook(ended: threading.ExceptHookArgs) -> None:
+        frames = traceback.extract_tb(ended.exc_traceback)
+        if ended.exc_value is not None and any(frame.filename.startswith(place) for frame in frames):
+            name = ended.thread.name if ended.thread else "a thread"
+            logger.debug("%s of W&B's client has ended: %s", name, ended.exc_value, exc_info=ended.exc_value)
+        else:
+            others(ended)
+
+    threading.excepthook = hook
 
 
 def _put_earlier_away(folder: Path) -> None:

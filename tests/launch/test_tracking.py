@@ -72,7 +72,7 @@ class Slow:
 def test_a_tracker_that_fails_is_left_out_and_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fragile = Fragile()
     tracking = Tracking(Record(tmp_path / "metrics.jsonl"))
-    tracking.project(lambda: fragile, remedy="Do this.")
+    tracking.project(lambda: fragile, name="Fragile", remedy="Do this.")
     with caplog.at_level(logging.WARNING):
         for step in range(4):
             tracking.log({"step": step})
@@ -87,7 +87,7 @@ def test_a_tracker_that_fails_is_left_out_and_told_once(tmp_path: Path, caplog: 
 def test_the_run_does_not_wait_for_a_slow_service_and_it_gets_every_row(tmp_path: Path) -> None:
     slow = Slow()
     tracking = Tracking(Record(tmp_path / "metrics.jsonl"))
-    tracking.project(lambda: slow)
+    tracking.project(lambda: slow, name="slow")
     for step in range(500):
         tracking.log({"step": step})
     assert slow.rows == []
@@ -105,7 +105,7 @@ def test_what_joins_late_is_shown_the_rows_from_before(tmp_path: Path) -> None:
     listens = Slow()
     listens.answers.set()
     tracking = Tracking(Record(tmp_path / "metrics.jsonl", keep_rows=2))
-    tracking.project(lambda: listens)
+    tracking.project(lambda: listens, name="listens")
     tracking.log({"step": 2, "again": 1})
     tracking.close("interrupted")
     assert listens.rows == [{"step": 0}, {"step": 1}, {"step": 2, "again": 1}]
