@@ -39,7 +39,10 @@ class Forks:
         self.pid = 0
 
     def start(self, *arguments: str, cwd: Path, module: str = "apt_launch", env: dict[str, str] | None = None) -> int:
-        """Start a child and return its process id."""
+        """Start a child and return its process id; one that a failed test left behind is killed."""
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            self._answer()
         streams = [tempfile.NamedTemporaryFile(delete=False) for _ in range(2)]  # noqa: SIM115
         self._streams = (Path(streams[0].name), Path(streams[1].name))
         asked = {
@@ -61,6 +64,7 @@ class Forks:
         if not ready:
             os.kill(self.pid, signal.SIGKILL)
         code = self._answer()
+        self.pid = 0
         out, err = (path.read_text(errors="replace") for path in self._streams)
         for path in self._streams:
             path.unlink()
