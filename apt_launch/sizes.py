@@ -10,10 +10,12 @@ Memory of one device, in bytes:
 - optimizer: 8 a parameter that was ever trained: AdamW's two moments (arXiv:1711.05101), float32.
 - casts: 2 an entry of each matrix that autocast multiplies with; it keeps those copies until the backward pass. None in fp32.
 - activations: what autograd saves for the backward pass, for one batch (:class:`Saved` has the formula).
-- workspace: the logits and their gradient, when the backward pass begins.
+- workspace: the logits and their gradient, when the backward pass begins; with model.loss_chunk those of a chunk, and what is
+  saved for its backward pass.
 
 FLOPs are those of matrix products, 2 a multiply-add. The backward pass takes twice the forward pass (arXiv:2001.08361);
-attention scores are counted without their causal half, as is usual where MFU is told (PaLM, arXiv:2204.02311).
+attention scores are counted without their causal half, and what is computed again in the backward pass (model.loss_chunk)
+is not counted, as is usual where MFU is told (PaLM, arXiv:2204.02311).
 """
 
 from __future__ import annotations
@@ -118,7 +120,7 @@ class Saved:
     - a dense feed-forward layer: c d (twice under autocast with swiglu) + 4 c f; 2 c f with gelu and relu2
     - experts: 4 d + 8 E + k (c d + 4 c f + 8 d + 40); a shared expert 4 c f (+ 2 c d under autocast) more
     - alignment: 2 c d + 4 B + 40 rank
-    - head and loss: c d + 4 v + 16; 4 v more with label smoothing
+    - head and loss: c d + 4 v + 16; 4 v more with label smoothing; c d alone where the loss is computed in chunks
     - the voter: votes (8 v + 4 d + c d) + 4 v, if every position votes: the most that can happen
     - dropout: d for each layer that has it
 
@@ -201,7 +203,7 @@ def sizes(config: RunConfig, *, on_gpu: bool | None = None) -> list[Phase]:
         trained |= {parameter for parameter in parameters if parameter.requires_grad}
         total = sum(parameter.numel() for parameter in parameters)
         batch, length = config.trainer.batch_size, config.model.seq_len
-        token = _token(model, batch=batch, length=length, compute=compute, on_gpu=on_gpu)
+        token, again = _token(model, batch=batch, length=length, compute=compute, on_gpu=on_gpu)
         vocabulary = model.embedding.num_embeddings
         found.append(
             Phase(
@@ -220,7 +222,7 @@ def sizes(config: RunConfig, *, on_gpu: bool | None = None) -> list[Phase]:
                 optimizer=2 * FP32 * sum(p.numel() for p in parameters if p in trained),
                 casts=0 if compute == FP32 else compute * _multiplied(model),
                 activations=round(batch * length * token.saved),
-                workspace=batch * length * vocabulary * (compute + 2 * FP32),
+                workspace=round(_at_once(model, batch * length) * (vocabulary * (compute + 2 * FP32) + again.saved)),
                 forward_flops=round(token.flops),
             )
         )
@@ -269,18 +271,21 @@ def _idle(model: GPT) -> float:
 
 
 def _multiplied(model: GPT) -> int:
-    """Return the entries of all matrices that autocast makes copies of; the router computes in float32."""
-    return sum(p.numel() for name, p in model.named_parameters() if p.dim() >= 2 and ".router." not in name)
+    """Return the entries of all matrices of which autocast keeps copies; the router computes in float32."""
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() >= 2 and ".router." not in name)
+    return matrices - (model.embedding.weight.numel() if model.loss_chunk else 0)  # the head's is made anew a chunk
 
 
-def _token(model: GPT, *, batch: int, length: int, compute: int, on_gpu: bool) -> Saved:
-    """Return what a token costs in the whole model."""
+def _at_once(model: GPT, tokens: int) -> int:
+    """Return the tokens whose logits are held at once."""
+    return min(tokens, model.loss_chunk or tokens)
+
+
+def _token(model: GPT, *, batch: int, length: int, compute: int, on_gpu: bool) -> tuple[Saved, Saved]:
+    """Return what a token costs in the whole model, and what is saved once it is computed again in the backward pass."""
     d, vocabulary = model.embedding.embedding_dim, model.embedding.num_embeddings
     norm = Saved(0, 8 * d + 4)
-    head = Saved(2 * d * vocabulary, compute * d + 4 * vocabulary + 16)
-    if "label_smoothing" in model.expected:
-        head += Saved(0, 4 * vocabulary)
-    total = norm + head
+    total = norm
     for block in model.blocks:
         total += norm + norm
         total += _attention(block.attention, length, compute, on_gpu)  # type: ignore[arg-type]
@@ -288,11 +293,17 @@ def _token(model: GPT, *, batch: int, length: int, compute: int, on_gpu: bool) -
     if model.align.enabled:
         rank = model.align.rank
         total += Saved(6 * d * rank + 2 * batch * rank, 2 * compute * d + 4 * batch + 40 * rank)
+    predicted = Saved(2 * d * vocabulary, 4 * vocabulary + 16)
+    if "label_smoothing" in model.expected:
+        predicted += Saved(0, 4 * vocabulary)
     if model.voter.enabled:
         votes = model.voter.num_votes
         saved = votes * (8 * vocabulary + 4 * d + compute * d) + 4 * vocabulary
-        total += Saved(2 * d * vocabulary * votes, saved)
-    return total
+        predicted += Saved(2 * d * vocabulary * votes, saved)
+    total += Saved(predicted.flops, compute * d)
+    if model.loss_chunk is None:
+        return total + Saved(0, predicted.saved), Saved(0, 0)
+    return total, predicted
 
 
 def _attention(layer: SelfAttention, length: int, compute: int, on_gpu: bool) -> Saved:

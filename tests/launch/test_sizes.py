@@ -168,6 +168,7 @@ MODELS = {
         "schedule=none",
         "+schedule.anneals.drop={target: blocks.*.ffn.dropout, start: 0.0, end: 0.1}",
     ],
+    "loss in chunks": ["schedule=none", "model.loss_chunk=40", "model.label_smoothing=0.1"],
     "regularised": ["schedule=none", "model.dropout=0.1", "model.label_smoothing=0.1"],
 }
 
