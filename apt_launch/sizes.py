@@ -380,10 +380,7 @@ def cost(config: RunConfig, phases: Sequence[Phase], *, gpu: str, num_gpus: int 
     spec = GPUS[gpu]
     fixed = [_fixed(phase, num_gpus) for phase in phases]
     growing = [phase.activations + phase.workspace for phase in phases]
-    room = min(
-        (spec.usable_bytes - kept) / (grows / phase.batch_size)
-        for phase, kept, grows in zip(phases, fixed, growing, strict=True)
-    )
+    room = min(_room(config, phase, spec.usable_bytes - kept) for phase, kept in zip(phases, fixed, strict=True))
     return Cost(
         kind=gpu,
         spec=spec,
@@ -404,6 +401,17 @@ def _fixed(phase: Phase, num_gpus: int) -> int:
     if num_gpus == 1:
         return state + phase.casts
     return math.ceil(state / num_gpus) + 3 * phase.compute_bytes * phase.largest_block
+
+
+def _room(config: RunConfig, phase: Phase, free: float) -> float:
+    """Return how many sequences' activations and workspace take ``free`` bytes; the workspace ends to grow with a chunk."""
+    length, chunk = config.model.seq_len, config.model.loss_chunk
+    at_once = min(phase.batch_size * length, chunk or math.inf)
+    activations, workspace = phase.activations / phase.batch_size, phase.workspace / at_once  # a sequence, a token
+    sequences = free / (activations + workspace * length)
+    if chunk is None or sequences * length <= chunk:
+        return sequences
+    return (free - workspace * chunk) / activations
 
 
 def table(
