@@ -114,7 +114,7 @@ class Saved:
     With c bytes a number in matrix products, d = d_model, f = d_ff, h heads, E experts, k of them a token, v the
     vocabulary, B sequences of S tokens:
 
-    - a norm: 8 d + 4 (its input, that over its root mean square, and the latter)
+    - a norm: 4 d + 4 (its input over the root mean square, and the latter)
     - attention: 8 c d + 4 h (input, query-key-value, rotated query and key, output twice, and the normaliser);
       written out (``eager``) 5 c d + h S c, and 4 h S more under autocast on a GPU, whose softmax works in float32
     - a dense feed-forward layer: c d (twice under autocast with swiglu) + 4 c f; 2 c f with gelu and relu2
@@ -124,7 +124,7 @@ class Saved:
     - the voter: votes (8 v + 4 d + c d) + 4 v, if every position votes: the most that can happen
     - dropout: d for each layer that has it
 
-    Measured on the CPU. CUDA's fused kernels save d numbers less a norm and d less an attention layer.
+    Measured on the CPU. CUDA's fused kernels save d numbers less an attention layer.
     """
 
     flops: float
@@ -284,7 +284,7 @@ def _at_once(model: GPT, tokens: int) -> int:
 def _token(model: GPT, *, batch: int, length: int, compute: int, on_gpu: bool) -> tuple[Saved, Saved]:
     """Return what a token costs in the whole model, and what is saved once it is computed again in the backward pass."""
     d, vocabulary = model.embedding.embedding_dim, model.embedding.num_embeddings
-    norm = Saved(0, 8 * d + 4)
+    norm = Saved(0, 4 * d + 4)
     total = norm
     for block in model.blocks:
         total += norm + norm

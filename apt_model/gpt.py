@@ -15,6 +15,7 @@ from apt_model.layers.align import AlignReport, BiStateAlignment, StableSum
 from apt_model.layers.attention import KeyValues, SelfAttention
 from apt_model.layers.feed_forward import FeedForward
 from apt_model.layers.moe import Lineage, MoE, MoEReport
+from apt_model.layers.norm import RMSNorm
 from apt_model.layers.voter import EntropyVoter
 from apt_model.schedule.targets import BELOW_ONE, Domain, matching
 
@@ -46,9 +47,9 @@ class Block(nn.Module):
 
     def __init__(self, *, attention: SelfAttention, ffn: MoE, d_model: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(d_model)
+        self.attention_norm = RMSNorm(d_model)
         self.attention = attention
-        self.ffn_norm = nn.RMSNorm(d_model)
+        self.ffn_norm = RMSNorm(d_model)
         self.ffn = ffn
 
     def forward(self, x: Tensor, seen: KeyValues | None = None) -> tuple[Tensor, MoEReport | None]:
@@ -111,7 +112,7 @@ class GPT(nn.Module):
             for _ in range(num_layers)
         )
         self.align = align(d_model=d_model)
-        self.norm = nn.RMSNorm(d_model)
+        self.norm = RMSNorm(d_model)
         self.voter = voter()
         self._initialise(num_layers)
 
