@@ -33,6 +33,8 @@ NEUTRAL = (
     "profile_file",
     "schedule.on_horizon_change",
     "trainer.resume",
+    "trainer.parallel",
+    "trainer.expert_parallel",
     "trainer.log_every",
     "trainer.checkpoint_every_epochs",
     "trainer.checkpoint_every_minutes",
