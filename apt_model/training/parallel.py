@@ -97,7 +97,7 @@ class Replicas(Engine):
         """Wrap the model anew, which also gives every rank the weights and buffers of rank 0."""
         self.forward = self.model
         if any(parameter.requires_grad for parameter in self.model.parameters()):
-            self.forward = DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.forward = DistributedDataParallel(self.model, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
     def batch(self, *, last: bool) -> AbstractContextManager[Any]:
         """Average gradients after the last batch of an update only."""

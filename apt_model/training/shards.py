@@ -129,7 +129,9 @@ class Shards(Engine):
             experts, FSDPModule
         ):  # it has met the tokens of all that share it
             experts.set_gradient_divide_factor(float(self.world))
-            experts.set_force_sum_reduction_for_comms(True)
+            experts.set_force_sum_reduction_for_comms(
+                cut > 1
+            )  # gloo knows no other; torch 2.13 divides a lone rank's twice
 
     def _settle(self) -> None:
         """Let torch find its units anew at the next forward pass."""
