@@ -30,6 +30,7 @@ from apt_model.schedule.program import LatchState, Subject
 from apt_model.schedule.targets import matching
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import RenderableType
 
     from apt_model.gpt import GPT
@@ -85,6 +86,7 @@ class Phase:
     parameters: int
     active: int  # parameters that one token meets: top_k of the experts, and all that is shared
     largest_block: int  # parameters of the largest block
+    experts: int  # those of them that are its experts
     compute_bytes: int  # of a number in matrix products: 4, or 2 under autocast
     weights: int
     gradients: int
@@ -134,7 +136,7 @@ class Saved:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """A run on ``num_gpus`` GPUs of one kind, whose weights, gradients and optimizer state are sharded over all (FSDP)."""
+    """A run on ``num_gpus`` GPUs of one kind, which share the model as ``trainer.parallel`` says."""
 
     kind: str
     spec: Gpu
@@ -213,7 +215,8 @@ def sizes(config: RunConfig, *, on_gpu: bool | None = None) -> list[Phase]:
                 frozen=tuple(subject.name for subject, value in on.items() if subject.state == "frozen" and value),
                 parameters=total,
                 active=total - round(_idle(model)),
-                largest_block=max(sum(p.numel() for p in block.parameters()) for block in model.blocks),
+                largest_block=max(_numel(block) for block in model.blocks),
+                experts=max(0 if layer.experts is None else _numel(layer.experts) for layer in model.moe_layers),
                 compute_bytes=compute,
                 weights=FP32 * total,
                 gradients=FP32 * sum(p.numel() for p in parameters if p.requires_grad),
@@ -249,6 +252,10 @@ def _phases(program: Program) -> Iterator[tuple[int, dict[Subject, bool]]]:
         if state != before:
             yield step, state
         before = state
+
+
+def _numel(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _tokens(config: RunConfig, begin: int, end: int) -> int:
@@ -339,8 +346,7 @@ def _inner(ffn: str) -> int:
 def cost(config: RunConfig, phases: Sequence[Phase], *, gpu: str, num_gpus: int = 1, mfu: float = DEFAULT_MFU) -> Cost:
     """Say how long the run takes on ``num_gpus`` GPUs of one kind, and whether it fits.
 
-    The memory of a device is its share of weights, gradients and optimizer state, two gathered blocks (one at work, one
-    on its way) and one block's whole gradient, activations and workspace. One GPU alone shards nothing.
+    The memory of a device: see :func:`device_bytes`.
 
     Args:
         config: that ``phases`` were counted for, with ``on_gpu=True``.
@@ -357,6 +363,10 @@ def cost(config: RunConfig, phases: Sequence[Phase], *, gpu: str, num_gpus: int 
         problems.append(f"--gpu: {gpu!r} is not a kind that is known. {nearest(gpu, GPUS)}")
     if num_gpus < 1:
         problems.append(f"--gpus: {num_gpus} is not a number of GPUs. Give 1 or more.")
+    elif num_gpus % config.trainer.expert_parallel:
+        problems.append(
+            f"--gpus: trainer.expert_parallel = {config.trainer.expert_parallel} does not divide {num_gpus}. Choose a multiple."
+        )
     if not 0.0 < mfu <= 1.0:
         problems.append(f"--mfu: {mfu:g} is not a share of the peak. Give more than 0 and at most 1.")
     if any(phase.compute_bytes == FP32 for phase in phases):
@@ -367,7 +377,7 @@ def cost(config: RunConfig, phases: Sequence[Phase], *, gpu: str, num_gpus: int 
     if problems:
         raise ConfigError(*problems)
     spec = GPUS[gpu]
-    fixed = [_fixed(phase, num_gpus) for phase in phases]
+    fixed = [device_bytes(phase, config, num_gpus) for phase in phases]
     growing = [phase.activations + phase.workspace for phase in phases]
     room = min(
         (spec.usable_bytes - kept) / (grows / phase.batch_size)
@@ -387,12 +397,18 @@ def cost(config: RunConfig, phases: Sequence[Phase], *, gpu: str, num_gpus: int 
     )
 
 
-def _fixed(phase: Phase, num_gpus: int) -> int:
-    """Return the bytes of a device that do not grow with the batch."""
+def device_bytes(phase: Phase, config: RunConfig, num_gpus: int) -> int:
+    """Return the bytes of one of ``num_gpus`` devices that do not grow with the batch.
+
+    With ``trainer.parallel=fsdp`` that is its share of weights, gradients and optimizer state, two gathered blocks (one at
+    work, one on its way), one block's whole gradient and the float32 copy that is reduced; of a block's experts only those
+    that ``trainer.expert_parallel`` leaves on a device are gathered. With ``ddp``, or alone, it is all of the state.
+    """
     state = phase.weights + phase.gradients + phase.optimizer
-    if num_gpus == 1:
+    if num_gpus == 1 or config.trainer.parallel == "ddp":
         return state + phase.casts
-    return math.ceil(state / num_gpus) + 3 * phase.compute_bytes * phase.largest_block
+    block = phase.largest_block - phase.experts + math.ceil(phase.experts / config.trainer.expert_parallel)
+    return math.ceil(state / num_gpus) + (3 * phase.compute_bytes + FP32) * block
 
 
 def table(

@@ -38,8 +38,11 @@ def engine(
     Raises:
         ConfigError: experts or ranks cannot be shared so.
     """
-    if expert_parallel > 1 and (problem := expert_problem(expert_parallel, parallel, ranks.world)):
-        raise ConfigError(problem)
+    if ranks.world % expert_parallel:
+        raise ConfigError(
+            f"trainer.expert_parallel = {expert_parallel} does not divide {ranks.world} ranks. Choose a divisor, or start "
+            "another number of ranks."
+        )
     if ranks.world == 1:
         return Engine(model)
     if parallel == "ddp":
@@ -47,16 +50,6 @@ def engine(
     from apt_model.training.shards import Shards
 
     return Shards(model, ranks.world, expert_parallel=expert_parallel, dtype=dtype, device_type=device_type)
-
-
-def expert_problem(expert_parallel: int, parallel: str, world: int) -> str | None:
-    """Say why ``world`` ranks cannot share experts so; None: they can."""
-    key = f"trainer.expert_parallel = {expert_parallel}"
-    if parallel != "fsdp":
-        return f"{key} needs trainer.parallel=fsdp. Set it, or trainer.expert_parallel=1."
-    if world % expert_parallel:
-        return f"{key} does not divide {world} ranks (launch.nodes x launch.tasks_per_node). Choose a divisor."
-    return None
 
 
 class Engine:

@@ -73,6 +73,7 @@ class Shards(Engine):
 
     def _enable_moe(self, on: bool) -> None:
         self.rest()
+        self._had = None  # a new parameter may have the identity of one that is gone
         for layer in self.model.moe_layers:
             if layer.enabled == on:
                 continue
@@ -91,6 +92,7 @@ class Shards(Engine):
 
     def _enable_align(self, on: bool) -> None:
         self.rest()
+        self._had = None
         if on != self.model.align.enabled:
             self.model.align.enable(on)
             self._shard_align()

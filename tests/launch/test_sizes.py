@@ -267,9 +267,15 @@ def test_weights_gradients_and_moments_are_shared_among_devices(full: Callable[.
     told = cost(config, phases, gpu="b200", num_gpus=8)
     last, block = phases[-1], 4 * 768 * 768 + 64 * 3 * 768 * 3072 + 64 * 768 + 2 * 768
     assert last.largest_block == block
-    assert told.per_device[-1] == 16 * last.parameters / 8 + 3 * 2 * block + last.activations + last.workspace
+    grows = last.activations + last.workspace
+    assert told.per_device[-1] == 16 * last.parameters / 8 + (3 * 2 + 4) * block + grows
+    spread = full("trainer.batch_size=1", "trainer.max_batches_per_epoch=101", "trainer.expert_parallel=8")
+    some = block - 64 * 3 * 768 * 3072 * 7 // 8
+    assert cost(spread, phases, gpu="b200", num_gpus=8).fixed[-1] == 16 * last.parameters / 8 + (3 * 2 + 4) * some
+    replicas = full("trainer.batch_size=1", "trainer.max_batches_per_epoch=101", "trainer.parallel=ddp")
+    assert cost(replicas, phases, gpu="b200", num_gpus=8).fixed[-1] == 16 * last.parameters + last.casts
     alone = cost(config, phases, gpu="b200", num_gpus=1)
-    assert alone.per_device[-1] == last.total == 16 * last.parameters + last.casts + last.activations + last.workspace
+    assert alone.per_device[-1] == last.total == 16 * last.parameters + last.casts + grows
 
 
 def test_what_does_not_fit_is_told_with_the_batch_that_does(full: Callable[..., RunConfig]) -> None:
