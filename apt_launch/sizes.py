@@ -143,7 +143,7 @@ class Cost:
     num_gpus: int
     mfu: float
     seconds: tuple[float, ...]  # of each phase
-    per_device: tuple[int, ...]  # bytes, of each phase, with a batch of trainer.batch_size on each device
+    per_device: tuple[int, ...]  # bytes, of each phase, with a device's share of trainer.batch_size
     fixed: tuple[int, ...]  # the part of them that does not grow with the batch
     largest_batch: int  # sequences a device has room for in every phase; 0: not even one
 
@@ -358,15 +358,9 @@ def cost(config: RunConfig, phases: Sequence[Phase], *, gpu: str, num_gpus: int 
     Raises:
         ConfigError: an unknown kind, no GPU, a share outside (0, 1], or fp32, whose peak is another.
     """
-    problems = []
+    problems = _sharing_problems(config, num_gpus)
     if gpu not in GPUS:
         problems.append(f"--gpu: {gpu!r} is not a kind that is known. {nearest(gpu, GPUS)}")
-    if num_gpus < 1:
-        problems.append(f"--gpus: {num_gpus} is not a number of GPUs. Give 1 or more.")
-    elif num_gpus % config.trainer.expert_parallel:
-        problems.append(
-            f"--gpus: trainer.expert_parallel = {config.trainer.expert_parallel} does not divide {num_gpus}. Choose a multiple."
-        )
     if not 0.0 < mfu <= 1.0:
         problems.append(f"--mfu: {mfu:g} is not a share of the peak. Give more than 0 and at most 1.")
     if any(phase.compute_bytes == FP32 for phase in phases):
@@ -378,11 +372,9 @@ def cost(config: RunConfig, phases: Sequence[Phase], *, gpu: str, num_gpus: int 
         raise ConfigError(*problems)
     spec = GPUS[gpu]
     fixed = [device_bytes(phase, config, num_gpus) for phase in phases]
-    growing = [phase.activations + phase.workspace for phase in phases]
-    room = min(
-        (spec.usable_bytes - kept) / (grows / phase.batch_size)
-        for phase, kept, grows in zip(phases, fixed, growing, strict=True)
-    )
+    growing = [(phase.activations + phase.workspace) / phase.batch_size for phase in phases]  # with a sequence
+    share = sequences(config, num_gpus)
+    room = min((spec.usable_bytes - kept) / grows for kept, grows in zip(fixed, growing, strict=True))
     return Cost(
         kind=gpu,
         spec=spec,
@@ -391,10 +383,26 @@ def cost(config: RunConfig, phases: Sequence[Phase], *, gpu: str, num_gpus: int 
         seconds=tuple(
             phase.tokens * phase.training_flops / (num_gpus * mfu * spec.bf16_tflops * 1e12) for phase in phases
         ),
-        per_device=tuple(kept + grows for kept, grows in zip(fixed, growing, strict=True)),
+        per_device=tuple(kept + math.ceil(share * grows) for kept, grows in zip(fixed, growing, strict=True)),
         fixed=tuple(fixed),
         largest_batch=max(0, math.floor(room)),
     )
+
+
+def _sharing_problems(config: RunConfig, num_gpus: int) -> list[str]:
+    if num_gpus < 1:
+        return [f"--gpus: {num_gpus} is not a number of GPUs. Give 1 or more."]
+    experts = config.trainer.expert_parallel
+    if num_gpus % experts:
+        return [
+            f"--gpus: trainer.expert_parallel = {experts} does not divide {num_gpus}. Give a multiple of {experts}."
+        ]
+    return []
+
+
+def sequences(config: RunConfig, num_gpus: int) -> int:
+    """Return the share of ``trainer.batch_size`` that one of ``num_gpus`` devices gets."""
+    return math.ceil(config.trainer.batch_size / num_gpus)
 
 
 def device_bytes(phase: Phase, config: RunConfig, num_gpus: int) -> int:
@@ -419,21 +427,34 @@ def table(
     num_gpus: int = 1,
     mfu: float = DEFAULT_MFU,
 ) -> RenderableType:
-    """Draw the phases, a column each; with a kind of GPU also what :func:`cost` says of it.
+    """Draw the phases, a column each; with a number of GPUs what one needs, with a kind also what :func:`cost` says of it.
 
     On a GPU, ``trainer.precision=auto`` means bf16: where ``phases`` were counted in fp32, they are counted anew.
 
     Raises:
         ConfigError: see :func:`cost`.
     """
-    if gpu is None:
+    if gpu is None and num_gpus == 1:
         return _drawn(phases, None)
     if config.trainer.precision == "auto" and phases[0].compute_bytes == FP32:
         phases = sizes(config, on_gpu=True)
-    return _drawn(phases, cost(config, phases, gpu=gpu, num_gpus=num_gpus, mfu=mfu))
+    if gpu is not None:
+        told = cost(config, phases, gpu=gpu, num_gpus=num_gpus, mfu=mfu)
+        return _drawn(phases, told, told.per_device, num_gpus, sequences(config, num_gpus))
+    if problems := _sharing_problems(config, num_gpus):
+        raise ConfigError(*problems)
+    share = sequences(config, num_gpus)
+    needs = [
+        device_bytes(phase, config, num_gpus)
+        + math.ceil(share * (phase.activations + phase.workspace) / phase.batch_size)
+        for phase in phases
+    ]
+    return _drawn(phases, None, needs, num_gpus, share)
 
 
-def _drawn(phases: Sequence[Phase], cost: Cost | None) -> RenderableType:
+def _drawn(
+    phases: Sequence[Phase], cost: Cost | None, per_device: Sequence[int] = (), num_gpus: int = 1, share: int = 1
+) -> RenderableType:
     from rich.console import Group
     from rich.table import Table
 
@@ -460,20 +481,20 @@ def _drawn(phases: Sequence[Phase], cost: Cost | None) -> RenderableType:
         rows["frozen"] = [" ".join(phase.frozen) or "none" for phase in phases]
     if phases[0].compute_bytes == FP32:
         del rows["16-bit copies"]
+    if per_device:
+        rows[f"a device of {num_gpus}, {share} sequence{'s' if share > 1 else ''}"] = [_bytes(n) for n in per_device]
     if cost is not None:
-        rows[f"a device of {cost.num_gpus}"] = [_bytes(number) for number in cost.per_device]
         rows["hours"] = [f"{seconds / 3600:,.2f}" for seconds in cost.seconds]
     for name, cells in rows.items():
         drawn.add_row(name, *cells)
     if cost is None:
         return drawn
-    batch = phases[0].batch_size
     verdict = "fits" if cost.fits else "does not fit"
     room = f"{cost.largest_batch} sequences" if cost.largest_batch else "not even one sequence"
     return Group(
         drawn,
         f"{cost.num_gpus} x {cost.kind} at an MFU of {cost.mfu:g}: {cost.hours:,.2f} hours, {cost.gpu_hours:,.2f} GPU-hours",
-        f"{batch} sequences a device: {verdict} in {USABLE:.0%} of {cost.spec.memory_gb:g} GB; there is room for {room}",
+        f"{share} sequences a device: {verdict} in {USABLE:.0%} of {cost.spec.memory_gb:g} GB; there is room for {room}",
         f"peak {cost.spec.bf16_tflops:g} TFLOP/s in bf16, dense ({cost.spec.source})",
     )
 
