@@ -482,7 +482,7 @@ def _drawn(
     if phases[0].compute_bytes == FP32:
         del rows["16-bit copies"]
     if per_device:
-        rows[f"a device of {num_gpus}, {share} sequence{'s' if share > 1 else ''}"] = [_bytes(n) for n in per_device]
+        rows[f"a device of {num_gpus}, {_sequences(share)}"] = [_bytes(n) for n in per_device]
     if cost is not None:
         rows["hours"] = [f"{seconds / 3600:,.2f}" for seconds in cost.seconds]
     for name, cells in rows.items():
@@ -490,13 +490,17 @@ def _drawn(
     if cost is None:
         return drawn
     verdict = "fits" if cost.fits else "does not fit"
-    room = f"{cost.largest_batch} sequences" if cost.largest_batch else "not even one sequence"
+    room = _sequences(cost.largest_batch) if cost.largest_batch else "not even one sequence"
     return Group(
         drawn,
         f"{cost.num_gpus} x {cost.kind} at an MFU of {cost.mfu:g}: {cost.hours:,.2f} hours, {cost.gpu_hours:,.2f} GPU-hours",
-        f"{share} sequences a device: {verdict} in {USABLE:.0%} of {cost.spec.memory_gb:g} GB; there is room for {room}",
+        f"{_sequences(share)} a device: {verdict} in {USABLE:.0%} of {cost.spec.memory_gb:g} GB; there is room for {room}",
         f"peak {cost.spec.bf16_tflops:g} TFLOP/s in bf16, dense ({cost.spec.source})",
     )
+
+
+def _sequences(number: int) -> str:
+    return f"{number} sequence{'s' if number > 1 else ''}"
 
 
 def _count(number: float) -> str:

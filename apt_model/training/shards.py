@@ -35,11 +35,13 @@ class Shards(Engine):
     ) -> None:
         super().__init__(model)
         self.world = world
-        shape, names = (world // expert_parallel, expert_parallel), ("shards", "experts")
-        mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
-        self.mesh = mesh._flatten("ranks")
-        self.expert_mesh = mesh["experts"] if expert_parallel > 1 else None
-        self.cut_mesh = mesh["shards"] if expert_parallel > 1 else self.mesh
+        self.expert_mesh: DeviceMesh | None = None
+        if expert_parallel == 1:
+            self.mesh = self.cut_mesh = init_device_mesh(device_type, (world,), mesh_dim_names=("ranks",))
+        else:
+            shape, names = (world // expert_parallel, expert_parallel), ("shards", "experts")
+            both = init_device_mesh(device_type, shape, mesh_dim_names=names)
+            self.mesh, self.cut_mesh, self.expert_mesh = both._flatten("ranks"), both["shards"], both["experts"]
         half = None if dtype == torch.float32 else dtype
         self.multiplied = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
         self._check()

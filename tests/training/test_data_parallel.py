@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conftest import SMALL, environment
 from tests.training.ranks import Ranks, Rows, ranks
 
 PLAIN = (
@@ -156,3 +159,16 @@ def test_what_ranks_cannot_share_is_refused(group: Ranks, data: tuple[str, str],
         group.train(3, tmp_path / "batch", *data)
     with pytest.raises(AssertionError, match=r"trainer\.expert_parallel = 2 does not divide 1 ranks"):
         group.train(1, tmp_path / "ranks", *data, "trainer.parallel=fsdp", "trainer.expert_parallel=2")
+
+
+def test_ranks_that_would_write_to_different_folders_are_refused(data: tuple[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "apt_launch"]
+    told = subprocess.run(
+        [*command, *SMALL, *data, "trainer.parallel=fsdp"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 1  # torch's launcher knows no other
+    assert "error: hydra.run.dir: 2 ranks train one model, and want 2 folders" in told.stderr
