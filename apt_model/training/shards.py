@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -194,7 +195,8 @@ class ExpertExchange:
         rows = all_to_all_single_autograd(x[: sum(sent)], received, sent, self.group)
         owner = torch.arange(by_rank.shape[2], device=x.device).repeat(self.ranks)
         order = owner.repeat_interleave(theirs.long()).argsort(stable=True)
-        output = compute(rows[order], by_rank[1].sum(dim=0).cumsum(0).int())
+        rows = rows[order] if len(order) else F.pad(rows, (0, 0, 0, 1))  # no kernel likes none; a gradient must come
+        output = compute(rows, by_rank[1].sum(dim=0).cumsum(0).int())[: len(order)]
         back = torch.empty_like(output).index_copy(0, order, output)
         home = all_to_all_single_autograd(back, sent, received, self.group)
         return torch.cat((home, home.new_zeros(x.shape[0] - home.shape[0], home.shape[1])))

@@ -154,6 +154,23 @@ def test_experts_that_go_off_again_are_folded_in_shards_too(
     same(rows[2], rows[0])
 
 
+def test_a_rank_whose_experts_get_no_token_goes_along(group: Ranks, data: tuple[str, str], tmp_path: Path) -> None:
+    given = (*data, *PLAIN, "schedule=none", "schedule.enable_moe_at_epoch=1", "trainer.max_epochs=3")
+    few = (
+        "moe.num_experts=2",
+        "moe.top_k=1",
+        "model.seq_len=2",
+        "trainer.batch_size=2",
+        "trainer.max_batches_per_epoch=8",
+    )  # 4 tokens
+    spread = ENGINES["2 shards, experts over 2"][1]
+    alone, shared = (
+        group.train(len(engine) or 1, tmp_path / str(len(engine)), *given, *few, *engine) for engine in ((), spread)
+    )
+    assert any(row["moe/dead_experts"] > 0 for row in alone if "moe/dead_experts" in row)
+    same(shared, alone)
+
+
 def test_what_ranks_cannot_share_is_refused(group: Ranks, data: tuple[str, str], tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"trainer\.batch_size = 2 cannot be shared by 3 ranks"):
         group.train(3, tmp_path / "batch", *data)
