@@ -43,6 +43,8 @@ def engine(
             f"trainer.expert_parallel = {expert_parallel} does not divide {ranks.world} ranks. Choose a divisor, or start "
             "another number of ranks."
         )
+    if expert_parallel > 1 and parallel != "fsdp":
+        raise ConfigError(f"trainer.expert_parallel = {expert_parallel} needs trainer.parallel=fsdp. Set it, or 1.")
     if ranks.world == 1:
         return Engine(model)
     if parallel == "ddp":

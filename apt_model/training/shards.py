@@ -82,13 +82,14 @@ class Shards(Engine):
                 continue
             before = dict(layer.named_parameters())
             for name, part in list(layer.named_children()):
-                setattr(layer, name, _whole_module(part))
-            whole = {parameter: before[name] for name, parameter in layer.named_parameters()}
+                if isinstance(part, FSDPModule):
+                    setattr(layer, name, _whole_module(part))
+            origins = {parameter: before[name] for name, parameter in layer.named_parameters()}
             layer.enable(on)
             if layer.router is not None:
                 _from_rank_zero(layer.router.weight)
             names = {parameter: name for name, parameter in layer.named_parameters()}
-            lineage = [(names[link.child], whole[link.parent], link.gradient_scale) for link in layer.lineage]
+            lineage = [(names[link.child], origins[link.parent], link.gradient_scale) for link in layer.lineage]
             self._shard(layer)
             now = dict(layer.named_parameters())
             layer.lineage = [Lineage(now[child], parent, scale) for child, parent, scale in lineage]
@@ -154,13 +155,13 @@ def _states(model: nn.Module) -> list[Any]:
     return [part._get_fsdp_state() for part in model.modules() if isinstance(part, FSDPModule)]
 
 
-def _whole_module(part: nn.Module) -> nn.Module:
+def _whole_module(part: Any) -> nn.Module:
     """Return a module like the sharded ``part``, with whole parameters, of no engine."""
-    assert isinstance(part, FSDPModule)
     alike: Any = object.__new__(type(part).__mro__[FSDPModule._orig_cls_mro_index])
     nn.Module.__init__(alike)
+    of_engines = {*vars(alike), "_is_fsdp_managed_module", "_fsdp_use_orig_params"} - {"training"}
     for name, value in vars(part).items():
-        if not name.startswith("_"):
+        if name not in of_engines and not name.startswith("__composable"):
             setattr(alike, name, value)
     for name, parameter in part.named_parameters():
         alike.register_parameter(name, nn.Parameter(whole(parameter.detach()), parameter.requires_grad))
