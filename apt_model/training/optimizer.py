@@ -87,10 +87,16 @@ def load_named_state(optimizer: torch.optim.Optimizer, model: nn.Module, saved: 
     names = {parameter: name for name, parameter in model.named_parameters()}
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
-        index: {
-            key: shared_as(value, p) if isinstance(value, Tensor) else value for key, value in saved[names[p]].items()
-        }
+        index: {key: _taken_over(value, p) for key, value in saved[names[p]].items()}
         for index, p in enumerate(ordered)
         if names[p] in saved
     }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _taken_over(value: Any, parameter: nn.Parameter) -> Any:
+    """Return this rank's own copy of a saved value, which may lie in a file."""
+    if not isinstance(value, Tensor):
+        return value
+    own = shared_as(value, parameter)
+    return own.clone() if own is value else own
