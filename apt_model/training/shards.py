@@ -196,8 +196,10 @@ class ExpertExchange:
         rows = all_to_all_single_autograd(x[: sum(sent)], received, sent, self.group)
         owner = torch.arange(by_rank.shape[2], device=x.device).repeat(self.ranks)
         order = owner.repeat_interleave(theirs.long()).argsort(stable=True)
-        rows = rows[order] if len(order) else F.pad(rows, (0, 0, 0, 1))  # no kernel likes none; a gradient must come
-        output = compute(rows, by_rank[1].sum(dim=0).cumsum(0).int())[: len(order)]
+        rows, ends = rows[order], by_rank[1].sum(dim=0).cumsum(0).int()
+        if not len(order):  # no kernel likes none, and a gradient must come: a row of zeros stands in
+            rows, ends[-1] = F.pad(rows, (0, 0, 0, 1)), 1
+        output = compute(rows, ends)[: len(order)]
         back = torch.empty_like(output).index_copy(0, order, output)
         home = all_to_all_single_autograd(back, sent, received, self.group)
         return torch.cat((home, home.new_zeros(x.shape[0] - home.shape[0], home.shape[1])))

@@ -19,6 +19,7 @@ PLAIN = (
     "trainer.max_batches_per_epoch=2",
     "trainer.validation_batches=1",
     "trainer.log_every=1",
+    "model.loss_chunk=24",
     "moe.capacity_factor=null",
     "schedule.moe_capacity=null",
     "moe.balance_loss_weight=0",
