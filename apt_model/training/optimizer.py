@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from apt_model.layers.moe import Lineage
+from apt_model.training.parallel import shared_as, whole
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -63,12 +64,12 @@ def _inherit(name: str, value: Any, child: nn.Parameter, scale: float) -> Any:
     if value.dim() == 0:  # the count of updates, for Adam's bias correction
         return value.clone()
     power = 2 if name.endswith("sq") else 1
-    scaled = value * scale**power
+    scaled = whole(value) * scale**power
     if value.dim() < child.dim():
-        return scaled.expand_as(child).clone()
-    if value.dim() > child.dim():
-        return scaled.mean(dim=0)
-    return scaled
+        scaled = scaled.expand(child.shape)
+    elif value.dim() > child.dim():
+        scaled = scaled.mean(dim=0)
+    return shared_as(scaled, child).clone()
 
 
 def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
@@ -85,5 +86,17 @@ def load_named_state(optimizer: torch.optim.Optimizer, model: nn.Module, saved: 
     follow_model(optimizer, model)
     names = {parameter: name for name, parameter in model.named_parameters()}
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = {index: saved[names[p]] for index, p in enumerate(ordered) if names[p] in saved}
+    state = {
+        index: {key: _taken_over(value, p) for key, value in saved[names[p]].items()}
+        for index, p in enumerate(ordered)
+        if names[p] in saved
+    }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _taken_over(value: Any, parameter: nn.Parameter) -> Any:
+    """Return this rank's own copy of a saved value, which may lie in a file."""
+    if not isinstance(value, Tensor):
+        return value
+    own = shared_as(value, parameter)
+    return own.clone() if own is value else own
