@@ -25,6 +25,10 @@ class Batches:
         self, epoch: int, *, start: int = 0, device: torch.device | str = "cpu"
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (tokens, targets), each (batch_size, seq_len) int64, from batch ``start`` of ``epoch`` on."""
-        for begins in self.sampler.windows(epoch)[start:]:
-            window = torch.from_numpy(self.tokens.windows(begins, self.sampler.seq_len + 1)).to(device)
+        length = self.sampler.seq_len + 1
+        order = self.sampler.windows(epoch)[start:]
+        for number, begins in enumerate(order):
+            for coming in order[number + 1 : number + 2]:
+                self.tokens.expect(coming, length)
+            window = torch.from_numpy(self.tokens.windows(begins, length)).to(device)
             yield window[:, :-1], window[:, 1:]

@@ -122,7 +122,9 @@ class HFCorpus(DocumentCorpus):
             loaded = datasets.load_from_disk(str(folder))
             splits = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
             if name not in splits:
-                raise ConfigError(f"data.{key}: {self.path!r} has no split {name!r}. {nearest(name, map(str, splits))}")
+                raise ConfigError(
+                    f"data.{key}: {self.path!r} has no split {name!r}. {nearest(name, map(str, splits))}{_remedy(key)}"
+                )
             rows = splits[name]
         else:
             path = str(folder) if folder.is_dir() else self.path
@@ -133,7 +135,7 @@ class HFCorpus(DocumentCorpus):
                 )
             except ValueError as error:
                 if "split" in str(error).lower():
-                    raise ConfigError(f"data.{key}: {str(error).splitlines()[0]}") from None
+                    raise ConfigError(f"data.{key}: {str(error).splitlines()[0]}{_remedy(key)}") from None
                 raise
         columns = rows.column_names
         if columns is not None and self.text_key not in columns:
@@ -142,6 +144,10 @@ class HFCorpus(DocumentCorpus):
             )
         rows = rows.select_columns([self.text_key])
         return rows, len(rows) if isinstance(rows, datasets.Dataset) else None
+
+
+def _remedy(key: str) -> str:
+    return " data.val_split=null validates on the first documents of data.train_split." if key == "val_split" else ""
 
 
 def _patterns(data_files: DataFiles | None) -> list[str]:

@@ -11,6 +11,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -136,7 +137,10 @@ class Shards:
 
     def read(self, split: Split) -> Tokens:
         """Return the tokens of ``split``, memory-mapped."""
-        return Tokens([self._map(shard) for shard in self.manifest.splits[split].shards])
+        import numpy as np
+
+        maps = [self._map(shard) for shard in self.manifest.splits[split].shards]
+        return Tokens([np.frombuffer(mapped, dtype=self.manifest.dtype) for mapped in maps], maps)
 
     def check(self) -> None:
         """Compare every file with its checksum.
@@ -155,10 +159,9 @@ class Shards:
         for split in SPLITS:
             yield from self.manifest.splits[split].shards
 
-    def _map(self, shard: Shard) -> NDArray[Any]:
-        import numpy as np
-
-        return np.memmap(self.folder / shard.file, dtype=self.manifest.dtype, mode="r", shape=(shard.tokens,))
+    def _map(self, shard: Shard) -> mmap.mmap:
+        with (self.folder / shard.file).open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def _check_size(self, shard: Shard) -> None:
         path = self.folder / shard.file
@@ -177,7 +180,10 @@ class Shards:
             raise ConfigError(
                 f"{self.key}: {path} is damaged: it differs from its checksum in {MANIFEST}. {self._remedy}"
             )
-        if (largest := int(self._map(shard).max())) >= self.vocab_size:
+        import numpy as np
+
+        largest = int(np.frombuffer(self._map(shard), dtype=self.manifest.dtype).max())
+        if largest >= self.vocab_size:
             raise ConfigError(
                 f"{self.key}: {path} has the token {largest}, but {MANIFEST} says that there are {self.vocab_size}. "
                 f"{self._remedy}"
@@ -291,7 +297,7 @@ def _write(folder: Path, corpus: DocumentCorpus, tokenizer: Tokenizer, told: Tol
         kept = {name: found.model_dump() for name, found in splits.items()}
         _write_whole(partial / PROGRESS, json.dumps({"about": about, "splits": kept}))
 
-    for split in SPLITS:
+    for split in reversed(SPLITS):  # what is wrong with the smaller one is told before hours go into the other
         progress = splits.get(split, SplitShards())
         if not progress.done:
             save(split, _write_split(partial, split, progress, corpus, tokenizer, told, shard_tokens, save))
@@ -371,13 +377,16 @@ _Piece = tuple[str, bool, float]
 """A text, whether a document ends with it, and the share of the split that has been read with it."""
 
 
-def _pieces(documents: Iterator[Document]) -> Iterator[_Piece]:
-    """Cut long documents after single line breaks between words, where byte-level BPE has a border in any case."""
+def _pieces(documents: Iterator[Document], longest: int = PIECE) -> Iterator[_Piece]:
+    """Cut long documents, after more than ``longest`` characters.
+
+    They are cut after a single line break between words, where byte-level BPE has a border in any case.
+    """
     before = 0.0
     for text, done in documents:
         begin = 0
-        while len(text) - begin > PIECE:
-            cut = text.find("\n", begin + PIECE) + 1
+        while len(text) - begin > longest:
+            cut = text.find("\n", begin + longest) + 1
             while cut and cut < len(text) and (text[cut - 2].isspace() or text[cut].isspace()):
                 cut = text.find("\n", cut) + 1
             if not 0 < cut < len(text):

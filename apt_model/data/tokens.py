@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,14 @@ class Tokens:
 
     Args:
         parts: 1-dim each, none empty.
+        maps: the files that they are in, one for each; none: they are in memory.
     """
 
-    def __init__(self, parts: Sequence[NDArray[Any]]) -> None:
+    def __init__(self, parts: Sequence[NDArray[Any]], maps: Sequence[mmap.mmap] = ()) -> None:
         import numpy as np
 
         self.parts = list(parts)
+        self.maps = list(maps)
         self.ends = np.cumsum([len(part) for part in self.parts], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -31,7 +34,7 @@ class Tokens:
         import numpy as np
 
         found = np.empty((len(begins), length), dtype=np.int64)
-        part_of = np.searchsorted(self.ends, begins, side="right")
+        part_of = self.ends.searchsorted(begins, side="right")
         for row, begin, number in zip(found, begins.tolist(), part_of.tolist(), strict=True):
             part = self.parts[number]
             begin -= int(self.ends[number]) - len(part)
@@ -44,6 +47,17 @@ class Tokens:
                 row[filled : filled + len(piece)] = piece
                 filled += len(piece)
         return found
+
+    def expect(self, begins: NDArray[np.int64], length: int) -> None:
+        """Have the system fetch, meanwhile, what :meth:`windows` will be asked for: a slow disk holds up no step."""
+        if not self.maps:
+            return
+        part_of = self.ends.searchsorted(begins, side="right")
+        for begin, number in zip(begins.tolist(), part_of.tolist(), strict=True):
+            part = self.parts[number]
+            first = (begin - int(self.ends[number]) + len(part)) * part.itemsize
+            page = first - first % mmap.PAGESIZE
+            self.maps[number].madvise(mmap.MADV_WILLNEED, page, first + length * part.itemsize - page)
 
     def array(self) -> NDArray[Any]:
         """Return all of them in one array, in memory."""
