@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt_model.data.tokenizer import END, ByteTokenizer, FileTokenizer, find_tokenizer, load_tokenizer, train_tokenizer
@@ -80,3 +81,27 @@ def test_a_file_that_is_missing_or_no_tokenizer_is_named(tmp_path: Path) -> None
     path.write_text(BPE.content.replace(END, "<|stop|>"))
     with pytest.raises(ConfigError, match=r"has no token that ends a document\. It needs one of <\|endoftext\|>"):
         load_tokenizer(path)
+
+
+changes = st.tuples(
+    st.floats(0, 1),
+    st.one_of(
+        st.binary(max_size=3),
+        st.sampled_from([b"0", b"-1", b"null", b'"', b"}", b"[]", b"\\u0000", b"99999999999"]),
+    ),
+    st.integers(0, 9),
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(changes=st.lists(changes, min_size=1, max_size=3))
+def test_a_changed_file_is_a_tokenizer_or_told_in_words(changes: list[tuple[float, bytes, int]]) -> None:
+    content = BPE.content.encode()
+    for where, put, instead_of in changes:
+        begin = round(where * len(content))
+        content = content[:begin] + put + content[begin + instead_of :]
+    with suppress(ConfigError):
+        tokenizer = FileTokenizer(content.decode(errors="replace"))
+        tokens = tokenizer.encode("the lowest")
+        assert all(0 <= token < tokenizer.vocab_size for token in tokens)
+        tokenizer.decode(tokens)
