@@ -27,7 +27,7 @@ TRAINED_ON = 1 << 30
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 the disk is full, 2 command line or data wrong, 130 interrupted."""
+    """Run the command line. Exit codes: 0 done, 2 command line, data or disk wrong, 130 interrupted."""
     arguments, overrides = parser().parse_known_args()
     keep_private()
     try:

@@ -274,7 +274,7 @@ def write(
                     raise ConfigError(f"{key}: {folder} is something else already. Choose another folder.")
                 _write(folder, corpus, tokenizer, told, shard_tokens)
     except OSError as error:
-        raise ConfigError(f"{key}: tokens could not be kept in {folder}: {error}.") from None
+        raise ConfigError(f"{key}: tokens could not be made in {folder}: {error}.") from None
 
 
 def _write(folder: Path, corpus: DocumentCorpus, tokenizer: Tokenizer, told: Told, shard_tokens: int) -> None:

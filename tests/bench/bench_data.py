@@ -1,7 +1,8 @@
-"""What the loader costs beside a training step, and how fast tokens are made. Run: ``python -m tests.bench.bench_data [STEPS]``.
+"""What the loader costs beside a training step, and how fast tokens are made and found again.
 
-The default run's model takes steps, in turn, on batches of bytes in memory, of shards that the system has in memory, and of
-shards that it has just forgotten and reads from the disk. A loader's share is its part of the time between two steps.
+The default run's model, with every module on, takes steps in turn on batches of bytes in memory, of shards that the system
+has in memory, and of shards that it has just forgotten and reads from the disk, ahead of time or not; the loader's share is
+its time over that of the steps. Run: ``python -m tests.bench.bench_data [STEPS]``.
 """
 
 from __future__ import annotations
@@ -12,38 +13,52 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import cast
-
-import numpy as np
 
 from apt_launch.build import build_trainer
 from apt_launch.config import composed
-from apt_model.data import Sampler, StdlibCorpus
+from apt_model.data import Sampler, StdlibCorpus, TextCorpus
 from apt_model.data.batches import Batches
-from apt_model.data.corpora import DocumentCorpus, Split
+from apt_model.data.corpora import ByteCorpus
 from apt_model.data.shards import Shards, write
 from apt_model.data.tokenizer import ByteTokenizer, Tokenizer, train_tokenizer
 from apt_model.data.tokens import Tokens
 from apt_model.training.trainer import Trainer
 
 ON = ("schedule.enable_moe_at_epoch=0", "schedule.enable_align_at_epoch=0", "schedule.enable_voter_at_epoch=0")
-KINDS = ("bytes in memory", "shards, warm", "shards, cold")
-SIZE = 1 << 28
-"""Bytes of the shards that are loaded from."""
+COPIES = 20
+"""Of the standard library's text, in the shards that batches are loaded from: some 230 MB."""
 
 
-def forget(folder: Path) -> None:
-    """Have the system forget what it holds of the files in ``folder``; they must not be mapped."""
-    for path in folder.glob("*.bin"):
+def make(folder: Path, corpus: ByteCorpus, name: str, tokenizer: Tokenizer) -> Shards:
+    """Make shards, and print how fast."""
+    began = time.perf_counter()
+    write(folder, corpus, tokenizer, key="OUT", told=corpus.told)
+    made = time.perf_counter()
+    shards = Shards(folder)
+    tokens = shards.count("train") + shards.count("val")
+    counted = time.perf_counter()
+    shards.check()
+    checked = time.perf_counter()
+    print(
+        f"{name:18} {tokens:12,} tokens made in {made - began:6.2f} s = {tokens / (made - began):12,.0f} a second, "
+        f"counted in {(counted - made) * 1e3:.1f} ms, checked in {(checked - counted) * 1e3:.0f} ms"
+    )
+    return shards
+
+
+def forget(shards: Shards) -> None:
+    """Have the system forget what it holds of the files; they must not be mapped."""
+    for path in shards.folder.glob("*.bin"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def loading(trainer: Trainer, tokens: Tokens, steps: int) -> tuple[float, float]:
-    """Take ``steps`` on batches of ``tokens``; return the median seconds of the loader, and of a step."""
-    old = trainer.train_batches.sampler
-    sampler = Sampler(num_tokens=len(tokens), seq_len=old.seq_len, batch_size=old.batch_size, seed=0)
+def load(trainer: Trainer, name: str, tokens: Tokens, steps: int) -> None:
+    """Take ``steps`` on batches of ``tokens``, and print what the loader took of them."""
+    own = trainer.train_batches.sampler
+    sampler = Sampler(num_tokens=len(tokens), seq_len=own.seq_len, batch_size=own.batch_size, seed=0)
     batches = Batches(tokens, sampler).epoch(0)
+    next(batches)
     loaded, stepped = [], []
     for _ in range(steps):
         began = time.perf_counter()
@@ -53,76 +68,40 @@ def loading(trainer: Trainer, tokens: Tokens, steps: int) -> tuple[float, float]
         trainer.step([batch])
         trainer.end_update()
         stepped.append(time.perf_counter() - began - loaded[-1])
-    return statistics.mean(loaded[1:]), statistics.median(stepped)
-
-
-def load(folder: Path, steps: int) -> None:
-    """Print what the loader takes of a step."""
-    trainer = build_trainer(composed([*ON, "trainer.max_epochs=1000"]), log=lambda row: None)
-    written = np.random.default_rng(0).integers(0, 256, SIZE, dtype=np.uint16)
-    shards = folder / "shards"
-    shards.mkdir()
-    for number, part in enumerate(np.split(written, 4)):
-        with (shards / f"{number}.bin").open("wb") as file:
-            file.write(part.data)
-            os.fsync(file.fileno())
-
-    def mapped() -> Tokens:
-        import mmap
-
-        maps = []
-        for path in sorted(shards.glob("*.bin")):
-            with path.open("rb") as file:
-                maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        return Tokens([np.frombuffer(map_, dtype="<u2") for map_ in maps], maps)
-
-    print(f"{steps} steps of {trainer.train_batches.sampler.batch_size} x {trainer.model.seq_len} tokens each")
-    for kind in KINDS:
-        if kind == "bytes in memory":
-            tokens = Tokens([written.astype(np.uint8)])
-        else:
-            if kind == "shards, cold":
-                forget(shards)
-            tokens = mapped()
-        took, step = loading(trainer, tokens, steps)
-        batch = trainer.train_batches.sampler.batch_size * trainer.model.seq_len
-        print(
-            f"{kind:16} loader {took * 1e6:8.1f} us a batch = {batch / took:14,.0f} tokens/s, model {step * 1e3:7.1f} ms = "
-            f"{batch / step:8,.0f} tokens/s: the loader takes {took / step:.3%} of a step"
-        )
-        del tokens
-
-
-def make(folder: Path) -> None:
-    """Print how fast shards of the standard library are made, and how fast a tokenizer is trained."""
-    corpus = StdlibCorpus()
-    text = [document.text for document in corpus.documents("train")]
-    began = time.perf_counter()
-    bpe = train_tokenizer(text, 8192)
-    took = time.perf_counter() - began
-    print(f"\nBPE of {bpe.vocab_size} tokens trained on {sum(map(len, text)) / 1e6:.1f} M characters in {took:.1f} s")
-    for name, tokenizer in (("bytes", ByteTokenizer()), ("BPE", bpe)):
-        began = time.perf_counter()
-        write(folder / name, cast("DocumentCorpus", corpus), cast("Tokenizer", tokenizer), key="", told=corpus.told)
-        took = time.perf_counter() - began
-        opened = time.perf_counter()
-        shards = Shards(folder / name)
-        tokens = sum(shards.count(split) for split in cast("tuple[Split, Split]", ("train", "val")))
-        opened = time.perf_counter() - opened
-        checked = time.perf_counter()
-        shards.check()
-        checked = time.perf_counter() - checked
-        print(
-            f"{name:6} {tokens:10,} tokens in {took:5.2f} s = {tokens / took:12,.0f} a second; counted in "
-            f"{opened * 1e3:.1f} ms, checked in {checked * 1e3:.1f} ms"
-        )
+    size = own.batch_size * own.seq_len
+    load, step = statistics.mean(loaded), statistics.mean(stepped)
+    print(
+        f"{name:18} loader {size / load:12,.0f} tokens/s ({load * 1e6:6.0f} us a batch, {max(loaded) * 1e6:6.0f} at most), "
+        f"model {size / step:8,.0f} tokens/s: {load / step:.3%} of a step"
+    )
 
 
 def main(steps: int) -> None:
     """Print the tables."""
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
-        load(Path(name), steps)
-        make(Path(name))
+        folder, stdlib = Path(name), StdlibCorpus()
+        texts = [document.text for document in stdlib.documents("train")]
+        began = time.perf_counter()
+        bpe = train_tokenizer(texts, 8192)
+        characters = sum(map(len, texts))
+        print(
+            f"BPE of {bpe.vocab_size} trained on {characters / 1e6:.1f} M characters in {time.perf_counter() - began:.1f} s"
+        )
+        make(folder / "bpe", stdlib, "standard library", bpe)
+        (folder / "text").mkdir()
+        for copy in range(COPIES):
+            (folder / "text" / f"{copy}.txt").write_text("".join(texts))
+        large = make(folder / "bytes", TextCorpus(path=str(folder / "text")), f"{COPIES} times, bytes", ByteTokenizer())
+
+        trainer = build_trainer(composed([*ON, "trainer.max_epochs=1000"]), log=lambda row: None)
+        print(f"\n{steps} steps each of {trainer.train_batches.sampler.batch_size} x {trainer.model.seq_len} tokens")
+        load(trainer, "(warm-up)", trainer.train_batches.tokens, 2)
+        load(trainer, "bytes in memory", trainer.train_batches.tokens, steps)
+        load(trainer, "shards, warm", large.read("train"), steps)
+        forget(large)
+        load(trainer, "shards, cold", large.read("train"), steps)
+        forget(large)
+        load(trainer, "not read ahead", Tokens(large.read("train").parts), steps)
 
 
 if __name__ == "__main__":

@@ -187,3 +187,26 @@ def test_a_terminal_sees_a_bar(made: Path) -> None:
     assert process.returncode == 0
     assert b"tokens of train" in shown
     assert "━".encode() in shown
+
+
+def test_a_full_disk_is_told_and_the_same_command_goes_on_where_there_is_room(made: Path, tmp_path: Path) -> None:
+    asked = [*("out", "--shard-tokens", "9000", "data=text"), f"data.path={made / 'text.txt'}"]
+    command = ["prlimit", "--fsize=9500", sys.executable, "-m", "apt_launch.tokenize", *asked]  # the text has 19 kB
+    ended = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert ended.returncode == 2, ended.stderr
+    assert "error: OUT: tokens could not be made in out: [Errno 27] File too large" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    done = run_module("apt_launch.tokenize", *asked, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    Shards(tmp_path / "out").check()
+
+
+def test_a_cache_that_cannot_be_is_told(forks: Forks, made: Path) -> None:
+    ended = forks.run(
+        *(*SMALL, "data=text", "data.path=text.txt", "data.tokenizer=out", "model.vocab_size=300"),
+        *("data.cache=text.txt/cache", "hydra.run.dir=never"),
+        cwd=made,
+    )
+    assert ended.code == 2
+    assert "error: data.cache: tokens could not be made in text.txt/cache/" in ended.err
+    assert not (made / "never").exists()
