@@ -330,15 +330,15 @@ def missing_library(key: str, option: str, libraries: Sequence[str], otherwise: 
 def _vocabulary_problems(data: Mapping[str, Any], vocab_size: int) -> list[str]:
     """Say whether the corpus has tokens that the model has not."""
     try:
-        needed = build_corpus(data).vocab_size
+        corpus = build_corpus(data)
+        needed, place = corpus.vocab_size, corpus.tokenizer_file
     except ConfigError as error:
         return list(error.problems)
     if needed <= vocab_size:
         return []
-    place = data.get("tokenizer") or data["path"] if needed > 256 else None
     return [
-        f"model.vocab_size = {vocab_size} is less than the {needed} tokens of "
-        + (f"{place}. Set model.vocab_size={needed}, or more." if place else "a corpus of bytes.")
+        f"model.vocab_size = {vocab_size} is less than the {needed} tokens of {place or 'a corpus of bytes'}. Set "
+        f"model.vocab_size={needed}, or more."
     ]
 
 

@@ -297,10 +297,15 @@ def _write(folder: Path, corpus: DocumentCorpus, tokenizer: Tokenizer, told: Tol
         kept = {name: found.model_dump() for name, found in splits.items()}
         _write_whole(partial / PROGRESS, json.dumps({"about": about, "splits": kept}))
 
-    for split in reversed(SPLITS):  # what is wrong with the smaller one is told before hours go into the other
-        progress = splits.get(split, SplitShards())
-        if not progress.done:
-            save(split, _write_split(partial, split, progress, corpus, tokenizer, told, shard_tokens, save))
+    try:
+        for split in reversed(SPLITS):  # what is wrong with the smaller one is told before hours go into the other
+            progress = splits.get(split, SplitShards())
+            if not progress.done:
+                save(split, _write_split(partial, split, progress, corpus, tokenizer, told, shard_tokens, save))
+    except ConfigError:  # the text is wrong, or the network failed: then it is worth going on later
+        if not any(progress.shards for progress in splits.values()):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     if tokenizer.content is not None:
         _write_whole(partial / FILE_NAME, tokenizer.content)
     manifest = Manifest(
@@ -437,11 +442,21 @@ def _partial(folder: Path) -> Path:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Let one process at a time be here; the others wait."""
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-        path.unlink(missing_ok=True)  # who waited finds that all is done
+    """Let one process at a time be here; the others wait. The file ``path`` is there meanwhile."""
+    while True:
+        with path.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                taken = os.fstat(lock.fileno()).st_ino != path.stat().st_ino
+            except FileNotFoundError:
+                taken = True
+            if taken:  # who was here before has removed it, and others wait for a new one
+                continue
+            try:
+                yield
+            finally:
+                path.unlink()
+            return
 
 
 def _sha256(path: Path) -> str | None:
