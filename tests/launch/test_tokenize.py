@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -63,6 +64,19 @@ def test_a_run_is_the_same_from_text_and_from_shards_and_resumes_exactly(forks: 
         shutil.rmtree(step)
     train(forks, made, "text", "data=text", "data.path=text.txt", *cached, "trainer.resume=auto")
     assert weights(again) == weights(whole)
+
+
+def test_a_run_is_the_same_from_jsonl_and_from_datasets_streamed_or_not(forks: Forks, made: Path) -> None:
+    pytest.importorskip("datasets")
+    rows = "".join(json.dumps({"text": line}) + "\n" for line in TEXT.splitlines())
+    (made / "rows.jsonl").write_text(rows)
+    jsonl = train(forks, made, "jsonl", "data=jsonl", "data.train_path=rows.jsonl", "data.val_path=rows.jsonl")
+    files = ("data.data_files={train: rows.jsonl, validation: rows.jsonl}", "data.cache=cache")
+    read = train(forks, made, "read", "data=hf", "data.path=json", *files)
+    streamed = train(
+        forks, made, "streamed", "data=hf", "data.path=json", *files, "data.streaming=true", "data.max_documents=600"
+    )
+    assert weights(jsonl) == weights(read) == weights(streamed)
 
 
 def test_text_is_generated_with_the_tokenizer_that_the_run_has_kept(forks: Forks, made: Path) -> None:
