@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / 
 
 
 NEUTRAL = (
+    "data.cache",
+    "data.verify",
     "launch",
     "logger",
     "profile_file",
@@ -107,18 +110,40 @@ def load(cfg: DictConfig, counts: Counts | None = None) -> RunConfig:
     Raises:
         ConfigError: with every problem found.
     """
-    values: dict[str, Any] = {}
+    values = {str(key): _resolved(cfg, str(key)) for key in cfg if key != "hydra"}
+    return parse(values, counts)
+
+
+def load_data(cfg: DictConfig) -> dict[str, Any]:
+    """Resolve and check the group ``data`` alone; no file is looked at.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    from apt_launch.guard import check_secrets
+
+    values: dict[str, Any] = {"data": _resolved(cfg, "data")}
+    check_secrets(values)
+    problems = _missing_libraries({"data": _parse_group("data", values["data"])})
+    if problems:
+        raise ConfigError(*problems)
+    data: dict[str, Any] = values["data"]
+    return data
+
+
+def _resolved(cfg: DictConfig, key: str) -> Any:
+    """Return what stands under ``key`` as plain values.
+
+    Raises:
+        ConfigError: a value is missing, or means nothing.
+    """
     try:
-        for key in cfg:
-            if key != "hydra":
-                node = cfg[key]
-                plain = OmegaConf.is_config(node)
-                values[str(key)] = OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if plain else node
+        node = cfg[key]
+        return OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if OmegaConf.is_config(node) else node
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}: has no value yet. Set it: {error.full_key}=...") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
-    return parse(values, counts)
 
 
 def composed(overrides: list[str]) -> RunConfig:
@@ -139,7 +164,7 @@ def composed(overrides: list[str]) -> RunConfig:
 def parse(values: dict[str, Any], counts: Counts | None = None) -> RunConfig:
     """Check plain values; see :func:`load`. ``counts`` keeps what was counted, for the next of many configs."""
     groups, top = parse_groups(values)
-    _check_together(groups, top.launch)
+    _check_together(values, groups, top.launch)
     horizon = plan_horizon(values, groups, {} if counts is None else counts)
     program = check_curriculum(values, groups, horizon)
     return RunConfig(values=values, seed=top.seed, launch=top.launch, horizon=horizon, program=program, **groups)
@@ -157,20 +182,9 @@ def parse_groups(values: Mapping[str, Any]) -> tuple[dict[str, Any], schema.TopL
     check_secrets(values)
     problems: list[str] = []
     groups: dict[str, Any] = {}
-    for name, schemas in schema.GROUPS.items():
-        group = values.get(name)
-        if not isinstance(group, Mapping):
-            problems.append(
-                f"{name}: {group!r} is not valid: choose one of the group's options, for instance in conf/."
-            )
-            continue
-        target = group.get("_target_")
-        if not isinstance(target, str | None) or target not in schemas:
-            known = [str(known) for known in schemas]
-            problems.append(f"{name}._target_: {target!r} may not be built here. {nearest(str(target), known)}")
-            continue
+    for name in schema.GROUPS:
         try:
-            groups[name] = validated(schemas[target], group, key=name)
+            groups[name] = _parse_group(name, values.get(name))
         except ConfigError as error:
             problems += error.problems
     rest = {key: value for key, value in values.items() if key not in schema.GROUPS}
@@ -184,6 +198,24 @@ def parse_groups(values: Mapping[str, Any]) -> tuple[dict[str, Any], schema.TopL
     if problems:
         raise ConfigError(*problems)
     return groups, top
+
+
+def _parse_group(name: str, group: Any) -> schema.Group:
+    """Check one group by itself.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    from apt_launch import schema
+
+    schemas = schema.GROUPS[name]
+    if not isinstance(group, Mapping):
+        raise ConfigError(f"{name}: {group!r} is not valid: choose one of the group's options, for instance in conf/.")
+    target = group.get("_target_")
+    if not isinstance(target, str | None) or target not in schemas:
+        known = [str(known) for known in schemas]
+        raise ConfigError(f"{name}._target_: {target!r} may not be built here. {nearest(str(target), known)}")
+    return validated(schemas[target], group, key=name)
 
 
 def check_curriculum(values: Mapping[str, Any], groups: Mapping[str, Any], horizon: Horizon) -> Program:
@@ -233,10 +265,9 @@ def check_curriculum(values: Mapping[str, Any], groups: Mapping[str, Any], horiz
     return program
 
 
-def _check_together(groups: Mapping[str, Any], launch: schema.LaunchConfig) -> None:
+def _check_together(values: Mapping[str, Any], groups: Mapping[str, Any], launch: schema.LaunchConfig) -> None:
     """Refuse values that are right each by itself and wrong together."""
     from apt_launch.schema import EXTRAS
-    from apt_model.data.corpora import BYTE_VOCABULARY
 
     model, moe, schedule, optimizer = (groups[name] for name in ("model", "moe", "schedule", "optimizer"))
     problems = []
@@ -252,10 +283,6 @@ def _check_together(groups: Mapping[str, Any], launch: schema.LaunchConfig) -> N
             "moe.capacity_factor is null (dropless), but schedule.moe_capacity anneals it. Set schedule.moe_capacity=null, "
             "or give moe.capacity_factor a number."
         )
-    if model.vocab_size < BYTE_VOCABULARY:
-        problems.append(
-            f"model.vocab_size = {model.vocab_size} is less than the {BYTE_VOCABULARY} tokens of a corpus of bytes."
-        )
     ranks = launch.nodes * launch.tasks_per_node
     if groups["trainer"].batch_size % ranks:
         problems.append(
@@ -269,7 +296,7 @@ def _check_together(groups: Mapping[str, Any], launch: schema.LaunchConfig) -> N
         )
     problems += _sharing_problems(groups, ranks)
     problems += schedule.contradictions()
-    problems += _missing_libraries(groups)
+    problems += _missing_libraries(groups) or _vocabulary_problems(values["data"], model.vocab_size)
     problems += _trainer_problems(groups["trainer"])
     if optimizer.weight_decay * optimizer.lr >= 1:
         problems.append(
@@ -313,20 +340,41 @@ def _sharing_problems(groups: Mapping[str, Any], ranks: int) -> list[str]:
 
 def _missing_libraries(groups: Mapping[str, Any]) -> list[str]:
     """Say what chosen options need and is not installed."""
-    from importlib.util import find_spec
-
     from apt_launch.schema import EXTRAS
 
-    problems = []
-    for name, default in (("trainer", "default"), ("logger", "wandb")):
-        option, libraries = EXTRAS.get(type(groups[name]), ("", ()))
-        missing = [library for library in libraries if find_spec(library) is None]
-        if missing:
-            problems.append(
-                f"{name}: {' and '.join(missing)} cannot be found. Run: pip install 'apt-launch[{option}]', or choose "
-                f"{name}={default}."
-            )
-    return problems
+    needed = [
+        (name, *EXTRAS.get(type(groups[name]), ("", ())), f"choose {name}={default}")
+        for name, default in (("trainer", "default"), ("logger", "wandb"), ("data", "text"))
+        if name in groups
+    ]
+    if getattr(groups["data"], "tokenizer", None):
+        needed.append(("data.tokenizer", "tokenizers", ("tokenizers",), "set data.tokenizer=null"))
+    return [problem for choice in needed if (problem := missing_library(*choice))]
+
+
+def missing_library(key: str, option: str, libraries: Sequence[str], otherwise: str) -> str | None:
+    """Return what to tell if one of ``libraries``, which the extra ``option`` of this package brings, is not installed."""
+    from importlib.util import find_spec
+
+    missing = [library for library in libraries if find_spec(library) is None]
+    if not missing:
+        return None
+    return f"{key}: {' and '.join(missing)} cannot be found. Run: pip install 'apt-launch[{option}]', or {otherwise}."
+
+
+def _vocabulary_problems(data: Mapping[str, Any], vocab_size: int) -> list[str]:
+    """Say whether the corpus has tokens that the model has not."""
+    try:
+        corpus = build_corpus(data)
+        needed, place = corpus.vocab_size, corpus.tokenizer_file
+    except ConfigError as error:
+        return list(error.problems)
+    if needed <= vocab_size:
+        return []
+    return [
+        f"model.vocab_size = {vocab_size} is less than the {needed} tokens of {place or 'a corpus of bytes'}. Set "
+        f"model.vocab_size={needed}, or more."
+    ]
 
 
 def _trainer_problems(trainer: schema.TrainerConfig) -> list[str]:
@@ -369,7 +417,8 @@ def plan_horizon(values: Mapping[str, Any], groups: Mapping[str, Any], counts: C
     for split, limit in (("train", trainer.max_batches_per_epoch), ("val", trainer.validation_batches)):
         counted = json.dumps([values["data"], split])
         if counted not in counts:
-            counts[counted] = build_corpus(values["data"]).count(split)  # type: ignore[arg-type]
+            with making_tokens(build_corpus(values["data"])) as corpus:
+                counts[counted] = corpus.count(split)  # type: ignore[arg-type]
         sampler = Sampler(
             num_tokens=counts[counted],
             seq_len=model.seq_len,
@@ -389,11 +438,36 @@ def plan_horizon(values: Mapping[str, Any], groups: Mapping[str, Any], counts: C
 
 
 def build_corpus(values: Mapping[str, Any]) -> Corpus:
-    """Build the corpus that the ``data`` group describes."""
+    """Build the corpus that the ``data`` group describes; no text is read.
+
+    Raises:
+        ConfigError: its values make no sense together.
+    """
     from apt_launch.build import build
 
     corpus: Corpus = build(values)
     return corpus
+
+
+@contextmanager
+def making_tokens(corpus: Corpus) -> Iterator[Corpus]:
+    """Show how far the corpus' tokens are made, if they have to be made meanwhile."""
+    progress: Any = None
+
+    def told(split: str, done: float, tokens: int) -> None:
+        nonlocal progress
+        if progress is None:
+            from apt_launch.console import TokenProgress
+
+            progress = TokenProgress()
+        progress.tell(split, done, tokens)
+
+    corpus.told = told
+    try:
+        yield corpus
+    finally:
+        if progress is not None:
+            progress.close()
 
 
 def show_error(error: ConfigError) -> None:

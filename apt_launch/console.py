@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import time
@@ -10,7 +11,15 @@ from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from apt_model.schedule import MODULES, Change
 from apt_model.training.callbacks import Callback
@@ -148,6 +157,50 @@ class ProgressBar(_Announcements):
     @staticmethod
     def _epoch(trainer: BaseTrainer) -> str:
         return f"{min(trainer.clock.epoch + 1, trainer.max_epochs)}/{trainer.max_epochs}"
+
+
+class TokenProgress:
+    """Says on standard error how far tokens are made: a bar for each split on a terminal, else a line every ``seconds``."""
+
+    def __init__(self, seconds: float = 10.0) -> None:
+        self.seconds = seconds
+        self.said = time.monotonic()
+        self.progress = Progress(
+            TextColumn("tokens of {task.description}"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self.tasks: dict[str, TaskID] = {}
+        self.began: dict[str, tuple[float, int]] = {}
+
+    def tell(self, split: str, done: float, tokens: int) -> None:
+        """Show that ``done`` of ``split`` (0 to 1; nan: unknown) is ready, ``tokens`` so far; 1 comes once, at the end."""
+        now = time.monotonic()
+        terminal = self.progress.console.is_terminal
+        if split not in self.tasks:
+            if terminal:
+                self.progress.start()
+            self.tasks[split] = self.progress.add_task(split, total=None, numbers="")
+            self.began[split] = (now, tokens)
+        began, first = self.began[split]
+        speed = (tokens - first) / max(1e-3, now - began)
+        self.progress.update(
+            self.tasks[split],
+            total=None if math.isnan(done) else 1.0,
+            completed=None if math.isnan(done) else done,
+            numbers=f"{tokens:,} tokens, {speed:,.0f} a second",
+        )
+        if not terminal and (done == 1 or now - self.said >= self.seconds):
+            self.said = now
+            self.progress.console.print(f"tokens of {split}: {tokens:,}, {speed:,.0f} a second", highlight=False)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self.progress.stop()
 
 
 def curriculum_state(trainer: BaseTrainer) -> str:

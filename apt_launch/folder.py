@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apt_launch.config import RunConfig
+from apt_launch.config import RunConfig, build_corpus
 from apt_model.errors import CheckpointError, ConfigError
 from apt_model.schedule import Horizon
 from apt_model.schedule.runner import horizon_changed
@@ -54,6 +54,7 @@ class RunFolder:
         self.schedule = path / "schedule.png"
         self.checkpoints = path / "checkpoints"
         self.provenance = path / "provenance.json"
+        self.tokenizer = path / "tokenizer.json"
         self.log = path / "train.log"
         self._left_out = path / "left_out.json"
 
@@ -133,6 +134,11 @@ class RunFolder:
                     f"change it to {config.result_values.get(key)!r}."
                     for key in fixed
                 ]
+            )
+        kept, now = checkpoint.parent.parent / self.tokenizer.name, build_corpus(config.values["data"]).tokenizer_file
+        if now is not None and kept.exists() and kept.read_bytes() != now.read_bytes():
+            raise ConfigError(
+                f"data: {now} is not the tokenizer that the run was trained with, which is kept in {kept}."
             )
         if config.schedule.on_horizon_change == "error" and Horizon(**about["horizon"]) != config.horizon:
             raise ConfigError(horizon_changed(Horizon(**about["horizon"]), config.horizon))

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apt_launch.build import build, build_model
-from apt_launch.config import build_corpus, parse_groups, show_error
+from apt_launch.config import parse_groups, show_error
 from apt_launch.folder import find_checkpoint
 from apt_launch.guard import keep_private
 from apt_launch.plan import from_yaml
+from apt_model.data.tokenizer import ByteTokenizer, load_tokenizer
 from apt_model.errors import CheckpointError, ConfigError
 from apt_model.schedule import Horizon
 from apt_model.training.checkpoint import load, read_manifest
@@ -25,7 +26,7 @@ from apt_model.training.checkpoint import load, read_manifest
 if TYPE_CHECKING:
     import torch
 
-    from apt_model.data import Corpus
+    from apt_model.data.tokenizer import Tokenizer
     from apt_model.generation import Generated
     from apt_model.gpt import GPT
 
@@ -86,27 +87,27 @@ def _generate(arguments: argparse.Namespace) -> None:
         device = choose_device(arguments.device)
     except RuntimeError as error:
         raise ConfigError(f"--device: {error}") from None
-    model, corpus = restored(checkpoint, device)
+    model, tokenizer = restored(checkpoint, device)
     if arguments.voter != "auto":
         model.voter.enable(arguments.voter == "on")
     if arguments.vote_threshold is not None:
         model.voter.threshold.fill_(arguments.vote_threshold)
     torch.manual_seed(arguments.seed)
     watched = len(prompts) == 1 and not arguments.json and sys.stdout.isatty()
-    shown = _Shown(corpus, prompts[0]) if watched else None
+    shown = _Shown(tokenizer, prompts[0]) if watched else None
     generated = generate(
         model,
-        [corpus.encode(prompt) for prompt in prompts],
+        [tokenizer.encode(prompt) for prompt in prompts],
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
-        num_tokens=corpus.vocab_size,
-        end=corpus.end,
+        num_tokens=tokenizer.vocab_size,
+        end=tokenizer.end,
         told=shown.add if shown else lambda prompt, token: None,
     )
     if shown:
         sys.stdout.write("\n")
     else:
-        _write(prompts, generated, corpus, as_json=arguments.json)
+        _write(prompts, generated, tokenizer, as_json=arguments.json)
     sys.stderr.write(_told(generated, checkpoint, model) + "\n")
 
 
@@ -137,11 +138,11 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     return [prompt for prompt in prompts for _ in range(arguments.num_samples)]
 
 
-def restored(checkpoint: Path, device: torch.device) -> tuple[GPT, Corpus]:
-    """Return a run's model as it was at ``checkpoint``, and the corpus, which knows what its tokens mean.
+def restored(checkpoint: Path, device: torch.device) -> tuple[GPT, Tokenizer]:
+    """Return a run's model as it was at ``checkpoint``, and what its tokens mean.
 
     Raises:
-        ConfigError: the run's config is missing or wrong.
+        ConfigError: the run's config is missing or wrong, or its tokenizer.
         CheckpointError: the checkpoint is damaged.
     """
     from apt_model.training.follower import bind, restore_model
@@ -159,29 +160,31 @@ def restored(checkpoint: Path, device: torch.device) -> tuple[GPT, Corpus]:
     restore_model(model, schedule, load(checkpoint))
     schedule.reconcile()
     model.take_lineage()
-    return model.to(device).eval(), build_corpus(values["data"])
+    kept = path.with_name("tokenizer.json")
+    tokenizer = load_tokenizer(kept) if kept.exists() else ByteTokenizer()
+    return model.to(device).eval(), tokenizer
 
 
 class _Shown:
     """Shows a text as it grows."""
 
-    def __init__(self, corpus: Corpus, prompt: str) -> None:
-        self.corpus = corpus
+    def __init__(self, tokenizer: Tokenizer, prompt: str) -> None:
+        self.tokenizer = tokenizer
         self.tokens: list[int] = []
         self.written = 0
         sys.stdout.write(prompt)
 
     def add(self, prompt: int, token: int) -> None:
         self.tokens.append(token)
-        text = self.corpus.decode(self.tokens).rstrip("\ufffd")  # a character may take several tokens
+        text = self.tokenizer.decode(self.tokens).rstrip("\ufffd")  # a character may take several tokens
         sys.stdout.write(text[self.written :])
         sys.stdout.flush()
         self.written = max(self.written, len(text))
 
 
-def _write(prompts: Sequence[str], generated: Generated, corpus: Corpus, *, as_json: bool) -> None:
+def _write(prompts: Sequence[str], generated: Generated, tokenizer: Tokenizer, *, as_json: bool) -> None:
     for number, (prompt, tokens) in enumerate(zip(prompts, generated.tokens, strict=True)):
-        text = corpus.decode(tokens)
+        text = tokenizer.decode(tokens)
         if as_json:
             sys.stdout.write(json.dumps({"prompt": prompt, "text": text, "tokens": len(tokens)}) + "\n")
         else:

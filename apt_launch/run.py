@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from apt_launch.build import build_trainer
-from apt_launch.config import RunConfig
+from apt_launch.config import RunConfig, build_corpus
 from apt_launch.drill import Drill, Drilled
 from apt_launch.folder import Resume, RunFolder, write_json, write_whole
 from apt_launch.lease import Holder, Lease
@@ -74,6 +74,7 @@ def run(config: RunConfig, path: Path, member: Membership | None = None) -> floa
     """
     folder = RunFolder(path)
     folder.check_free(config)
+    build_corpus(config.values["data"]).check()
     stop = StopRequest()
     with stop.listening():
         from apt_model.training.distributed import gathered, process_group
@@ -185,6 +186,9 @@ def _run(
         stop_requested=drill.stop_or(stop),
     )
     write_whole(folder.config, OmegaConf.to_yaml(OmegaConf.create(config.values)))
+    tokenizer = build_corpus(config.values["data"]).tokenizer_file
+    if tokenizer is not None:  # what the weights mean without the corpus
+        write_whole(folder.tokenizer, tokenizer.read_text(encoding="utf-8"))
     keep_rows = resume.rows if resume and folder.owns(resume.checkpoint) else 0
     tracking = Tracking(Record(folder.metrics, keep_rows=keep_rows))
 

@@ -78,14 +78,21 @@ class ScheduleConfig(Group, Curriculum):
     """``schedule=...``."""
 
 
-class StdlibConfig(Group):
+class _DocumentsConfig(Group):
+    """Documents of text: what makes tokens of them. The defaults are what runs of earlier versions had."""
+
+    tokenizer: Text | None = None
+    cache: Text | None = None
+
+
+class StdlibConfig(_DocumentsConfig):
     """``data=stdlib``."""
 
     val_fraction: BetweenZeroAndOne
     seed: Seed
 
 
-class TextConfig(Group):
+class TextConfig(_DocumentsConfig):
     """``data=text``."""
 
     path: Text
@@ -94,12 +101,35 @@ class TextConfig(Group):
     seed: Seed
 
 
-class JsonlConfig(Group):
+class JsonlConfig(_DocumentsConfig):
     """``data=jsonl``."""
 
     train_path: Text
     val_path: Text
     text_key: Text
+
+
+class HFDatasetConfig(_DocumentsConfig):
+    """``data=hf``."""
+
+    path: Text
+    name: Text | None
+    data_files: Text | list[Text] | dict[str, Text | list[Text]] | None
+    revision: Text | None
+    train_split: Text
+    val_split: Text | None
+    val_documents: Positive
+    text_key: Text
+    streaming: bool
+    max_documents: Positive | None
+    max_tokens: Positive | None
+
+
+class ShardsConfig(Group):
+    """``data=shards``."""
+
+    path: Text
+    verify: bool
 
 
 class AdamWConfig(Group):
@@ -184,6 +214,8 @@ GROUPS: Final[dict[str, dict[str | None, type[Group]]]] = {
         "apt_model.data.StdlibCorpus": StdlibConfig,
         "apt_model.data.TextCorpus": TextConfig,
         "apt_model.data.JsonlCorpus": JsonlConfig,
+        "apt_model.data.HFCorpus": HFDatasetConfig,
+        "apt_model.data.ShardsCorpus": ShardsConfig,
     },
     "optimizer": {"torch.optim.AdamW": AdamWConfig},
     "trainer": {
@@ -204,6 +236,7 @@ EXTRAS: Final[dict[type[Group], tuple[str, tuple[str, ...]]]] = {
     LightningConfig: ("lightning", ("lightning",)),
     HFConfig: ("hf", ("transformers", "accelerate")),
     TensorBoardConfig: ("tensorboard", ("tensorboard",)),
+    HFDatasetConfig: ("hf", ("datasets",)),
 }
 """Choices that need an extra of the package: its name, and the libraries that it brings."""
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,10 @@ from hydra.core.global_hydra import GlobalHydra
 from apt_launch.config import RunConfig
 from apt_launch.config import composed as compose
 from apt_launch.tracking import read_rows
+
+if "HF_HOME" not in os.environ:  # what datasets copies there, and it asks nobody
+    _HOME = tempfile.TemporaryDirectory()
+    os.environ |= {"HF_HOME": _HOME.name, "HF_HUB_OFFLINE": "1"}
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -24,6 +24,8 @@ ONLY_IN = {
     "lightning": "apt_model.integrations.lightning",
     "transformers": "apt_model.integrations.transformers",
     "accelerate": "apt_model.integrations.transformers",
+    "tokenizers": "apt_model.data.tokenizer",
+    "datasets": "apt_model.data.huggingface",
 }
 
 

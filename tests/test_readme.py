@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
-from apt_launch import generate
+from apt_launch import generate, tokenize
 from apt_launch.__main__ import with_profile_file
 from apt_launch.catalogue import parameters, targets
 from apt_launch.config import CONF, RunConfig
@@ -25,7 +25,7 @@ from tests.conftest import REPOSITORY
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 PAGES = README + "".join(path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "docs").glob("*.md")))
 COMMANDS = re.findall(
-    r"^python -m (?:torch\.distributed\.run .*-m )?apt_launch(?:\.preview)? (.*)$", PAGES, flags=re.MULTILINE
+    r"^python -m (?:torch\.distributed\.run .*-m )?apt_launch(?:\.preview|\.tokenize)? (.*)$", PAGES, flags=re.MULTILINE
 )
 
 
@@ -42,6 +42,13 @@ def test_a_command_composes(command: str, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("command", re.findall(r"^python -m apt_launch\.generate (.*)$", PAGES, flags=re.MULTILINE))
 def test_a_command_that_makes_text_is_understood(command: str) -> None:
     assert generate.parser().parse_args(shlex.split(command, comments=True)).prompt
+
+
+@pytest.mark.parametrize("command", re.findall(r"^python -m apt_launch\.tokenize (.*)$", PAGES, flags=re.MULTILINE))
+def test_a_command_that_makes_tokens_is_understood(command: str) -> None:
+    arguments, overrides = tokenize.parser().parse_known_args(shlex.split(command, comments=True))
+    assert "=" not in str(arguments.out)
+    assert not [override for override in overrides if override.startswith("-")]
 
 
 def _one_value(override: Override) -> str:

@@ -1,6 +1,8 @@
 """Text as tokens: where it comes from, and which piece of it makes which batch. No torch needed to count."""
 
 from apt_model.data.corpora import Corpus, JsonlCorpus, StdlibCorpus, TextCorpus
+from apt_model.data.huggingface import HFCorpus
 from apt_model.data.sampler import Sampler
+from apt_model.data.shards import ShardsCorpus
 
-__all__ = ["Corpus", "JsonlCorpus", "Sampler", "StdlibCorpus", "TextCorpus"]
+__all__ = ["Corpus", "HFCorpus", "JsonlCorpus", "Sampler", "ShardsCorpus", "StdlibCorpus", "TextCorpus"]

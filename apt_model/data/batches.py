@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from apt_model.data.sampler import Sampler
+from apt_model.data.tokens import Tokens
 
 
 class Batches:
-    """A corpus in memory, served by a :class:`Sampler`."""
+    """Tokens, in memory or memory-mapped, served by a :class:`Sampler`."""
 
-    def __init__(self, tokens: bytearray, sampler: Sampler) -> None:
-        self.tokens = torch.frombuffer(tokens, dtype=torch.uint8)
+    def __init__(self, tokens: Tokens, sampler: Sampler) -> None:
+        self.tokens = tokens
         self.sampler = sampler
 
     def __len__(self) -> int:
@@ -24,7 +25,10 @@ class Batches:
         self, epoch: int, *, start: int = 0, device: torch.device | str = "cpu"
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (tokens, targets), each (batch_size, seq_len) int64, from batch ``start`` of ``epoch`` on."""
-        span = torch.arange(self.sampler.seq_len + 1)
-        for begins in self.sampler.windows(epoch)[start:]:
-            window = self.tokens[torch.from_numpy(begins).unsqueeze(1) + span].long().to(device)
+        length = self.sampler.seq_len + 1
+        order = self.sampler.windows(epoch)[start:]
+        for number, begins in enumerate(order):
+            for coming in order[number + 1 : number + 2]:
+                self.tokens.expect(coming, length)
+            window = torch.from_numpy(self.tokens.windows(begins, length)).to(device)
             yield window[:, :-1], window[:, 1:]

@@ -1,41 +1,64 @@
-"""Corpora of bytes: a token is a byte of UTF-8, and byte 0 follows every document.
+"""Corpora: documents of text in two splits, and the tokens that they are made of.
 
-A corpus tells the number of its tokens without torch, and cheaply, so that a run's length is known before it starts.
+A corpus tells the number of its tokens without torch, so that a run's length is known before it starts: cheaply for bytes,
+and for other tokens by making them once, into memory-mapped shards that later runs find again (``data.cache``).
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
+import math
 import os
 import random
 import sysconfig
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from apt_model.data.tokenizer import ByteTokenizer, Tokenizer, find_tokenizer, load_tokenizer
+from apt_model.data.tokens import Tokens
 from apt_model.errors import ConfigError
+
+if TYPE_CHECKING:
+    from apt_model.data.shards import Shards
 
 Split = Literal["train", "val"]
 
 DOCUMENT_END = b"\0"
-BYTE_VOCABULARY = 256
+
+Told = Callable[[str, float, int], None]
+"""Is told how far tokens are made: the split, the share of its text that is done (nan: unknown), and its tokens so far."""
+
+
+class Document(NamedTuple):
+    """A text; with it, ``done`` of its split has been read, from 0 to 1; nan where that is unknown."""
+
+    text: str
+    done: float
 
 
 class Corpus(ABC):
-    """Text in two splits. ``vocab_size`` tokens are possible; ``end`` is the one that follows every document."""
+    """Text in two splits, as the tokens of ``tokenizer``."""
 
-    vocab_size = BYTE_VOCABULARY
-    end = DOCUMENT_END[0]
+    told: Told = staticmethod(lambda split, done, tokens: None)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the tokens of ``text``."""
-        return list(text.encode("utf-8", errors="surrogatepass"))
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """How many tokens are possible."""
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of ``tokens``; what is no text becomes U+FFFD."""
-        return bytes(tokens).decode("utf-8", errors="replace")
+    @property
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer:
+        """What the tokens mean."""
+
+    @property
+    @abstractmethod
+    def tokenizer_file(self) -> Path | None:
+        """The file of ``tokenizer``; None: tokens are bytes."""
 
     @abstractmethod
     def count(self, split: Split) -> int:
@@ -46,29 +69,154 @@ class Corpus(ABC):
         """
 
     @abstractmethod
-    def read(self, split: Split) -> bytearray:
+    def read(self, split: Split) -> Tokens:
         """Return the tokens of ``split``.
 
         Raises:
             ConfigError: as :meth:`count`, or a file is not UTF-8.
         """
 
+    def check(self) -> None:  # noqa: B027 - most have nothing to check
+        """Make sure that what training will read is what was once written; needs no torch.
 
-class _Files(Corpus):
+        Raises:
+            ConfigError: it is not.
+        """
+
+
+class DocumentCorpus(Corpus):
+    """Documents whose tokens are made once, and kept in shards.
+
+    Args:
+        tokenizer: a ``tokenizer.json``, or a folder that holds one; None: a token is a byte of UTF-8.
+        cache: folder for shards; None: ``apt_launch`` in the user's cache folder.
+    """
+
+    max_tokens: int | None = None  # of a split
+
+    def __init__(self, *, tokenizer: str | None = None, cache: str | None = None) -> None:
+        self._tokenizer_file = find_tokenizer(Path(tokenizer).expanduser()) if tokenizer else None
+        caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        self.cache = Path(cache or f"{caches}/apt_launch").expanduser()
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """What the tokens mean.
+
+        Raises:
+            ConfigError: the file is missing, or no tokenizer.
+        """
+        return load_tokenizer(self._tokenizer_file) if self._tokenizer_file else ByteTokenizer()
+
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """The file of ``tokenizer``; None: tokens are bytes."""
+        return self._tokenizer_file
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens are possible."""
+        return self.tokenizer.vocab_size
+
+    @abstractmethod
+    def documents(self, split: Split) -> Iterator[Document]:
+        """Yield the documents of ``split``, always the same in the same order.
+
+        Raises:
+            ConfigError: a file is missing, empty, unreadable or not UTF-8.
+        """
+
+    @abstractmethod
+    def source(self) -> dict[str, Any]:
+        """Return, as plain values, all that decides what the documents are: settings, and files with size and time."""
+
+    def count(self, split: Split) -> int:
+        """Return the number of tokens of ``split``; they are made first, unless they are kept from another time."""
+        return self.kept.count(split)
+
+    def read(self, split: Split) -> Tokens:
+        """Return the tokens of ``split``, memory-mapped."""
+        return self.kept.read(split)
+
+    def check(self) -> None:
+        """Make sure that the shards are what was once written.
+
+        Raises:
+            ConfigError: they are not.
+        """
+        self.kept.check()
+
+    @functools.cached_property
+    def kept(self) -> Shards:
+        """The shards, made now if nobody has made them yet.
+
+        Raises:
+            ConfigError: the text cannot be read, or the shards cannot be written.
+        """
+        from apt_model.data.shards import Shards, write
+
+        about = json.dumps([self.source(), self.max_tokens, self.tokenizer.fingerprint], sort_keys=True)
+        folder = self.cache / hashlib.sha256(about.encode()).hexdigest()[:32]
+        if not (folder / "manifest.json").exists():
+            write(folder, self, self.tokenizer, key="data.cache", told=self.told)
+        return Shards(folder, key="data.cache")
+
+
+class ByteCorpus(DocumentCorpus):
+    """Documents whose bytes are their tokens, counted and read without shards, unless ``tokenizer`` names others."""
+
+    @abstractmethod
+    def count_bytes(self, split: Split) -> int:
+        """Return the bytes of ``split``, those that end documents counted."""
+
+    @abstractmethod
+    def read_bytes(self, split: Split) -> bytearray:
+        """Return the bytes of ``split``."""
+
+    def count(self, split: Split) -> int:
+        """Return the number of tokens of ``split``."""
+        return super().count(split) if self.tokenizer_file else self.count_bytes(split)
+
+    def read(self, split: Split) -> Tokens:
+        """Return the tokens of ``split``."""
+        if self.tokenizer_file:
+            return super().read(split)
+        import numpy as np
+
+        return Tokens([np.frombuffer(self.read_bytes(split), dtype=np.uint8)])
+
+    def check(self) -> None:
+        """Make sure that shards, where there are some, are what was once written."""
+        if self.tokenizer_file:
+            super().check()
+
+
+class _Files(ByteCorpus):
     """Whole files as documents."""
 
     @abstractmethod
     def files(self, split: Split) -> Sequence[Path]:
         """Return the files of ``split``, in order."""
 
-    def count(self, split: Split) -> int:
+    def count_bytes(self, split: Split) -> int:
         return sum(path.stat().st_size + len(DOCUMENT_END) for path in self.files(split))
 
-    def read(self, split: Split) -> bytearray:
+    def read_bytes(self, split: Split) -> bytearray:
         tokens = bytearray()
         for path in self.files(split):
             tokens += _utf8(path, path.read_bytes()) + DOCUMENT_END
         return tokens
+
+    def documents(self, split: Split) -> Iterator[Document]:
+        files = self.files(split)
+        total, done = self.count_bytes(split), 0
+        for path in files:
+            content = _utf8(path, path.read_bytes())
+            done += len(content) + len(DOCUMENT_END)
+            yield Document(content.decode(), done / total)
+
+    def source(self) -> dict[str, Any]:
+        return {split: stats(self.files(split)) for split in ("train", "val")}
 
 
 class StdlibCorpus(_Files):
@@ -79,9 +227,13 @@ class StdlibCorpus(_Files):
 
     Args:
         val_fraction: share of the files that validates, between 0 and 1.
+        tokenizer: see :class:`DocumentCorpus`, as for ``cache``.
     """
 
-    def __init__(self, *, val_fraction: float = 0.05, seed: int = 0) -> None:
+    def __init__(
+        self, *, val_fraction: float = 0.05, seed: int = 0, tokenizer: str | None = None, cache: str | None = None
+    ) -> None:
+        super().__init__(tokenizer=tokenizer, cache=cache)
         self.val_fraction = val_fraction
         self.seed = seed
 
@@ -117,9 +269,20 @@ class TextCorpus(_Files):
 
     Args:
         val_fraction: share of the files, or of the file, that validates, between 0 and 1.
+        tokenizer: see :class:`DocumentCorpus`, as for ``cache``.
     """
 
-    def __init__(self, *, path: str, suffix: str = ".txt", val_fraction: float = 0.05, seed: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        path: str,
+        suffix: str = ".txt",
+        val_fraction: float = 0.05,
+        seed: int = 0,
+        tokenizer: str | None = None,
+        cache: str | None = None,
+    ) -> None:
+        super().__init__(tokenizer=tokenizer, cache=cache)
         self.path = Path(path).expanduser()
         self.suffix = suffix
         self.val_fraction = val_fraction
@@ -133,17 +296,32 @@ class TextCorpus(_Files):
         num_val = min(len(files) - 1, max(1, round(self.val_fraction * len(files))))
         return sorted(files[:num_val] if split == "val" else files[num_val:])
 
-    def count(self, split: Split) -> int:
+    def count_bytes(self, split: Split) -> int:
         if len(self._all_files()) > 1:
-            return super().count(split)
+            return super().count_bytes(split)
         return len(range(*self._part(split, self._all_files()[0].stat().st_size + len(DOCUMENT_END))))
 
-    def read(self, split: Split) -> bytearray:
-        tokens = super().read(split)
+    def read_bytes(self, split: Split) -> bytearray:
+        tokens = super().read_bytes(split)
         if len(self._all_files()) > 1:
             return tokens
         begin, end = self._part(split, len(tokens))
         return tokens[begin:end]
+
+    def documents(self, split: Split) -> Iterator[Document]:
+        if len(self._all_files()) > 1:
+            yield from super().documents(split)
+            return
+        (path,) = self._all_files()
+        whole = _utf8(path, path.read_bytes())
+        _, border = self._part("train", len(whole) + len(DOCUMENT_END))
+        while border < len(whole) and whole[border] & 0xC0 == 0x80:  # within a character
+            border += 1
+        yield Document((whole[:border] if split == "train" else whole[border:]).decode(), 1.0)
+
+    def source(self) -> dict[str, Any]:
+        parts = [self.val_fraction] if len(self._all_files()) == 1 else []  # else it is in the choice of files
+        return super().source() | {"parts": parts}
 
     def _part(self, split: Split, size: int) -> tuple[int, int]:
         border = size - round(self.val_fraction * size)
@@ -169,58 +347,114 @@ class TextCorpus(_Files):
         return files
 
 
-class JsonlCorpus(Corpus):
-    """Files with one JSON object a line, whose ``text_key`` holds a document."""
+class JsonlCorpus(ByteCorpus):
+    """Files with one JSON object a line, whose ``text_key`` holds a document.
 
-    def __init__(self, *, train_path: str, val_path: str, text_key: str = "text") -> None:
+    Args:
+        tokenizer: see :class:`DocumentCorpus`, as for ``cache``.
+    """
+
+    def __init__(
+        self,
+        *,
+        train_path: str,
+        val_path: str,
+        text_key: str = "text",
+        tokenizer: str | None = None,
+        cache: str | None = None,
+    ) -> None:
+        super().__init__(tokenizer=tokenizer, cache=cache)
         self.paths: dict[Split, Path] = {
             "train": Path(train_path).expanduser(),
             "val": Path(val_path).expanduser(),
         }
         self.text_key = text_key
 
-    def count(self, split: Split) -> int:
-        return len(self._tokens(split))
+    def count_bytes(self, split: Split) -> int:
+        return len(self._bytes(split))
 
-    def read(self, split: Split) -> bytearray:
-        return bytearray(self._tokens(split))
+    def read_bytes(self, split: Split) -> bytearray:
+        return bytearray(self._bytes(split))
 
-    def _tokens(self, split: Split) -> bytes:
+    def documents(self, split: Split) -> Iterator[Document]:
+        return _read_jsonl(self._path(split), self.text_key, f"data.{split}_path")
+
+    def source(self) -> dict[str, Any]:
+        return {"text_key": self.text_key} | {split: stats([self._path(split)]) for split in self.paths}
+
+    def _path(self, split: Split) -> Path:
         path = self.paths[split]
         if not path.is_file():
             raise ConfigError(f"data.{split}_path: there is no file {str(path)!r} (looked in {Path.cwd()}).")
-        stat = path.stat()
-        return _read_jsonl(path, self.text_key, f"data.{split}_path", stat.st_mtime_ns, stat.st_size)
+        return path
+
+    def _bytes(self, split: Split) -> bytes:
+        path = self._path(split)
+        about = path.stat()
+        return _jsonl_bytes(path, self.text_key, f"data.{split}_path", about.st_mtime_ns, about.st_size)
 
 
 @functools.lru_cache(maxsize=2)
-def _read_jsonl(path: Path, text_key: str, key: str, mtime_ns: int, size: int) -> bytes:
+def _jsonl_bytes(path: Path, text_key: str, key: str, mtime_ns: int, size: int) -> bytes:
     """Read once what counting and training both ask for; the last two arguments notice a changed file."""
     tokens = bytearray()
-    for number, line in enumerate(_utf8(path, path.read_bytes()).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{key}: {path}, line {number} is not JSON: {error}.") from None
-        if not isinstance(row, dict) or not isinstance(row.get(text_key), str):
-            names = f"its keys are {', '.join(map(repr, row))}" if isinstance(row, dict) else "it is no object"
-            if isinstance(row, dict) and text_key in row:
-                names = f"it is {type(row[text_key]).__name__}"
-            raise ConfigError(f"{key}: {path}, line {number} has no text under {text_key!r} (data.text_key): {names}.")
-        tokens += row[text_key].encode("utf-8", errors="surrogatepass") + DOCUMENT_END
-    if not tokens:
-        raise ConfigError(f"{key}: {path} is empty.")
+    for document in _read_jsonl(path, text_key, key):
+        tokens += document.text.encode("utf-8", errors="surrogatepass") + DOCUMENT_END
     return bytes(tokens)
 
 
-def _utf8(path: Path, content: bytes) -> bytes:
+def _read_jsonl(path: Path, text_key: str, key: str) -> Iterator[Document]:
+    size, begin, found = path.stat().st_size, 0, False
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            _utf8(path, line, begin)
+            begin += len(line)
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"{key}: {path}, line {number} is not JSON: {error}.") from None
+            yield Document(text_of(row, text_key, f"{key}: {path}, line {number}"), begin / max(1, size))
+            found = True
+    if not found:
+        raise ConfigError(f"{key}: {path} is empty.")
+
+
+def text_of(row: Any, text_key: str, where: str) -> str:
+    """Return the text of a document that comes as a mapping.
+
+    Raises:
+        ConfigError: there is none under ``text_key``; ``where`` is the row.
+    """
+    if isinstance(row, dict) and isinstance(row.get(text_key), str):
+        text: str = row[text_key]
+        return text
+    told = f"its keys are {', '.join(map(repr, row))}" if isinstance(row, dict) else "it is no object"
+    if isinstance(row, dict) and text_key in row:
+        told = f"it is {type(row[text_key]).__name__}"
+    raise ConfigError(f"{where} has no text under {text_key!r} (data.text_key): {told}.")
+
+
+def stats(paths: Iterable[Path]) -> dict[str, Any]:
+    """Return what notices that files have changed: their number, their bytes, and a sha256 of names, sizes and times."""
+    found = [(str(path.absolute()), about.st_size, about.st_mtime_ns) for path in paths for about in (path.stat(),)]
+    digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()
+    return {"files": len(found), "bytes": sum(size for _, size, _ in found), "sha256": digest}
+
+
+def share(done: float, of: float | None) -> float:
+    """Return the share ``done`` of all, at most 1; nan where all is unknown."""
+    return min(1.0, done / of) if of else math.nan
+
+
+def _utf8(path: Path, content: bytes, begin: int = 0) -> bytes:
+    """Return ``content``, which stands at the offset ``begin`` of the file, once it is known to be UTF-8."""
     try:
         content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"data: {path} is not UTF-8: byte {content[error.start]:#04x} at offset {error.start}. "
+            f"data: {path} is not UTF-8: byte {content[error.start]:#04x} at offset {begin + error.start}. "
             f"Convert it, for instance: iconv -f latin1 -t utf-8 {path.name}"
         ) from None
     return content

@@ -5,6 +5,7 @@ import pytest
 
 from apt_model.data import Sampler
 from apt_model.data.batches import Batches
+from apt_model.data.tokens import Tokens
 from apt_model.errors import ConfigError
 
 
@@ -38,8 +39,7 @@ def test_the_last_target_of_the_last_window_is_there() -> None:
 
 
 def test_targets_are_the_tokens_that_follow_and_an_epoch_can_be_entered_anywhere() -> None:
-    tokens = bytearray(range(101))
-    batches = Batches(tokens, sampler())
+    batches = Batches(Tokens([np.arange(101, dtype=np.uint8)]), sampler())
     whole = list(batches.epoch(2))
     assert len(whole) == len(batches) == 3
     for x, y in whole:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from apt_launch.tracking import read_rows
-from tests.conftest import SMALL, environment
+from tests.conftest import REPOSITORY, SMALL, environment
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -59,6 +59,29 @@ def test_a_missing_extra_is_told_with_the_command_that_brings_it(
     code = f"import apt_model.integrations.{'lightning' if other == 'lightning' else 'transformers'}"
     direct = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
     assert f"ConfigError: trainer: {other if other == 'lightning' else 'transformers and accelerate'}" in direct.stderr
+
+
+@pytest.mark.parametrize(
+    ("library", "overrides", "told"),
+    [
+        (
+            "datasets",
+            ["data=hf", "data.path=json"],
+            "data: datasets cannot be found. Run: pip install 'apt-launch[hf]'",
+        ),
+        ("tokenizers", ["data.tokenizer=x"], "data.tokenizer: tokenizers cannot be found. Run: pip install "),
+    ],
+)
+def test_a_missing_library_for_data_is_told(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str, overrides: list[str], told: str
+) -> None:
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "sitecustomize.py").write_text(f"import sys\nsys.modules[{library!r}] = None\n")
+    monkeypatch.setenv("PYTHONPATH", f"{hidden}:{REPOSITORY}")
+    result = cli(*overrides, "hydra.run.dir=run")
+    assert result.returncode == 2
+    assert told in result.stderr
 
 
 def test_a_resume_is_refused_before_anything_is_made(cli: Cli, tmp_path: Path) -> None:

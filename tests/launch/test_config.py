@@ -10,8 +10,9 @@ from hydra.utils import get_object
 
 from apt_launch import schema
 from apt_launch.build import OF_THE_PROCESS, build
-from apt_launch.config import CONF, RunConfig
+from apt_launch.config import CONF, RunConfig, parse
 from apt_launch.explain import explained
+from apt_model.data.tokenizer import train_tokenizer
 from apt_model.errors import ConfigError
 
 Composed = Callable[..., RunConfig]
@@ -37,6 +38,34 @@ def test_every_data_option_composes_and_is_right(composed: Composed, text_file: 
     assert composed("data=text", f"data.path={text_file}", "trainer.batch_size=1").horizon.updates_per_epoch > 1
     jsonl = composed("data=jsonl", f"data.train_path={rows}", f"data.val_path={rows}")
     assert jsonl.horizon.updates_per_epoch == (11 * 2000 + 1 - 1) // 256 // 16
+    files = ("data.path=json", f"data.data_files={{train: {rows}, validation: {rows}}}", f"data.cache={tmp_path}")
+    datasets = composed("data=hf", *files)
+    assert datasets.horizon == jsonl.horizon
+    made = next(path.parent for path in tmp_path.glob("*/manifest.json"))
+    assert composed("data=shards", f"data.path={made}").horizon == jsonl.horizon
+
+
+def test_a_vocabulary_that_the_model_has_no_room_for_is_told_before_tokens_are_made(
+    composed: Composed, text_file: Path, tmp_path: Path
+) -> None:
+    bpe = train_tokenizer([text_file.read_text()], 300)
+    (tmp_path / "tokenizer.json").write_text(bpe.content)
+    asked = ("data=text", f"data.path={text_file}", f"data.tokenizer={tmp_path}", f"data.cache={tmp_path}/cache")
+    with pytest.raises(
+        ConfigError, match=r"^model\.vocab_size = 256 is less than the 300 .*model\.vocab_size=300, or more"
+    ):
+        composed(*asked)
+    assert not (tmp_path / "cache").exists()
+    composed(*asked, "model.vocab_size=300", "model.seq_len=16", "trainer.batch_size=2")
+    made = next((tmp_path / "cache").glob("*/manifest.json")).parent
+    with pytest.raises(ConfigError, match=r"^model\.vocab_size = 299 is less than the 300 tokens of "):
+        composed("data=shards", f"data.path={made}", "model.vocab_size=299")
+
+
+def test_a_config_of_before_there_were_tokenizers_is_still_right(composed: Composed) -> None:
+    values = composed("data=stdlib").values
+    data = {key: value for key, value in values["data"].items() if key not in ("tokenizer", "cache")}
+    assert parse({**values, "data": data}).horizon == parse(values).horizon
 
 
 def test_the_full_profile_has_its_literal_numbers(composed: Composed, tmp_path: Path) -> None:
@@ -128,6 +157,10 @@ def test_keys_in_yaml_equal_parameters_of_the_class(target: tuple[str, type[sche
         (["model.d_model=130"], r"^model\.d_model = 130 does not give 4 heads .*multiple of 8"),
         (["moe.top_k=9"], r"^moe\.top_k = 9 is more than moe\.num_experts = 8"),
         (["moe.capacity_factor=null"], r"^moe\.capacity_factor is null .*schedule\.moe_capacity=null"),
+        (["data.tokenizer=nowhere"], r"^data\.tokenizer: there is no file 'nowhere' .*--train-tokenizer"),
+        (["data=hf", "data.path=x", "data.streaming=true"], r"^data\.streaming: .*Set data\.max_tokens"),
+        (["data=hf", "data.path=x", "data.data_files=[1]"], r"^data\.data_files"),
+        (["data=shards", "data.path=nowhere"], r"^data\.path: 'nowhere' holds no shards: .*apt_launch\.tokenize"),
         (["model.vocab_size=100"], r"^model\.vocab_size = 100 is less than the 256 tokens"),
         (["schedule.route_temp.end=0"], r"^schedule\.route_temp\.end = 0 is outside its domain"),
         (["schedule.enable_moe_at_step=3"], r"^schedule\.enable_moe_at_epoch and .* are both set"),
@@ -195,7 +228,10 @@ def test_what_is_wrong_is_named_with_its_full_key_and_a_remedy(
 def test_a_key_of_another_option_is_told_as_such(composed: Composed) -> None:
     with pytest.raises(Exception) as caught:  # noqa: PT011
         composed("data.path=x")
-    assert str(explained(caught.value)) == "data.path: the chosen option of 'data' has no such key, but data=text has."
+    assert (
+        str(explained(caught.value))
+        == "data.path: the chosen option of 'data' has no such key, but data=hf or data=shards or data=text has."
+    )
 
 
 @pytest.mark.parametrize(
@@ -226,7 +262,13 @@ def test_nothing_outside_the_allow_list_is_built_also_when_nested(target: str, t
 def test_identity_is_that_of_the_result(composed: Composed) -> None:
     base = composed().identity
     assert len(base) == 64
-    for neutral in ("logger.mode=disabled", "trainer.log_every=1", "trainer.keep_last=9", "logger=none"):
+    for neutral in (
+        "data.cache=elsewhere",
+        "logger.mode=disabled",
+        "trainer.log_every=1",
+        "trainer.keep_last=9",
+        "logger=none",
+    ):
         assert composed(neutral).identity == base
     for real in ("seed=1", "schedule.route_temp.end=0.6", "trainer.precision=fp32", "model.ffn=gelu"):
         assert composed(real).identity != base

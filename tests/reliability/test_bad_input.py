@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from hypothesis import strategies as st
 
 from apt_launch.profile_file import KEYS
 from apt_launch.schema import all_keys
+from apt_model.data import TextCorpus
+from apt_model.data.shards import write
+from apt_model.data.tokenizer import FileTokenizer, train_tokenizer
 from apt_model.schedule.curves import SHAPES
 from tests.conftest import SMALL
 from tests.forks import Forks
@@ -109,6 +113,7 @@ def check(forks: Forks, *command: str, files: dict[str, bytes] | None = None) ->
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for path, content in {"text.txt": TEXT.encode(), **(files or {})}.items():
+            (folder / path).parent.mkdir(exist_ok=True)
             (folder / path).write_bytes(content)
         before = set(folder.iterdir())
         ended = forks.run(*command, cwd=folder)
@@ -244,7 +249,47 @@ def test_data_files(forks: Forks, content: bytes, kind: str) -> None:
         else ["data.train_path=data", "data.val_path=text.jsonl"]
     )
     good = "\n".join(json.dumps({"text": line}) for line in TEXT.splitlines()).encode()
-    check(forks, f"data={kind}", *named, *TINY, files={"data": content, "text.jsonl": good})
+    check(forks, f"data={kind}", *named, *TINY, "schedule=none", files={"data": content, "text.jsonl": good})
+
+
+BPE = train_tokenizer([TEXT], 270).content
+
+
+@cache
+def shards() -> dict[str, bytes]:
+    """A folder of shards, by file."""
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / "text.txt").write_text(TEXT * 5)
+        corpus = TextCorpus(path=f"{name}/text.txt", val_fraction=0.2)
+        write(Path(name) / "out", corpus, FileTokenizer(BPE), key="OUT", told=corpus.told, shard_tokens=900)
+        return {f"out/{path.name}": path.read_bytes() for path in sorted((Path(name) / "out").iterdir())}
+
+
+changes = st.tuples(
+    st.floats(0, 1),
+    st.one_of(
+        st.binary(max_size=3), st.sampled_from([b"0", b"-1", b"null", b'"', b"}", b"[]", b"\\u0000", b"99999999999"])
+    ),
+    st.integers(0, 5),
+)
+
+
+def changed(content: bytes, where: float, put: bytes, instead_of: int) -> bytes:
+    begin = round(where * len(content))
+    return content[:begin] + put + content[begin + instead_of :]
+
+
+@pytest.mark.slow
+@settings(tried, max_examples=max(1, EXAMPLES // 2))
+@given(change=changes, number=st.integers(0, 9))
+def test_shards(forks: Forks, change: tuple[float, bytes, int], number: int) -> None:
+    files = dict(shards())
+    name = sorted(files)[number % len(files)]
+    if number < 8:
+        files[name] = changed(files[name], *change)
+    code = check(forks, "data=shards", "data.path=out", *TINY, "schedule=none", "model.vocab_size=300", files=files)
+    assert code == 2 or files == shards() or name == "out/manifest.json"  # where a space more does no harm
+    assert code == 0 or files != shards()
 
 
 def test_something_of_both_was_met() -> None:

@@ -1,0 +1,161 @@
+"""``python -m apt_launch.tokenize OUT [overrides]``: a corpus as memory-mapped shards of tokens, for ``data=shards``.
+
+The corpus is that of a run with the same overrides. OUT is whole or not there; what was cut off goes on where it stood, by
+the same command. Torch is not loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apt_launch.config import CONF, build_corpus, load_data, making_tokens, missing_library, show_error
+from apt_launch.guard import keep_private
+from apt_model.errors import ConfigError
+
+if TYPE_CHECKING:
+    from apt_model.data.corpora import DocumentCorpus
+    from apt_model.data.tokenizer import Tokenizer
+
+TRAINED_ON = 1 << 30
+"""Characters of the training split, from its begin, that a tokenizer is trained on at the most."""
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 2 command line, data or disk wrong, 130 interrupted."""
+    arguments, overrides = parser().parse_known_args()
+    keep_private()
+    try:
+        _tokenize(arguments, overrides)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"interrupted. Go on with: python -m apt_launch.tokenize {shlex.join(sys.argv[1:])}\n")
+        sys.stderr.flush()
+        sys.exit(130)
+    except Exception as error:
+        from apt_launch.explain import understood
+
+        told = understood(error)
+        if told is None:
+            raise
+        show_error(told)
+        sys.exit(2)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
+    found = argparse.ArgumentParser(
+        prog="python -m apt_launch.tokenize",
+        description="Make memory-mapped shards of a corpus; overrides as for python -m apt_launch: data=text data.path=...",
+        epilog="Train from them: python -m apt_launch data=shards data.path=OUT model.vocab_size=VOCAB",
+        allow_abbrev=False,
+    )
+    found.add_argument("out", metavar="OUT", type=Path, help="a folder that is not there yet")
+    found.add_argument(
+        "--train-tokenizer",
+        type=int,
+        metavar="VOCAB",
+        help="train a byte-level BPE tokenizer of so many tokens on the corpus first; else data.tokenizer, or bytes",
+    )
+    found.add_argument("--shard-tokens", type=int, metavar="N", help="tokens a file (134217728)")
+    return found
+
+
+def _tokenize(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from apt_launch.folder import refuse_place
+    from apt_model.data.shards import MANIFEST, SHARD_TOKENS, SPLITS, Shards, write
+
+    out: Path = arguments.out
+    unknown = [override for override in overrides if override.startswith("-")]
+    if unknown:
+        raise ConfigError(f"{unknown[0]}: unknown option. See python -m apt_launch.tokenize --help.")
+    if "=" in out.name:
+        raise ConfigError(
+            f"OUT: {str(out)!r} is an override. Name the folder first: python -m apt_launch.tokenize OUT data=..."
+        )
+    refuse_place(out, "OUT")
+    if (out / MANIFEST).exists():
+        raise ConfigError(
+            f"OUT: {out} holds shards already. Train from them by data=shards data.path={out}, or choose another folder."
+        )
+    shard_tokens = SHARD_TOKENS if arguments.shard_tokens is None else arguments.shard_tokens
+    if shard_tokens < 1:
+        raise ConfigError(f"--shard-tokens = {shard_tokens} must be 1 or more.")
+    corpus = _corpus(overrides)
+    tokenizer = (
+        corpus.tokenizer if arguments.train_tokenizer is None else _trained(corpus, arguments.train_tokenizer, out)
+    )
+    with making_tokens(corpus):
+        write(out, corpus, tokenizer, key="OUT", told=corpus.told, shard_tokens=shard_tokens)
+    made = Shards(out, key="OUT")
+    counts = ", ".join(f"{made.count(split):,} of {split}" for split in SPLITS)
+    needed = f" model.vocab_size={made.vocab_size}" if made.tokenizer_file else ""
+    sys.stdout.write(
+        f"{out}: {counts}, {made.vocab_size} kinds of tokens. Train: python -m apt_launch data=shards "
+        f"data.path={shlex.quote(str(out))}{needed}\n"
+    )
+
+
+def _corpus(overrides: list[str]) -> DocumentCorpus:
+    """Return the corpus that a run with ``overrides`` would have.
+
+    Raises:
+        ConfigError: it has no documents, or its config is wrong.
+    """
+    from hydra import compose, initialize_config_dir
+
+    from apt_model.data.corpora import DocumentCorpus
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        corpus = build_corpus(load_data(compose("config", overrides=overrides)))
+    if not isinstance(corpus, DocumentCorpus):
+        raise ConfigError("data: it has tokens already, and no documents. Choose data=text, jsonl, stdlib or hf.")
+    return corpus
+
+
+def _trained(corpus: DocumentCorpus, vocab_size: int, out: Path) -> Tokenizer:
+    """Return a tokenizer trained on the corpus; the same each time, so that what was cut off can go on.
+
+    Raises:
+        ConfigError: there is one already, it is too small, or the text cannot be read.
+    """
+    from apt_model.data.tokenizer import train_tokenizer
+
+    if corpus.tokenizer_file is not None:
+        raise ConfigError("--train-tokenizer: data.tokenizer names one already. Leave one of them out.")
+    problem = missing_library("--train-tokenizer", "tokenizers", ("tokenizers",), "leave it out: tokens are bytes then")
+    if problem:
+        raise ConfigError(problem)
+    sys.stderr.write(f"training a tokenizer of {vocab_size} tokens ...\n")
+    result: list[Any] = []
+
+    def train() -> None:
+        try:
+            result.append(train_tokenizer(texts(), vocab_size))
+        except BaseException as error:
+            result.append(error)
+
+    def texts() -> Iterator[str]:
+        read = 0
+        for document in corpus.documents("train"):
+            yield document.text
+            read += len(document.text)
+            if read >= TRAINED_ON:
+                return
+
+    thread = threading.Thread(target=train, daemon=True)  # the library hears no Ctrl-C, and this thread does
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if isinstance(result[0], BaseException):
+        raise result[0]
+    tokenizer: Tokenizer = result[0]
+    return tokenizer
+
+
+if __name__ == "__main__":
+    main()
