@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 ALLOWED = frozenset(target for targets in schema.GROUPS.values() for target in targets if target)
 
+OF_THE_PROCESS = ("resume", "keep_last", "keep_best", "keep_every", "stall_minutes", "keep_freed_memory")
+"""Keys of ``trainer`` that whoever owns the process and the run's folder reads, not the trainer."""
+
 
 def build(values: Mapping[str, Any], **injected: Any) -> Any:
     """Instantiate ``values``; what is no config (models, functions, paths) comes in ``injected``.
@@ -79,9 +82,8 @@ def build_trainer(
 
     seed_all(config.seed)
     values = config.values
-    ours = ("resume", "keep_last", "keep_best", "keep_every", "stall_minutes")  # read by whoever owns the run's folder
     trainer: Trainer = build(
-        {key: value for key, value in values["trainer"].items() if key not in ours},
+        {key: value for key, value in values["trainer"].items() if key not in OF_THE_PROCESS},
         model=build_model(values),
         optimizer=_factory(values["optimizer"]),
         weight_decay=config.optimizer.weight_decay,

@@ -41,6 +41,7 @@ NEUTRAL = (
     "trainer.keep_best",
     "trainer.keep_every",
     "trainer.stall_minutes",
+    "trainer.keep_freed_memory",
 )
 """Keys that cannot change what a run computes: no part of its identity."""
 

@@ -77,6 +77,10 @@ def run(config: RunConfig, path: Path, member: Membership | None = None) -> floa
     stop = StopRequest()
     with stop.listening():
         from apt_model.training.distributed import process_group
+        from apt_model.training.memory import keep_freed_memory
+
+        if config.trainer.keep_freed_memory:
+            keep_freed_memory()
 
         with process_group() as ranks:
             if ranks.rank:

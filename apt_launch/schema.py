@@ -39,6 +39,7 @@ class GPTConfig(Group):
     ffn: Literal["swiglu", "gelu", "relu2"]
     dropout: BelowOne
     label_smoothing: BelowOne
+    loss_chunk: Positive | None
 
 
 class MoEConfig(Group):
@@ -136,6 +137,7 @@ class TrainerConfig(Group):
     keep_every: Positive | None
     on_nonfinite: Literal["stop", "skip", "rollback"]
     stall_minutes: PositiveNumber | None
+    keep_freed_memory: bool
 
 
 class LightningConfig(TrainerConfig):

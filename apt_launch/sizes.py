@@ -10,10 +10,12 @@ Memory of one device, in bytes:
 - optimizer: 8 a parameter that was ever trained: AdamW's two moments (arXiv:1711.05101), float32.
 - casts: 2 an entry of each matrix that autocast multiplies with; it keeps those copies until the backward pass. None in fp32.
 - activations: what autograd saves for the backward pass, for one batch (:class:`Saved` has the formula).
-- workspace: the logits and their gradient, when the backward pass begins.
+- workspace: the logits and their gradient, when the backward pass begins; with model.loss_chunk those of a chunk, and what is
+  saved for its backward pass.
 
 FLOPs are those of matrix products, 2 a multiply-add. The backward pass takes twice the forward pass (arXiv:2001.08361);
-attention scores are counted without their causal half, as is usual where MFU is told (PaLM, arXiv:2204.02311).
+attention scores are counted without their causal half, and what is computed again in the backward pass (model.loss_chunk)
+is not counted, as is usual where MFU is told (PaLM, arXiv:2204.02311).
 """
 
 from __future__ import annotations
@@ -112,18 +114,18 @@ class Saved:
     With c bytes a number in matrix products, d = d_model, f = d_ff, h heads, E experts, k of them a token, v the
     vocabulary, B sequences of S tokens:
 
-    - a norm: 8 d + 4 (its input, that over its root mean square, and the latter)
+    - a norm: 4 d + 4 (its input over the root mean square, and the latter)
     - attention: 8 c d + 4 h (input, query-key-value, rotated query and key, output twice, and the normaliser);
       written out (``eager``) 5 c d + h S c, and 4 h S more under autocast on a GPU, whose softmax works in float32
     - a dense feed-forward layer: c d (twice under autocast with swiglu) + 4 c f; 2 c f with gelu and relu2
     - experts: 4 d + 8 E + k (c d + 4 c f / g + 8 d + 40) with a granularity of g; a shared expert 4 c f (+ 2 c d under
       autocast) more; jitter 4 d more (and c d beside a shared expert in fp32)
     - alignment: 2 c d + 4 B + 40 rank
-    - head and loss: c d + 4 v + 16; 4 v more with label smoothing
+    - head and loss: c d + 4 v + 16; 4 v more with label smoothing; c d alone where the loss is computed in chunks
     - the voter: votes (8 v + 4 d + c d) + 4 v, if every position votes: the most that can happen
     - dropout: d for each layer that has it
 
-    Measured on the CPU. CUDA's fused kernels save d numbers less a norm and d less an attention layer.
+    Measured on the CPU. CUDA's fused kernels save d numbers less an attention layer.
     """
 
     flops: float
@@ -202,7 +204,7 @@ def sizes(config: RunConfig, *, on_gpu: bool | None = None) -> list[Phase]:
         trained |= {parameter for parameter in parameters if parameter.requires_grad}
         total = sum(parameter.numel() for parameter in parameters)
         batch, length = config.trainer.batch_size, config.model.seq_len
-        token = _token(model, batch=batch, length=length, compute=compute, on_gpu=on_gpu)
+        token, again = _token(model, batch=batch, length=length, compute=compute, on_gpu=on_gpu)
         vocabulary = model.embedding.num_embeddings
         found.append(
             Phase(
@@ -221,7 +223,7 @@ def sizes(config: RunConfig, *, on_gpu: bool | None = None) -> list[Phase]:
                 optimizer=2 * FP32 * sum(p.numel() for p in parameters if p in trained),
                 casts=0 if compute == FP32 else compute * _multiplied(model),
                 activations=round(batch * length * token.saved),
-                workspace=batch * length * vocabulary * (compute + 2 * FP32),
+                workspace=round(_at_once(model, batch * length) * (vocabulary * (compute + 2 * FP32) + again.saved)),
                 forward_flops=round(token.flops),
             )
         )
@@ -270,18 +272,21 @@ def _idle(model: GPT) -> float:
 
 
 def _multiplied(model: GPT) -> int:
-    """Return the entries of all matrices that autocast makes copies of; the router computes in float32."""
-    return sum(p.numel() for name, p in model.named_parameters() if p.dim() >= 2 and ".router." not in name)
+    """Return the entries of all matrices of which autocast keeps copies; the router computes in float32."""
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() >= 2 and ".router." not in name)
+    return matrices - (model.embedding.weight.numel() if model.loss_chunk else 0)  # the head's is made anew a chunk
 
 
-def _token(model: GPT, *, batch: int, length: int, compute: int, on_gpu: bool) -> Saved:
-    """Return what a token costs in the whole model."""
+def _at_once(model: GPT, tokens: int) -> int:
+    """Return the tokens whose logits are held at once."""
+    return min(tokens, model.loss_chunk or tokens)
+
+
+def _token(model: GPT, *, batch: int, length: int, compute: int, on_gpu: bool) -> tuple[Saved, Saved]:
+    """Return what a token costs in the whole model, and what is saved once it is computed again in the backward pass."""
     d, vocabulary = model.embedding.embedding_dim, model.embedding.num_embeddings
-    norm = Saved(0, 8 * d + 4)
-    head = Saved(2 * d * vocabulary, compute * d + 4 * vocabulary + 16)
-    if "label_smoothing" in model.expected:
-        head += Saved(0, 4 * vocabulary)
-    total = norm + head
+    norm = Saved(0, 4 * d + 4)
+    total = norm
     for block in model.blocks:
         total += norm + norm
         total += _attention(block.attention, length, compute, on_gpu)  # type: ignore[arg-type]
@@ -289,11 +294,17 @@ def _token(model: GPT, *, batch: int, length: int, compute: int, on_gpu: bool) -
     if model.align.enabled:
         rank = model.align.rank
         total += Saved(6 * d * rank + 2 * batch * rank, 2 * compute * d + 4 * batch + 40 * rank)
+    predicted = Saved(2 * d * vocabulary, 4 * vocabulary + 16)
+    if "label_smoothing" in model.expected:
+        predicted += Saved(0, 4 * vocabulary)
     if model.voter.enabled:
         votes = model.voter.num_votes
         saved = votes * (8 * vocabulary + 4 * d + compute * d) + 4 * vocabulary
-        total += Saved(2 * d * vocabulary * votes, saved)
-    return total
+        predicted += Saved(2 * d * vocabulary * votes, saved)
+    total += Saved(predicted.flops, compute * d)
+    if model.loss_chunk is None:
+        return total + Saved(0, predicted.saved), Saved(0, 0)
+    return total, predicted
 
 
 def _attention(layer: SelfAttention, length: int, compute: int, on_gpu: bool) -> Saved:
@@ -371,10 +382,7 @@ def cost(config: RunConfig, phases: Sequence[Phase], *, gpu: str, num_gpus: int 
     spec = GPUS[gpu]
     fixed = [_fixed(phase, num_gpus) for phase in phases]
     growing = [phase.activations + phase.workspace for phase in phases]
-    room = min(
-        (spec.usable_bytes - kept) / (grows / phase.batch_size)
-        for phase, kept, grows in zip(phases, fixed, growing, strict=True)
-    )
+    room = min(_room(config, phase, spec.usable_bytes - kept) for phase, kept in zip(phases, fixed, strict=True))
     return Cost(
         kind=gpu,
         spec=spec,
@@ -395,6 +403,17 @@ def _fixed(phase: Phase, num_gpus: int) -> int:
     if num_gpus == 1:
         return state + phase.casts
     return math.ceil(state / num_gpus) + 3 * phase.compute_bytes * phase.largest_block
+
+
+def _room(config: RunConfig, phase: Phase, free: float) -> float:
+    """Return how many sequences' activations and workspace take ``free`` bytes; the workspace ends to grow with a chunk."""
+    length, chunk = config.model.seq_len, config.model.loss_chunk
+    at_once = min(phase.batch_size * length, chunk or math.inf)
+    activations, workspace = phase.activations / phase.batch_size, phase.workspace / at_once  # a sequence, a token
+    sequences = free / (activations + workspace * length)
+    if chunk is None or sequences * length <= chunk:
+        return sequences
+    return (free - workspace * chunk) / activations
 
 
 def table(

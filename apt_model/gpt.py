@@ -9,11 +9,13 @@ from typing import ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from apt_model.layers.align import AlignReport, BiStateAlignment, StableSum
 from apt_model.layers.attention import KeyValues, SelfAttention
 from apt_model.layers.feed_forward import FeedForward
 from apt_model.layers.moe import Lineage, MoE, MoEReport
+from apt_model.layers.norm import RMSNorm
 from apt_model.layers.tally import METRICS, layer_metrics, model_metrics
 from apt_model.layers.voter import EntropyVoter
 from apt_model.schedule.targets import BELOW_ONE, Domain, matching
@@ -22,7 +24,7 @@ from apt_model.schedule.targets import BELOW_ONE, Domain, matching
 class Output(NamedTuple):
     """What a forward pass gives."""
 
-    logits: Tensor  # (batch, seq, vocab_size)
+    logits: Tensor | None  # (batch, seq, vocab_size); None where the loss was computed in chunks
     language_loss: Tensor | None  # 0-dim: mean cross-entropy in nats a token; None without targets
     auxiliary_loss: Tensor  # 0-dim: what balances and aligns, weighted
     metrics: dict[str, Tensor]  # detached, 0-dim
@@ -47,9 +49,9 @@ class Block(nn.Module):
 
     def __init__(self, *, attention: SelfAttention, ffn: MoE, d_model: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(d_model)
+        self.attention_norm = RMSNorm(d_model)
         self.attention = attention
-        self.ffn_norm = nn.RMSNorm(d_model)
+        self.ffn_norm = RMSNorm(d_model)
         self.ffn = ffn
 
     def forward(
@@ -71,6 +73,8 @@ class GPT(nn.Module):
         ffn: a name of :data:`apt_model.layers.feed_forward.FFN`.
         dropout: share of the channels that attention and feed-forward layers drop in training.
         label_smoothing: share of the target that training spreads over all tokens (arXiv:1512.00567).
+        loss_chunk: tokens whose logits are held at once while the loss is computed; None: all. Costs one more product with
+            the embedding, and spares most of what a large vocabulary needs.
         moe: wraps a dense layer; called once a layer.
         align: builds the alignment for a d_model.
         voter: builds the voter.
@@ -92,12 +96,14 @@ class GPT(nn.Module):
         ffn: str = "swiglu",
         dropout: float = 0.0,
         label_smoothing: float = 0.0,
+        loss_chunk: int | None = None,
         moe: Callable[..., MoE],
         align: Callable[..., BiStateAlignment] = BiStateAlignment,
         voter: Callable[[], EntropyVoter] = EntropyVoter,
     ) -> None:
         super().__init__()
         self.seq_len = seq_len
+        self.loss_chunk = loss_chunk
         self.register_buffer("label_smoothing", torch.tensor(float(label_smoothing)), persistent=False)
         self.expected = {"label_smoothing"} if label_smoothing else set[str]()
         self.embedding = nn.Embedding(vocab_size, d_model)
@@ -110,7 +116,7 @@ class GPT(nn.Module):
             for _ in range(num_layers)
         )
         self.align = align(d_model=d_model)
-        self.norm = nn.RMSNorm(d_model)
+        self.norm = RMSNorm(d_model)
         self.voter = voter()
         self._initialise(num_layers)
 
@@ -138,11 +144,14 @@ class GPT(nn.Module):
             for layer in self.moe_layers:
                 layer.balance()
         hidden, reports, alignment = self._hidden(tokens, telling=telling)
-        logits, votes = self.voter(hidden, self.head(hidden), self.head)
-
-        loss = None
-        if targets is not None:
-            loss = self._loss(logits.float().flatten(0, 1), targets.flatten())
+        logits = loss = None
+        if targets is None:
+            logits, votes = self.voter(hidden, self.head(hidden), self.head)
+        elif self.loss_chunk is None:
+            logits, loss, votes = self._predict(hidden.flatten(0, 1), targets.flatten())
+            logits = logits.view(*targets.shape, -1)
+        else:
+            loss, votes = self._loss_in_chunks(hidden.flatten(0, 1), targets.flatten(), self.loss_chunk)
         auxiliary = torch.zeros((), device=hidden.device)
         metrics = dict(votes)
         routing = None
@@ -179,6 +188,21 @@ class GPT(nn.Module):
         hidden = self._hidden(tokens, cache)[0][:, -1:]
         logits, votes = self.voter(hidden, self.head(hidden), self.head)
         return logits[:, 0].float(), votes
+
+    def _predict(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return logits (tokens, vocab_size), their mean loss, and the voter's metrics; hidden: (tokens, d_model)."""
+        logits, votes = self.voter(hidden, self.head(hidden), self.head)
+        return logits, self._loss(logits.float(), targets), votes
+
+    def _loss_in_chunks(self, hidden: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Do what :meth:`_predict` does, a few tokens at a time; the backward pass computes their logits again."""
+        losses, votes = [], []
+        for some, wanted in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True):
+            loss, metrics = checkpoint(lambda *given: self._predict(*given)[1:], some, wanted, use_reentrant=False)
+            share = len(wanted) / len(targets)
+            losses.append(loss * share)
+            votes.append({name: value * share for name, value in metrics.items()})
+        return torch.stack(losses).sum(), {name: torch.stack([v[name] for v in votes]).sum() for name in votes[0]}
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross-entropy of ``logits`` (tokens, vocab_size); smoothed in training where that was asked for."""

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from apt_model.gpt import GPT
@@ -72,6 +73,46 @@ def test_logits_agree_before_and_after_experts_go_on(
         after = gpt(tokens)
     assert after.metrics["moe/dropped_tokens"] == 0
     assert torch.allclose(before, after.logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 32, 33, 1000])
+def test_a_loss_in_chunks_is_the_whole_ones_loss_with_its_gradients(chunk: int) -> None:
+    torch.manual_seed(1)
+    tokens, targets = torch.randint(0, 50, (4, 20)), torch.randint(0, 50, (4, 20))
+    found = []
+    for loss_chunk in (None, chunk):
+        gpt = model(loss_chunk=loss_chunk, label_smoothing=0.1)
+        gpt.voter.enable(True)
+        gpt.voter.dropout = 0.0
+        with torch.no_grad():
+            gpt.embedding.weight.mul_(20)  # predictions of every certainty
+        gpt.voter.threshold.fill_(1.0)  # some positions vote, some do not
+        output = gpt(tokens, targets)
+        output.language_loss.backward()
+        found.append((output, {name: p.grad for name, p in gpt.named_parameters()}))
+    (whole, gradients), (chunked, others) = found
+    assert 0.1 < whole.metrics["voter/voted_fraction"] < 0.9
+    assert chunked.logits is None
+    torch.testing.assert_close(chunked.language_loss, whole.language_loss)
+    torch.testing.assert_close(chunked.metrics, whole.metrics)
+    torch.testing.assert_close(others, gradients)
+
+
+def test_a_loss_in_chunks_never_holds_all_logits() -> None:
+    gpt = model(vocab_size=4000, loss_chunk=10)
+    made: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            made.extend(t.numel() for t in (result if isinstance(result, tuple) else [result]) if torch.is_tensor(t))
+            return result
+
+    tokens = torch.randint(0, 4000, (4, 20))
+    with Watch():
+        gpt(tokens, tokens).language_loss.backward()
+    assert 10 * 4000 in made
+    assert max(made) <= 4000 * 16  # the embedding's gradient; all logits would be 80 x 4000
 
 
 def test_a_value_is_written_into_every_layer_in_place() -> None:

@@ -105,7 +105,12 @@ class Experts(nn.Module):
         """
         if torch.is_autocast_enabled(x.device.type):  # grouped_mm does not listen to autocast
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if x.device.type == "cpu" and x.element_size() == 2 and not torch.compiler.is_compiling():
+            x, ends, place = spread(x, ends)
+            return self._compute(x, ends).index_select(0, place)
+        return self._compute(x, ends)
 
+    def _compute(self, x: Tensor, ends: Tensor) -> Tensor:
         def linear(rows: Tensor, weight: Tensor) -> Tensor:
             return grouped_linear(rows, weight.to(rows.dtype), ends)
 
@@ -129,6 +134,31 @@ class Experts(nn.Module):
             alike = weight.view(copies, self.granularity, -1).transpose(0, 1)  # (slices, copies, ...)
             squares += torch.bmm(scale, alike).square().sum(dim=(1, 2))
         return (squares.mean() - copies) / (copies * (copies - 1))
+
+
+def spread(x: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Put zeros after each group, so that the sizes of groups are multiples of about an eighth of their mean.
+
+    On the CPU 16-bit products go through oneDNN, which compiles a kernel for each new size, in ten times as long as the
+    product takes. Routing gives new sizes at each step; few different ones are left of them.
+
+    Args:
+        x: (rows, d_model), sorted by group.
+        ends: (groups,) int32; what is past the last one comes out as the last row.
+
+    Returns:
+        The rows with zeros between, their ends, and where each row of ``x`` is now: (rows,) int64.
+    """
+    counts = ends.diff(prepend=ends.new_zeros(1)).long()
+    eighth = x.shape[0] // len(ends) // 8
+    multiple = 1 << min(6, max(3, eighth.bit_length() - 1))  # a power of two, 8 to 64
+    room = (counts + multiple - 1) // multiple * multiple
+    shift = ((room - counts).cumsum(0) - (room - counts)).repeat_interleave(counts)
+    place = torch.arange(len(shift)) + shift
+    total = int(room.sum())
+    padded = x.new_zeros(total, x.shape[1]).index_copy(0, place, x[: len(shift)])
+    place = F.pad(place, (0, x.shape[0] - len(shift)), value=max(0, total - 1))
+    return padded, room.cumsum(0).int(), place
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

@@ -228,15 +228,19 @@ class MoE(nn.Module):
     def _mix(self, rows: Tensor, dispatch: Dispatch) -> Tensor:
         """Compute slots in their order and add each token's, weighted: (tokens, d_model)."""
         assert self.experts is not None
-        token = dispatch.order // self.top_k
-        inputs = rows[token]
-        if not self.dropless:  # past the last end nothing is defined: keep it out of both passes
+        order = dispatch.order
+        masked = not self.dropless  # past the last end nothing is defined: keep it out of both passes
+        if masked and rows.device.type == "cpu" and not torch.compiler.is_compiling():
+            order, masked = order[: int(dispatch.ends[-1])], False  # no device to wait for: leave it out at once
+        token = order // self.top_k
+        inputs = rows.index_select(0, token)
+        if masked:
             computed = (torch.arange(token.shape[0], device=token.device) < dispatch.ends[-1]).unsqueeze(1)
             inputs = inputs.where(computed, 0.0)
         slots = self.experts(inputs, dispatch.ends)
-        if not self.dropless:
+        if masked:
             slots = slots.where(computed, 0.0)
-        weights = dispatch.weights.reshape(-1)[dispatch.order].unsqueeze(1)
+        weights = dispatch.weights.reshape(-1).index_select(0, order).unsqueeze(1)
         if self.granularity > 1:
             weights = weights * self.granularity
         mixed = torch.zeros(rows.shape, dtype=weights.dtype, device=rows.device)

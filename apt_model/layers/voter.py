@@ -60,7 +60,8 @@ class EntropyVoter(nn.Module):
         if not self.enabled:
             return logits, metrics
         metrics["voter/voted_fraction"] = uncertain.float().mean()
-        if torch.compiler.is_compiling():  # shapes that depend on the data would break the graph: all positions vote
+        if hidden.device.type != "cpu" or torch.compiler.is_compiling():
+            # shapes that depend on the data would have the host wait for the device, or break the graph: all positions vote
             return torch.where(uncertain.unsqueeze(-1), self._votes(hidden, head), logits.float()), metrics
         votes = self._votes(hidden[uncertain], head)
         return logits.float().masked_scatter(uncertain.unsqueeze(-1), votes), metrics

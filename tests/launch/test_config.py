@@ -9,7 +9,7 @@ import pytest
 from hydra.utils import get_object
 
 from apt_launch import schema
-from apt_launch.build import build
+from apt_launch.build import OF_THE_PROCESS, build
 from apt_launch.config import CONF, RunConfig
 from apt_launch.explain import explained
 from apt_model.errors import ConfigError
@@ -96,7 +96,7 @@ def test_keys_in_yaml_equal_parameters_of_the_class(target: tuple[str, type[sche
         assert set(parameters) == {"horizon", "broadcast", "curriculum"}
         return
     if name in schema.GROUPS["trainer"]:
-        keys -= {"keep_last", "keep_best", "keep_every", "stall_minutes"}  # for others than the trainer
+        keys -= set(OF_THE_PROCESS)
     assert keys <= set(parameters), f"{name} does not take {keys - set(parameters)}"
     given = {"model": {"moe", "align", "voter"}, "optimizer": set()}
     forgotten = {
