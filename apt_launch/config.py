@@ -34,6 +34,8 @@ NEUTRAL = (
     "profile_file",
     "schedule.on_horizon_change",
     "trainer.resume",
+    "trainer.parallel",
+    "trainer.expert_parallel",
     "trainer.log_every",
     "trainer.checkpoint_every_epochs",
     "trainer.checkpoint_every_minutes",
@@ -268,6 +270,7 @@ def _check_together(groups: Mapping[str, Any], launch: schema.LaunchConfig) -> N
             f"launch: {ranks} ranks share batches with trainer=default only. Choose it, or set launch.nodes=1 "
             "launch.tasks_per_node=1."
         )
+    problems += _sharing_problems(groups, ranks)
     problems += schedule.contradictions()
     problems += _missing_libraries(groups)
     problems += _trainer_problems(groups["trainer"])
@@ -307,6 +310,42 @@ def _expert_problems(model: schema.GPTConfig, moe: schema.MoEConfig) -> list[str
         )
     if moe.upcycling_share is not None and moe.upcycling == "drop" and moe.upcycling_share > 1:
         problems.append(f"moe.upcycling_share = {moe.upcycling_share:g} is no share of the channels. Give at most 1.")
+    return problems
+
+
+def _sharing_problems(groups: Mapping[str, Any], ranks: int) -> list[str]:
+    """Say why ``ranks`` cannot share the model as the config says; how many a lone process is one of is not known yet."""
+    from apt_launch.schema import EXTRAS
+
+    model, moe, trainer = groups["model"], groups["moe"], groups["trainer"]
+    experts = trainer.expert_parallel
+    slices = f" / moe.granularity = {moe.granularity}" if moe.granularity > 1 else ""
+    problems = []
+    if type(trainer) in EXTRAS and (trainer.parallel != "ddp" or experts > 1):
+        problems.append(
+            f"trainer.parallel = {trainer.parallel}, trainer.expert_parallel = {experts}: they are for trainer=default. Choose "
+            "it, or set trainer.parallel=ddp trainer.expert_parallel=1."
+        )
+    elif experts > 1 and trainer.parallel != "fsdp":
+        problems.append(f"trainer.expert_parallel = {experts} needs trainer.parallel=fsdp. Set it, or 1.")
+    if moe.num_experts % experts:
+        problems.append(
+            f"trainer.expert_parallel = {experts} does not divide moe.num_experts = {moe.num_experts}. Choose a divisor."
+        )
+    if ranks > 1 and ranks % experts:
+        problems.append(
+            f"trainer.expert_parallel = {experts} does not divide {ranks} ranks (launch.nodes x launch.tasks_per_node). "
+            "Choose a divisor."
+        )
+    elif (
+        ranks > 1
+        and experts > 1
+        and any(width % (ranks // experts) for width in (model.d_model, model.d_ff // moe.granularity))
+    ):
+        problems.append(
+            f"trainer.expert_parallel = {experts} leaves {ranks // experts} ranks to cut each expert, and model.d_model = "
+            f"{model.d_model} and model.d_ff = {model.d_ff}{slices} are not both multiples of that. Choose a larger one."
+        )
     return problems
 
 

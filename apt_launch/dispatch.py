@@ -77,6 +77,7 @@ def carry_out(plan: Plan, folder: Path, where: Place) -> None:
             "or choose another folder."
         )
     where.check(plan)
+    _check_ranks(plan)
     folder.mkdir(parents=True, exist_ok=True)
     plan.write(folder)
     prepare(plan, folder, plan.jobs)
@@ -90,6 +91,17 @@ def carry_out(plan: Plan, folder: Path, where: Place) -> None:
     code = follow(folder)
     if code:
         raise SystemExit(code)
+
+
+def _check_ranks(plan: Plan) -> None:
+    """Raise ConfigError if a job has too few ranks to share experts; the first to know is who sends it."""
+    for job in plan.jobs:
+        experts = 1 if job.config is None else job.config.trainer.expert_parallel
+        if job.resources.ranks < experts:
+            raise ConfigError(
+                f"trainer.expert_parallel = {experts} needs as many ranks, and job {job.number} has {job.resources.ranks} "
+                "(launch.nodes x launch.tasks_per_node). Ask for more, or set it to 1."
+            )
 
 
 @dataclass(frozen=True)
@@ -114,6 +126,7 @@ def run_batch(before: Plan | None, made: Plan, folder: Path, where: Place) -> tu
     if before is None and (folder / "plan.yaml").exists():
         raise ConfigError(f"hydra.sweep.dir: {folder} already holds a sweep. Choose another folder.")
     where.check(made)
+    _check_ranks(made)
     known = {(job.identity, job.resources) for job in before.jobs} if before else set()
     new = replace(made, jobs=tuple(job for job in made.jobs if (job.identity, job.resources) not in known))
     plan = new if before is None else before.joined(new) if new.jobs else before

@@ -76,11 +76,7 @@ def _size_tables(jobs: Sequence[Job], arguments: argparse.Namespace) -> list[tup
     Raises:
         ConfigError: a kind or number of GPUs that means nothing.
     """
-    from apt_model.errors import ConfigError
-
-    if arguments.gpu is None and arguments.gpus is not None:
-        raise ConfigError("--gpus: of which kind? Add --gpu, for instance --gpu h100.")
-    if not (arguments.sizes or arguments.gpu is not None):
+    if not (arguments.sizes or arguments.gpu is not None or arguments.gpus is not None):
         return []
     from apt_launch import sizes
 
@@ -101,8 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--multirun", "-m", action="store_true", help="taken for granted: several values always expand")
     parser.add_argument("--dry-run", action="store_true", help="taken for granted: nothing is ever sent")
     parser.add_argument("--sizes", action="store_true", help="parameters, memory, FLOPs (loads torch)")
-    parser.add_argument("--gpu", help="with --sizes: time and GPU-hours on this kind, such as h100")
-    parser.add_argument("--gpus", type=int, help="how many of them; 1 unless said otherwise")
+    parser.add_argument("--gpu", help="with --sizes: time, GPU-hours and what fits on this kind, such as h100")
+    parser.add_argument("--gpus", type=int, help="with --sizes: what a device needs where so many share the model")
     parser.add_argument("--out", type=Path, default=Path("outputs/preview"), help="where the pictures go")
     return parser
 

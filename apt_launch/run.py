@@ -22,7 +22,7 @@ from apt_launch.folder import Resume, RunFolder, write_json, write_whole
 from apt_launch.lease import Holder, Lease
 from apt_launch.tracking import Record, Tracking, read_rows
 from apt_launch.tracking.projections import Membership, project
-from apt_model.errors import AptError, Interrupted, NonFiniteError
+from apt_model.errors import AptError, ConfigError, Interrupted, NonFiniteError
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def run(config: RunConfig, path: Path, member: Membership | None = None) -> floa
     Several ranks train one model; the first of them writes. A job of a sweep holds its folder's lease already.
 
     Raises:
-        ConfigError: the folder is taken, or something that only torch can tell is wrong.
+        ConfigError: the folder is taken or not the same on all ranks, or something that only torch can tell is wrong.
         TrainingError: the run failed; ``summary.json`` has the cause.
         Interrupted: it was stopped on request and can go on.
     """
@@ -76,13 +76,19 @@ def run(config: RunConfig, path: Path, member: Membership | None = None) -> floa
     folder.check_free(config)
     stop = StopRequest()
     with stop.listening():
-        from apt_model.training.distributed import process_group
+        from apt_model.training.distributed import gathered, process_group
         from apt_model.training.memory import keep_freed_memory
 
         if config.trainer.keep_freed_memory:
             keep_freed_memory()
 
         with process_group() as ranks:
+            folders = sorted(set(gathered(str(path.absolute()))))
+            if len(folders) > 1:
+                raise ConfigError(
+                    f"hydra.run.dir: {ranks.world} ranks train one model, and want {len(folders)} folders, {folders[0]} for "
+                    "one. Name the same for all: hydra.run.dir=runs/a."
+                )
             if ranks.rank:
                 return _follow_first_rank(config, folder, stop)
             path.mkdir(parents=True, exist_ok=True)

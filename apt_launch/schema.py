@@ -123,6 +123,8 @@ class TrainerConfig(Group):
     max_batches_per_epoch: Positive | None
     batch_size: Positive
     accumulate: Positive
+    parallel: Literal["ddp", "fsdp"]
+    expert_parallel: Positive
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
     grad_clip: PositiveNumber | None

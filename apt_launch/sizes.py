@@ -32,6 +32,7 @@ from apt_model.schedule.program import LatchState, Subject
 from apt_model.schedule.targets import matching
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import RenderableType
 
     from apt_model.gpt import GPT
@@ -87,6 +88,7 @@ class Phase:
     parameters: int
     active: int  # parameters that one token meets: top_k of the experts, and all that is shared
     largest_block: int  # parameters of the largest block
+    experts: int  # those of them that are its experts
     compute_bytes: int  # of a number in matrix products: 4, or 2 under autocast
     weights: int
     gradients: int
@@ -137,14 +139,14 @@ class Saved:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """A run on ``num_gpus`` GPUs of one kind, whose weights, gradients and optimizer state are sharded over all (FSDP)."""
+    """A run on ``num_gpus`` GPUs of one kind, which share the model as ``trainer.parallel`` says."""
 
     kind: str
     spec: Gpu
     num_gpus: int
     mfu: float
     seconds: tuple[float, ...]  # of each phase
-    per_device: tuple[int, ...]  # bytes, of each phase, with a batch of trainer.batch_size on each device
+    per_device: tuple[int, ...]  # bytes, of each phase, with a device's share of trainer.batch_size
     fixed: tuple[int, ...]  # the part of them that does not grow with the batch
     largest_batch: int  # sequences a device has room for in every phase; 0: not even one
 
@@ -216,7 +218,8 @@ def sizes(config: RunConfig, *, on_gpu: bool | None = None) -> list[Phase]:
                 frozen=tuple(subject.name for subject, value in on.items() if subject.state == "frozen" and value),
                 parameters=total,
                 active=total - round(_idle(model)),
-                largest_block=max(sum(p.numel() for p in block.parameters()) for block in model.blocks),
+                largest_block=max(_numel(block) for block in model.blocks),
+                experts=max(0 if layer.experts is None else _numel(layer.experts) for layer in model.moe_layers),
                 compute_bytes=compute,
                 weights=FP32 * total,
                 gradients=FP32 * sum(p.numel() for p in parameters if p.requires_grad),
@@ -252,6 +255,10 @@ def _phases(program: Program) -> Iterator[tuple[int, dict[Subject, bool]]]:
         if state != before:
             yield step, state
         before = state
+
+
+def _numel(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _tokens(config: RunConfig, begin: int, end: int) -> int:
@@ -352,8 +359,7 @@ def _inner(ffn: str) -> int:
 def cost(config: RunConfig, phases: Sequence[Phase], *, gpu: str, num_gpus: int = 1, mfu: float = DEFAULT_MFU) -> Cost:
     """Say how long the run takes on ``num_gpus`` GPUs of one kind, and whether it fits.
 
-    The memory of a device is its share of weights, gradients and optimizer state, two gathered blocks (one at work, one
-    on its way) and one block's whole gradient, activations and workspace. One GPU alone shards nothing.
+    The memory of a device: see :func:`device_bytes`.
 
     Args:
         config: that ``phases`` were counted for, with ``on_gpu=True``.
@@ -365,11 +371,9 @@ def cost(config: RunConfig, phases: Sequence[Phase], *, gpu: str, num_gpus: int 
     Raises:
         ConfigError: an unknown kind, no GPU, a share outside (0, 1], or fp32, whose peak is another.
     """
-    problems = []
+    problems = _sharing_problems(config, num_gpus)
     if gpu not in GPUS:
         problems.append(f"--gpu: {gpu!r} is not a kind that is known. {nearest(gpu, GPUS)}")
-    if num_gpus < 1:
-        problems.append(f"--gpus: {num_gpus} is not a number of GPUs. Give 1 or more.")
     if not 0.0 < mfu <= 1.0:
         problems.append(f"--mfu: {mfu:g} is not a share of the peak. Give more than 0 and at most 1.")
     if any(phase.compute_bytes == FP32 for phase in phases):
@@ -380,8 +384,9 @@ def cost(config: RunConfig, phases: Sequence[Phase], *, gpu: str, num_gpus: int 
     if problems:
         raise ConfigError(*problems)
     spec = GPUS[gpu]
-    fixed = [_fixed(phase, num_gpus) for phase in phases]
-    growing = [phase.activations + phase.workspace for phase in phases]
+    fixed = [device_bytes(phase, config, num_gpus) for phase in phases]
+    share = sequences(config, num_gpus)
+    growing = [batch_bytes(phase, config, share) for phase in phases]
     room = min(_room(config, phase, spec.usable_bytes - kept) for phase, kept in zip(phases, fixed, strict=True))
     return Cost(
         kind=gpu,
@@ -397,19 +402,54 @@ def cost(config: RunConfig, phases: Sequence[Phase], *, gpu: str, num_gpus: int 
     )
 
 
-def _fixed(phase: Phase, num_gpus: int) -> int:
-    """Return the bytes of a device that do not grow with the batch."""
+def _sharing_problems(config: RunConfig, num_gpus: int) -> list[str]:
+    if num_gpus < 1:
+        return [f"--gpus: {num_gpus} is not a number of GPUs. Give 1 or more."]
+    experts = config.trainer.expert_parallel
+    if num_gpus % experts:
+        return [
+            f"--gpus: trainer.expert_parallel = {experts} does not divide {num_gpus}. Give a multiple of {experts}."
+        ]
+    return []
+
+
+def sequences(config: RunConfig, num_gpus: int) -> int:
+    """Return the share of ``trainer.batch_size`` that one of ``num_gpus`` devices gets."""
+    return math.ceil(config.trainer.batch_size / num_gpus)
+
+
+def device_bytes(phase: Phase, config: RunConfig, num_gpus: int) -> int:
+    """Return the bytes of one of ``num_gpus`` devices that do not grow with the batch.
+
+    With ``trainer.parallel=fsdp`` that is its share of weights, gradients and optimizer state, two gathered blocks (one at
+    work, one on its way), one block's whole gradient and the float32 copy that is reduced; of a block's experts only those
+    that ``trainer.expert_parallel`` leaves on a device are gathered. With ``ddp``, or alone, it is all of the state.
+    """
     state = phase.weights + phase.gradients + phase.optimizer
-    if num_gpus == 1:
+    if num_gpus == 1 or config.trainer.parallel == "ddp":
         return state + phase.casts
-    return math.ceil(state / num_gpus) + 3 * phase.compute_bytes * phase.largest_block
+    block = phase.largest_block - phase.experts + math.ceil(phase.experts / config.trainer.expert_parallel)
+    return math.ceil(state / num_gpus) + (3 * phase.compute_bytes + FP32) * block
+
+
+def batch_bytes(phase: Phase, config: RunConfig, share: int) -> int:
+    """Return the bytes of activations and workspace for ``share`` sequences."""
+    activations, workspace = _growth(phase, config)
+    return math.ceil(
+        share * activations + min(share * config.model.seq_len, config.model.loss_chunk or math.inf) * workspace
+    )
+
+
+def _growth(phase: Phase, config: RunConfig) -> tuple[float, float]:
+    """Return the bytes of activations for a sequence, and of workspace for a token."""
+    at_once = min(phase.batch_size * config.model.seq_len, config.model.loss_chunk or math.inf)
+    return phase.activations / phase.batch_size, phase.workspace / at_once
 
 
 def _room(config: RunConfig, phase: Phase, free: float) -> float:
     """Return how many sequences' activations and workspace take ``free`` bytes; the workspace ends to grow with a chunk."""
     length, chunk = config.model.seq_len, config.model.loss_chunk
-    at_once = min(phase.batch_size * length, chunk or math.inf)
-    activations, workspace = phase.activations / phase.batch_size, phase.workspace / at_once  # a sequence, a token
+    activations, workspace = _growth(phase, config)
     sequences = free / (activations + workspace * length)
     if chunk is None or sequences * length <= chunk:
         return sequences
@@ -424,21 +464,30 @@ def table(
     num_gpus: int = 1,
     mfu: float = DEFAULT_MFU,
 ) -> RenderableType:
-    """Draw the phases, a column each; with a kind of GPU also what :func:`cost` says of it.
+    """Draw the phases, a column each; with a number of GPUs what one needs, with a kind also what :func:`cost` says of it.
 
     On a GPU, ``trainer.precision=auto`` means bf16: where ``phases`` were counted in fp32, they are counted anew.
 
     Raises:
         ConfigError: see :func:`cost`.
     """
-    if gpu is None:
+    if gpu is None and num_gpus == 1:
         return _drawn(phases, None)
     if config.trainer.precision == "auto" and phases[0].compute_bytes == FP32:
         phases = sizes(config, on_gpu=True)
-    return _drawn(phases, cost(config, phases, gpu=gpu, num_gpus=num_gpus, mfu=mfu))
+    if gpu is not None:
+        told = cost(config, phases, gpu=gpu, num_gpus=num_gpus, mfu=mfu)
+        return _drawn(phases, told, told.per_device, num_gpus, sequences(config, num_gpus))
+    if problems := _sharing_problems(config, num_gpus):
+        raise ConfigError(*problems)
+    share = sequences(config, num_gpus)
+    needs = [device_bytes(phase, config, num_gpus) + batch_bytes(phase, config, share) for phase in phases]
+    return _drawn(phases, None, needs, num_gpus, share)
 
 
-def _drawn(phases: Sequence[Phase], cost: Cost | None) -> RenderableType:
+def _drawn(
+    phases: Sequence[Phase], cost: Cost | None, per_device: Sequence[int] = (), num_gpus: int = 1, share: int = 1
+) -> RenderableType:
     from rich.console import Group
     from rich.table import Table
 
@@ -465,22 +514,26 @@ def _drawn(phases: Sequence[Phase], cost: Cost | None) -> RenderableType:
         rows["frozen"] = [" ".join(phase.frozen) or "none" for phase in phases]
     if phases[0].compute_bytes == FP32:
         del rows["16-bit copies"]
+    if per_device:
+        rows[f"a device of {num_gpus}, {_sequences(share)}"] = [_bytes(n) for n in per_device]
     if cost is not None:
-        rows[f"a device of {cost.num_gpus}"] = [_bytes(number) for number in cost.per_device]
         rows["hours"] = [f"{seconds / 3600:,.2f}" for seconds in cost.seconds]
     for name, cells in rows.items():
         drawn.add_row(name, *cells)
     if cost is None:
         return drawn
-    batch = phases[0].batch_size
     verdict = "fits" if cost.fits else "does not fit"
-    room = f"{cost.largest_batch} sequences" if cost.largest_batch else "not even one sequence"
+    room = _sequences(cost.largest_batch) if cost.largest_batch else "not even one sequence"
     return Group(
         drawn,
         f"{cost.num_gpus} x {cost.kind} at an MFU of {cost.mfu:g}: {cost.hours:,.2f} hours, {cost.gpu_hours:,.2f} GPU-hours",
-        f"{batch} sequences a device: {verdict} in {USABLE:.0%} of {cost.spec.memory_gb:g} GB; there is room for {room}",
+        f"{_sequences(share)} a device: {verdict} in {USABLE:.0%} of {cost.spec.memory_gb:g} GB; there is room for {room}",
         f"peak {cost.spec.bf16_tflops:g} TFLOP/s in bf16, dense ({cost.spec.source})",
     )
+
+
+def _sequences(number: int) -> str:
+    return f"{number} sequence{'s' if number > 1 else ''}"
 
 
 def _count(number: float) -> str:

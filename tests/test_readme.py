@@ -24,7 +24,9 @@ from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 PAGES = README + "".join(path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "docs").glob("*.md")))
-COMMANDS = re.findall(r"^python -m apt_launch(?:\.preview)? (.*)$", PAGES, flags=re.MULTILINE)
+COMMANDS = re.findall(
+    r"^python -m (?:torch\.distributed\.run .*-m )?apt_launch(?:\.preview)? (.*)$", PAGES, flags=re.MULTILINE
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Compute = Callable[[Tensor, Tensor], Tensor]
+"""Maps rows (n, d_model), sorted by expert, and the ends of each expert's rows to (n, d_model)."""
+
 Linear = Callable[[Tensor, Tensor], Tensor]
 """Maps rows (n, in) with a weight to (n, out): ``F.linear``, or one matrix an expert."""
 
@@ -78,7 +81,7 @@ class Experts(nn.Module):
     """Feed-forward layers of one kind, side by side: weights are (num_experts, out, in).
 
     They begin as copies of ``dense`` (sparse upcycling, arXiv:2212.05055), or of its slices: ``granularity`` experts in
-    a row make one copy.
+    a row make one copy. ``exchange`` takes the place of computing where other ranks have some of them.
     """
 
     up: nn.Parameter
@@ -88,6 +91,7 @@ class Experts(nn.Module):
         super().__init__()
         self.ffn = dense.ffn
         self.granularity = granularity
+        self.exchange: Callable[[Tensor, Tensor, Compute], Tensor] | None = None
         for name, weight in dense.named_parameters():
             pieces = as_experts(weight.detach(), name, num_experts=num_experts, granularity=granularity)
             self.register_parameter(name, nn.Parameter(pieces))
@@ -105,16 +109,22 @@ class Experts(nn.Module):
         """
         if torch.is_autocast_enabled(x.device.type):  # grouped_mm does not listen to autocast
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if x.device.type == "cpu" and x.element_size() == 2 and not torch.compiler.is_compiling():
-            x, ends, place = spread(x, ends)
-            return self._compute(x, ends).index_select(0, place)
-        return self._compute(x, ends)
+        return self._compute(x, ends) if self.exchange is None else self.exchange(x, ends, self._compute)
 
     def _compute(self, x: Tensor, ends: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.element_size() == 2 and not torch.compiler.is_compiling():
+            x, ends, place = spread(x, ends)
+            return self._multiply(x, ends).index_select(0, place)
+        return self._multiply(x, ends)
+
+    def _multiply(self, x: Tensor, ends: Tensor) -> Tensor:
         def linear(rows: Tensor, weight: Tensor) -> Tensor:
             return grouped_linear(rows, weight.to(rows.dtype), ends)
 
-        return FFN[self.ffn](x, linear, **dict(self.named_parameters()))
+        weights = dict(self.named_parameters())
+        if self.exchange is not None:
+            weights = {name: weight.to_local() for name, weight in weights.items()}  # type: ignore[attr-defined]
+        return FFN[self.ffn](x, linear, **weights)
 
     @torch.no_grad()
     def cosine(self) -> Tensor:

@@ -27,6 +27,7 @@ from apt_model.training.checkpoint import Checkpoints
 from apt_model.training.distributed import Ranks, any_rank, barrier, gathered, mean_of
 from apt_model.training.follower import Follower, bind
 from apt_model.training.optimizer import named_state, parameter_groups
+from apt_model.training.parallel import Parallel, clip_gradients, engine, gathered_state
 from apt_model.training.randomness import random_state
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ class BaseTrainer(Follower):
         max_batches_per_epoch: None: all that the corpus gives.
         batch_size: sequences a batch.
         accumulate: batches an update.
+        parallel: how ranks share the model: ``ddp``, each has all of it, or ``fsdp``, each has a part of every layer.
+        expert_parallel: ranks that share one set of experts, with ``fsdp``.
         precision: ``auto`` is bf16 or, where the device has none, fp16 on CUDA, and fp32 on the CPU.
         device: ``auto`` is CUDA where there is a device.
         grad_clip: largest norm of the gradient; None: no limit.
@@ -99,6 +102,8 @@ class BaseTrainer(Follower):
         seed: int = 0,
         max_batches_per_epoch: int | None = None,
         accumulate: int = 1,
+        parallel: Parallel = "ddp",
+        expert_parallel: int = 1,
         precision: Precision = "auto",
         device: str = "auto",
         grad_clip: float | None = 1.0,
@@ -122,7 +127,21 @@ class BaseTrainer(Follower):
         self.device = choose_device(device)
         self.autocast_dtype = choose_dtype(precision, self.device)
         self.scaler = torch.amp.GradScaler("cuda", enabled=self.autocast_dtype == torch.float16)
+        self.ranks = Ranks.of_group() if self.shares_batches else Ranks()
+        if batch_size % self.ranks.world:
+            raise ConfigError(
+                f"trainer.batch_size = {batch_size} cannot be shared by {self.ranks.world} ranks. Make it a multiple of "
+                f"{self.ranks.world}."
+            )
         self.model: GPT = model.to(self.device)
+        self.engine = engine(
+            parallel,
+            self.model,
+            self.ranks,
+            expert_parallel=expert_parallel,
+            dtype=self.autocast_dtype,
+            device_type=self.device.type,
+        )
         self.optimizer = optimizer(parameter_groups(model, weight_decay))
         self.base_lr: float = self.optimizer.param_groups[0]["lr"]
         self.lr_curve = Anneal.model_validate(lr_schedule).curve(schedule.planned) if lr_schedule else None
@@ -153,12 +172,6 @@ class BaseTrainer(Follower):
         self._saved_at = 0.0  # of these seconds
         self.last_row: Row = {}
         self.last_loss = math.nan  # of the last update
-        self.ranks = Ranks.of_group() if self.shares_batches else Ranks()
-        if batch_size % self.ranks.world:
-            raise ConfigError(
-                f"trainer.batch_size = {batch_size} cannot be shared by {self.ranks.world} ranks. Make it a multiple of "
-                f"{self.ranks.world}."
-            )
         self._changes: list[Change] = []  # for the update in the making
         self._losses: list[Tensor] = []  # of its batches
         self._auxiliary: list[Tensor] = []
@@ -192,7 +205,7 @@ class BaseTrainer(Follower):
             self.optimizer.param_groups[0]["weight_decay"] = value  # of matrices
 
         setters = {"optimizer.lr": set_lr, "optimizer.weight_decay": set_weight_decay}
-        bind(self.schedule, self.model, more=setters, domains=OPTIMIZER_DOMAINS)
+        bind(self.schedule, self.model, switches=self.engine.switches(), more=setters, domains=OPTIMIZER_DOMAINS)
 
     def fit(self) -> None:
         """Train to the end of the last epoch.
@@ -237,7 +250,7 @@ class BaseTrainer(Follower):
         """
         self.callbacks.notify("on_batch_begin", self)
         with self._autocast():
-            output = self.model(tokens, targets, telling=self._telling)
+            output = self.engine.forward(tokens, targets, telling=self._telling)
         assert output.language_loss is not None
         loss: Tensor = output.language_loss + output.auxiliary_loss
         mean = self.mean_of_ranks(
@@ -275,7 +288,7 @@ class BaseTrainer(Follower):
         Raises:
             NonFiniteError: it is not finite and nothing would skip the update.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        norm = clip_gradients(self.model.parameters(), self.grad_clip)
         if not scaled and not torch.isfinite(norm):
             raise NonFiniteError(
                 f"the gradient's norm is {norm.item()} at {self.clock}, its loss "
@@ -360,6 +373,7 @@ class BaseTrainer(Follower):
                 with self._autocast():
                     losses.append(self.model(tokens, targets, telling=False).language_loss)
         self.model.train()
+        self.engine.rest()
         loss = torch.stack(losses).mean().item()
         self.schedule.observe({"val/loss": loss})
         self._log({"val/loss": loss} | self.schedule.metrics(), step=self.clock.step - 1, tokens=self.clock.token)
@@ -401,10 +415,10 @@ class BaseTrainer(Follower):
         return self.clock.token / self.seconds if self.seconds else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resume needs, as tensors and plain values."""
+        """Return all that a resume needs, as tensors and plain values; every rank calls it, and the first gets all."""
+        trained = {"model": self.model.state_dict(), "optimizer": named_state(self.optimizer, self.model)}
         return {
-            "model": self.model.state_dict(),
-            "optimizer": named_state(self.optimizer, self.model),
+            **gathered_state(trained, keep=self.ranks.rank == 0),
             "scaler": self.scaler.state_dict(),
             "schedule": self.schedule.state_dict(),
             "clock": asdict(self.clock),

@@ -211,7 +211,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def load(checkpoint: Path) -> dict[str, Any]:
-    """Return the state saved in ``checkpoint``, on the CPU.
+    """Return the state saved in ``checkpoint``, on the CPU; tensors stay in its files, and are read where they are used.
 
     Raises:
         CheckpointError: something is missing or damaged.
@@ -224,7 +224,7 @@ def load(checkpoint: Path) -> dict[str, Any]:
 
     files = read_manifest(checkpoint)["files"]
     try:
-        state: dict[str, Any] = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True, mmap=True)
         if WEIGHTS in files:
             state["model"] = load_file(checkpoint / WEIGHTS) | state["model"]
     except (pickle.UnpicklingError, RuntimeError, SafetensorError) as error:

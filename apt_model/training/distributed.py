@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -104,65 +104,28 @@ def mean_of(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return 0-dim ``values`` as their means over ranks; every rank has the same names."""
     if Ranks.of_group().world == 1 or not values:
         return dict(values)
-    stacked = torch.stack([value.detach().float() for value in values.values()])
-    _average([stacked])
+    stacked = _mean(torch.stack([value.detach().float() for value in values.values()]))
     return dict(zip(values, stacked.unbind(), strict=True))
-
-
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Make every gradient its mean over ranks; one that is missing on some ranks counts as zero there."""
-    if Ranks.of_group().world == 1:
-        return
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    present = torch.tensor([float(parameter.grad is not None) for parameter in trained], device=_device())
-    dist.all_reduce(present, op=dist.ReduceOp.MAX)
-    gradients = []
-    for parameter, somewhere in zip(trained, present.tolist(), strict=True):
-        if somewhere:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-    _average(gradients)
 
 
 def average_buffers(model: nn.Module) -> None:
     """Make every buffer that a checkpoint keeps its mean over ranks: those that training moves."""
     if Ranks.of_group().world == 1:
         return
-    kept = model.state_dict(keep_vars=True)
-    moved = [buffer for name, buffer in model.named_buffers() if name in kept and buffer.is_floating_point()]
-    _average(moved)
-
-
-def equalise(model: nn.Module) -> None:
-    """Give every rank the weights of rank 0."""
-    if Ranks.of_group().world == 1:
+    moved = [
+        buffer
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set and buffer.is_floating_point()
+    ]
+    if not moved:
         return
-    for tensor in [*model.parameters(), *model.buffers()]:
-        dist.broadcast(tensor.data, src=0)
+    flat = _mean(torch.cat([buffer.reshape(-1) for buffer in moved]))
+    for buffer, mean in zip(moved, torch.split(flat, [buffer.numel() for buffer in moved]), strict=True):
+        buffer.copy_(mean.view_as(buffer))
 
 
-def _average(tensors: list[Tensor]) -> None:
-    """Replace tensors by their means over ranks, in place, a few of them at a time."""
-    world = Ranks.of_group().world
-    for bucket in _buckets(tensors):
-        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-        dist.all_reduce(flat)
-        flat /= world
-        begin = 0
-        for tensor in bucket:
-            tensor.copy_(flat[begin : begin + tensor.numel()].view_as(tensor))
-            begin += tensor.numel()
-
-
-def _buckets(tensors: list[Tensor], most: int = 25_000_000) -> Iterator[list[Tensor]]:
-    """Yield lists of tensors of one dtype, of about ``most`` elements."""
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        full = sum(member.numel() for member in bucket) + tensor.numel() > most
-        if bucket and (full or bucket[0].dtype != tensor.dtype):
-            yield bucket
-            bucket = []
-        bucket.append(tensor)
-    if bucket:
-        yield bucket
+def _mean(values: Tensor) -> Tensor:
+    """Replace ``values`` by their means over ranks, in place."""
+    dist.all_reduce(values)
+    return values.div_(dist.get_world_size())

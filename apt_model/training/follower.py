@@ -17,6 +17,7 @@ from apt_model.layers.voter import EntropyVoter
 from apt_model.schedule import Change, Clock, ScheduleRunner
 from apt_model.schedule.targets import Domain
 from apt_model.training.optimizer import follow_model
+from apt_model.training.parallel import shared_as
 
 logger = logging.getLogger(__name__)
 
@@ -59,18 +60,25 @@ def bind(
             module.watched = "voter/entropy" in schedule.program.watched
 
 
-def restore_model(model: GPT, schedule: ScheduleRunner, state: Mapping[str, Any]) -> None:
+def restore_model(
+    model: GPT, schedule: ScheduleRunner, state: Mapping[str, Any], *, switches: Switches | None = None
+) -> None:
     """Give ``model`` the modules and weights of a checkpoint's state; ``schedule`` can be reconciled then.
+
+    Args:
+        switches: see :func:`bind`.
 
     Raises:
         ConfigError: the state is of another model, or of another length of the run.
     """
     schedule.load_state_dict(state["schedule"])
-    for module, switch in model.switches().items():
+    for module, switch in (model.switches() if switches is None else switches).items():
         switch(state["schedule"]["on"].get(f"{module}_enabled", False))
     model.take_lineage()
+    own = model.state_dict()
+    weights = {name: shared_as(value, own[name]) if name in own else value for name, value in state["model"].items()}
     try:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise ConfigError(f"the checkpoint was made for another model. {error}") from None
 

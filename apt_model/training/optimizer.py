@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from apt_model.layers.moe import Lineage
+from apt_model.training.parallel import shared_as, whole
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -63,7 +64,7 @@ def _inherit(name: str, value: Any, link: Lineage) -> Any:
     if value.shape != link.parent.shape:  # the count of updates, for Adam's bias correction
         return value.clone()
     power = 2 if name.endswith("sq") else 1
-    return link.shaped(value * link.gradient_scale**power)
+    return shared_as(link.shaped(whole(value) * link.gradient_scale**power), link.child).clone()
 
 
 def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
@@ -80,5 +81,17 @@ def load_named_state(optimizer: torch.optim.Optimizer, model: nn.Module, saved: 
     follow_model(optimizer, model)
     names = {parameter: name for name, parameter in model.named_parameters()}
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = {index: saved[names[p]] for index, p in enumerate(ordered) if names[p] in saved}
+    state = {
+        index: {key: _taken_over(value, p) for key, value in saved[names[p]].items()}
+        for index, p in enumerate(ordered)
+        if names[p] in saved
+    }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _taken_over(value: Any, parameter: nn.Parameter) -> Any:
+    """Return this rank's own copy of a saved value, which may lie in a file."""
+    if not isinstance(value, Tensor):
+        return value
+    own = shared_as(value, parameter)
+    return own.clone() if own is value else own

@@ -14,7 +14,7 @@ from apt_model.errors import Interrupted, NonFiniteError
 from apt_model.schedule import Change, Clock
 from apt_model.training import checkpoint
 from apt_model.training.base import BaseTrainer, Batch
-from apt_model.training.distributed import average_buffers, average_gradients, equalise
+from apt_model.training.distributed import average_buffers
 from apt_model.training.follower import restore_model
 from apt_model.training.optimizer import load_named_state
 from apt_model.training.randomness import restore_random_state
@@ -28,9 +28,10 @@ MOST_SKIPPED = 20
 class Trainer(BaseTrainer):
     """Trains a model through its curriculum: one loop, read from top to bottom. Arguments: see :class:`BaseTrainer`.
 
-    In a process group every rank takes an equal share of each batch, and gradients are averaged; ``batch_size`` and the
-    clock count the whole. Balance losses and capacities are those of a rank's share, as is usual. Every rank validates on
-    all batches, so that the loss is the one of a single process; the first rank alone writes.
+    In a process group every rank takes an equal share of each batch, and the gradient is the mean of theirs, however they
+    share the model (:mod:`apt_model.training.parallel`); ``batch_size`` and the clock count the whole. Balance losses and
+    capacities are those of a rank's share, as is usual. Every rank validates on all batches, so that the loss is the one of
+    a single process; the first rank alone writes.
     """
 
     can_resume: ClassVar[bool] = True
@@ -46,7 +47,7 @@ class Trainer(BaseTrainer):
         """
         if self.resume is not None:
             self.load(self.resume)
-        equalise(self.model)
+        self.engine.settle()
         self.callbacks.notify("on_train_begin", self)
         try:
             for epoch in range(self.clock.epoch, self.max_epochs):
@@ -79,10 +80,10 @@ class Trainer(BaseTrainer):
             yield [(self.ranks.share(tokens), self.ranks.share(targets)) for tokens, targets in update]
 
     def begin_update(self) -> list[Change]:
-        """As every trainer does; modules that are new have equal weights on all ranks."""
+        """As every trainer does; ranks share what is new as they share the rest."""
         changes = super().begin_update()
         if changes:
-            equalise(self.model)
+            self.engine.settle()
         return changes
 
     def step(self, batches: list[Batch]) -> Tensor | None:
@@ -91,11 +92,11 @@ class Trainer(BaseTrainer):
         Raises:
             NonFiniteError: the loss or the gradient is not finite; the weights are those before the update.
         """
-        for tokens, targets in batches:
-            loss = self.scaler.scale(self.loss_of(tokens, targets) / len(batches))
-            loss.backward()  # type: ignore[no-untyped-call]
+        for number, (tokens, targets) in enumerate(batches, start=1):
+            with self.engine.batch(last=number == len(batches)):
+                loss = self.scaler.scale(self.loss_of(tokens, targets) / len(batches))
+                loss.backward()  # type: ignore[no-untyped-call]
             self.callbacks.notify("on_batch_end", self)
-        average_gradients(self.model.parameters())
         average_buffers(self.model)
         self.scaler.unscale_(self.optimizer)
         norm = self.clip(scaled=self.scaler.is_enabled())
@@ -123,6 +124,7 @@ class Trainer(BaseTrainer):
         if self._given_up > MOST_SKIPPED:
             raise NonFiniteError(f"{MOST_SKIPPED} updates in a row were skipped, and still {error}")
         logger.warning("skipped an update: %s", str(error).split(". The last checkpoint")[0])
+        self.engine.rest()
         self.optimizer.zero_grad(set_to_none=True)
         self.batches_done += len(batches) - len(self._losses)  # those that were not tried
         self.skip_update()
@@ -139,7 +141,7 @@ class Trainer(BaseTrainer):
             ConfigError: it was made for another model, or for another length of the run.
         """
         state = checkpoint.load(path)
-        restore_model(self.model, self.schedule, state)
+        restore_model(self.model, self.schedule, state, switches=self.engine.switches())
         load_named_state(self.optimizer, self.model, state["optimizer"])
         self.schedule.reconcile()
         self.follow()

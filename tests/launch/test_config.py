@@ -166,6 +166,25 @@ def test_keys_in_yaml_equal_parameters_of_the_class(target: tuple[str, type[sche
         (["trainer=lightning", "trainer.resume=auto"], r"^trainer\.resume: trainer=lightning cannot .*trainer=default"),
         (["trainer=hf", "trainer.resume=x"], r"^trainer\.resume: trainer=hf cannot .*trainer\.resume=null"),
         (["trainer=hf", "trainer.device=cuda:1"], r"^trainer\.device: trainer=hf .*CUDA_VISIBLE_DEVICES=1"),
+        (["trainer=hf", "trainer.parallel=fsdp"], r"^trainer\.parallel = fsdp, .*they are for trainer=default"),
+        (
+            ["trainer=lightning", "trainer.expert_parallel=2"],
+            r"^trainer\.parallel = ddp, .*they are for trainer=default",
+        ),
+        (["trainer.expert_parallel=2"], r"^trainer\.expert_parallel = 2 needs trainer\.parallel=fsdp"),
+        (
+            ["trainer.parallel=fsdp", "trainer.expert_parallel=3"],
+            r"^trainer\.expert_parallel = 3 does not divide moe\.num_experts = 8",
+        ),
+        (
+            ["trainer.parallel=fsdp", "trainer.expert_parallel=4", "launch.nodes=2"],
+            r"^trainer\.expert_parallel = 4 does not divide 2 ranks \(launch\.nodes x launch\.tasks_per_node\)",
+        ),
+        (
+            ["trainer.parallel=fsdp", "trainer.expert_parallel=2", "launch.nodes=10", "trainer.batch_size=10"],
+            r"leaves 5 ranks to cut each expert, and model\.d_model = 128 and model\.d_ff = 384 are not both multiples",
+        ),
+        (["trainer.parallel=fsdb"], r"^trainer\.parallel: 'fsdb' is not one of the choices\. Did you mean 'fsdp'"),
         (["model=null"], "Config group override must be a string"),
     ],
 )

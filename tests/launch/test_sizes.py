@@ -10,17 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from rich.console import Console, RenderableType
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from apt_launch.build import build_model
 from apt_launch.config import RunConfig
-from apt_launch.sizes import GPUS, cost, sizes, table
+from apt_launch.sizes import GPUS, cost, device_bytes, sizes, table
 from apt_model.errors import ConfigError
 from apt_model.gpt import GPT
 from apt_model.layers import scheduled
 from apt_model.schedule.targets import matching
+from apt_model.training.shards import Shards
 
 Composed = Callable[..., RunConfig]
 
@@ -296,37 +299,78 @@ def test_weights_gradients_and_moments_are_shared_among_devices(full: Callable[.
     told = cost(config, phases, gpu="b200", num_gpus=8)
     last, block = phases[-1], 4 * 768 * 768 + 64 * 3 * 768 * 3072 + 64 * 768 + 2 * 768
     assert last.largest_block == block
-    assert told.per_device[-1] == 16 * last.parameters / 8 + 3 * 2 * block + last.activations + last.workspace
+    grows = last.activations + last.workspace
+    assert told.per_device[-1] == 16 * last.parameters / 8 + (3 * 2 + 4) * block + grows
+    spread = full("trainer.batch_size=1", "trainer.max_batches_per_epoch=101", "trainer.expert_parallel=8")
+    some = block - 64 * 3 * 768 * 3072 * 7 // 8
+    assert cost(spread, phases, gpu="b200", num_gpus=8).fixed[-1] == 16 * last.parameters / 8 + (3 * 2 + 4) * some
+    replicas = full("trainer.batch_size=1", "trainer.max_batches_per_epoch=101", "trainer.parallel=ddp")
+    assert cost(replicas, phases, gpu="b200", num_gpus=8).fixed[-1] == 16 * last.parameters + last.casts
     alone = cost(config, phases, gpu="b200", num_gpus=1)
-    assert alone.per_device[-1] == last.total == 16 * last.parameters + last.casts + last.activations + last.workspace
+    assert alone.per_device[-1] == last.total == 16 * last.parameters + last.casts + grows
+
+
+@pytest.mark.parametrize(
+    ("world", "expert_parallel", "rank"), [(4, 1, 0), (4, 4, 3), (64, 1, 0), (64, 1, 63), (64, 8, 5), (64, 64, 0)]
+)
+def test_a_device_holds_what_torch_shards_to_it(
+    full: Callable[..., RunConfig], world: int, expert_parallel: int, rank: int
+) -> None:
+    """A dry run: torch shards the full profile among ranks of a process group that sends nothing, in no memory."""
+    config = full(
+        "trainer.batch_size=1", "trainer.max_batches_per_epoch=101", f"trainer.expert_parallel={expert_parallel}"
+    )
+    phase = sizes(config, on_gpu=True)[-1]
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    try:
+        with torch.device("meta"):
+            model = build_model(config.values)
+            shards = Shards(model, world, expert_parallel=expert_parallel, device_type="cpu")
+            for switch in shards.switches().values():
+                switch(True)
+        held = sum(parameter.to_local().numel() for parameter in model.parameters())  # type: ignore[attr-defined]
+        experts = model.moe_layers[0].experts
+        assert experts is not None
+        up = experts.up
+        gathered = up.shape[0] // expert_parallel
+        assert up.to_local().numel() == up.numel() // world
+        assert sum(p.numel() for p in model.parameters()) == phase.parameters
+    finally:
+        dist.destroy_process_group()
+    block = phase.largest_block - (64 - gathered) * 3 * 768 * 3072
+    assert device_bytes(phase, config, world) == pytest.approx(16 * held + (3 * 2 + 4) * block, rel=1e-3)
 
 
 def test_what_does_not_fit_is_told_with_the_batch_that_does(full: Callable[..., RunConfig]) -> None:
     config = full()
     phases = sizes(config, on_gpu=True)
-    told = cost(config, phases, gpu="h100", num_gpus=8)
+    told = cost(config, phases, gpu="h100", num_gpus=4)
     assert not told.fits
-    assert 0 < told.largest_batch < 32
+    assert 0 < told.largest_batch < 32 / 4
     at_most, one_more = (
-        full(f"trainer.batch_size={batch}", "trainer.max_batches_per_epoch=101")
+        full(f"trainer.batch_size={4 * batch}", "trainer.max_batches_per_epoch=101")
         for batch in (told.largest_batch, told.largest_batch + 1)
     )
-    assert cost(at_most, sizes(at_most, on_gpu=True), gpu="h100", num_gpus=8).fits
-    assert not cost(one_more, sizes(one_more, on_gpu=True), gpu="h100", num_gpus=8).fits
+    assert cost(at_most, sizes(at_most, on_gpu=True), gpu="h100", num_gpus=4).fits
+    assert not cost(one_more, sizes(one_more, on_gpu=True), gpu="h100", num_gpus=4).fits
     assert cost(config, phases, gpu="rtx4090", num_gpus=1).largest_batch == 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"gpu": "h10"}, r"--gpu: 'h10' is not a kind that is known\. Did you mean 'h100'"),
-        ({"gpu": "tpu"}, r"Valid names: a100, b200, h100, h200, l40s, rtx4090\."),
+        ({"gpu": "h10", "num_gpus": 4}, r"--gpu: 'h10' is not a kind that is known\. Did you mean 'h100'"),
+        ({"gpu": "tpu", "num_gpus": 4}, r"Valid names: a100, b200, h100, h200, l40s, rtx4090\."),
         ({"gpu": "h100", "num_gpus": 0}, r"--gpus: 0 .*1 or more"),
-        ({"gpu": "h100", "mfu": 40.0}, r"--mfu: 40 .*at most 1"),
+        (
+            {"gpu": "h100", "num_gpus": 6},
+            r"--gpus: trainer\.expert_parallel = 4 does not divide 6\. Give a multiple of 4",
+        ),
+        ({"gpu": "h100", "num_gpus": 4, "mfu": 40.0}, r"--mfu: 40 .*at most 1"),
     ],
 )
 def test_what_is_no_gpu_is_refused(small: Composed, arguments: dict[str, Any], message: str) -> None:
-    config = small("schedule=none")
+    config = small("schedule=none", "trainer.parallel=fsdp", "trainer.expert_parallel=4")
     with pytest.raises(ConfigError, match=message):
         cost(config, sizes(config, on_gpu=True), **arguments)
 
@@ -343,10 +387,10 @@ def test_every_kind_names_where_its_numbers_are_from() -> None:
 
 def test_the_table_tells_phases_and_the_verdict(full: Callable[..., RunConfig]) -> None:
     config = full()
-    text = drawn(table(sizes(config, on_gpu=False), config, gpu="h100", num_gpus=8))
+    text = drawn(table(sizes(config, on_gpu=False), config, gpu="h100", num_gpus=4))
     for expected in ("10.97 B", "436.2 M", "moe align voter", "16-bit copies", "MFU of 0.4", "does not fit", "989.5"):
         assert expected in text
-    assert text == drawn(table(sizes(config, on_gpu=True), config, gpu="h100", num_gpus=8))
+    assert text == drawn(table(sizes(config, on_gpu=True), config, gpu="h100", num_gpus=4))
 
 
 def test_the_table_tells_nothing_of_gpus_without_one(small: Composed) -> None:

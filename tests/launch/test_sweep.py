@@ -379,10 +379,14 @@ def test_optuna_chooses_by_true_results(start: Start, sweep: Path) -> None:
         ("+sweeps=routetemp", "sweeps: there is no option 'routetemp'. Did you mean 'route_temp'?"),
         ("hydra/launcher=basic", "hydra/launcher: hydra/sweeper=plan sends through local or slurm"),
         ("launch.nodes=2", "launch.tasks_per_node: job 0"),
+        (
+            "trainer.parallel=fsdp trainer.expert_parallel=2",
+            "trainer.expert_parallel = 2 needs as many ranks, and job 0 has 1",
+        ),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_sent(start: Start, sweep: Path, mistake: str, told: str) -> None:
-    process = start(mistake)
+    process = start(*mistake.split())
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
     assert told in output

@@ -278,7 +278,8 @@ def test_four_ranks_on_two_nodes_train_one_model(sweep: Sweep) -> None:
         "launch.nodes=2",
         "launch.tasks_per_node=2",
         "trainer.batch_size=8",
-        "schedule=none",
+        "trainer.parallel=fsdp",
+        "trainer.expert_parallel=2",
         "launch.drill=true",
     )
     assert sweep.call("wait").returncode == 0, sweep.log(0)

@@ -1,102 +1,192 @@
-"""Several processes train one model: as one process would."""
+"""Several processes train one model, whole on each or in shards: as one process would."""
 
 from __future__ import annotations
 
-import json
-import os
-import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import SMALL
+from tests.conftest import SMALL, environment
+from tests.training.ranks import Ranks, Rows, ranks
 
-RANK = """
-import json, sys
-from pathlib import Path
-import torch
-from apt_launch.build import build_trainer
-from apt_launch.config import composed
-from apt_model.errors import Interrupted
-from apt_model.training.checkpoint import Checkpoints
-from apt_model.training.distributed import process_group
+PLAIN = (
+    "trainer.batch_size=8",
+    "trainer.max_batches_per_epoch=2",
+    "trainer.validation_batches=1",
+    "trainer.log_every=1",
+    "model.loss_chunk=24",
+    "moe.capacity_factor=null",
+    "schedule.moe_capacity=null",
+    "moe.balance_loss_weight=0",
+    "align.weight=0",
+    "schedule.align_weight=null",
+    "voter.dropout=0",
+)
+"""Overrides under which the mean of shares is the whole, but for rounding, from dense to experts, alignment and votes."""
 
-out, stop, resume, overrides = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3], sys.argv[4:]
-with process_group() as ranks:
-    rows = []
-    trainer = build_trainer(
-        composed(overrides), log=rows.append, checkpoints=Checkpoints(out / "checkpoints", keep_last=9, about={}),
-        resume=Path(resume) if resume else None,
-        stop_requested=lambda: stop == [ranks.rank, trainer.clock.step],
+FROZEN = (
+    "+schedule.events.a={freeze: blocks.*.attention, at: 1ep}",
+    "+schedule.events.b={unfreeze: blocks.*.attention, at: 3ep}",
+)
+
+ENGINES = {
+    "2 replicas": (2, ()),
+    "4 replicas": (4, ()),
+    "2 shards": (2, ("trainer.parallel=fsdp",)),
+    "4 shards": (4, ("trainer.parallel=fsdp",)),
+    "4 shards, experts over 2": (4, ("trainer.parallel=fsdp", "trainer.expert_parallel=2")),
+    "2 shards, experts over 2": (2, ("trainer.parallel=fsdp", "trainer.expert_parallel=2")),
+}
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[Ranks]:
+    with ranks() as group:
+        yield group
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text("".join(f"line {i} of some text, {i * i} squared\n" for i in range(200)), encoding="utf-8")
+    return "data=text", f"data.path={path}"
+
+
+@pytest.fixture(scope="module")
+def alone(group: Ranks, data: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Rows]:
+    """One process, through the whole curriculum."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    return out, group.train(1, out, *data, *PLAIN, *FROZEN)
+
+
+def same(found: Rows, expected: Rows) -> None:
+    """Compare what does not depend on how a batch is shared."""
+    for name in ("step", "tokens", "train/loss", "train/grad_norm", "val/loss", "lr", "moe/router_entropy"):
+        one, other = ([row[name] for row in rows if name in row] for rows in (expected, found))
+        assert other == pytest.approx(one, rel=1e-4), name
+
+
+def state(out: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = torch.load(out / "state", weights_only=True)
+    return loaded
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_ranks_train_as_one_process_does_through_the_curriculum(
+    name: str, alone: tuple[Path, Rows], group: Ranks, data: tuple[str, str], tmp_path: Path
+) -> None:
+    world, engine = ENGINES[name]
+    same(group.train(world, tmp_path / "out", *data, *PLAIN, *FROZEN, *engine), alone[1])
+    one, many = state(alone[0]), state(tmp_path / "out")
+    assert one["model"].keys() == many["model"].keys()
+    assert one["optimizer"].keys() == many["optimizer"].keys()
+    for parameter, moments in one["optimizer"].items():
+        assert torch.allclose(many["model"][parameter], one["model"][parameter], atol=1e-4), parameter
+        for moment in moments:
+            assert torch.allclose(many["optimizer"][parameter][moment], moments[moment], rtol=0.01, atol=1e-5), (
+                parameter
+            )
+    held = [int((tmp_path / "out" / f"held.{rank}").read_text()) for rank in range(world)]
+    total = sum(one["model"][parameter].numel() for parameter in one["optimizer"])
+    assert held == [total // world if engine else total] * world
+
+
+@pytest.mark.parametrize(
+    "engine", [(), ("trainer.parallel=fsdp",), ("trainer.parallel=fsdp", "trainer.expert_parallel=2")]
+)
+def test_ranks_balance_experts_by_the_same_bias(
+    engine: tuple[str, ...], group: Ranks, data: tuple[str, str], tmp_path: Path
+) -> None:
+    balanced = ("moe.router=sigmoid", "moe.bias_update_rate=0.01", "trainer.batch_size=8", "trainer.max_epochs=3")
+    rows = group.train(
+        2, tmp_path / "out", *data, *balanced, "schedule=none", "schedule.enable_moe_at_epoch=1", *engine
     )
-    try:
-        trainer.fit()
-    except Interrupted:
-        pass
-    (out / f"rows.{ranks.rank}").write_text(json.dumps(rows))
-    torch.save(trainer.model.state_dict(), out / f"model.{ranks.rank}")
-"""
-
-PLAIN = ("trainer.batch_size=8", "moe.capacity_factor=null", "schedule.moe_capacity=null", "moe.balance_loss_weight=0")
-"""Overrides under which the mean of shares is the whole, but for rounding."""
-
-
-def train(world: int, out: Path, *overrides: str, stop: Any = None, resume: str = "") -> list[dict[str, float]]:
-    """Train on ``world`` ranks; return the rows of the first."""
-    out.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(world):
-        own = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        environment = {**os.environ, **own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, "-c", RANK, str(out), json.dumps(stop), resume, *SMALL, *overrides]
-        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    errors = [rank.communicate(timeout=180)[1] for rank in ranks]
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(errors)
-    rows: list[dict[str, float]] = json.loads((out / "rows.0").read_text())
-    return [{k: v for k, v in row.items() if k not in ("time", "tokens_per_second")} for row in rows]
-
-
-def test_four_ranks_train_as_one_process_does(text_file: Path, tmp_path: Path) -> None:
-    given = ("data=text", f"data.path={text_file}", *PLAIN, "schedule=none", "trainer.log_every=1")
-    alone = train(1, tmp_path / "alone", *given)
-    shared = train(4, tmp_path / "shared", *given)
-    assert [row["tokens"] for row in shared] == [row["tokens"] for row in alone]
-    for name in ("train/loss", "train/grad_norm", "val/loss"):
-        one, four = ([row[name] for row in rows if name in row] for rows in (alone, shared))
-        assert four == pytest.approx(one, rel=2e-4)
-    one, four = (torch.load(tmp_path / name / "model.0", weights_only=True) for name in ("alone", "shared"))
-    for name in one:
-        assert torch.allclose(one[name], four[name], atol=2e-3), name
-
-
-def test_ranks_have_equal_weights_after_the_whole_curriculum(text_file: Path, tmp_path: Path) -> None:
-    rows = train(
-        2, tmp_path / "out", "data=text", f"data.path={text_file}", "moe.router=sigmoid", "moe.bias_update_rate=0.01"
-    )
-    assert rows[-1]["schedule/moe_enabled"] == rows[-1]["schedule/voter_enabled"] == 1
-    first, second = (torch.load(tmp_path / "out" / f"model.{rank}", weights_only=True) for rank in range(2))
-    assert first.keys() == second.keys()
+    assert rows[-1]["schedule/moe_enabled"] == 1
+    first, second = (torch.load(tmp_path / "out" / f"plain.{rank}", weights_only=True) for rank in range(2))
+    assert first.keys() == second.keys() >= {"blocks.0.ffn.router.bias", "blocks.1.ffn.router.bias"}
+    assert first["blocks.0.ffn.router.bias"].any()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert len(list((tmp_path / "out" / "checkpoints").glob("step-*"))) == 6
 
 
-def test_all_ranks_stop_where_one_is_asked_to_and_go_on_exactly(text_file: Path, tmp_path: Path) -> None:
-    given = ("data=text", f"data.path={text_file}", "trainer.log_every=1")
-    whole = train(2, tmp_path / "whole", *given)
-    begun = train(2, tmp_path / "begun", *given, stop=[1, 14])
-    checkpoint = tmp_path / "begun" / "checkpoints" / "step-00000014"
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_all_ranks_stop_where_one_is_asked_to_and_go_on_exactly(
+    engine: str, group: Ranks, data: tuple[str, str], tmp_path: Path
+) -> None:
+    given = (*data, "trainer.log_every=1", "trainer.max_batches_per_epoch=2", f"trainer.parallel={engine}")
+    whole = group.train(2, tmp_path / "whole", *given)
+    begun = group.train(2, tmp_path / "begun", *given, stop=[1, 7])
+    checkpoint = tmp_path / "begun" / "checkpoints" / "step-00000007"
     assert checkpoint.is_dir()
-    rest = train(2, tmp_path / "rest", *given, resume=str(checkpoint))
+    rest = group.train(2, tmp_path / "rest", *given, resume=checkpoint)
     assert begun + rest == whole
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [3, 7])  # before experts are on, and after
+def test_a_checkpoint_of_four_shards_goes_on_on_two_replicas_and_alone(
+    step: int, alone: tuple[Path, Rows], group: Ranks, data: tuple[str, str], tmp_path: Path
+) -> None:
+    given = (*data, *PLAIN, *FROZEN)
+    shards = ("trainer.parallel=fsdp", "trainer.expert_parallel=2")
+    begun = group.train(4, tmp_path / "begun", *given, *shards, stop=[3, step])
+    checkpoint = tmp_path / "begun" / "checkpoints" / f"step-{step:08d}"
+    for world, engine in ((1, "ddp"), (2, "ddp"), (2, "fsdp")):
+        out = tmp_path / f"{world} {engine}"
+        same(begun + group.train(world, out, *given, f"trainer.parallel={engine}", resume=checkpoint), alone[1])
+
+
+def test_experts_that_go_off_again_are_folded_in_shards_too(
+    group: Ranks, data: tuple[str, str], tmp_path: Path
+) -> None:
+    given = (*data, *PLAIN, "trainer.max_epochs=4", "schedule=none", "moe.shared_expert=true", "trainer.accumulate=2")
+    events = ("+schedule.events.a={enable: moe, at: 1ep}", "+schedule.events.b={disable: moe, at: 2ep}")
+    rows = [
+        group.train(
+            world, tmp_path / f"{world} {len(engine)}", *given, *events, "trainer.max_batches_per_epoch=4", *engine
+        )
+        for world, engine in ((1, ()), (2, ENGINES["2 replicas"][1]), (2, ENGINES["2 shards, experts over 2"][1]))
+    ]
+    assert [row["schedule/moe_enabled"] for row in rows[0] if "train/loss" in row] == [0, 0, 1, 1, 0, 0, 0, 0]
+    same(rows[1], rows[0])
+    same(rows[2], rows[0])
+
+
+def test_a_rank_whose_experts_get_no_token_goes_along(group: Ranks, data: tuple[str, str], tmp_path: Path) -> None:
+    given = (*data, *PLAIN, "schedule=none", "schedule.enable_moe_at_epoch=1", "trainer.max_epochs=3")
+    few = (
+        "moe.num_experts=2",
+        "moe.top_k=1",
+        "model.seq_len=2",
+        "trainer.batch_size=2",
+        "trainer.max_batches_per_epoch=8",
+    )  # 4 tokens
+    spread = ENGINES["2 shards, experts over 2"][1]
+    alone, shared = (
+        group.train(len(engine) or 1, tmp_path / str(len(engine)), *given, *few, *engine) for engine in ((), spread)
+    )
+    assert any(row["moe/dead_experts"] > 0 for row in alone if "moe/dead_experts" in row)
+    same(shared, alone)
+
+
+def test_what_ranks_cannot_share_is_refused(group: Ranks, data: tuple[str, str], tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"trainer\.batch_size = 2 cannot be shared by 3 ranks"):
-        train(3, tmp_path / "out", "data=text", f"data.path={text_file}")
+        group.train(3, tmp_path / "batch", *data)
+    with pytest.raises(AssertionError, match=r"trainer\.expert_parallel = 2 does not divide 1 ranks"):
+        group.train(1, tmp_path / "ranks", *data, "trainer.parallel=fsdp", "trainer.expert_parallel=2")
+
+
+def test_ranks_that_would_write_to_different_folders_are_refused(data: tuple[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "apt_launch"]
+    told = subprocess.run(
+        [*command, *SMALL, *data, "trainer.parallel=fsdp"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 1  # torch's launcher knows no other
+    assert "error: hydra.run.dir: 2 ranks train one model, and want 2 folders" in told.stderr

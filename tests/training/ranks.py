@@ -1,0 +1,141 @@
+"""Ranks of a process group, as forks of one process that has loaded torch already."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from apt_launch.config import RunConfig
+from tests.conftest import REPOSITORY, SMALL, environment
+
+Rows = list[dict[str, float]]
+
+
+class Ranks:
+    """Trains on as many ranks as asked for, again and again."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+
+    def train(self, world: int, out: Path, *overrides: str, stop: Any = None, resume: Path | None = None) -> Rows:
+        """Train on ``world`` ranks into ``out``; return the rows of the first.
+
+        Args:
+            stop: a rank and a step: that rank is asked to stop there.
+
+        Raises:
+            AssertionError: with what a rank said when it failed.
+        """
+        out.mkdir()
+        job = {"world": world, "out": str(out), "overrides": [*SMALL, *overrides], "stop": stop}
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(job | {"resume": str(resume) if resume else None}) + "\n")
+        self.process.stdin.flush()
+        codes = json.loads(self.process.stdout.readline())
+        assert not any(codes), "\n".join(path.read_text() for path in sorted(out.glob("error.*")))
+        rows: Rows = json.loads((out / "rows.0").read_text())
+        return [{k: v for k, v in row.items() if k not in ("time", "tokens_per_second")} for row in rows]
+
+
+@contextmanager
+def ranks() -> Iterator[Ranks]:
+    """Load everything once."""
+    command = [sys.executable, "-m", "tests.training.ranks"]
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield Ranks(process)
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def _serve() -> None:
+    import importlib
+
+    for name in ("torch._dynamo", "safetensors.torch", "apt_model.training.shards", "apt_model.training.trainer"):
+        importlib.import_module(name)
+    from apt_launch.config import composed
+    from apt_model.errors import ConfigError
+
+    for line in sys.stdin:
+        job = json.loads(line)
+        try:
+            config = composed(job["overrides"])
+        except ConfigError as error:
+            (Path(job["out"]) / "error.all").write_text(str(error))
+            sys.stdout.write("[2]\n")
+            sys.stdout.flush()
+            continue
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        children: dict[int, int] = {}
+        for rank in range(job["world"]):
+            pid = os.fork()
+            if pid == 0:
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["world"]))
+                os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                _be_rank(rank, job, config)
+            children[pid] = 0
+        for _ in list(children):
+            pid, status = os.wait()
+            children[pid] = os.waitstatus_to_exitcode(status)
+        sys.stdout.write(json.dumps(list(children.values())) + "\n")
+        sys.stdout.flush()
+
+
+def _be_rank(rank: int, job: dict[str, Any], config: RunConfig) -> None:
+    code = 1
+    try:
+        _train(rank, job, config)
+        code = 0
+    except BaseException:
+        (Path(job["out"]) / f"error.{rank}").write_text(traceback.format_exc())
+    os._exit(code)
+
+
+def _train(rank: int, job: dict[str, Any], config: RunConfig) -> None:
+    import torch
+
+    from apt_launch.build import build_trainer
+    from apt_model.errors import Interrupted
+    from apt_model.training.checkpoint import Checkpoints
+    from apt_model.training.distributed import process_group
+
+    out = Path(job["out"])
+    rows: Rows = []
+    with process_group():
+        trainer = build_trainer(
+            config,
+            log=rows.append,
+            checkpoints=Checkpoints(out / "checkpoints", keep_last=9),
+            resume=Path(job["resume"]) if job["resume"] else None,
+            stop_requested=lambda: job["stop"] == [rank, trainer.clock.step],
+        )
+        with suppress(Interrupted):
+            trainer.fit()
+        state = trainer.state_dict()
+        if trainer.checkpoints is not None:
+            trainer.checkpoints.wait()
+        (out / f"rows.{rank}").write_text(json.dumps(rows))
+        plain = {
+            name: tensor for name, tensor in trainer.model.state_dict().items() if not hasattr(tensor, "device_mesh")
+        }
+        torch.save(plain, out / f"plain.{rank}")
+        held = sum(getattr(p, "_local_tensor", p).numel() for p in trainer.model.parameters())
+        (out / f"held.{rank}").write_text(str(held))
+        if rank == 0:
+            torch.save({"model": state["model"], "optimizer": state["optimizer"]}, out / "state")
+
+
+if __name__ == "__main__":
+    _serve()
