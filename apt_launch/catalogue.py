@@ -10,8 +10,28 @@ from typing import Any, Final
 
 from apt_model.schedule.targets import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Domain
 
-METRICS: Final = frozenset(
-    {
+ROUTING: Final = (
+    "balance_loss",
+    "z_loss",
+    "router_entropy",
+    "top1_probability",
+    "drop_fraction",
+    "dropped_tokens",
+    "max_load",
+    "load_entropy",
+    "dead_experts",
+    "specialisation",
+    "expert_cosine",
+)
+"""What experts tell, of all layers (``moe/max_load``) and of each (``moe/layer_03/max_load``)."""
+
+
+def metrics(values: Mapping[str, Any]) -> frozenset[str]:
+    """Return what a latch can watch; ``values`` is a run's config.
+
+    What a module tells comes while it is on; ``voter/entropy`` comes always when it is watched.
+    """
+    found = {
         "train/loss",
         "train/auxiliary_loss",
         "train/grad_norm",
@@ -21,18 +41,9 @@ METRICS: Final = frozenset(
         "voter/voted_fraction",
         "align/loss",
         "align/agreement",
-        "moe/balance_loss",
-        "moe/z_loss",
-        "moe/max_load",
-        "moe/load_entropy",
-        "moe/dead_experts",
-        "moe/drop_fraction",
-        "moe/dropped_tokens",
-        "moe/router_entropy",
-        "moe/top1_probability",
     }
-)
-"""What a latch can watch. Those of a module come while it is on; ``voter/entropy`` comes always when it is watched."""
+    layers = ["moe", *(f"moe/layer_{layer:02}" for layer in range(values["model"]["num_layers"]))]
+    return frozenset(found | {f"{layer}/{name}" for layer in layers for name in ROUTING})
 
 
 def targets(values: Mapping[str, Any]) -> dict[str, Domain]:
@@ -44,6 +55,7 @@ def targets(values: Mapping[str, Any]) -> dict[str, Domain]:
         found[f"blocks.{layer}.ffn.capacity_factor"] = POSITIVE
         found[f"blocks.{layer}.ffn.balance_loss_weight"] = NOT_NEGATIVE
         found[f"blocks.{layer}.ffn.z_loss_weight"] = NOT_NEGATIVE
+        found[f"blocks.{layer}.ffn.jitter"] = BELOW_ONE
         found[f"blocks.{layer}.ffn.dropout"] = BELOW_ONE
     return found | {
         "align.weight": NOT_NEGATIVE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -224,7 +225,7 @@ def check_curriculum(values: Mapping[str, Any], groups: Mapping[str, Any], horiz
     Raises:
         ConfigError: with every problem found.
     """
-    from apt_launch.catalogue import METRICS, parameters, targets
+    from apt_launch.catalogue import metrics, parameters, targets
     from apt_model.schedule import Program
     from apt_model.schedule.targets import NOT_NEGATIVE
 
@@ -248,9 +249,10 @@ def check_curriculum(values: Mapping[str, Any], groups: Mapping[str, Any], horiz
             problems.append(
                 "schedule.anneals: optimizer.lr is written by trainer.lr_schedule already. Set trainer.lr_schedule=null."
             )
+        known = metrics(values)
         problems += [
-            f"schedule.events: there is no metric {metric!r}. {nearest(metric, METRICS)}"
-            for metric in sorted(program.watched - METRICS)
+            f"schedule.events: there is no metric {metric!r}. {nearest(metric, known)}"
+            for metric in sorted(program.watched - known)
         ]
         problems += [
             f"schedule.events: a latch turns {subject.name} on by {when.metric}, which comes only while {subject.name} is on. "
@@ -278,6 +280,7 @@ def _check_together(values: Mapping[str, Any], groups: Mapping[str, Any], launch
         )
     if moe.top_k > moe.num_experts:
         problems.append(f"moe.top_k = {moe.top_k} is more than moe.num_experts = {moe.num_experts}.")
+    problems += _expert_problems(model, moe)
     if moe.capacity_factor is None and schedule.moe_capacity is not None:
         problems.append(
             "moe.capacity_factor is null (dropless), but schedule.moe_capacity anneals it. Set schedule.moe_capacity=null, "
@@ -307,12 +310,43 @@ def _check_together(values: Mapping[str, Any], groups: Mapping[str, Any], launch
         raise ConfigError(*problems)
 
 
+def _expert_problems(model: schema.GPTConfig, moe: schema.MoEConfig) -> list[str]:
+    """Say why experts could not begin as the dense layer that is to be cut into them."""
+    slices, problems = moe.granularity, []
+    if model.d_ff % slices:
+        problems.append(
+            f"moe.granularity = {slices} does not divide model.d_ff = {model.d_ff}. Choose a divisor of it, such as "
+            f"{math.gcd(slices, model.d_ff)}."
+        )
+    if moe.num_experts % slices or moe.num_experts < 2 * slices:
+        problems.append(
+            f"moe.num_experts = {moe.num_experts} is not two or more whole copies of the dense layer: with moe.granularity = "
+            f"{slices}, {slices} experts are one. Experts are counted singly: as many weights as {moe.num_experts} whole "
+            f"copies have moe.num_experts={moe.num_experts * slices}."
+        )
+    if moe.top_k % slices:
+        problems.append(
+            f"moe.top_k = {moe.top_k} does not reach whole copies of the dense layer: with moe.granularity = {slices}, "
+            f"{slices} experts are one. Experts are counted singly: a token costs what {moe.top_k} whole copies cost with "
+            f"moe.top_k={moe.top_k * slices}."
+        )
+    if moe.upcycling_share is not None and moe.upcycling == "copy":
+        problems.append(
+            f"moe.upcycling_share = {moe.upcycling_share:g} is read by moe.upcycling=noise and drop only. Choose one, or set it "
+            "to null."
+        )
+    if moe.upcycling_share is not None and moe.upcycling == "drop" and moe.upcycling_share > 1:
+        problems.append(f"moe.upcycling_share = {moe.upcycling_share:g} is no share of the channels. Give at most 1.")
+    return problems
+
+
 def _sharing_problems(groups: Mapping[str, Any], ranks: int) -> list[str]:
     """Say why ``ranks`` cannot share the model as the config says; how many a lone process is one of is not known yet."""
     from apt_launch.schema import EXTRAS
 
     model, moe, trainer = groups["model"], groups["moe"], groups["trainer"]
     experts = trainer.expert_parallel
+    slices = f" / moe.granularity = {moe.granularity}" if moe.granularity > 1 else ""
     problems = []
     if type(trainer) in EXTRAS and (trainer.parallel != "ddp" or experts > 1):
         problems.append(
@@ -330,10 +364,14 @@ def _sharing_problems(groups: Mapping[str, Any], ranks: int) -> list[str]:
             f"trainer.expert_parallel = {experts} does not divide {ranks} ranks (launch.nodes x launch.tasks_per_node). "
             "Choose a divisor."
         )
-    elif ranks > 1 and experts > 1 and (model.d_model % (ranks // experts) or model.d_ff % (ranks // experts)):
+    elif (
+        ranks > 1
+        and experts > 1
+        and any(width % (ranks // experts) for width in (model.d_model, model.d_ff // moe.granularity))
+    ):
         problems.append(
             f"trainer.expert_parallel = {experts} leaves {ranks // experts} ranks to cut each expert, and model.d_model = "
-            f"{model.d_model} and model.d_ff = {model.d_ff} are not both multiples of that. Choose a larger one."
+            f"{model.d_model} and model.d_ff = {model.d_ff}{slices} are not both multiples of that. Choose a larger one."
         )
     return problems
 

@@ -24,6 +24,7 @@ FIXED = (
     "model",
     "data",
     "moe.num_experts",
+    "moe.granularity",
     "moe.router",
     "moe.shared_expert",
     "align.rank",
@@ -126,7 +127,8 @@ class RunFolder:
         about = manifest["about"]
         saved = about["config"]
         changed = changed_keys(saved, config.result_values)
-        fixed = [key for key in changed if any(key == name or key.startswith(f"{name}.") for name in FIXED)]
+        known = [key for key in changed if key in saved]  # what came after the checkpoint, its weights will tell
+        fixed = [key for key in known if any(key == name or key.startswith(f"{name}.") for name in FIXED)]
         if fixed:
             raise ConfigError(
                 *[

@@ -156,7 +156,7 @@ def _run(
     from apt_launch.plots import draw_schedule, sheets
     from apt_model.training.checkpoint import Checkpoints
     from apt_model.training.distributed import barrier
-    from apt_model.training.watchdogs import SpikeWatch, Watchdog
+    from apt_model.training.watchdogs import CollapseWatch, SpikeWatch, Watchdog
 
     began = time.time()
     barrier()
@@ -179,7 +179,7 @@ def _run(
     trainer = build_trainer(  # before anything is written: what it refuses leaves the folder as it was
         config,
         log=lambda row: tracking.log(row),
-        callbacks=[progress_callback(), SpikeWatch(), watchdog, *drill.callbacks],
+        callbacks=[progress_callback(), SpikeWatch(), CollapseWatch(), watchdog, *drill.callbacks],
         checkpoints=checkpoints,
         resume=resume.checkpoint if resume else None,
         leave_out=left_out,

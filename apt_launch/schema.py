@@ -47,12 +47,16 @@ class MoEConfig(Group):
 
     num_experts: Annotated[int, Field(ge=2)]
     top_k: Positive
+    granularity: Positive
+    upcycling: Literal["copy", "noise", "drop"]
+    upcycling_share: PositiveNumber | None
     capacity_factor: PositiveNumber | None
     temperature: PositiveNumber
     router: Literal["softmax", "sigmoid"]
     balance_loss_weight: NotNegative
     z_loss_weight: NotNegative
     bias_update_rate: NotNegative
+    jitter: BelowOne
     shared_expert: bool
 
 

@@ -120,7 +120,8 @@ class Saved:
     - attention: 8 c d + 4 h (input, query-key-value, rotated query and key, output twice, and the normaliser);
       written out (``eager``) 5 c d + h S c, and 4 h S more under autocast on a GPU, whose softmax works in float32
     - a dense feed-forward layer: c d (twice under autocast with swiglu) + 4 c f; 2 c f with gelu and relu2
-    - experts: 4 d + 8 E + k (c d + 4 c f + 8 d + 40); a shared expert 4 c f (+ 2 c d under autocast) more
+    - experts: 4 d + 8 E + k (c d + 4 c f / g + 8 d + 40) with a granularity of g; a shared expert 4 c f (+ 2 c d under
+      autocast) more; jitter 4 d more (and c d beside a shared expert in fp32)
     - alignment: 2 c d + 4 B + 40 rank
     - head and loss: c d + 4 v + 16; 4 v more with label smoothing; c d alone where the loss is computed in chunks
     - the voter: votes (8 v + 4 d + c d) + 4 v, if every position votes: the most that can happen
@@ -332,13 +333,14 @@ def _feed_forward(layer: MoE, d: int, compute: int) -> Saved:
     dense = _dense(layer.dense, compute) if layer.dense is not None else Saved(0, 0)
     if layer.experts is None:
         return dense + dropout
-    if compute == FP32 and layer.dense is not None:
+    jitter = "jitter" in layer.expected
+    if compute == FP32 and layer.dense is not None and not jitter:
         dense = Saved(dense.flops, dense.saved - FP32 * d)  # its input is the router's
     weights = dict(layer.experts.named_parameters())
     one = sum(p.numel() for p in weights.values()) / layer.num_experts
     inner, width = _inner(layer.experts.ffn), weights["up"].shape[1]
     slot = Saved(2 * one, compute * (d + inner * width) + 8 * d + 40)
-    router = Saved(2 * d * layer.num_experts, FP32 * d + 8 * layer.num_experts)
+    router = Saved(2 * d * layer.num_experts, FP32 * d * (2 if jitter else 1) + 8 * layer.num_experts)
     return dense + dropout + router + Saved(layer.top_k * slot.flops, layer.top_k * slot.saved)
 
 

@@ -16,6 +16,7 @@ from apt_model.layers.attention import KeyValues, SelfAttention
 from apt_model.layers.feed_forward import FeedForward
 from apt_model.layers.moe import Lineage, MoE, MoEReport
 from apt_model.layers.norm import RMSNorm
+from apt_model.layers.tally import METRICS, layer_metrics, model_metrics
 from apt_model.layers.voter import EntropyVoter
 from apt_model.schedule.targets import BELOW_ONE, Domain, matching
 
@@ -27,6 +28,7 @@ class Output(NamedTuple):
     language_loss: Tensor | None  # 0-dim: mean cross-entropy in nats a token; None without targets
     auxiliary_loss: Tensor  # 0-dim: what balances and aligns, weighted
     metrics: dict[str, Tensor]  # detached, 0-dim
+    routing: Tensor | None = None  # (num_layers, ...): the sums that the metrics of routing are made of
 
 
 class Cache:
@@ -52,10 +54,12 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(d_model)
         self.ffn = ffn
 
-    def forward(self, x: Tensor, seen: KeyValues | None = None) -> tuple[Tensor, MoEReport | None]:
-        """Map (batch, seq, d_model) to the same shape; ``seen``: of the positions before."""
+    def forward(
+        self, x: Tensor, seen: KeyValues | None = None, telling: bool = True
+    ) -> tuple[Tensor, MoEReport | None]:
+        """Map (batch, seq, d_model) to the same shape; ``seen``: of the positions before; ``telling``: see :class:`MoE`."""
         x = x + self.attention(self.attention_norm(x), seen)
-        y, report = self.ffn(self.ffn_norm(x))
+        y, report = self.ffn(self.ffn_norm(x), telling)
         return x + y, report
 
 
@@ -128,14 +132,18 @@ class GPT(nn.Module):
         """Return logits (..., vocab_size) for hidden states (..., d_model)."""
         return F.linear(hidden, self.embedding.weight)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Output:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, *, telling: bool = True) -> Output:
         """Predict the next token at every position.
 
         Args:
             tokens: (batch, seq) int64, seq <= seq_len.
             targets: the same shape: the token that follows each.
+            telling: whether to tell metrics of routing, which cost time; compiled, that is a graph more.
         """
-        hidden, reports, alignment = self._hidden(tokens)
+        if self.training:
+            for layer in self.moe_layers:
+                layer.balance()
+        hidden, reports, alignment = self._hidden(tokens, telling=telling)
         logits = loss = None
         if targets is None:
             logits, votes = self.voter(hidden, self.head(hidden), self.head)
@@ -146,22 +154,26 @@ class GPT(nn.Module):
             loss, votes = self._loss_in_chunks(hidden.flatten(0, 1), targets.flatten(), self.loss_chunk)
         auxiliary = torch.zeros((), device=hidden.device)
         metrics = dict(votes)
+        routing = None
         if reports:
             auxiliary = auxiliary + torch.stack([report.loss for report in reports]).mean()
-            metrics |= {
-                name: torch.stack([report.metrics[name] for report in reports]).mean() for name in reports[0].metrics
-            }
+        if reports and telling:
+            routing = torch.stack([report.sums for report in reports if report.sums is not None])
+            values = model_metrics(layer_metrics(routing))
+            metrics |= {f"moe/{name}": value for name, value in zip(METRICS, values.unbind(), strict=True)}
         if alignment is not None:
             auxiliary = auxiliary + alignment.loss
             metrics |= alignment.metrics
-        return Output(logits, loss, auxiliary, metrics)
+        return Output(logits, loss, auxiliary, metrics, routing)
 
-    def _hidden(self, tokens: Tensor, cache: Cache | None = None) -> tuple[Tensor, list[MoEReport], AlignReport | None]:
+    def _hidden(
+        self, tokens: Tensor, cache: Cache | None = None, telling: bool = False
+    ) -> tuple[Tensor, list[MoEReport], AlignReport | None]:
         """Return what :meth:`head` turns into logits, (batch, seq, d_model), and what layers tell."""
         hidden = self.embedding(tokens)
         reports = []
         for block, seen in zip(self.blocks, cache.blocks if cache else [None] * len(self.blocks), strict=True):
-            hidden, report = block(hidden, seen)
+            hidden, report = block(hidden, seen, telling)
             if report is not None:
                 reports.append(report)
         hidden, alignment = self.align(hidden, cache.align if cache else None)
@@ -204,6 +216,10 @@ class GPT(nn.Module):
     def moe_layers(self) -> list[MoE]:
         """The feed-forward layers of all blocks."""
         return [block.ffn for block in self.blocks]  # type: ignore[misc]
+
+    def expert_cosines(self) -> Tensor:
+        """Return :meth:`Experts.cosine` of each layer whose experts are on, (num_layers,)."""
+        return torch.stack([layer.experts.cosine() for layer in self.moe_layers if layer.experts is not None])
 
     def freeze(self, pattern: str, on: bool) -> None:
         """Stop or resume training what ``pattern`` means: modules or parameters by path, ``*`` within one part."""

@@ -5,10 +5,12 @@ from functools import partial
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from apt_model.gpt import GPT
 from apt_model.layers import scheduled
 from apt_model.layers.moe import MoE
+from apt_model.layers.tally import METRICS, routing_metrics
 from apt_model.schedule.targets import matching
 
 
@@ -55,8 +57,13 @@ def test_no_prediction_depends_on_later_tokens_with_every_module_on() -> None:
 
 @pytest.mark.parametrize("temperature", [0.5, 1.5])
 @pytest.mark.parametrize("capacity", [1.1, 1.5])
-def test_logits_agree_before_and_after_experts_go_on(temperature: float, capacity: float) -> None:
-    gpt = model().eval()
+@pytest.mark.parametrize("granularity", [1, 2, 3])
+@pytest.mark.parametrize("shared_expert", [False, True])
+def test_logits_agree_before_and_after_experts_go_on(
+    temperature: float, capacity: float, granularity: int, shared_expert: bool
+) -> None:
+    slices = {"num_experts": 4 * granularity, "top_k": 2 * granularity, "granularity": granularity}
+    gpt = model(moe=slices | {"shared_expert": shared_expert}).eval()
     tokens = torch.randint(0, 50, (8, 20))
     with torch.no_grad():
         before = gpt(tokens).logits
@@ -124,6 +131,48 @@ def test_what_is_off_costs_nothing() -> None:
     assert output.auxiliary_loss.item() == 0
     assert not output.auxiliary_loss.requires_grad
     assert not any("expert" in name or "router" in name or "align" in name for name, _ in gpt.named_parameters())
+
+
+def test_metrics_of_routing_are_told_of_each_layer_only_where_they_are_asked_for() -> None:
+    gpt = model(moe={"num_experts": 5})
+    tokens = torch.randint(0, 50, (2, 20))
+    assert gpt(tokens).routing is None, "dense layers route nothing"
+    gpt.enable_moe(True)
+    output, silent = gpt(tokens), gpt(tokens, telling=False)
+    assert silent.routing is None
+    assert not any(name.startswith("moe/") for name in silent.metrics)
+    assert torch.equal(silent.logits, output.logits)
+    told = routing_metrics(output.routing)
+    assert output.metrics == pytest.approx({name: v for name, v in told.items() if "layer" not in name})
+    each = {name: [told[f"moe/layer_{layer:02}/{name}"] for layer in range(3)] for name in METRICS}
+    assert set(told) == {f"{where}/{name}" for name in METRICS for where in ("moe", *LAYERS)}
+    assert told["moe/max_load"] == max(each["max_load"])
+    assert told["moe/dead_experts"] == sum(each["dead_experts"])
+    assert told["moe/router_entropy"] == pytest.approx(sum(each["router_entropy"]) / 3)
+
+
+LAYERS = ("moe/layer_00", "moe/layer_01", "moe/layer_02")
+
+
+def test_activations_that_are_computed_again_are_told_of_once_and_move_no_bias_twice() -> None:
+    tokens, targets = torch.randint(0, 50, (2, 2, 20))
+    found = []
+    for again in (False, True):
+        gpt = model(moe={"router": "sigmoid", "bias_update_rate": 0.05})
+        gpt.enable_moe(True)
+        for block in gpt.blocks if again else ():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        for _ in range(3):
+            output = gpt(tokens, targets)
+            output.language_loss.backward()
+        found.append((gpt, routing_metrics(output.routing)))
+    (plain, told), (recomputed, told_again) = found
+    assert told == told_again
+    assert plain.moe_layers[0].router.bias.any()
+    for one, other in zip(plain.moe_layers, recomputed.moe_layers, strict=True):
+        assert torch.equal(one.router.bias, other.router.bias)
+    for one, other in zip(plain.parameters(), recomputed.parameters(), strict=True):
+        assert torch.allclose(one.grad, other.grad, atol=1e-6)
 
 
 def test_auxiliary_losses_are_the_layers_mean_and_the_alignment() -> None:

@@ -56,20 +56,45 @@ class FeedForward(nn.Module):
         return FFN[self.ffn](x, F.linear, **dict(self.named_parameters()))
 
 
+def channel_dim(name: str) -> int:
+    """Return the dimension that runs over the d_ff channels, in the weight of that name."""
+    return -1 if name == "down" else -2
+
+
+def as_experts(value: Tensor, name: str, *, num_experts: int, granularity: int) -> Tensor:
+    """Cut a dense layer's weight, or what is of its shape, along d_ff into ``granularity`` slices and repeat them.
+
+    Returns:
+        (num_experts, out, in), a copy: expert e has slice e modulo ``granularity``.
+    """
+    slices = torch.stack(value.chunk(granularity, dim=channel_dim(name)))
+    return slices.repeat(num_experts // granularity, 1, 1)
+
+
+def as_dense(value: Tensor, name: str, *, granularity: int) -> Tensor:
+    """Undo :func:`as_experts`: put the slices together again, each the mean of the experts that have it."""
+    slices = value.reshape(-1, granularity, *value.shape[1:]).mean(dim=0)
+    return torch.cat(slices.unbind(), dim=channel_dim(name))
+
+
 class Experts(nn.Module):
     """Feed-forward layers of one kind, side by side: weights are (num_experts, out, in).
 
-    They begin as copies of ``dense`` (sparse upcycling, arXiv:2212.05055). ``exchange`` takes the place of computing where
-    other ranks have some of them.
+    They begin as copies of ``dense`` (sparse upcycling, arXiv:2212.05055), or of its slices: ``granularity`` experts in
+    a row make one copy. ``exchange`` takes the place of computing where other ranks have some of them.
     """
 
-    def __init__(self, dense: FeedForward, num_experts: int) -> None:
+    up: nn.Parameter
+    down: nn.Parameter
+
+    def __init__(self, dense: FeedForward, num_experts: int, granularity: int = 1) -> None:
         super().__init__()
         self.ffn = dense.ffn
+        self.granularity = granularity
         self.exchange: Callable[[Tensor, Tensor, Compute], Tensor] | None = None
         for name, weight in dense.named_parameters():
-            copies = weight.detach().expand(num_experts, -1, -1).clone()
-            self.register_parameter(name, nn.Parameter(copies))
+            pieces = as_experts(weight.detach(), name, num_experts=num_experts, granularity=granularity)
+            self.register_parameter(name, nn.Parameter(pieces))
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """Send each expert its own rows.
@@ -100,6 +125,25 @@ class Experts(nn.Module):
         if self.exchange is not None:
             weights = {name: weight.to_local() for name, weight in weights.items()}  # type: ignore[attr-defined]
         return FFN[self.ffn](x, linear, **weights)
+
+    @torch.no_grad()
+    def cosine(self) -> Tensor:
+        """Return the mean cosine similarity of any two experts that began alike, 0-dim: 1 as long as they are equal.
+
+        Each weight is read twice, and no two experts are compared: the squared length of the sum of n unit vectors is
+        n plus the cosines of all pairs.
+        """
+        weights = [weight.full_tensor() if hasattr(weight, "full_tensor") else weight for weight in self.parameters()]
+        weights = [weight.flatten(1) for weight in weights]  # whole ones, also where ranks hold shards of them
+        lengths = torch.stack([torch.linalg.vector_norm(weight, dim=1) for weight in weights])
+        inverse = 1.0 / torch.linalg.vector_norm(lengths, dim=0)
+        copies = len(inverse) // self.granularity
+        scale = inverse.view(copies, self.granularity).t().unsqueeze(1)  # (slices, 1, copies)
+        squares = torch.zeros_like(scale[:, 0, 0])
+        for weight in weights:
+            alike = weight.view(copies, self.granularity, -1).transpose(0, 1)  # (slices, copies, ...)
+            squares += torch.bmm(scale, alike).square().sum(dim=(1, 2))
+        return (squares.mean() - copies) / (copies * (copies - 1))
 
 
 def spread(x: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:

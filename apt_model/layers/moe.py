@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from apt_model.layers.feed_forward import Experts, FeedForward
+from apt_model.layers.feed_forward import Experts, FeedForward, as_dense, as_experts
 from apt_model.layers.router import (
     Dispatch,
     Router,
@@ -19,6 +21,8 @@ from apt_model.layers.router import (
     z_loss,
 )
 from apt_model.layers.scheduled import dropout
+from apt_model.layers.tally import tally
+from apt_model.layers.upcycling import Upcycling, tell_apart
 from apt_model.schedule.targets import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Domain
 
 
@@ -28,13 +32,14 @@ class Lineage(NamedTuple):
     child: nn.Parameter
     parent: nn.Parameter
     gradient_scale: float
+    shaped: Callable[[Tensor], Tensor]  # what is of the parent's shape, as it is for the child
 
 
 class MoEReport(NamedTuple):
-    """What one layer tells after a forward pass: its loss, weighted, and its metrics (detached, 0-dim)."""
+    """What one layer tells after a forward pass: its loss, weighted, and if asked its :func:`~.tally.tally`."""
 
     loss: Tensor
-    metrics: dict[str, Tensor]
+    sums: Tensor | None
 
 
 class MoE(nn.Module):
@@ -44,19 +49,28 @@ class MoE(nn.Module):
     copies and a router: as the weights of a token's experts sum to 1, the function stays the same, whatever the
     temperature and the capacity. Switching off folds the experts into their mean.
 
+    With a ``granularity`` of g, an expert is one of the g slices of a copy along d_ff, and g experts in a row are a copy.
+    A token's experts begin as whole copies, because the router begins with one weight for all slices of a copy, and
+    their weights sum to g; so the function stays the same here, too. From then on each expert goes its own way.
+
     Args:
         dense: the layer to begin with.
-        num_experts: experts to come.
-        top_k: experts a token goes to.
+        num_experts: experts to come, slices counted singly: a multiple of ``granularity``.
+        top_k: experts a token goes to, counted the same way: a multiple of ``granularity``.
+        granularity: d_ff of the dense layer over that of an expert, which it divides.
+        upcycling: what tells experts apart when they begin; only ``copy`` leaves the function as it was.
+        upcycling_share: how much; see :func:`apt_model.layers.upcycling.tell_apart`.
         capacity_factor: slots of an expert over its equal share; None: no limit (dropless).
         temperature: divides the router's logits.
         router: how logits become scores, ``softmax`` or ``sigmoid``.
         balance_loss_weight, z_loss_weight: weights of the auxiliary losses.
-        bias_update_rate: step of the ``sigmoid`` router's balancing bias, once a forward pass in training.
+        bias_update_rate: step of the ``sigmoid`` router's balancing bias, at each :meth:`balance`.
+        jitter: in training the router sees its input times random numbers from 1 - jitter to 1 + jitter.
         shared_expert: the dense layer stays and serves every token, half of the output; experts give the other half.
         dropout: share of the output's channels that training drops.
 
-    Sources: sparse upcycling arXiv:2212.05055, Switch arXiv:2101.03961, shared experts arXiv:2401.06066.
+    Sources: sparse upcycling arXiv:2212.05055, Switch arXiv:2101.03961, shared and fine-grained experts arXiv:2401.06066,
+    granularity arXiv:2402.07871, its upcycling by virtual groups arXiv:2410.07524.
     """
 
     scheduled: ClassVar[dict[str, Domain]] = {
@@ -64,12 +78,14 @@ class MoE(nn.Module):
         "capacity_factor": POSITIVE,
         "balance_loss_weight": NOT_NEGATIVE,
         "z_loss_weight": NOT_NEGATIVE,
+        "jitter": BELOW_ONE,
         "dropout": BELOW_ONE,
     }
     temperature: Tensor
     capacity_factor: Tensor
     balance_loss_weight: Tensor
     z_loss_weight: Tensor
+    jitter: Tensor
     dropout: Tensor
 
     def __init__(
@@ -78,18 +94,25 @@ class MoE(nn.Module):
         *,
         num_experts: int,
         top_k: int = 2,
+        granularity: int = 1,
+        upcycling: Upcycling = "copy",
+        upcycling_share: float | None = None,
         capacity_factor: float | None = 1.25,
         temperature: float = 1.0,
         router: Scoring = "softmax",
         balance_loss_weight: float = 0.01,
         z_loss_weight: float = 0.001,
         bias_update_rate: float = 0.001,
+        jitter: float = 0.0,
         shared_expert: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.top_k = top_k
+        self.granularity = granularity
+        self.upcycling: Upcycling = upcycling
+        self.upcycling_share = upcycling_share
         self.dropless = capacity_factor is None
         self.scoring: Scoring = router
         self.bias_update_rate = bias_update_rate
@@ -98,12 +121,13 @@ class MoE(nn.Module):
         self.router: Router | None = None
         self.experts: Experts | None = None
         self.lineage: list[Lineage] = []
-        self.expected = {"dropout"} if dropout else set[str]()
+        self.expected = {name for name, value in (("jitter", jitter), ("dropout", dropout)) if value}
         for name, value in (
             ("temperature", temperature),
             ("capacity_factor", capacity_factor or 1.0),
             ("balance_loss_weight", balance_loss_weight),
             ("z_loss_weight", z_loss_weight),
+            ("jitter", jitter),
             ("dropout", dropout),
         ):
             self.register_buffer(name, torch.tensor(float(value)), persistent=False)
@@ -116,8 +140,7 @@ class MoE(nn.Module):
     def enable(self, on: bool) -> None:
         """Switch between the dense layer and experts; ``lineage`` then tells whose optimizer state new parameters take.
 
-        A token reaches k of E experts with weights that sum to 1, so an expert sees about 1/E of the dense layer's
-        gradient (1/2E beside a shared expert).
+        Of n copies of the dense layer each sees about 1/n of its gradient (1/2n beside a shared expert).
         """
         if on and self.dense is not None and self.experts is None:
             self._split(self.dense)
@@ -127,50 +150,67 @@ class MoE(nn.Module):
     def _split(self, dense: FeedForward) -> None:
         """Put copies of ``dense`` in its place, or beside it as a shared expert."""
         before = dict(dense.named_parameters())
-        self.experts = Experts(dense, self.num_experts).train(self.training)
-        router = Router(d_model=dense.up.shape[1], num_experts=self.num_experts, top_k=self.top_k, scoring=self.scoring)
+        self.experts = Experts(dense, self.num_experts, self.granularity).train(self.training)
+        tell_apart(self.experts, self.upcycling, self.upcycling_share)
+        router = Router(
+            d_model=dense.up.shape[1],
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            scoring=self.scoring,
+            granularity=self.granularity,
+        )
         precise = torch.promote_types(dense.up.dtype, torch.float32)
         self.router = router.to(dense.up.device, precise).train(self.training)
         half = 0.5 if self.shared_expert else 1.0
+        shaped = partial(as_experts, num_experts=self.num_experts, granularity=self.granularity)
         self.lineage = [
-            Lineage(weight, before[name], half / self.num_experts) for name, weight in self.experts.named_parameters()
+            Lineage(weight, before[name], half * self.granularity / self.num_experts, partial(shaped, name=name))
+            for name, weight in self.experts.named_parameters()
         ]
         if self.shared_expert:
-            self.lineage += [Lineage(weight, weight, half) for weight in dense.parameters()]
+            self.lineage += [Lineage(weight, weight, half, _as_it_is) for weight in dense.parameters()]
         else:
             self.dense = None
 
     def _fold(self, experts: Experts) -> None:
         """Put one dense layer in the place of the experts: their mean, with the shared expert an equal part of it."""
         before = dict(experts.named_parameters())
-        _, d_ff, d_model = before["up"].shape
+        _, width, d_model = before["up"].shape
+        d_ff = width * self.granularity
         dense = self.dense or FeedForward(d_model=d_model, d_ff=d_ff, ffn=experts.ffn).to(before["up"].device)
+        shaped = partial(as_dense, granularity=self.granularity)
         with torch.no_grad():
             for name, weight in dense.named_parameters():
-                mean = before[name].mean(dim=0)
+                mean = shaped(before[name], name=name)
                 weight.copy_((weight + mean) / 2 if self.shared_expert else mean)
         self.lineage = [
-            Lineage(weight, weight, 2.0)
+            Lineage(weight, weight, 2.0, _as_it_is)
             if self.shared_expert
-            else Lineage(weight, before[name], float(self.num_experts))
+            else Lineage(weight, before[name], self.num_experts / self.granularity, partial(shaped, name=name))
             for name, weight in dense.named_parameters()
         ]
         self.dense = dense.train(self.training)
         self.experts = self.router = None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, MoEReport | None]:
-        """Map ``x`` (batch, seq, d_model) to the same shape; a report when experts are on."""
-        output, report = self._forward(x)
+    def balance(self) -> None:
+        """Move the ``sigmoid`` router's bias by what the last forward pass in training had too much or too little of."""
+        if self.router is not None and self.scoring == "sigmoid":
+            self.router.balance()
+
+    def forward(self, x: Tensor, telling: bool = True) -> tuple[Tensor, MoEReport | None]:
+        """Map ``x`` (batch, seq, d_model) to the same shape; a report when experts are on, with sums if ``telling``."""
+        output, report = self._forward(x, telling)
         if self.training and "dropout" in self.expected:
             output = dropout(output, self.dropout)
         return output, report
 
-    def _forward(self, x: Tensor) -> tuple[Tensor, MoEReport | None]:
+    def _forward(self, x: Tensor, telling: bool) -> tuple[Tensor, MoEReport | None]:
         if self.experts is None or self.router is None:
             assert self.dense is not None
             return self.dense(x), None
         rows = x.reshape(-1, x.shape[-1])
-        routing: Routing = self.router(rows, self.temperature)
+        jitter = self.jitter if self.training and "jitter" in self.expected else None
+        routing: Routing = self.router(rows, self.temperature, jitter)
         capacity = None
         if not self.dropless:
             capacity = expert_capacity(
@@ -182,8 +222,8 @@ class MoE(nn.Module):
             assert self.dense is not None
             output = (output + self.dense(x)) / 2
         if self.training and self.scoring == "sigmoid":
-            self.router.balance(dispatch.counts, self.bias_update_rate)
-        return output, self._report(routing, dispatch)
+            self.router.plan_balance(dispatch.counts, self.bias_update_rate)
+        return output, self._report(routing, dispatch, x.shape[0] if telling else None)
 
     def _mix(self, rows: Tensor, dispatch: Dispatch) -> Tensor:
         """Compute slots in their order and add each token's, weighted: (tokens, d_model)."""
@@ -201,24 +241,19 @@ class MoE(nn.Module):
         if masked:
             slots = slots.where(computed, 0.0)
         weights = dispatch.weights.reshape(-1).index_select(0, order).unsqueeze(1)
+        if self.granularity > 1:
+            weights = weights * self.granularity
         mixed = torch.zeros(rows.shape, dtype=weights.dtype, device=rows.device)
         return mixed.index_add(0, token, slots.to(weights.dtype) * weights).to(slots.dtype)
 
-    def _report(self, routing: Routing, dispatch: Dispatch) -> MoEReport:
+    def _report(self, routing: Routing, dispatch: Dispatch, num_sequences: int | None) -> MoEReport:
+        """Return the loss, and the sums where ``num_sequences`` says how many sequences they are of."""
         balance = balance_loss(routing.probabilities, dispatch.counts, self.top_k)
-        z = z_loss(routing.logits)
-        with torch.no_grad():
-            load = dispatch.counts / dispatch.counts.sum()
-            p = routing.probabilities
-            metrics = {
-                "moe/balance_loss": balance.detach(),
-                "moe/z_loss": z.detach(),
-                "moe/max_load": load.max() * self.num_experts,  # over the equal share
-                "moe/load_entropy": -torch.xlogy(load, load).sum(),
-                "moe/dead_experts": (dispatch.counts == 0).sum().float(),
-                "moe/drop_fraction": 1.0 - dispatch.kept.float().mean(),
-                "moe/dropped_tokens": 1.0 - dispatch.kept.any(dim=-1).float().mean(),
-                "moe/router_entropy": -torch.xlogy(p, p).sum(dim=-1).mean(),
-                "moe/top1_probability": p.max(dim=-1).values.mean(),
-            }
-        return MoEReport(self.balance_loss_weight * balance + self.z_loss_weight * z, metrics)
+        z, sums = z_loss(routing.logits), None
+        if num_sequences is not None:
+            sums = tally(routing, dispatch, num_sequences=num_sequences, balance=balance, z=z)
+        return MoEReport(self.balance_loss_weight * balance + self.z_loss_weight * z, sums)
+
+
+def _as_it_is(value: Tensor) -> Tensor:
+    return value

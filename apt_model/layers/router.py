@@ -36,23 +36,40 @@ class Router(nn.Module):
     ``softmax``: probabilities are softmax(logits / temperature) (Switch, arXiv:2101.03961). ``sigmoid``: scores are
     sigmoid(logits / temperature), and a bias that only the choice of experts sees balances them without an auxiliary
     loss (DeepSeek-V3, arXiv:2412.19437; arXiv:2408.15664).
+
+    Every ``granularity`` experts in a row begin with one and the same weight, so that a token that chooses one of them
+    chooses them all, as long as ``top_k`` is a multiple of it (virtual groups, arXiv:2410.07524).
     """
 
     bias: Tensor
+    bias_step: Tensor
 
-    def __init__(self, *, d_model: int, num_experts: int, top_k: int, scoring: Scoring = "softmax") -> None:
+    def __init__(
+        self, *, d_model: int, num_experts: int, top_k: int, scoring: Scoring = "softmax", granularity: int = 1
+    ) -> None:
         super().__init__()
         self.top_k = top_k
         self.scoring = scoring
-        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        self.weight = nn.Parameter(torch.empty(num_experts // granularity, d_model))
         nn.init.normal_(self.weight, std=0.02)
+        if granularity > 1:
+            self.weight = nn.Parameter(self.weight.detach().repeat_interleave(granularity, dim=0))
         self.register_buffer("bias", torch.zeros(num_experts), persistent=scoring == "sigmoid")
+        self.register_buffer("bias_step", torch.zeros(num_experts), persistent=scoring == "sigmoid")
 
-    def forward(self, x: Tensor, temperature: Tensor) -> Routing:
-        """Choose ``top_k`` experts for each row of ``x`` (tokens, d_model); ``temperature`` is 0-dim, positive."""
+    def forward(self, x: Tensor, temperature: Tensor, jitter: Tensor | None = None) -> Routing:
+        """Choose ``top_k`` experts for each row of ``x`` (tokens, d_model).
+
+        Args:
+            temperature: 0-dim, positive.
+            jitter: 0-dim; multiplies each number of ``x`` by one drawn from 1 - jitter to 1 + jitter (Switch).
+        """
         with torch.autocast(x.device.type, enabled=False):
             precise = torch.promote_types(x.dtype, torch.float32)
-            logits = F.linear(x.to(precise), self.weight.to(precise))
+            x = x.to(precise)
+            if jitter is not None:
+                x = x * (1.0 + jitter * (2.0 * torch.rand_like(x) - 1.0))
+            logits = F.linear(x, self.weight.to(precise))
             if self.scoring == "softmax":
                 probabilities = (logits / temperature).softmax(dim=-1)
                 chosen, experts = probabilities.topk(self.top_k, dim=-1)
@@ -64,10 +81,22 @@ class Router(nn.Module):
             return Routing(experts, chosen / chosen.sum(dim=-1, keepdim=True), probabilities, logits)
 
     @torch.no_grad()
-    def balance(self, counts: Tensor, rate: float) -> None:
-        """Move the bias of each expert by ``rate`` towards an equal load; ``counts``: (num_experts,) slots wanted."""
+    def plan_balance(self, counts: Tensor, rate: float) -> None:
+        """Note how :meth:`balance` will move the bias: each expert's by ``rate`` towards an equal load.
+
+        It is not moved yet: a forward pass that is computed again for its backward pass has to route as it did.
+
+        Args:
+            counts: (num_experts,) slots wanted.
+        """
         load = counts.to(self.bias.dtype)
-        self.bias += rate * torch.sign(load.mean() - load)
+        self.bias_step.copy_(rate * torch.sign(load.mean() - load))
+
+    @torch.no_grad()
+    def balance(self) -> None:
+        """Move the bias as the last forward pass in training planned it, once."""
+        self.bias += self.bias_step
+        self.bias_step.zero_()
 
 
 def expert_capacity(capacity_factor: Tensor, *, tokens: int, top_k: int, num_experts: int) -> Tensor:

@@ -408,7 +408,8 @@ def reader_of(curriculum: Curriculum, anneal: str) -> str | None:
     first, last = target.split(".")[0], target.rsplit(".", 1)[-1]
     if first in ("align", "voter"):
         return first
-    return "moe" if last in ("temperature", "capacity_factor", "balance_loss_weight", "z_loss_weight") else None
+    of_experts = ("temperature", "capacity_factor", "balance_loss_weight", "z_loss_weight", "jitter")
+    return "moe" if last in of_experts else None
 
 
 def _last_reached(thresholds: list[tuple[str, int, bool]]) -> Callable[[Clock], bool]:

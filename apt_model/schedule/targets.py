@@ -62,6 +62,7 @@ ALIASES: Final[dict[str, str]] = {
     "moe.capacity_factor": "blocks.*.ffn.capacity_factor",
     "moe.balance_loss_weight": "blocks.*.ffn.balance_loss_weight",
     "moe.z_loss_weight": "blocks.*.ffn.z_loss_weight",
+    "moe.jitter": "blocks.*.ffn.jitter",
 }
 """Short names for what every layer has; a model that has a target of that very name is meant by it first."""
 

@@ -18,6 +18,7 @@ from apt_model.data import Corpus, Sampler
 from apt_model.data.batches import Batches
 from apt_model.errors import ConfigError, HorizonError, NonFiniteError, TrainingError
 from apt_model.gpt import GPT
+from apt_model.layers.tally import routing_metrics
 from apt_model.schedule import Anneal, Change, ScheduleRunner
 from apt_model.schedule.clock import Unit
 from apt_model.schedule.targets import NOT_NEGATIVE
@@ -43,8 +44,9 @@ class BaseTrainer(Follower):
     """What every trainer of this project has in common; a subclass runs the loop, or has it run, in :meth:`fit`.
 
     A row goes to ``log`` when the curriculum changed something, every ``log_every`` updates, at each epoch's last update,
-    and after each validation. Its ``step`` and ``epoch`` are the clock of the update it tells of, from 0; its ``tokens``
-    and ``time`` (seconds of training) count what that update took, too.
+    and after each validation. Where only a value has moved, it tells nothing of single layers. Its ``step`` and ``epoch``
+    are the clock of the update it tells of, from 0; its ``tokens`` and ``time`` (seconds of training) count what that update
+    took, too.
 
     Args:
         model: moved to ``device``.
@@ -173,7 +175,11 @@ class BaseTrainer(Follower):
         self._changes: list[Change] = []  # for the update in the making
         self._losses: list[Tensor] = []  # of its batches
         self._auxiliary: list[Tensor] = []
-        self._told: dict[str, Tensor] = {}  # what the model told of its last batch
+        self._told: list[dict[str, Tensor]] = []  # what the model told of them
+        self._routing: list[Tensor] = []
+        self._logged = False  # whether it gets a row
+        self._telling = False  # whether the model is asked for metrics of routing
+        self._in_full = False  # whether those of each layer, and of the experts' weights, are wanted, too
         self._norm = torch.zeros(())  # of its gradient
         self._began = 0.0
 
@@ -219,7 +225,14 @@ class BaseTrainer(Follower):
             self.callbacks.notify("on_schedule", self, self._changes)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        self._losses, self._auxiliary = [], []
+        self._losses, self._auxiliary, self._told, self._routing = [], [], [], []
+        last = len(self.train_batches) - self.batches_done <= self.accumulate  # of the epoch
+        switched = any(isinstance(change.value, bool) for change in self._changes)
+        regular = self.clock.step % self.log_every == 0 or last or switched
+        watched = self.schedule.program.watched
+        self._logged = regular or bool(self._changes)
+        self._telling = self._logged or any(name.startswith("moe/") for name in watched)
+        self._in_full = regular or any(name.startswith("moe/layer_") or name == "moe/expert_cosine" for name in watched)
         self._began = time.perf_counter()
         return self._changes
 
@@ -237,7 +250,7 @@ class BaseTrainer(Follower):
         """
         self.callbacks.notify("on_batch_begin", self)
         with self._autocast():
-            output = self.engine.forward(tokens, targets)
+            output = self.engine.forward(tokens, targets, telling=self._telling)
         assert output.language_loss is not None
         loss: Tensor = output.language_loss + output.auxiliary_loss
         mean = self.mean_of_ranks(
@@ -256,7 +269,9 @@ class BaseTrainer(Follower):
             )
         self._losses.append(language)
         self._auxiliary.append(auxiliary)
-        self._told = output.metrics
+        self._told.append(output.metrics)
+        if output.routing is not None:
+            self._routing.append(output.routing)
         self.count(samples=len(tokens) * self.ranks.world, tokens=tokens.numel() * self.ranks.world)
         return loss
 
@@ -290,18 +305,31 @@ class BaseTrainer(Follower):
             "train/auxiliary_loss": torch.stack(self._auxiliary).mean().item(),
             "train/grad_norm": self._norm.item(),
             "lr": self.lr,
-        } | {name: value.item() for name, value in self.mean_of_ranks(self._told).items()}
+        } | self._told_by_model()
         took = self._take_time()
         self.updates_done += 1
         self.last_loss = row["train/loss"]
-        last = self.batches_done == len(self.train_batches)
-        if self._changes or self.clock.step % self.log_every == 0 or last:
+        if self._logged:
             speed = {"tokens_per_second": self.tokens / took}
             self._log(
                 row | self.schedule.metrics() | speed, step=self.clock.step, tokens=self.clock.token + self.tokens
             )
         self.callbacks.notify("on_step", self)
         super().end_update(row)
+
+    def _told_by_model(self) -> Row:
+        """Return the model's metrics: means over the update's batches, and what the sums of their routing give."""
+        names = self._told[-1]
+        means = {name: torch.stack([told[name] for told in self._told]).mean() for name in names}
+        row = {name: value.item() for name, value in self.mean_of_ranks(means).items()}
+        if not self._routing:
+            return row
+        sums = torch.stack(self._routing).sum(dim=0)
+        sums = self.mean_of_ranks({"routing": sums})["routing"]
+        if self._in_full:
+            cosines = self.mean_of_ranks({"cosines": self.model.expert_cosines()})["cosines"]
+            return row | routing_metrics(sums, cosines.float())
+        return row | {name: value for name, value in routing_metrics(sums).items() if "/layer_" not in name}
 
     def skip_update(self) -> None:
         """Take note of an update that was skipped; the clock stays."""
@@ -343,7 +371,7 @@ class BaseTrainer(Follower):
             torch.manual_seed(self.seed)  # the voter draws: the same draws each time, and none from training
             for tokens, targets in self.val_batches.epoch(0, device=self.device):
                 with self._autocast():
-                    losses.append(self.model(tokens, targets).language_loss)
+                    losses.append(self.model(tokens, targets, telling=False).language_loss)
         self.model.train()
         self.engine.rest()
         loss = torch.stack(losses).mean().item()

@@ -37,7 +37,7 @@ def follow_model(
     """
     groups: list[dict[str, Any]] = optimizer.param_groups
     place = {parameter: number for number, group in enumerate(groups) for parameter in group["params"]}
-    parents = {child: parent for child, parent, _ in lineage}
+    parents = {link.child: link.parent for link in lineage}
     kinds = [{parameter.dim() >= 2 for parameter in group["params"]} for group in groups]
     wanted: list[list[nn.Parameter]] = [[] for _ in groups]
     for parameter in model.parameters():
@@ -48,28 +48,23 @@ def follow_model(
         wanted[place.get(parameter, place.get(origin, kin))].append(parameter)
     for group, now in zip(groups, wanted, strict=True):
         group["params"] = now
-    for child, parent, scale in lineage:
-        state = optimizer.state.get(parent)
+    for link in lineage:
+        state = optimizer.state.get(link.parent)
         if state:
-            optimizer.state[child] = {name: _inherit(name, value, child, scale) for name, value in state.items()}
+            optimizer.state[link.child] = {name: _inherit(name, value, link) for name, value in state.items()}
     alive = set(model.parameters())
     for held in list(optimizer.state):
         if held not in alive:
             del optimizer.state[held]
 
 
-def _inherit(name: str, value: Any, child: nn.Parameter, scale: float) -> Any:
+def _inherit(name: str, value: Any, link: Lineage) -> Any:
     if not isinstance(value, Tensor):
         return value
-    if value.dim() == 0:  # the count of updates, for Adam's bias correction
+    if value.shape != link.parent.shape:  # the count of updates, for Adam's bias correction
         return value.clone()
     power = 2 if name.endswith("sq") else 1
-    scaled = whole(value) * scale**power
-    if value.dim() < child.dim():
-        scaled = scaled.expand(child.shape)
-    elif value.dim() > child.dim():
-        scaled = scaled.mean(dim=0)
-    return shared_as(scaled, child).clone()
+    return shared_as(link.shaped(whole(value) * link.gradient_scale**power), link.child).clone()
 
 
 def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from apt_model.errors import ConfigError
 from apt_model.gpt import GPT
 from apt_model.layers.feed_forward import Experts
-from apt_model.layers.moe import Lineage, MoE
+from apt_model.layers.moe import MoE
 from apt_model.training.parallel import Engine, whole
 
 
@@ -59,6 +59,7 @@ class Shards(Engine):
             return
         layer, cut = self.model.moe_layers[0], self.cut_mesh.size()
         widths = {size for weight in layer.parameters() for size in weight.shape}
+        widths |= {size // layer.granularity for size in widths - {self.model.embedding.embedding_dim}}
         if layer.num_experts % self.expert_mesh.size():
             raise ConfigError(
                 f"trainer.expert_parallel = {self.expert_mesh.size()} does not divide moe.num_experts = {layer.num_experts}."
@@ -88,11 +89,14 @@ class Shards(Engine):
             layer.enable(on)
             if layer.router is not None:
                 _from_rank_zero(layer.router.weight)
+            if layer.experts is not None and layer.upcycling != "copy":  # they are drawn, too
+                for weight in layer.experts.parameters():
+                    _from_rank_zero(weight)
             names = {parameter: name for name, parameter in layer.named_parameters()}
-            lineage = [(names[link.child], origins[link.parent], link.gradient_scale) for link in layer.lineage]
+            lineage = [(names[link.child], link._replace(parent=origins[link.parent])) for link in layer.lineage]
             self._shard(layer)
             now = dict(layer.named_parameters())
-            layer.lineage = [Lineage(now[child], parent, scale) for child, parent, scale in lineage]
+            layer.lineage = [link._replace(child=now[child]) for child, link in lineage]
 
     def _enable_align(self, on: bool) -> None:
         self.rest()

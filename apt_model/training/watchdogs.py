@@ -1,9 +1,10 @@
-"""What keeps an eye on a run: a step that stalls, memory that runs out, a loss that jumps where a module goes on."""
+"""What keeps an eye on a run: a step that stalls, memory that runs out, a loss that jumps, experts that nobody uses."""
 
 from __future__ import annotations
 
 import faulthandler
 import logging
+import math
 import statistics
 import threading
 import time
@@ -70,6 +71,50 @@ class SpikeWatch(Callback):
             self.armed = None
         elif self.left == 0:
             self.armed = None
+
+
+class CollapseWatch(Callback):
+    """Warns once, with numbers, if the routing of some layer collapses.
+
+    It has where a quarter of the experts get no token, or where the load is as uneven as if only half of them were in use
+    (the exponential of its entropy, which is their number if it is even); in every row that tells of layers for ``updates``
+    updates, three rows at least.
+    """
+
+    def __init__(self, updates: int = 50, rows: int = 3) -> None:
+        self.updates = updates
+        self.rows = rows
+        self.since: dict[int, tuple[int, int]] = {}  # of a layer that looks collapsed: first step, rows
+        self.told = False
+
+    def on_step(self, trainer: BaseTrainer) -> None:
+        """Look at the update's row, if it has one."""
+        row, step = trainer.last_row, trainer.clock.step
+        if self.told or row.get("step") != step or "moe/layer_00/load_entropy" not in row:
+            return
+        for number, layer in enumerate(trainer.model.moe_layers):
+            dead = row[f"moe/layer_{number:02}/dead_experts"]
+            used = math.exp(row[f"moe/layer_{number:02}/load_entropy"])
+            if dead < layer.num_experts / 4 and used >= layer.num_experts / 2:
+                self.since.pop(number, None)
+                continue
+            first, rows = self.since.get(number, (step, 0))
+            self.since[number] = first, rows + 1
+            if step - first >= self.updates and rows + 1 >= self.rows:
+                logger.warning(
+                    "%s: the routing of layer %d has collapsed since step %d: %d of its %d experts get no token, and the load "
+                    "is as uneven as if %.1f were in use. A larger moe.balance_loss_weight (it is %g), a higher "
+                    "moe.temperature or schedule.route_temp, moe.jitter, or moe.router=sigmoid spread it.",
+                    trainer.clock,
+                    number,
+                    first,
+                    dead,
+                    layer.num_experts,
+                    used,
+                    layer.balance_loss_weight.item(),
+                )
+                self.told = True
+                return
 
 
 class Memory(NamedTuple):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from apt_launch.catalogue import METRICS, parameters, targets
+from apt_launch.catalogue import metrics, parameters, targets
 from apt_launch.config import RunConfig
 from apt_launch.plan import gather
 from apt_launch.preview import config_of, page, unread_sweeps
@@ -170,7 +170,7 @@ def test_the_catalogue_is_what_the_model_has(small: Callable[..., RunConfig]) ->
     }
     assert set(parameters(config.values)) <= with_parameters
     logged = {name for row in rows for name in row if not name.startswith("schedule/")}
-    assert logged - {"step", "epoch", "tokens", "time", "tokens_per_second"} == METRICS
+    assert logged - {"step", "epoch", "tokens", "time", "tokens_per_second"} == metrics(config.values)
 
 
 def test_a_name_that_means_nothing_is_refused_before_the_run(composed: Callable[..., RunConfig]) -> None:

@@ -64,7 +64,7 @@ def at_its_end(config: RunConfig) -> GPT:
 
 def loss_of(model: GPT, config: RunConfig) -> Tensor:
     tokens = torch.randint(0, 256, (config.trainer.batch_size, config.model.seq_len + 1))
-    output = model(tokens[:, :-1], tokens[:, 1:])
+    output = model(tokens[:, :-1], tokens[:, 1:], telling=False)  # as most updates are
     assert output.language_loss is not None
     return output.language_loss + output.auxiliary_loss
 
@@ -143,6 +143,18 @@ def test_the_full_profile_is_counted_by_hand_and_in_seconds(full: Callable[..., 
     assert last.training_flops == 3 * last.forward_flops
 
 
+def test_a_granularity_leaves_parameters_and_flops_as_they_are_but_for_the_router(
+    full: Callable[..., RunConfig],
+) -> None:
+    whole, fine = (
+        sizes(full(*slices), on_gpu=True)[-1]
+        for slices in ((), ("moe.granularity=4", "moe.num_experts=256", "moe.top_k=8"))
+    )
+    router = 24 * (256 - 64) * 768
+    assert fine.parameters - whole.parameters == fine.active - whole.active == router
+    assert fine.forward_flops - whole.forward_flops == 2 * router
+
+
 def test_a_shared_expert_gives_the_full_profile_11_billion_parameters_and_0_61_active(
     full: Callable[..., RunConfig],
 ) -> None:
@@ -161,6 +173,21 @@ MODELS = {
     "relu2 experts": ["schedule=none", "model.ffn=relu2", "schedule.enable_moe_at_epoch=1"],
     "written out": ["schedule=none", "model.attention=eager"],
     "shared expert": ["schedule=none", "schedule.enable_moe_at_epoch=1", "moe.shared_expert=true"],
+    "fine-grained experts": [
+        "schedule=none",
+        "schedule.enable_moe_at_epoch=1",
+        "moe.granularity=3",
+        "moe.num_experts=24",
+        "moe.top_k=6",
+        "moe.shared_expert=true",
+    ],
+    "jitter": ["schedule=none", "schedule.enable_moe_at_epoch=1", "moe.jitter=0.1", "moe.upcycling=drop"],
+    "jitter beside a shared expert": [
+        "schedule=none",
+        "schedule.enable_moe_at_epoch=1",
+        "moe.jitter=0.1",
+        "moe.shared_expert=true",
+    ],
     "dropless sigmoid": [
         "schedule=none",
         "schedule.enable_moe_at_epoch=1",
@@ -180,8 +207,8 @@ MODELS = {
 @pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS)
 def test_activations_are_what_autograd_saves(small: Composed, overrides: list[str], precision: str) -> None:
     config = small(
-        *overrides,
         *REAL,
+        *overrides,
         f"trainer.precision={precision}",
     )
     phase = sizes(config)[-1]
@@ -223,8 +250,8 @@ def grouped_flops(one: Sequence[int], other: Sequence[int], *_: Any, out_shape: 
 @pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS)
 def test_flops_are_what_torch_counts(small: Composed, overrides: list[str]) -> None:
     config = small(
-        *overrides,
         *REAL,
+        *overrides,
         "model.attention=eager",
     )
     phase = sizes(config)[-1]

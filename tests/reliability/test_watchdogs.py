@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from apt_model.gpt import GPT, Output
 from apt_model.schedule import Change, Clock
 from apt_model.training.callbacks import Callback
 from apt_model.training.checkpoint import Checkpoints, load
-from apt_model.training.watchdogs import Memory, SpikeWatch, Watchdog, host_memory
+from apt_model.training.watchdogs import CollapseWatch, Memory, SpikeWatch, Watchdog, host_memory
 from tests.conftest import until
 
 MARK = 1
@@ -139,6 +140,70 @@ def test_a_jump_without_a_switch_or_long_after_one_is_none_of_its_business(caplo
         for step in range(9, 12):
             watch.on_step(trainer_at(step, 50.0))
     assert caplog.text == ""
+
+
+def layers_at(step: int, *layers: tuple[float, float]) -> Any:
+    """A trainer after an update whose row has (dead experts, load entropy) of each layer of 8 experts."""
+    row: dict[str, float] = {"step": step}
+    for number, (dead, entropy) in enumerate(layers):
+        row |= {f"moe/layer_{number:02}/dead_experts": dead, f"moe/layer_{number:02}/load_entropy": entropy}
+    moe = SimpleNamespace(num_experts=8, balance_loss_weight=torch.tensor(0.01))
+    model = SimpleNamespace(moe_layers=[moe] * len(layers))
+    return SimpleNamespace(clock=Clock(epoch=1, step=step), last_row=row, model=model)
+
+
+EVEN = (0, math.log(8))
+
+
+@pytest.mark.parametrize("bad", [(3, math.log(5)), (0, math.log(3.5))], ids=["dead experts", "uneven load"])
+def test_routing_that_stays_collapsed_is_told_once_with_numbers(
+    bad: tuple[float, float], caplog: pytest.LogCaptureFixture
+) -> None:
+    watch = CollapseWatch(updates=20)
+    with caplog.at_level(logging.WARNING):
+        for step, now in ((0, bad), (10, EVEN), (20, bad), (30, bad)):  # it has been well in between
+            watch.on_step(layers_at(step, EVEN, now))
+        assert caplog.text == ""
+        for step in (40, 50):
+            watch.on_step(layers_at(step, EVEN, bad))
+    assert caplog.text.count("has collapsed") == 1
+    told = f"the routing of layer 1 has collapsed since step 20: {bad[0]} of its 8 experts get no token"
+    assert f"epoch 1, step 40: {told}" in caplog.text
+    assert f"as if {math.exp(bad[1]):.1f} were in use" in caplog.text
+    assert "moe.balance_loss_weight (it is 0.01)" in caplog.text
+
+
+def test_routing_that_is_uneven_for_a_while_is_nothing_to_tell(caplog: pytest.LogCaptureFixture) -> None:
+    watch = CollapseWatch(updates=20)
+    with caplog.at_level(logging.WARNING):
+        for step in range(0, 100, 10):
+            watch.on_step(layers_at(step, (0, math.log(3)) if step % 30 else EVEN))
+            watch.on_step(layers_at(step, (1, math.log(6))))
+        stale = layers_at(0, (8, 0.0))
+        for _ in range(5):
+            stale.clock = stale.clock.after_update(samples=1, tokens=1)  # updates without a row of their own
+            watch.on_step(stale)
+        for step in (200, 300):
+            watch.on_step(layers_at(step, (8, 0.0)))  # two rows are too few
+    assert caplog.text == ""
+
+
+def test_a_run_whose_router_sends_all_to_two_experts_is_told(
+    small: Small, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Pull(Callback):
+        """A router that prefers two experts whatever it sees."""
+
+        def on_batch_begin(self, trainer: Any) -> None:
+            for layer in trainer.model.moe_layers:
+                layer.router.weight.data[2:] = 0.0
+
+    given = ("schedule.enable_moe_at_epoch=0", "moe.num_experts=8", "trainer.log_every=1")
+    watch = CollapseWatch(updates=10)
+    trainer = build_trainer(small(*given), log=lambda row: None, callbacks=[Pull(), watch])
+    with caplog.at_level(logging.WARNING):
+        trainer.fit()
+    assert caplog.text.count("has collapsed since step") == 1
 
 
 def test_a_step_that_stalls_is_told_and_the_log_shows_where_every_thread_stands(

@@ -129,6 +129,20 @@ def test_each_event_adds_at_most_one_graph() -> None:
     print(f"graphs after each of ten updates: {counts}")
 
 
+def test_telling_of_routing_adds_one_graph_however_often_it_changes() -> None:
+    model = gpt(num_layers=2)
+    model.enable_moe(True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    tokens = torch.randint(0, 32, (4, 17))
+    counts = []
+    for telling in (True, False, True, False, True):
+        output = compiled(tokens[:, :-1], tokens[:, 1:], telling=telling)
+        output.language_loss.backward()
+        assert (output.routing is not None) == telling
+        counts.append(graphs())
+    assert counts == [1, 2, 2, 2, 2]
+
+
 class Bare(nn.Module):
     """A module whose number is a Python float."""
 

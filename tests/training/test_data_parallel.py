@@ -113,6 +113,25 @@ def test_ranks_balance_experts_by_the_same_bias(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize(
+    "engine",
+    [(), ("trainer.parallel=fsdp",), ("trainer.parallel=fsdp", "trainer.expert_parallel=2")],
+)
+def test_slices_of_experts_begin_on_ranks_as_on_one_process(
+    engine: tuple[str, ...], group: Ranks, data: tuple[str, str], tmp_path: Path
+) -> None:
+    fine = ("moe.num_experts=8", "moe.top_k=4", "moe.granularity=2", "moe.upcycling=drop")
+    given = (*data, *PLAIN, *fine, "schedule=none", "schedule.enable_moe_at_epoch=1", "trainer.max_epochs=3")
+    one = group.train(1, tmp_path / "one", *given)
+    many = group.train(2, tmp_path / "many", *given, *engine)
+    same(many, one)
+    cosines = [
+        [row["moe/layer_01/expert_cosine"] for row in rows if "moe/layer_01/max_load" in row] for rows in (one, many)
+    ]
+    assert cosines[1] == pytest.approx(cosines[0], abs=1e-3)
+    assert 0.1 < cosines[0][0] < 0.5, "half of the channels were drawn anew"
+
+
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_all_ranks_stop_where_one_is_asked_to_and_go_on_exactly(
     engine: str, group: Ranks, data: tuple[str, str], tmp_path: Path

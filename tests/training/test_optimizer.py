@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from apt_model.gpt import GPT
+from apt_model.layers.feed_forward import as_dense
 from apt_model.layers.moe import MoE
 from apt_model.training.optimizer import follow_model, load_named_state, named_state, parameter_groups
 
@@ -71,6 +72,39 @@ def test_folding_back_restores_the_moments() -> None:
     follow_model(optimizer, gpt, gpt.take_lineage())
     after = optimizer.state[gpt.moe_layers[1].dense.up]
     assert all(torch.allclose(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("granularity", [1, 2])
+def test_copies_share_the_gradient_of_the_dense_layer(granularity: int) -> None:
+    dense, sparse = (trained(0, num_experts=4, granularity=granularity, capacity_factor=None)[0] for _ in range(2))
+    sparse.enable_moe(True)
+    tokens, targets = torch.randint(0, 20, (2, 5, 6))
+    for gpt in (dense, sparse):
+        gpt(tokens, targets).language_loss.backward()
+    copies = 4 // granularity
+    for name, weight in dense.moe_layers[0].dense.named_parameters():
+        experts = getattr(sparse.moe_layers[0].experts, name)
+        assert torch.allclose(copies * as_dense(experts.grad, name, granularity=granularity), weight.grad, atol=1e-6)
+    scales = {link.gradient_scale for link in sparse.take_lineage()}
+    assert scales == {1 / copies}
+
+
+def test_a_slice_takes_over_its_own_part_of_the_moments() -> None:
+    gpt, optimizer = trained(num_experts=4, granularity=2)
+    dense = dict(gpt.moe_layers[0].dense.named_parameters())
+    before = {name: {k: v.clone() for k, v in optimizer.state[p].items()} for name, p in dense.items()}
+    gpt.enable_moe(True)
+    follow_model(optimizer, gpt, gpt.take_lineage())
+    experts = gpt.moe_layers[0].experts
+    for expert in range(4):
+        channels = slice(8, 16) if expert % 2 else slice(0, 8)
+        up, down = (optimizer.state[weight] for weight in (experts.up, experts.down))
+        assert torch.allclose(up["exp_avg"][expert], before["up"]["exp_avg"][channels] / 2)
+        assert torch.allclose(down["exp_avg_sq"][expert], before["down"]["exp_avg_sq"][:, channels] / 4)
+    gpt.enable_moe(False)
+    follow_model(optimizer, gpt, gpt.take_lineage())
+    for name, p in gpt.moe_layers[0].dense.named_parameters():
+        assert all(torch.allclose(optimizer.state[p][key], before[name][key]) for key in before[name])
 
 
 def test_beside_a_shared_expert_both_sides_get_half_the_gradient() -> None:

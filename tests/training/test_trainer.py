@@ -124,6 +124,47 @@ def test_accumulating_batches_equals_one_larger_batch(small: Small) -> None:
         assert torch.allclose(weight, two.weights()[name], atol=1e-5), name
 
 
+ROUTED = ("schedule=none", "schedule.enable_moe_at_epoch=0", "trainer.max_epochs=2", "moe.capacity_factor=null")
+
+
+def test_routing_is_told_of_all_batches_of_an_update(small: Small) -> None:
+    one = Run(small(*ROUTED, "trainer.batch_size=4", "trainer.max_batches_per_epoch=2"))
+    one.trainer.fit()
+    two = Run(small(*ROUTED, "trainer.batch_size=2", "trainer.max_batches_per_epoch=4", "trainer.accumulate=2"))
+    two.trainer.fit()
+    whole, added = one.rows[0], two.rows[0]
+    names = [name for name in whole if name.startswith("moe/") and not name.endswith("balance_loss")]
+    assert len(names) == 10 * 3
+    assert [added[name] for name in names] == pytest.approx([whole[name] for name in names], abs=1e-4)
+
+
+def test_a_row_that_is_there_for_an_anneal_tells_of_no_single_layer(small: Small) -> None:
+    run = Run(small("schedule.enable_moe_at_epoch=1"))
+    run.trainer.fit()
+    rows = {row["step"]: row for row in run.rows if "train/loss" in row}
+    of_layers = {step for step, row in rows.items() if "moe/layer_01/max_load" in row}
+    assert {step for step, row in rows.items() if "moe/max_load" in row} == set(range(4, 24))  # align_weight moves
+    switches, last = {4, 12, 20}, {7, 11, 15, 19, 23}
+    assert of_layers == switches | last | {step for step in range(4, 24) if step % 3 == 0}
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_the_model_tells_of_routing_only_where_somebody_reads_it(small: Small, watched: bool) -> None:
+    asked: list[bool] = []
+    latch = "+schedule.events.x={enable: voter, when: {metric: moe/layer_01/max_load, above: 99, deadline: 5ep}}"
+    more = (latch, "trainer.max_epochs=6") if watched else ()
+    run = Run(small(*ROUTED, "trainer.accumulate=2", "trainer.max_batches_per_epoch=10", *more))
+    run.trainer.model.register_forward_hook(lambda model, given, output: asked.append(output.routing is not None))
+    run.trainer.fit()
+    updates = 5 * (6 if watched else 2)
+    logged = {row["step"] for row in run.rows if "train/loss" in row}
+    assert {row["step"] for row in run.rows if "moe/layer_01/max_load" in row} == logged < set(range(updates))
+    told = [step in logged or watched for step in range(updates) for _ in range(2)]
+    for epoch in range(updates // 5):  # after the ten batches of an epoch, validation has two
+        told[12 * epoch + 10 : 12 * epoch + 10] = [False, False]
+    assert asked == told
+
+
 def test_the_learning_rate_warms_up_and_falls_to_its_end(small: Small) -> None:
     config = small(
         "schedule=none", "trainer.log_every=1", "trainer.lr_schedule.warmup=4", "trainer.lr_schedule.type=linear"
@@ -158,7 +199,17 @@ def test_mixed_precision_keeps_weights_in_float32(small: Small) -> None:
     assert run.rows[-1]["val/loss"] < run.rows[0]["train/loss"]
 
 
-@pytest.mark.parametrize("options", [(), ("trainer.accumulate=2", "trainer.max_batches_per_epoch=5")])
+FINE = ("moe.num_experts=8", "moe.top_k=4", "moe.granularity=2", "moe.upcycling=drop", "moe.jitter=0.1")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("trainer.accumulate=2", "trainer.max_batches_per_epoch=5"),
+        (*FINE, "moe.router=sigmoid", "moe.bias_update_rate=0.01"),  # all about experts that draws or remembers
+    ],
+)
 @pytest.mark.parametrize("stop_after", [1, 4, 8, 9, 13, 17, 18])
 def test_a_resume_ends_in_the_same_weights_and_rows(
     small: Small, tmp_path: Path, stop_after: int, options: tuple[str, ...]

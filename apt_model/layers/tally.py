@@ -1,0 +1,103 @@
+"""What routers did, as sums that add up over batches and ranks, and the metrics that come of them.
+
+They cost a few passes over the routers' probabilities, so a forward pass takes them only where it is asked to. Metrics are
+made of sums and not of other metrics: a load is that of all batches of an update.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from apt_model.layers.router import Dispatch, Routing
+
+MEANS: Final = (
+    "balance_loss",
+    "z_loss",
+    "router_entropy",
+    "top1_probability",
+    "drop_fraction",
+    "dropped_tokens",
+)
+OF_LOADS: Final = ("max_load", "load_entropy", "dead_experts", "specialisation")
+
+METRICS: Final[tuple[str, ...]] = (*MEANS, *OF_LOADS)
+"""What each layer tells; entropies in nats. Over all layers: the largest ``max_load``, all ``dead_experts``, else the mean.
+
+``specialisation`` is what the sequence tells about the expert, their mutual information: the entropy of the load less the
+mean entropy of a sequence's own load. It is 0 where all texts use experts alike (but for chance, which adds about
+num_experts / (2 top_k seq_len)), and ``load_entropy`` where each text has its own.
+"""
+
+
+@torch.no_grad()
+def tally(routing: Routing, dispatch: Dispatch, *, num_sequences: int, balance: Tensor, z: Tensor) -> Tensor:
+    """Return a layer's sums, (len(MEANS) + 1 + num_experts,) float32.
+
+    They are :data:`MEANS` and the mean entropy of a sequence's load, times the number of slots (a token at one of its
+    experts), and the slots that wanted each expert, dropped ones included.
+    """
+    p, kept = routing.probabilities, dispatch.kept
+    wanted = routing.experts.view(num_sequences, -1)
+    of_sequences = torch.zeros(num_sequences, p.shape[1], device=p.device)
+    of_sequences = of_sequences.scatter_add(1, wanted, torch.ones_like(wanted, dtype=of_sequences.dtype))
+    means = [
+        balance,
+        z,
+        _entropy(p).mean(),
+        p.amax(dim=-1).mean(),
+        1.0 - kept.float().mean(),
+        1.0 - kept.any(dim=-1).float().mean(),
+        _entropy(of_sequences / wanted.shape[1]).mean(),
+    ]
+    weighted = kept.numel() * torch.stack([mean.detach().float() for mean in means])
+    return torch.cat((weighted, dispatch.counts.float()))
+
+
+def _entropy(p: Tensor) -> Tensor:
+    return -torch.xlogy(p, p).sum(dim=-1)
+
+
+def layer_metrics(sums: Tensor) -> Tensor:
+    """Return :data:`METRICS` of each layer, (num_layers, len(METRICS)); ``sums``: (num_layers, ...) of :func:`tally`."""
+    weighted, counts = sums[:, : len(MEANS) + 1], sums[:, len(MEANS) + 1 :]
+    slots = counts.sum(dim=1, keepdim=True)
+    load, means = counts / slots, weighted / slots
+    entropy = _entropy(load)
+    of_loads = (
+        load.amax(dim=1) * load.shape[1],  # over the equal share
+        entropy,
+        (counts == 0).sum(dim=1).float(),
+        (entropy - means[:, -1]).clamp(min=0.0),
+    )
+    return torch.cat((means[:, :-1], torch.stack(of_loads, dim=1)), dim=1)
+
+
+def model_metrics(layers: Tensor) -> Tensor:
+    """Return :data:`METRICS` of a model, (len(METRICS),), from those of its layers."""
+    values = layers.mean(dim=0)
+    values[METRICS.index("max_load")] = layers[:, METRICS.index("max_load")].amax()
+    values[METRICS.index("dead_experts")] = layers[:, METRICS.index("dead_experts")].sum()
+    return values
+
+
+def routing_metrics(sums: Tensor, cosines: Tensor | None = None) -> dict[str, float]:
+    """Return the metrics of a model, and of each layer, by name; waits for the device once.
+
+    Args:
+        sums: (num_layers, ...), added over whatever the metrics are to be of.
+        cosines: (num_layers,) of the experts' weights, told as ``expert_cosine``; None: they are not told.
+    """
+    layers, names = layer_metrics(sums), METRICS
+    model = model_metrics(layers)
+    if cosines is not None:
+        names = (*names, "expert_cosine")
+        layers = torch.cat((layers, cosines.unsqueeze(1)), dim=1)
+        model = torch.cat((model, cosines.mean(dim=0, keepdim=True)))
+    model_values, *each = torch.cat((model.unsqueeze(0), layers)).tolist()
+    told = {f"moe/{name}": value for name, value in zip(names, model_values, strict=True)}
+    for number, values in enumerate(each):
+        told |= {f"moe/layer_{number:02}/{name}": value for name, value in zip(names, values, strict=True)}
+    return told
