@@ -146,8 +146,13 @@ class Experts(nn.Module):
         return (squares.mean() - copies) / (copies * (copies - 1))
 
 
+def size_step(rows: int, groups: int) -> int:
+    """Return of what sizes of groups are to be multiples: a power of two, 8 to 64, of about an eighth of their mean."""
+    return 1 << min(6, max(3, (rows // groups // 8).bit_length() - 1))
+
+
 def spread(x: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Put zeros after each group, so that the sizes of groups are multiples of about an eighth of their mean.
+    """Put zeros after each group, so that the sizes of groups are multiples of :func:`size_step`.
 
     On the CPU 16-bit products go through oneDNN, which compiles a kernel for each new size, in ten times as long as the
     product takes. Routing gives new sizes at each step; few different ones are left of them.
@@ -160,13 +165,12 @@ def spread(x: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         The rows with zeros between, their ends, and where each row of ``x`` is now: (rows,) int64.
     """
     counts = ends.diff(prepend=ends.new_zeros(1)).long()
-    eighth = x.shape[0] // len(ends) // 8
-    multiple = 1 << min(6, max(3, eighth.bit_length() - 1))  # a power of two, 8 to 64
+    multiple = size_step(x.shape[0], len(ends))
     room = (counts + multiple - 1) // multiple * multiple
     shift = ((room - counts).cumsum(0) - (room - counts)).repeat_interleave(counts)
     place = torch.arange(len(shift)) + shift
     total = int(room.sum())
-    padded = x.new_zeros(total, x.shape[1]).index_copy(0, place, x[: len(shift)])
+    padded = x.new_zeros(max(1, total), x.shape[1]).index_copy(0, place, x[: len(shift)])
     place = F.pad(place, (0, x.shape[0] - len(shift)), value=max(0, total - 1))
     return padded, room.cumsum(0).int(), place
 
