@@ -83,7 +83,7 @@ def run(config: RunConfig, path: Path, member: Membership | None = None) -> floa
         if config.trainer.keep_freed_memory:
             keep_freed_memory()
 
-        with process_group() as ranks:
+        with process_group(config.trainer.device) as ranks:
             folders = sorted(set(gathered(str(path.absolute()))))
             if len(folders) > 1:
                 raise ConfigError(

@@ -30,5 +30,9 @@ class Batches:
         for number, begins in enumerate(order):
             for coming in order[number + 1 : number + 2]:
                 self.tokens.expect(coming, length)
-            window = torch.from_numpy(self.tokens.windows(begins, length)).to(device)
+            window = torch.from_numpy(self.tokens.windows(begins, length))
+            if torch.device(device).type == "cuda":  # from pinned memory, so that nobody waits for the copy
+                window = window.pin_memory().to(device, non_blocking=True)
+            else:
+                window = window.to(device)
             yield window[:, :-1], window[:, 1:]

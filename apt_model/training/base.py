@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from apt_model.data.batches import Batches
 from apt_model.errors import ConfigError, HorizonError, NonFiniteError, TrainingError
 from apt_model.gpt import GPT
 from apt_model.layers.tally import routing_metrics
-from apt_model.schedule import Anneal, Change, ScheduleRunner
+from apt_model.schedule import Anneal, Change, Clock, ScheduleRunner
 from apt_model.schedule.clock import Unit
 from apt_model.schedule.targets import NOT_NEGATIVE
 from apt_model.training.callbacks import Callback, Callbacks
@@ -40,8 +40,22 @@ Batch = tuple[Tensor, Tensor]
 Row = dict[str, float]
 
 
+class Made(NamedTuple):
+    """An update that was made: its losses and the norm of its gradient, 0-dim, on the device."""
+
+    clock: Clock
+    loss: Tensor
+    auxiliary: Tensor
+    norm: Tensor
+    scaled: bool  # whether a norm that is not finite is mixed precision's business
+
+
 class BaseTrainer(Follower):
     """What every trainer of this project has in common; a subclass runs the loop, or has it run, in :meth:`fit`.
+
+    On CUDA the host does not wait for the device but where a row is logged: losses and norms of the updates between are read
+    there, and what is not finite left the weights as they were until then. With ``on_nonfinite`` other than ``stop``, in fp16,
+    and where a latch watches training, each update is read at once.
 
     A row goes to ``log`` when the curriculum changed something, every ``log_every`` updates, at each epoch's last update,
     and after each validation. Where only a value has moved, it tells nothing of single layers. Its ``step`` and ``epoch``
@@ -87,6 +101,7 @@ class BaseTrainer(Follower):
     model: GPT
     can_resume: ClassVar[bool] = False
     shares_batches: ClassVar[bool] = False  # among the ranks of a process group
+    may_read_late: ClassVar[bool] = False  # whether its loop makes updates before it knows the numbers of earlier ones
 
     def __init__(
         self,
@@ -171,7 +186,7 @@ class BaseTrainer(Follower):
         self.seconds = 0.0
         self._saved_at = 0.0  # of these seconds
         self.last_row: Row = {}
-        self.last_loss = math.nan  # of the last update
+        self.last_loss = torch.tensor(math.nan)  # of the last update, 0-dim; to read it waits for the device
         self._changes: list[Change] = []  # for the update in the making
         self._losses: list[Tensor] = []  # of its batches
         self._auxiliary: list[Tensor] = []
@@ -180,8 +195,11 @@ class BaseTrainer(Follower):
         self._logged = False  # whether it gets a row
         self._telling = False  # whether the model is asked for metrics of routing
         self._in_full = False  # whether those of each layer, and of the experts' weights, are wanted, too
-        self._norm = torch.zeros(())  # of its gradient
+        self._made: list[Made] = []  # updates whose numbers were not read yet
+        self._made_in = [0, 0.0]  # tokens, seconds
+        self._numbers: Row = {}  # of the last update that was read
         self._began = 0.0
+        self.reads_every_update = self._must_read_every_update()
 
     def _batches(self, corpus: Corpus, split: Literal["train", "val"], batch_size: int, limit: int | None) -> Batches:
         tokens = corpus.read(split)
@@ -245,7 +263,6 @@ class BaseTrainer(Follower):
         """Return the loss of a batch, 0-dim, to go backward from; tokens and targets: (batch, seq).
 
         Raises:
-            NonFiniteError: it is not finite.
             TrainingError: the curriculum has frozen every parameter.
         """
         self.callbacks.notify("on_batch_begin", self)
@@ -253,22 +270,12 @@ class BaseTrainer(Follower):
             output = self.engine.forward(tokens, targets, telling=self._telling)
         assert output.language_loss is not None
         loss: Tensor = output.language_loss + output.auxiliary_loss
-        mean = self.mean_of_ranks(
-            {"language": output.language_loss.detach(), "auxiliary": output.auxiliary_loss.detach()}
-        )
-        language, auxiliary = mean["language"], mean["auxiliary"]
-        if not torch.isfinite(language + auxiliary):
-            raise NonFiniteError(
-                f"the loss is {(language + auxiliary).item()} at {self.clock} (language model {language.item():g}, "
-                f"auxiliary {auxiliary.item():g}). The last checkpoint is from before it. Try a lower optimizer.lr, a longer "
-                "trainer.lr_schedule.warmup or trainer.precision=fp32."
-            )
         if not loss.requires_grad:
             raise TrainingError(
                 f"every parameter is frozen at {self.clock}: there is nothing to train. See schedule.events."
             )
-        self._losses.append(language)
-        self._auxiliary.append(auxiliary)
+        self._losses.append(output.language_loss.detach())
+        self._auxiliary.append(output.auxiliary_loss.detach())
         self._told.append(output.metrics)
         if output.routing is not None:
             self._routing.append(output.routing)
@@ -286,31 +293,64 @@ class BaseTrainer(Follower):
             scaled: whether mixed precision scales gradients and skips an update whose gradients overflowed.
 
         Raises:
-            NonFiniteError: it is not finite and nothing would skip the update.
+            NonFiniteError: it is not finite and nothing would skip the update, or the loss is not.
         """
         norm = clip_gradients(self.model.parameters(), self.grad_clip)
-        if not scaled and not torch.isfinite(norm):
-            raise NonFiniteError(
-                f"the gradient's norm is {norm.item()} at {self.clock}, its loss "
-                f"{(self._losses[-1] + self._auxiliary[-1]).item():g}. The last checkpoint is from before it. Try a lower "
-                "optimizer.lr or trainer.precision=fp32."
-            )
-        self._norm = norm
+        losses, auxiliary = torch.stack(self._losses).mean(), torch.stack(self._auxiliary).mean()
+        self.last_loss = losses
+        self._made.append(Made(self.clock, losses, auxiliary, norm, scaled))
+        if self.reads_every_update:
+            self._read()
+        else:  # a fused optimizer leaves the weights alone where this is 1, as mixed precision asks it to
+            self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
         return norm
+
+    def _must_read_every_update(self) -> bool:
+        """Say whether each update's numbers have to be known before the next: on CUDA that waits for the device."""
+        fused = all(group.get("fused") for group in self.optimizer.param_groups)
+        waits = self.device.type != "cuda" or self.scaler.is_enabled() or not (self.may_read_late and fused)
+        return waits or self.on_nonfinite != "stop" or bool(self.schedule.program.watched - {"val/loss"})
+
+    def _read(self) -> None:
+        """Read the numbers of updates that were made since, all at once.
+
+        Raises:
+            NonFiniteError: those of one are not finite.
+        """
+        if not self._made:
+            return
+        made, self._made = self._made, []
+        stacked = torch.stack([torch.stack([m.loss, m.auxiliary]).float() for m in made])
+        losses = self.mean_of_ranks({"losses": stacked})["losses"]
+        norms = torch.stack([m.norm.float() for m in made]).unsqueeze(1)
+        for update, (loss, auxiliary, norm) in zip(made, torch.cat([losses, norms], dim=1).tolist(), strict=True):
+            where = f"at {update.clock}"
+            if not math.isfinite(loss + auxiliary):
+                raise NonFiniteError(
+                    f"the loss is {loss + auxiliary} {where} (language model {loss:g}, auxiliary {auxiliary:g}). The last "
+                    "checkpoint is from before it. Try a lower optimizer.lr, a longer trainer.lr_schedule.warmup or "
+                    "trainer.precision=fp32."
+                )
+            if not math.isfinite(norm) and not update.scaled:
+                raise NonFiniteError(
+                    f"the gradient's norm is {norm} {where}, its loss {loss + auxiliary:g}. The last checkpoint is from "
+                    "before it. Try a lower optimizer.lr or trainer.precision=fp32."
+                )
+            self._numbers = {"train/loss": loss, "train/auxiliary_loss": auxiliary, "train/grad_norm": norm}
 
     def end_update(self, metrics: Mapping[str, float] | None = None) -> None:
         """Take note of an update that has happened, and log it where it is due; the clock goes on."""
-        row = {
-            "train/loss": torch.stack(self._losses).mean().item(),
-            "train/auxiliary_loss": torch.stack(self._auxiliary).mean().item(),
-            "train/grad_norm": self._norm.item(),
-            "lr": self.lr,
-        } | self._told_by_model()
-        took = self._take_time()
+        row: Row = {}
+        if self._logged or self.reads_every_update:
+            self._read()
+            row = self._numbers | {"lr": self.lr} | self._told_by_model()
+        self._made_in[0] += self.tokens
+        self._made_in[1] += self._take_time()
         self.updates_done += 1
-        self.last_loss = row["train/loss"]
         if self._logged:
-            speed = {"tokens_per_second": self.tokens / took}
+            tokens, seconds = self._made_in
+            self._made_in = [0, 0.0]
+            speed = {"tokens_per_second": tokens / seconds}
             self._log(
                 row | self.schedule.metrics() | speed, step=self.clock.step, tokens=self.clock.token + self.tokens
             )
@@ -441,6 +481,7 @@ class BaseTrainer(Follower):
             CheckpointError: it could not be written; without ``wait`` that is a warning.
         """
         self._saved_at = self.seconds
+        self._read()  # what is not finite gets no checkpoint
         if self.checkpoints is None and self.ranks.world == 1:
             return
         state = self.state_dict()

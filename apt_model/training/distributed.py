@@ -43,18 +43,19 @@ _NAMES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
 @contextmanager
-def process_group() -> Iterator[Ranks]:
-    """Bring the ranks of the environment together, over NCCL where there is CUDA and over gloo elsewhere.
+def process_group(device: str = "auto") -> Iterator[Ranks]:
+    """Bring the ranks of the environment together, over NCCL where they train on CUDA and over gloo elsewhere.
 
-    Which devices a process sees is for its launcher to say: CUDA_VISIBLE_DEVICES stays as it is.
+    ``device`` is ``trainer.device``. Which devices a process sees is for its launcher to say: CUDA_VISIBLE_DEVICES stays as it is.
     """
     ranks = Ranks.here()
     if ranks.world == 1 or dist.is_initialized():
         yield ranks
         return
-    if torch.cuda.is_available():
+    on_cuda = torch.cuda.is_available() and device != "cpu"
+    if on_cuda:
         torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("nccl" if on_cuda else "gloo")
     try:
         yield ranks
         dist.barrier()  # the first rank holds the store that the others still talk to

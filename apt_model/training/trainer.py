@@ -36,6 +36,7 @@ class Trainer(BaseTrainer):
 
     can_resume: ClassVar[bool] = True
     shares_batches: ClassVar[bool] = True
+    may_read_late: ClassVar[bool] = True
     _given_up = 0  # updates in a row
 
     def fit(self) -> None:

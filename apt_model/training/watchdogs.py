@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
 from apt_model.schedule import Change
 from apt_model.training.callbacks import Callback
@@ -34,9 +35,9 @@ class SpikeWatch(Callback):
     """
 
     def __init__(self, window: int = 20, short: int = 5) -> None:
-        self.losses: deque[float] = deque(maxlen=window)
+        self.losses: deque[Tensor] = deque(maxlen=window)  # read after a switch only: to read them waits for the device
         self.short = short
-        self.armed: tuple[str, float, float, deque[float]] | None = None
+        self.armed: tuple[str, float, float, deque[Tensor]] | None = None
         self.left = 0
 
     def on_schedule(self, trainer: BaseTrainer, changes: Sequence[Change]) -> None:
@@ -45,7 +46,8 @@ class SpikeWatch(Callback):
         if switched and len(self.losses) >= self.short:
             names = " and ".join(f"{c.name.rsplit('_', 1)[0]} {'on' if c.value else 'off'}" for c in switched)
             where = f"{names} at {trainer.clock}"
-            self.armed = (where, statistics.mean(self.losses), statistics.pstdev(self.losses), deque(maxlen=self.short))
+            before = [float(loss) for loss in self.losses]
+            self.armed = (where, statistics.mean(before), statistics.pstdev(before), deque(maxlen=self.short))
             self.left = self.losses.maxlen or 0
 
     def on_step(self, trainer: BaseTrainer) -> None:
@@ -56,7 +58,7 @@ class SpikeWatch(Callback):
         where, before, deviation, after = self.armed
         after.append(trainer.last_loss)
         self.left -= 1
-        now = statistics.mean(after)
+        now = statistics.mean(map(float, after))
         if len(after) == self.short and now > before + 3 * deviation:
             logger.warning(
                 "%s: train/loss rose from %.4f (mean of the updates before, deviation %.4f) to %.4f (mean of %d updates to "
