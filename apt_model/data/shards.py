@@ -301,7 +301,7 @@ def _write(folder: Path, corpus: DocumentCorpus, tokenizer: Tokenizer, told: Tol
         for split in reversed(SPLITS):  # what is wrong with the smaller one is told before hours go into the other
             progress = splits.get(split, SplitShards())
             if not progress.done:
-                save(split, _write_split(partial, split, progress, corpus, tokenizer, told, shard_tokens, save))
+                _write_split(partial, split, progress, corpus, tokenizer, told, shard_tokens, save)
     except ConfigError:  # the text is wrong, or the network failed: then it is worth going on later
         if not any(progress.shards for progress in splits.values()):
             shutil.rmtree(partial, ignore_errors=True)
@@ -331,8 +331,8 @@ def _write_split(
     tokenizer: Tokenizer,
     told: Told,
     shard_tokens: int,
-    save: Any,
-) -> SplitShards:
+    save: Callable[[Split, SplitShards], None],
+) -> None:
     import numpy as np
 
     limit = corpus.max_tokens
@@ -374,8 +374,8 @@ def _write_split(
             told(split, done, made)
     if size:
         progress = close()
+    save(split, progress.model_copy(update={"done": True}))
     told(split, 1.0, progress.tokens)
-    return progress.model_copy(update={"done": True})
 
 
 _Piece = tuple[str, bool, float]

@@ -46,7 +46,10 @@ _NAMES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 def process_group(device: str = "auto") -> Iterator[Ranks]:
     """Bring the ranks of the environment together, over NCCL where they train on CUDA and over gloo elsewhere.
 
-    ``device`` is ``trainer.device``. Which devices a process sees is for its launcher to say: CUDA_VISIBLE_DEVICES stays as it is.
+    Which devices a process sees is for its launcher to say: CUDA_VISIBLE_DEVICES stays as it is.
+
+    Args:
+        device: ``trainer.device``.
     """
     ranks = Ranks.here()
     if ranks.world == 1 or dist.is_initialized():
