@@ -114,7 +114,7 @@ def contenders(precision: str) -> dict[str, Callable[[], Iterator[None]]]:
     """Return what takes part, by name; the plain loop is first."""
     from apt_model.data import StdlibCorpus
 
-    corpus = torch.frombuffer(StdlibCorpus().read("train"), dtype=torch.uint8)
+    corpus = torch.from_numpy(StdlibCorpus().read("train").array().copy())
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     given = f"trainer.precision={precision}"
     experts = ("schedule=none", "schedule.enable_moe_at_epoch=0", f"model.d_ff={2 * D}", "moe.top_k=2")
