@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -41,8 +41,10 @@ class Forks:
     def start(self, *arguments: str, cwd: Path, module: str = "apt_launch", env: dict[str, str] | None = None) -> int:
         """Start a child and return its process id; one that a failed test left behind is killed."""
         if self.pid:
-            os.kill(self.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has ended by itself
+                os.kill(self.pid, signal.SIGKILL)
             self._answer()
+            self.pid = 0
         streams = [tempfile.NamedTemporaryFile(delete=False) for _ in range(2)]  # noqa: SIM115
         self._streams = (Path(streams[0].name), Path(streams[1].name))
         asked = {
