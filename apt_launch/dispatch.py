@@ -13,10 +13,11 @@ from typing import Any, Protocol
 
 from apt_launch import ledger
 from apt_launch.config import flatten, is_neutral, parse
-from apt_launch.folder import changed_keys, refuse_place, write_json, write_whole
+from apt_launch.folder import changed_keys, refuse_place
 from apt_launch.ledger import ENDED, Ledger, Seen, State, Status, read_state
 from apt_launch.plan import Job, Plan, Resources, from_yaml, to_yaml, unflatten
 from apt_model.errors import ConfigError
+from apt_model.files import write_json, write_whole
 
 
 class Place(Protocol):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from apt_launch.config import RunConfig, build_corpus
 from apt_model.errors import CheckpointError, ConfigError
+from apt_model.files import write_json
 from apt_model.schedule import Horizon
 from apt_model.schedule.runner import horizon_changed
 from apt_model.training.checkpoint import Checkpoints, newest_intact, read_manifest
@@ -192,15 +193,3 @@ def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     missing = object()
     keys = sorted({*before, *now})
     return [key for key in keys if before.get(key, missing) != now.get(key, missing)]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` so that a reader finds the old content or the new, never a part."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content`` as JSON, whole or not at all."""
-    write_whole(path, json.dumps(content, indent=2) + "\n")

@@ -10,9 +10,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from apt_launch.folder import write_json
 from apt_launch.lease import read_holder
 from apt_launch.plan import Job, Plan
+from apt_model.files import write_json
 
 Name = Literal[
     "planned", "submitted", "pending", "running", "preempted", "requeued", "failed", "cancelled", "done", "unknown"

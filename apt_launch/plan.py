@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apt_launch.config import Counts, RunConfig, flatten, load
-from apt_launch.folder import write_whole
 from apt_model.errors import ConfigError, nearest
+from apt_model.files import write_whole
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from apt_launch.folder import write_whole
 from apt_launch.plan import Job, Plan
 from apt_launch.tracking import Row, read_rows
 from apt_model.errors import ConfigError, nearest
+from apt_model.files import write_whole
 from apt_model.schedule import MODULES
 
 SEEDS = ("seed", "data.seed")

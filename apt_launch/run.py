@@ -18,11 +18,12 @@ from omegaconf import OmegaConf
 from apt_launch.build import build_trainer
 from apt_launch.config import RunConfig, build_corpus
 from apt_launch.drill import Drill, Drilled
-from apt_launch.folder import Resume, RunFolder, write_json, write_whole
+from apt_launch.folder import Resume, RunFolder
 from apt_launch.lease import Holder, Lease
 from apt_launch.tracking import Record, Tracking, read_rows
 from apt_launch.tracking.projections import Membership, project
 from apt_model.errors import AptError, ConfigError, Interrupted, NonFiniteError
+from apt_model.files import write_json, write_whole
 
 logger = logging.getLogger(__name__)
 
