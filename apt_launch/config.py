@@ -16,6 +16,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from apt_launch.values import flatten
 from apt_model.errors import ConfigError, nearest, validated
 
 if TYPE_CHECKING:
@@ -91,18 +92,6 @@ class RunConfig:
 def is_neutral(key: str) -> bool:
     """Say whether a key cannot change what a run computes."""
     return any(key == name or key.startswith(f"{name}.") for name in NEUTRAL)
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one: dotted key to value; lists and empty mappings stay as they are."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        full = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{full}.")
-        else:
-            flat[full] = value
-    return flat
 
 
 def load(cfg: DictConfig, counts: Counts | None = None) -> RunConfig:

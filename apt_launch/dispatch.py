@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from apt_launch import ledger
-from apt_launch.config import flatten, is_neutral, parse
-from apt_launch.folder import changed_keys, refuse_place
+from apt_launch.config import is_neutral, parse
+from apt_launch.folder import refuse_place
 from apt_launch.ledger import ENDED, Ledger, Seen, State, Status, read_state
-from apt_launch.plan import Job, Plan, Resources, from_yaml, to_yaml, unflatten
+from apt_launch.plan import Job, Plan, Resources
+from apt_launch.values import changed_keys, flatten, read_frozen, to_yaml, unflatten
 from apt_model.errors import ConfigError
 from apt_model.files import write_json, write_whole
 
@@ -321,8 +322,7 @@ def _differences(folder: Path, planned: Mapping[str, Any]) -> list[str]:
     path = folder / "config.yaml"
     if not path.exists():
         return []
-    found = flatten(from_yaml(path.read_text(encoding="utf-8")))
-    differ = [key for key in changed_keys(found, planned) if not is_neutral(key)]
+    differ = [key for key in changed_keys(flatten(read_frozen(path)), planned) if not is_neutral(key)]
     return [f"{key}: {path} says otherwise than plan.yaml. Put it back, or remove the folder." for key in differ]
 
 

@@ -9,8 +9,9 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from apt_launch.config import CONF, flatten
+from apt_launch.config import CONF
 from apt_launch.schema import all_keys
+from apt_launch.values import flatten
 from apt_model.errors import ConfigError, nearest
 
 

@@ -8,9 +8,10 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from apt_launch.config import RunConfig, build_corpus
+from apt_launch.values import changed_keys
 from apt_model.errors import CheckpointError, ConfigError
 from apt_model.files import write_json
 from apt_model.schedule import Horizon
@@ -18,7 +19,7 @@ from apt_model.schedule.runner import horizon_changed
 from apt_model.training.checkpoint import Checkpoints, newest_intact, read_manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    pass
 
 FIXED = (
     "seed",
@@ -186,10 +187,3 @@ def refuse_place(folder: Path, key: str) -> None:
                 raise ConfigError(f"{key}: {path} is a file, and a folder is wanted at {folder}.")
     if there is not None and not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"{key}: {there} may not be written to. Choose another folder.")
-
-
-def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return the dotted keys whose values differ; ``before`` and ``now`` are flat."""
-    missing = object()
-    keys = sorted({*before, *now})
-    return [key for key in keys if before.get(key, missing) != now.get(key, missing)]

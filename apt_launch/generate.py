@@ -11,13 +11,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from apt_launch.build import build, build_model
 from apt_launch.config import parse_groups, show_error
 from apt_launch.folder import find_checkpoint
 from apt_launch.guard import keep_private
-from apt_launch.plan import from_yaml
+from apt_launch.values import read_frozen
 from apt_model.data.tokenizer import ByteTokenizer, load_tokenizer
 from apt_model.errors import CheckpointError, ConfigError
 from apt_model.schedule import Horizon
@@ -148,10 +148,7 @@ def restored(checkpoint: Path, device: torch.device) -> tuple[GPT, Tokenizer]:
     from apt_model.training.follower import bind, restore_model
 
     path = checkpoint.parent.parent / "config.yaml"
-    try:
-        values: dict[str, Any] = from_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: the config of the run cannot be read: {error}") from None
+    values = read_frozen(path)
     parse_groups(values)
     horizon = Horizon(**read_manifest(checkpoint)["about"]["horizon"])
     model = build_model(values)

@@ -18,7 +18,7 @@ from apt_launch.config import parse
 from apt_launch.guard import keep_private
 from apt_launch.lease import Holder, Lease
 from apt_launch.ledger import State, read_state, write_state
-from apt_launch.plan import from_yaml
+from apt_launch.values import from_yaml, read_frozen
 from apt_model.errors import AptError, ConfigError, Interrupted, TrainingError
 from apt_model.training.checkpoint import Checkpoints
 
@@ -124,11 +124,7 @@ def _train(folder: Path, about: dict[str, Any], state: State, before: State, ran
     from apt_launch.tracking.projections import Membership
 
     os.chdir(about["cwd"])
-    try:
-        values = from_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder / 'config.yaml'}: cannot be read: {error}") from None
-    config = parse(values)
+    config = parse(read_frozen(folder / "config.yaml"))
     if Checkpoints(folder / "checkpoints").all():
         config = config.resuming()
     else:  # an earlier life came to no checkpoint: its rows will be computed again

@@ -12,7 +12,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apt_launch.config import Counts, RunConfig, flatten, load
+from apt_launch.config import Counts, RunConfig, load
+from apt_launch.values import flatten, from_yaml, to_yaml, unflatten
 from apt_model.errors import ConfigError, nearest
 from apt_model.files import write_whole
 
@@ -180,18 +181,6 @@ class Plan:
         return replace(self, shared=shared, jobs=tuple(replace(j, differs=_without(v, shared)) for j, v in jobs))
 
 
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Return dotted keys as nested mappings, the opposite of :func:`apt_launch.config.flatten`."""
-    nested: dict[str, Any] = {}
-    for key, value in flat.items():
-        *above, last = key.split(".")
-        node = nested
-        for part in above:
-            node = node.setdefault(part, {})
-        node[last] = value
-    return nested
-
-
 def _shared(flats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first, *others = flats
     return {
@@ -203,32 +192,6 @@ def _shared(flats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _without(flat: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key not in shared}
-
-
-def to_yaml(content: Mapping[str, Any]) -> str:
-    """Return ``content`` as YAML, keys in their order."""
-    import yaml
-
-    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    text: str = yaml.dump(content, Dumper=dumper, sort_keys=False, allow_unicode=True, width=120)
-    return text
-
-
-def from_yaml(text: str) -> dict[str, Any]:
-    """Return what ``text`` holds.
-
-    Raises:
-        ValueError: it is no YAML, or no mapping.
-    """
-    import yaml
-
-    try:
-        content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from None
-    if not isinstance(content, dict):
-        raise ValueError("not a mapping")
-    return content
 
 
 class Composer:

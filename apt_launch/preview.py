@@ -219,7 +219,7 @@ def _last_at(steps: list[int], step: int) -> int:
 
 def unread_sweeps(jobs: Sequence[Job]) -> list[str]:
     """Name the curriculum's keys that vary between jobs without a model noticing."""
-    from apt_launch.folder import changed_keys
+    from apt_launch.values import changed_keys
     from apt_model.schedule.timeline import effect
 
     noticed: dict[str, bool] = {}

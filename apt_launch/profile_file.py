@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from apt_launch.config import flatten
+from apt_launch.values import flatten
 from apt_model.errors import ConfigError
 
 KEYS = {

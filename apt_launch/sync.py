@@ -15,8 +15,8 @@ from pathlib import Path
 from apt_launch.config import show_error
 from apt_launch.guard import keep_private
 from apt_launch.lease import read_holder
-from apt_launch.plan import from_yaml
 from apt_launch.tracking.projections import deliver
+from apt_launch.values import read_frozen
 from apt_model.errors import ConfigError
 
 
@@ -61,8 +61,8 @@ def _deliver_each(runs: list[Path]) -> int:
 def _deliver(folder: Path) -> int:
     import wandb
 
+    values = read_frozen(folder / "config.yaml")
     try:
-        values = from_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: {error}") from None

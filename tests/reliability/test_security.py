@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from apt_launch.guard import check_secrets, redacted
-from apt_launch.plan import from_yaml, to_yaml
+from apt_launch.values import from_yaml, to_yaml
 from apt_model.errors import CheckpointError
 from apt_model.training.checkpoint import load
 from tests.conftest import SMALL, until
