@@ -21,6 +21,7 @@ from apt_launch.values import read_frozen
 from apt_model.data.tokenizer import ByteTokenizer, load_tokenizer
 from apt_model.errors import CheckpointError, ConfigError
 from apt_model.schedule import Horizon
+from apt_model.schedule.targets import OF_OPTIMIZER
 from apt_model.training.checkpoint import load, read_manifest
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     import torch
 
     from apt_model.generation import Sampling, generate
-    from apt_model.training.base import choose_device
+    from apt_model.training.device import choose_device
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     try:
@@ -153,7 +154,7 @@ def restored(checkpoint: Path, device: torch.device) -> tuple[GPT, Tokenizer]:
     horizon = Horizon(**read_manifest(checkpoint)["about"]["horizon"])
     model = build_model(values)
     schedule = build(values["schedule"], horizon=horizon)
-    bind(schedule, model, more={"optimizer.lr": lambda value: None, "optimizer.weight_decay": lambda value: None})
+    bind(schedule, model, more=dict.fromkeys(OF_OPTIMIZER, lambda value: None))
     restore_model(model, schedule, load(checkpoint))
     schedule.reconcile()
     model.take_lineage()
