@@ -61,7 +61,7 @@ def ranks() -> Iterator[Ranks]:
 def _serve() -> None:
     import importlib
 
-    for name in ("torch._dynamo", "safetensors.torch", "apt_model.training.shards", "apt_model.training.trainer"):
+    for name in ("torch._dynamo", "safetensors.torch", "apt_model.training.fsdp", "apt_model.training.trainer"):
         importlib.import_module(name)
     from apt_launch.config import composed
     from apt_model.errors import ConfigError

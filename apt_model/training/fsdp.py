@@ -21,7 +21,7 @@ from apt_model.layers.moe import MoE
 from apt_model.training.parallel import Engine, whole
 
 
-class Shards(Engine):
+class Sharded(Engine):
     """Every rank holds a part of each parameter, its gradient and its moments, and gathers a layer at a time (FSDP2).
 
     Each block is a unit; so are its dense layer, router and experts, which come and go. Experts are shared out whole, by
