@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apt_launch.build import build, build_model
-from apt_launch.config import parse_groups, show_error
+from apt_launch.command import ending
+from apt_launch.config import parse_groups
 from apt_launch.folder import find_checkpoint
 from apt_launch.guard import keep_private
 from apt_launch.values import read_frozen
 from apt_model.data.tokenizer import ByteTokenizer, load_tokenizer
-from apt_model.errors import CheckpointError, ConfigError
+from apt_model.errors import ConfigError
 from apt_model.schedule import Horizon
 from apt_model.schedule.targets import OF_OPTIMIZER
 from apt_model.training.checkpoint import load, read_manifest
@@ -36,16 +37,12 @@ def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 the command line or the folder is wrong, 130 interrupted."""
     arguments = parser().parse_args()
     keep_private()
-    try:
-        _generate(arguments)
-    except (ConfigError, CheckpointError) as error:
-        show_error(error if isinstance(error, ConfigError) else ConfigError(str(error)))
-        sys.exit(2)
-    except BrokenPipeError:  # whoever read has seen enough
-        sys.stderr.close()
-        sys.exit(0)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with ending():
+        try:
+            _generate(arguments)
+        except BrokenPipeError:  # whoever read has seen enough
+            sys.stderr.close()
+            sys.exit(0)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -7,11 +7,11 @@ The timeline and the curves come from the very functions that training calls. An
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from apt_launch.command import ending, parsed
 from apt_launch.plots import Painter, Sheet, sheets
 
 if TYPE_CHECKING:
@@ -28,46 +28,36 @@ MOST_OVERLAID = 16
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 config or command line wrong, 130 interrupted."""
-    arguments, overrides = _parser().parse_known_args()
-    painter = Painter()  # first of all: it loads its library while this process loads Hydra
+    with ending():
+        arguments, overrides = parsed(_parser())
+        painter = Painter()  # first of all: it loads its library while this process loads Hydra
+        try:
+            _preview(arguments, overrides, painter)
+        finally:
+            painter.close()
+
+
+def _preview(arguments: argparse.Namespace, overrides: list[str], painter: Painter) -> None:
     from rich.console import Console
 
     from apt_launch.__main__ import with_profile_file
-    from apt_launch.config import show_error
     from apt_launch.folder import refuse_place
     from apt_launch.plan import gather
-    from apt_model.errors import ConfigError
 
-    unknown = [override for override in overrides if override.startswith("-")]
-    try:
-        if unknown:
-            raise ConfigError(f"{unknown[0]}: unknown option. See python -m apt_launch.preview --help.")
-        plan = gather(with_profile_file(overrides))
-        jobs = plan.jobs[:MOST_OVERLAID]
-        folder: Path = arguments.out
-        refuse_place(folder, "--out")
-        tables = _size_tables(jobs, arguments)
-        folder.mkdir(parents=True, exist_ok=True)
-        programs = {job.label if len(jobs) > 1 else "": config_of(job).program for job in jobs}
-        painter.draw(sheets(programs), folder / "preview.png")
-        show(plan, Console())
-        (folder / "preview.html").write_text(page(programs), encoding="utf-8")
-        painter.wait()
-        for label, table in tables:
-            Console().print(*([f"\n{label}"] if label else []), table)
-        Console().print(f"pictures  {folder}/preview.png  {folder}/preview.html", highlight=False, soft_wrap=True)
-    except Exception as error:
-        from apt_launch.explain import understood
-
-        told = understood(error)
-        if told is None:
-            raise
-        show_error(told)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        painter.close()
+    plan = gather(with_profile_file(overrides))
+    jobs = plan.jobs[:MOST_OVERLAID]
+    folder: Path = arguments.out
+    refuse_place(folder, "--out")
+    tables = _size_tables(jobs, arguments)
+    folder.mkdir(parents=True, exist_ok=True)
+    programs = {job.label if len(jobs) > 1 else "": config_of(job).program for job in jobs}
+    painter.draw(sheets(programs), folder / "preview.png")
+    show(plan, Console())
+    (folder / "preview.html").write_text(page(programs), encoding="utf-8")
+    painter.wait()
+    for label, table in tables:
+        Console().print(*([f"\n{label}"] if label else []), table)
+    Console().print(f"pictures  {folder}/preview.png  {folder}/preview.html", highlight=False, soft_wrap=True)
 
 
 def _size_tables(jobs: Sequence[Job], arguments: argparse.Namespace) -> list[tuple[str, object]]:

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from apt_launch.command import ending
 from apt_launch.guard import keep_private
 from apt_launch.ledger import Ledger, Status, phase
 from apt_launch.plan import Plan
-from apt_model.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,20 +23,10 @@ STYLES = {"done": "green", "failed": "bold red", "cancelled": "yellow", "running
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 a job failed, 2 the command line or the folder is wrong, 130 interrupted."""
-    from hydra.errors import HydraException
-
     arguments = _parser().parse_args()
     keep_private()
-    try:
+    with ending():
         sys.exit(COMMANDS[arguments.command](arguments))
-    except (ConfigError, HydraException) as error:
-        from apt_launch.config import show_error
-        from apt_launch.explain import explained
-
-        show_error(explained(error))
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def _parser() -> argparse.ArgumentParser:

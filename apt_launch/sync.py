@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from apt_launch.config import show_error
+from apt_launch.command import ending
 from apt_launch.guard import keep_private
 from apt_launch.lease import read_holder
 from apt_launch.tracking.projections import deliver
@@ -26,14 +26,9 @@ def main() -> None:
     parser.add_argument("folder", metavar="DIR", type=Path, help="a run's folder, or a sweep's")
     folder = parser.parse_args().folder
     keep_private()
-    try:
+    with ending():
         runs = runs_in(folder)
-        sys.exit(max(_deliver(run) for run in runs) if len(runs) == 1 else _deliver_each(runs))
-    except ConfigError as error:
-        show_error(error)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(_deliver(runs[0]) if len(runs) == 1 else _deliver_each(runs))
 
 
 def runs_in(folder: Path) -> list[Path]:
