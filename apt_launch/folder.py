@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apt_launch.config import RunConfig, build_corpus
+from apt_launch.config import RunConfig
+from apt_launch.corpus import build_corpus
 from apt_launch.values import changed_keys
 from apt_model.errors import CheckpointError, ConfigError
 from apt_model.files import write_json

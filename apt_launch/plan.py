@@ -12,7 +12,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apt_launch.config import Counts, RunConfig, load
+from apt_launch.config import RunConfig, load
+from apt_launch.corpus import Counts
 from apt_launch.values import flatten, from_yaml, to_yaml, unflatten
 from apt_model.errors import ConfigError, nearest
 from apt_model.files import write_whole

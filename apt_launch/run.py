@@ -16,7 +16,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from apt_launch.build import build_trainer
-from apt_launch.config import RunConfig, build_corpus
+from apt_launch.config import RunConfig
+from apt_launch.corpus import build_corpus
 from apt_launch.drill import Drill, Drilled
 from apt_launch.folder import Resume, RunFolder
 from apt_launch.lease import Holder, Lease

@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from apt_launch.checks import missing_library
 from apt_launch.command import ending, parsed
-from apt_launch.config import CONF, build_corpus, load_data, making_tokens, missing_library
+from apt_launch.config import CONF, load_data
+from apt_launch.corpus import build_corpus, making_tokens
 from apt_launch.guard import keep_private
 from apt_model.errors import ConfigError
 
