@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -298,7 +298,9 @@ def resume(folder: Path, overrides: Sequence[str] = ()) -> int:
         if job.number in wanted:
             problems += _differences(folder / job.folder, values)
             values |= changed
-            job = replace(job, resources=_resources_of(values, job.resources))
+            launch = parse(unflatten(values)).launch
+            gpus = job.resources.gpus if launch.gpus is None else launch.gpus
+            job = replace(job, resources=Resources.of(launch, gpus))
         jobs.append((job, values))
     if problems:
         raise ConfigError(*problems)
@@ -324,11 +326,6 @@ def _differences(folder: Path, planned: Mapping[str, Any]) -> list[str]:
         return []
     differ = [key for key in changed_keys(flatten(read_frozen(path)), planned) if not is_neutral(key)]
     return [f"{key}: {path} says otherwise than plan.yaml. Put it back, or remove the folder." for key in differ]
-
-
-def _resources_of(values: Mapping[str, Any], before: Resources) -> Resources:
-    launch = parse(unflatten(values)).launch.model_dump(include={field.name for field in fields(Resources)})
-    return Resources(**{**launch, "gpus": before.gpus if launch["gpus"] is None else launch["gpus"]})
 
 
 def _parsed(overrides: Sequence[str]) -> dict[str, Any]:
