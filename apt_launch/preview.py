@@ -68,12 +68,12 @@ def _size_tables(jobs: Sequence[Job], arguments: argparse.Namespace) -> list[tup
     """
     if not (arguments.sizes or arguments.gpu is not None or arguments.gpus is not None):
         return []
-    from apt_launch import sizes
+    from apt_launch.gpus import table
+    from apt_launch.sizes import sizes
 
     num_gpus = 1 if arguments.gpus is None else arguments.gpus
     return [
-        (job.label, sizes.table(sizes.sizes(config_of(job)), config_of(job), gpu=arguments.gpu, num_gpus=num_gpus))
-        for job in jobs
+        (job.label, table(sizes(config_of(job)), config_of(job), gpu=arguments.gpu, num_gpus=num_gpus)) for job in jobs
     ]
 
 

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from apt_launch.build import build_model
 from apt_launch.config import RunConfig
-from apt_launch.sizes import GPUS, cost, device_bytes, sizes, table
+from apt_launch.gpus import GPUS, cost, device_bytes, table
+from apt_launch.sizes import sizes
 from apt_model.errors import ConfigError
 from apt_model.gpt import GPT
 from apt_model.layers import scheduled
