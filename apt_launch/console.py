@@ -21,7 +21,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from apt_model.schedule import MODULES, Change
+from apt_model.schedule import Change
+from apt_model.schedule.rows import anneals, modules_on
 from apt_model.training.callbacks import Callback
 
 if TYPE_CHECKING:
@@ -206,10 +207,6 @@ class TokenProgress:
 def curriculum_state(trainer: BaseTrainer) -> str:
     """Return what is in force in one short line: modules that are on, then values."""
     metrics = trainer.schedule.metrics()
-    on = [module for module in MODULES if metrics.get(f"schedule/{module}_enabled")]
-    values = [
-        f"{name.removeprefix('schedule/')} {value:.3g}"
-        for name, value in metrics.items()
-        if not name.endswith(("_enabled", "_frozen"))
-    ]
-    return ", ".join([" + ".join(on) + " on" if on else "dense", *values])
+    on = " + ".join(modules_on(metrics))
+    values = [f"{name} {value:.3g}" for name, value in anneals(metrics).items()]
+    return ", ".join([f"{on} on" if on else "dense", *values])

@@ -85,6 +85,12 @@ class Job:
         return " ".join(self.overrides)
 
 
+def short_key(key: str) -> str:
+    """Return the part of a key that tells it from others: ``route_temp.end``, ``lr``."""
+    parts = key.split(".")
+    return ".".join(parts[-2:] if parts[-1] in ("start", "end", "warmup", "by", "shape", "at") else parts[-1:])
+
+
 @dataclass(frozen=True)
 class Plan:
     """A sweep. ``shared`` are the values that all jobs have, flat; a job's config is these and what ``differs``."""

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from apt_launch.plan import Job, Plan
+from apt_launch.plan import Job, Plan, short_key
 from apt_launch.tracking import Row, read_rows
 from apt_model.errors import ConfigError, nearest
 from apt_model.files import write_whole
-from apt_model.schedule import MODULES
+from apt_model.schedule.rows import anneals, first_on
 
 SEEDS = ("seed", "data.seed")
 """Keys whose values are repetitions of one experiment."""
@@ -57,20 +57,12 @@ class Trial:
     @property
     def switches(self) -> dict[str, float]:
         """Where each module went on, in tokens."""
-        found = {}
-        for module in MODULES:
-            on = next((row["tokens"] for row in self.rows if row.get(f"schedule/{module}_enabled")), None)
-            if on is not None:
-                found[module] = on
-        return found
+        return {module: row["tokens"] for module, row in first_on(self.rows).items()}
 
     @property
     def anneals(self) -> list[str]:
         """The scheduled values that it recorded."""
-        ends = ("_enabled", "_frozen")
-        return sorted(
-            {key for row in self.rows for key in row if key.startswith("schedule/") and not key.endswith(ends)}
-        )
+        return sorted({f"schedule/{name}" for row in self.rows for name in anneals(row)})
 
 
 @dataclass(frozen=True)
@@ -367,12 +359,6 @@ def as_page(findings: Findings, drawn: Mapping[str, str]) -> str:
         parts.append(f"<h2>Mean over seeds</h2><ul>{groups}</ul>")
     parts.append(f"<h2>Jobs</h2><div class=wide><table><tr>{head}</tr>{''.join(body)}</table></div></body></html>\n")
     return "".join(parts)
-
-
-def short_key(key: str) -> str:
-    """Return the part of a key that tells it from others: ``route_temp.end``, ``lr``."""
-    parts = key.split(".")
-    return ".".join(parts[-2:] if parts[-1] in ("start", "end", "warmup", "by", "shape", "at") else parts[-1:])
 
 
 def _is_number(value: Any) -> bool:

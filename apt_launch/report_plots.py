@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apt_launch.report import SEEDS, Findings, Group, Trial, short_key
+from apt_launch.plan import short_key
+from apt_launch.report import SEEDS, Findings, Group, Trial
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from apt_launch.command import ending
 from apt_launch.guard import keep_private
 from apt_launch.ledger import Ledger, Status, phase
-from apt_launch.plan import Plan
+from apt_launch.plan import Plan, short_key
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -175,11 +175,8 @@ def _table(plan: Plan, statuses: Sequence[Status], width: int) -> Table:
 
 
 def _short(override: str) -> str:
-    """Return an override by the last part of its key; ``route_temp.end`` where that says nothing by itself."""
     key, _, value = override.partition("=")
-    parts = key.split(".")
-    kept = parts[-2:] if parts[-1] in ("start", "end", "warmup", "by", "shape", "at") else parts[-1:]
-    return f"{'.'.join(kept)}={value}"
+    return f"{short_key(key)}={value}"
 
 
 def _number(row: Mapping[str, float], name: str, form: str) -> str:
