@@ -88,7 +88,7 @@ class Job:
 def short_key(key: str) -> str:
     """Return the part of a key that tells it from others: ``route_temp.end``, ``lr``."""
     parts = key.split(".")
-    return ".".join(parts[-2:] if parts[-1] in ("start", "end", "warmup", "by", "shape", "at") else parts[-1:])
+    return ".".join(parts[-2:] if parts[-1] in ("start", "end", "warmup", "by", "type", "at") else parts[-1:])
 
 
 @dataclass(frozen=True)

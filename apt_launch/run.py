@@ -23,7 +23,7 @@ from apt_launch.folder import Resume, RunFolder
 from apt_launch.lease import Holder, Lease
 from apt_launch.tracking import Record, Tracking, read_rows
 from apt_launch.tracking.projections import Membership, project
-from apt_model.errors import AptError, ConfigError, Interrupted, NonFiniteError
+from apt_model.errors import ConfigError, Interrupted, NonFiniteError, cause_of
 from apt_model.files import write_json, write_whole
 
 logger = logging.getLogger(__name__)
@@ -212,9 +212,8 @@ def _run(
         summary.show(content, config, folder)
 
     def fail(error: BaseException) -> None:
-        cause = str(error) if isinstance(error, AptError) else f"{type(error).__name__}: {error}"
-        logger.error("failed: %s", cause, exc_info=True)
-        finish("failed", cause)
+        logger.error("failed: %s", cause_of(error), exc_info=True)
+        finish("failed", cause_of(error))
 
     try:
         write_json(folder.summary, {"state": "running", "identity": config.identity})
