@@ -178,7 +178,7 @@ class Findings:
         fixed = []
         for override in self.plan.command:
             key = override.lstrip("+~").partition("=")[0]
-            if key not in swept and key != "sweeps" and not key.startswith(("hydra.", "hydra/", "launch.")):
+            if key not in swept and not key.startswith(("hydra.", "hydra/", "launch.")):
                 fixed.append(override)
         return shlex.join(["python", "-m", "apt_launch", *fixed, *trial.job.overrides])
 

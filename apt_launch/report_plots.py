@@ -113,11 +113,21 @@ def _losses(findings: Findings) -> Figure | None:
     _mark_phases(axis, trials, colours)
     if findings.tokens is not None:
         axis.axvline(findings.tokens, color=GREY, linewidth=2.5, alpha=0.35)
-    axis.set_xlabel("tokens")
+    validated = [value for trial in trials for _, value in trial.series("val/loss")]
+    if validated:  # what comes before the first validation would leave no room for differences
+        axis.set_ylim(top=max(validated) + 0.1 * (max(validated) - min(validated)) + 0.05)
+    _count_tokens(axis)
     axis.set_ylabel("loss (line: training, dots: validation)")
     axis.grid(alpha=0.25)
     _legend(figure, axis, trials)
     return figure
+
+
+def _count_tokens(axis: Any) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_xlabel("tokens")
 
 
 def _mark_phases(axis: Any, trials: Sequence[Trial], colours: dict[int, Any]) -> None:
@@ -162,7 +172,7 @@ def _schedules(findings: Findings) -> Figure | None:
         axis.set_title(name.removeprefix("schedule/"), loc="left", fontsize=9)
         axis.grid(alpha=0.25)
         axis.margins(y=0.15)
-    axes[-1].set_xlabel("tokens")
+    _count_tokens(axes[-1])
     _legend(figure, axes[0], trials)
     return figure
 
@@ -191,15 +201,22 @@ def _metric(findings: Findings) -> Figure | None:
             means.append(estimate.mean)
             halves.append(estimate.half_interval or 0.0 if only_seeds else 0.0)
         axis.errorbar(
-            [place[name] for name in names], means, yerr=halves, color="C3", marker="_", linewidth=1, capsize=3
+            [place[name] for name in names],
+            means,
+            yerr=halves,
+            color="C3",
+            marker="_",
+            linewidth=1,
+            capsize=3,
+            linestyle="-" if numeric else "none",
         )
         axis.set_xlabel(short_key(key))
         if not numeric:
-            axis.set_xticks(list(place.values()), [name[:18] for name in names], rotation=20)
+            axis.set_xticks(list(place.values()), [name[:32] for name in names], rotation=25, ha="right")
         elif len(names) <= 6:
             axis.set_xticks([place[name] for name in names], names)
         axis.grid(alpha=0.25)
-    interval = " and 95 % interval over seeds" if only_seeds else " of the jobs with that value"
+    interval = "\nand 95 % interval over seeds" if only_seeds else " of the jobs with that value"
     axes[0].set_ylabel(f"{findings.metric}\n(red: mean{interval})")
     return figure
 

@@ -71,6 +71,16 @@ def test_the_lowest_value_wins_and_its_command_runs_that_very_job(planned: Sweep
     assert composed(words[3:]).identity == plan.jobs[0].identity
 
 
+def test_the_command_keeps_what_a_kept_sweep_sets_for_all_jobs(planned: Sweep) -> None:
+    narrowed = ["+sweeps=study", "+sweeps/study=dense,experts_only", "seed=1", "moe.num_experts=6"]
+    folder, plan = planned(narrowed, [[(100, 2.0)], [(100, 3.0)]])
+    findings = find(folder, states(plan, "done", "done"))
+    for trial, job in zip(findings.trials, plan.jobs, strict=True):
+        again = composed(shlex.split(findings.command(trial))[3:])
+        assert again.identity == job.identity
+        assert (again.moe.granularity, again.moe.num_experts) == (2, 6)  # of the file, and of the command line
+
+
 def test_means_and_intervals_over_seeds_are_students(planned: Sweep) -> None:
     folder, plan = planned(SIX, ENDS)
     heads, rows = group_table(find(folder, states(plan, *["done"] * 6)))
