@@ -111,6 +111,7 @@ class JsonlConfig(_DocumentsConfig):
     train_path: Text
     val_path: Text
     text_key: Text
+    source_key: Text | None = None
 
 
 class HFDatasetConfig(_DocumentsConfig):
@@ -124,6 +125,7 @@ class HFDatasetConfig(_DocumentsConfig):
     val_split: Text | None
     val_documents: Positive
     text_key: Text
+    source_key: Text | None = None
     streaming: bool
     max_documents: Positive | None
     max_tokens: Positive | None

@@ -19,13 +19,14 @@ def modules_on(row: Row) -> list[str]:
     return [module for module in MODULES if row.get(f"schedule/{module}_enabled")]
 
 
+def is_anneal(key: str) -> bool:
+    """Say whether a row has a scheduled value under ``key``."""
+    return key.startswith("schedule/") and not key.endswith(("_enabled", "_frozen"))
+
+
 def anneals(row: Row) -> dict[str, float]:
     """Return the scheduled values that ``row`` tells, by the names of their anneals."""
-    return {
-        key.removeprefix("schedule/"): value
-        for key, value in row.items()
-        if key.startswith("schedule/") and not key.endswith(("_enabled", "_frozen"))
-    }
+    return {key.removeprefix("schedule/"): value for key, value in row.items() if is_anneal(key)}
 
 
 def first_on(rows: Sequence[Row]) -> dict[str, Row]:
