@@ -22,11 +22,11 @@ ShapeName = Literal["linear", "cosine", "exponential", "polynomial", "sqrt", "in
 class Segment(Strict):
     """A part of a curve: a ``ramp`` to a value, a ``hold`` for a length, or a ``jump`` to a value."""
 
-    ramp: Number | None = None
-    hold: Span | None = None
-    jump: Number | None = None
-    over: Span | None = None
-    type: Literal["linear", "cosine", "exponential", "sqrt", "inverse_sqrt"] = "linear"
+    ramp: Number | None = None  # go to this value
+    hold: Span | None = None  # keep the value for this length
+    jump: Number | None = None  # have this value at once
+    over: Span | None = None  # length of a ramp; null: an equal part of what other segments leave
+    type: Literal["linear", "cosine", "exponential", "sqrt", "inverse_sqrt"] = "linear"  # shape of a ramp
 
     def contradictions(self, key: str) -> list[str]:
         """Say what does not go together."""
@@ -46,23 +46,23 @@ class Anneal(Strict):
     ``end`` to 0 last. Lengths are counts of ``by``, times in other units, or shares of the window (``10%``).
     """
 
-    target: Pattern | None = None
-    start: Number | None = None
-    end: Number | None = None
-    by: Unit = "epoch"
-    type: ShapeName = "linear"
-    warmup: Span = 0
-    cooldown: Span = 0
-    power: PositiveNumber | None = None
-    steps: Positive | None = None
-    peak: Number | None = None
-    peak_at: Span = "30%"
-    points: dict[int | str, Number] | None = None
-    segments: list[Segment] | None = None
-    repeat: Positive = 1
-    begin: Length = Field(default=0, alias="from")
-    until: Length | None = None
-    over: Span | None = None
+    target: Pattern | None = None  # what it writes: a path, or a pattern with *; only below anneals
+    start: Number | None = None  # the first value
+    end: Number | None = None  # the last value
+    by: Unit = "epoch"  # what the value moves with
+    type: ShapeName = "linear"  # shape from start to end, and between points
+    warmup: Span = 0  # from 0 to start over this length first
+    cooldown: Span = 0  # from end to 0 over this length last
+    power: PositiveNumber | None = None  # of polynomial: the way left shrinks as (1 - t)^power
+    steps: Positive | None = None  # of step: how many equal ones
+    peak: Number | None = None  # of one_cycle: the value on the way
+    peak_at: Span = "30%"  # of one_cycle: when the peak is reached
+    points: dict[int | str, Number] | None = None  # values at times, instead of start and end
+    segments: list[Segment] | None = None  # ramps, holds and jumps, one after the other, instead of end
+    repeat: Positive = 1  # how often segments are gone through
+    begin: Length = Field(default=0, alias="from")  # where the window begins; before it the first value holds
+    until: Length | None = None  # where the window ends; after it the last value holds; null: the run's end
+    over: Span | None = None  # the window's length, instead of until
 
     def contradictions(self, key: str) -> list[str]:
         """Say what is missing or does not go together, before any run is known."""

@@ -24,14 +24,14 @@ class When(Strict):
     happens; at ``deadline`` the module goes on whatever the metric says.
     """
 
-    metric: Pattern
-    above: Number | None = None
-    below: Number | None = None
-    release: Number | None = None
-    smooth: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    hold: WrittenTime = Time(Fraction(0), "step")
-    not_before: WrittenTime = Time(Fraction(0), "step")
-    deadline: WrittenTime | None = None
+    metric: Pattern  # what is watched
+    above: Number | None = None  # on when it exceeds this; or below
+    below: Number | None = None  # on when it falls below this; or above
+    release: Number | None = None  # off again when it comes back past this; null: never
+    smooth: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the past in the moving average; 0: none
+    hold: WrittenTime = Time(Fraction(0), "step")  # shortest time between two flips
+    not_before: WrittenTime = Time(Fraction(0), "step")  # nothing happens before this time
+    deadline: WrittenTime | None = None  # on at this time whatever the metric says
 
     def contradictions(self, key: str) -> list[str]:
         """Say what is missing or does not go together."""
@@ -71,12 +71,12 @@ ACTIONS = {
 class Event(Strict):
     """One of enable, disable (a module), freeze, unfreeze (parameters, by path), ``at`` a time or ``when`` a metric says."""
 
-    enable: Pattern | None = None
-    disable: Pattern | None = None
-    freeze: Pattern | None = None
-    unfreeze: Pattern | None = None
-    at: WrittenTime | None = None
-    when: When | None = None
+    enable: Pattern | None = None  # module that goes on
+    disable: Pattern | None = None  # module that goes off
+    freeze: Pattern | None = None  # parameters that stay as they are, by path or pattern
+    unfreeze: Pattern | None = None  # parameters that train again
+    at: WrittenTime | None = None  # when: a time such as 2ep, 500st, 10%, moe.enabled + 1ep
+    when: When | None = None  # a latch on a metric, instead of at
 
     @property
     def action(self) -> str:
