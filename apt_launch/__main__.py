@@ -24,7 +24,7 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errn
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def run(cfg: DictConfig) -> float:
     """Train one composed config; return its final validation loss."""
-    from apt_launch.run import run as train
+    from apt_launch.train import train
 
     path = Path(HydraConfig.get().runtime.output_dir)
     try:

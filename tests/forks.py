@@ -126,7 +126,7 @@ def _serve() -> None:
 
     for name in ("torch._dynamo", "wandb", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         importlib.import_module(name)
-    for name in ("__main__", "run", "summary", "plots", "preview", "sync", "plan", "console"):
+    for name in ("__main__", "train", "summary", "plots", "preview", "sync", "plan", "console"):
         importlib.import_module(f"apt_launch.{name}")
     importlib.import_module("apt_model.training.trainer")
     for asked in requests():
