@@ -25,7 +25,6 @@ from apt_model.layers.tally import tally
 from apt_model.layers.upcycling import Upcycling, tell_apart
 from apt_model.schedule.targets import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Domain
 
-
 Overflow = Literal["reroute", "drop"]
 
 
