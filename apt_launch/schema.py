@@ -51,6 +51,7 @@ class MoEConfig(Group):
     upcycling: Literal["copy", "noise", "drop"]
     upcycling_share: PositiveNumber | None
     capacity_factor: PositiveNumber | None
+    overflow: Literal["reroute", "drop"] = "drop"  # the default is what runs of earlier versions had
     temperature: PositiveNumber
     router: Literal["softmax", "sigmoid"]
     balance_loss_weight: NotNegative
