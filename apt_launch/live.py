@@ -25,6 +25,9 @@ LOSSES: Final = (METRIC, "train/loss")
 MOST_POINTS: Final = 512
 """Points of a curve; of more rows every second one is left out, then every second of those, and so on."""
 
+WAITING: Final = ("planned", "submitted", "pending")
+"""States of jobs that have not been heard of."""
+
 LOOK_SECONDS: Final = 1.0
 """Records are read at most this often, whoever asks."""
 
@@ -251,7 +254,7 @@ class Watch:
             heard = [time for time in (answer.heard(status), runner.follower.touched) if time is not None]
             told = _told(statuses[-1], runner, trial) | {
                 "colour": looks[trial.job.number],
-                "heard": round(max(heard)) if heard and status.state != "planned" else None,
+                "heard": round(max(heard)) if heard and status.state not in WAITING else None,
                 "compared": findings.values.get(trial.job.number),
             }
             if told != runner.told:

@@ -1,4 +1,4 @@
-"""``python -m apt_launch.sweep watch DIR``: a sweep while it runs, as a page that only this user can open, and in the terminal."""
+"""``python -m apt_launch.sweep watch DIR``: a sweep while it runs, as a page that only its user can open, and in the terminal."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
     sys_version = ""
     timeout = 60  # of a connection that says nothing
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         """Answer."""
         name = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
         path = urlsplit(self.path)
