@@ -6,7 +6,6 @@ import math
 import threading
 import time
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -151,11 +150,6 @@ class Picture:
         """Whether nothing will change by itself."""
         return all(status.final or status.state == "planned" for status in self.statuses)
 
-    @property
-    def counts(self) -> str:
-        """How many jobs are in which state."""
-        return ", ".join(f"{n} {state}" for state, n in Counter(s.state for s in self.statuses).items())
-
 
 class Watch:
     """Follows the sweep in ``folder`` for any number of viewers, who share one reading. While nobody asks, nothing is read.
@@ -230,7 +224,8 @@ class Watch:
             self.problem = None
         except Exception as error:  # every viewer is told; what was known stays
             self.problem = str(error) or type(error).__name__
-            self._answer = replace(self._answer, good_until=time.monotonic() + ASK_SECONDS["slurm"])
+            pause = ASK_SECONDS[self._answer.book.plan.launcher]
+            self._answer = replace(self._answer, good_until=time.monotonic() + pause)
 
     def _look(self) -> Picture:
         self._looked = time.monotonic()

@@ -147,8 +147,7 @@ def show(plan: Plan, statuses: Sequence[Status], folder: Path) -> None:
     console = Console()
     console.print(f"sweep {plan.id}: {plan.told}, {plan.launcher}", style="bold", highlight=False)
     console.print(table(plan, statuses, console.width))
-    counts = Counter(one.state for one in statuses)
-    console.print(", ".join(f"{number} {state}" for state, number in counts.items()), highlight=False)
+    console.print(counted(statuses), highlight=False)
     for one in statuses:
         if one.state in ("failed", "unknown") or (one.state == "cancelled" and one.cause):
             log = one.folder / "log.txt"
@@ -168,18 +167,20 @@ def show(plan: Plan, statuses: Sequence[Status], folder: Path) -> None:
 
 
 def table(plan: Plan, statuses: Sequence[Status], width: int, more: Mapping[str, Sequence[str]] | None = None) -> Table:
-    """Return the table of the jobs, with ``more`` columns: a cell for each of ``statuses``.
+    """Return the table of the jobs; with ``more`` columns, a cell for each of ``statuses``, every job takes one line.
 
     Narrow terminals get the columns that matter most, and keys without what they have in common.
     """
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    columns = {
+    columns: dict[str, Sequence[str | Text]] = {
         "job": [str(one.job.number) for one in statuses],
-        "what differs": [escape(" ".join(_short(override) for override in one.job.overrides)) for one in statuses],
+        "what differs": [Text(" ".join(_short(override) for override in one.job.overrides)) for one in statuses],
         "state": [
-            f"[{STYLES.get(one.state, 'none')}]{one.state}[/]{f' (life {one.restarts + 1})' if one.restarts else ''}"
+            Text.assemble(
+                (one.state, STYLES.get(one.state, "none")), f" (life {one.restarts + 1})" if one.restarts else ""
+            )
             for one in statuses
         ],
         "epoch": [f"{int(one.row['epoch'])}" if one.row else "" for one in statuses],
@@ -191,16 +192,29 @@ def table(plan: Plan, statuses: Sequence[Status], width: int, more: Mapping[str,
         **(more or {}),
         "heard of": [_ago(one.age) if one.age is not None and one.state != "planned" else "" for one in statuses],
     }
-    for name in ("epoch", "train/loss", "tokens/s"):  # what can be spared, until the rest fits
-        if sum(2 + max(map(len, [name, *cells])) for name, cells in columns.items()) > width:
-            del columns[name]
+    widths = {name: 2 + max(map(len, [name, *cells])) for name, cells in columns.items()}
+    label = widths["what differs"]
+    if more:
+        widths["what differs"] = min(label, 32)
+    for name in ("epoch", "train/loss", "tokens/s", *(("heard of", "phase", *more) if more else ())):
+        if sum(widths.values()) > width:  # it can be spared, until the rest fits
+            del columns[name], widths[name]
+    room = width - sum(widths.values()) + widths["what differs"]
     made = Table(box=None, padding=(0, 1), pad_edge=False)
     for name in columns:
         left = name in ("what differs", "state", "phase", *(more or {}))
-        made.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=name != "what differs")
-    for cells in zip(*columns.values(), strict=True):
-        made.add_row(*cells)
+        if name == "what differs" and more:
+            made.add_column(name, overflow="ellipsis", no_wrap=True, max_width=max(4, room - 2))
+        else:
+            made.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=name != "what differs")
+    for row in zip(*columns.values(), strict=True):
+        made.add_row(*row)
     return made
+
+
+def counted(statuses: Sequence[Status]) -> str:
+    """Say how many jobs are in which state."""
+    return ", ".join(f"{number} {state}" for state, number in Counter(one.state for one in statuses).items())
 
 
 def _short(override: str) -> str:

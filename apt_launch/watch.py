@@ -14,7 +14,6 @@ import socket
 import socketserver
 import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -215,42 +214,42 @@ def frame(picture: Picture, width: int, height: int, problem: str | None = None)
     from rich.text import Text
 
     from apt_launch.report import headline
-    from apt_launch.sweep import table
+    from apt_launch.sweep import counted, table
 
-    plan = picture.plan
+    plan, best = picture.plan, picture.findings.best
     failed = [status for status in picture.statuses if status.state in ("failed", "unknown") and status.cause]
     below = [Text(headline(picture.findings), style="bold")]
-    below += [Text(status.told, style="red") for status in failed[:3]]
+    below += [Text(f"job {status.job.number} {status.state}: {status.cause}", style="red") for status in failed[:3]]
     if problem is not None:
         below.append(Text(f"States could not be asked for, these are older: {problem}", style="magenta"))
     room = max(3, height - 3 - len(below))
     order = sorted(zip(picture.statuses, picture.runners, strict=True), key=lambda pair: _rank(pair[0].state))
     kept = order if len(order) <= room else order[: room - 1]
-    left = Counter(status.state for status, _ in order[len(kept) :])
-    kept.sort(key=lambda pair: pair[0].job.number)
+    left = [status for status, _ in order[len(kept) :]]
+    kept = sorted(kept, key=lambda pair: pair[0].job.number)
     jobs = table(plan, [s for s, _ in kept], width, {"loss so far": [_spark(runner) for _, runner in kept]})
-    parts: list[RenderableType] = [
+    above = [
         Text(f"sweep {plan.id}: {plan.told}, {plan.launcher}", style="bold"),
-        Text(picture.counts + (". It has ended." if picture.ended else "")),
-        jobs,
+        Text(counted(picture.statuses) + (". It has ended." if picture.ended else "")),
     ]
     if left:
-        parts.append(Text(f"and {', '.join(f'{number} {state}' for state, number in left.items())}", style="dim"))
-    shown = next((pair for pair in order if pair[1].curves), None)
-    curves = _curves(shown[1], min(72, width - 36)) if shown is not None else []
-    if shown is not None and len(curves) + 1 <= room - len(kept) - bool(left) - 1:
-        below += [Text(f"\njob {shown[0].job.number}, over its tokens:", style="bold"), *map(Text, curves)]
-    for text in below:
+        below.insert(0, Text(f"and {counted(left)}", style="dim"))
+    first = [runner for status, runner in order if status.state == "running" and runner.curves]
+    first += [runner for status, runner in order if best is not None and status.job == best.job]
+    curves = _curves(first[0], min(72, width - 36)) if first else []
+    if curves and len(above) + 1 + len(kept) + len(below) + 1 + len(curves) <= height:
+        below += [Text(f"job {first[0].told['number']}, over its tokens:", style="bold"), *map(Text, curves)]
+    for text in (*above, *below):
         text.no_wrap, text.overflow = True, "ellipsis"
-    return Group(*parts, *below)
+    return Group(*above, jobs, *below)
+
+
+RANKS: Final = ("running", "failed", "unknown", "preempted", "requeued", "done")
+"""Whose jobs are kept where there is no room for all."""
 
 
 def _rank(state: str) -> int:
-    """Return how much a job has to say now, the most first."""
-    return next(
-        (place for place, group in enumerate((("running",), ("failed", "unknown"), ("preempted", "requeued"), ("done",)))
-         if state in group), 9,
-    )  # fmt: skip
+    return RANKS.index(state) if state in RANKS else len(RANKS)
 
 
 def _spark(runner: Runner) -> str:
@@ -280,7 +279,8 @@ def _curves(runner: Runner, width: int) -> list[str]:
     from apt_launch.preview import blocks
 
     total, lines = runner.told.get("total") or 1.0, []
-    for name, curve in sorted(runner.curves.items()):
+    for name in sorted(runner.curves, key=lambda name: (name.startswith("schedule/"), name)):
+        curve = runner.curves[name]
         numbers = _columns(curve.points, width, total)
         first, last = curve.points[0][1], curve.points[-1][1]
         lines.append(f"{name.removeprefix('schedule/'):>20} {first:>7.4g} {blocks(numbers)} {last:.4g}")
