@@ -8,6 +8,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,9 @@ from apt_model.schedule import MODULES
 METRIC: Final = "val/loss"
 LOSSES: Final = (METRIC, "train/loss")
 
+SWITCHES: Final = {module: f"schedule/{module}_enabled" for module in MODULES}
+"""What a row calls a module's state."""
+
 MOST_POINTS: Final = 512
 """Points of a curve; of more rows every second one is left out, then every second of those, and so on."""
 
@@ -29,6 +33,9 @@ WAITING: Final = ("planned", "submitted", "pending")
 
 LOOK_SECONDS: Final = 1.0
 """Records are read at most this often, whoever asks."""
+
+READ_SECONDS: Final = 0.5
+"""One reading takes at most so long; the next goes on where it stopped."""
 
 ASK_SECONDS: Final = {"local": 2.0, "slurm": 15.0}
 """True states are asked for at most this often, by launcher: a cluster's accounting is shared by many."""
@@ -62,6 +69,11 @@ class Curve:
         return first, self.points[first:]
 
 
+@cache
+def _is_drawn(name: str) -> bool:
+    return name in LOSSES or is_anneal(name)
+
+
 @dataclass
 class Runner:
     """A job as its record tells it."""
@@ -75,16 +87,19 @@ class Runner:
     switches: dict[str, float] = field(default_factory=dict)  # where each module went on, in tokens
     told: dict[str, Any] = field(default_factory=dict)  # what viewers were told, beside curves
 
-    def read(self, look: int) -> None:
-        """Read what is new."""
+    def read(self, look: int, until: float) -> bool:
+        """Read what is new; say whether that is all of it. Stop at ``until``, seconds of the monotonic clock."""
         lives = self.follower.lives
         for row in self.follower.rows():
             if self.follower.lives != lives:
                 lives = self.follower.lives
                 self._forget(look)
             self._take(look, row)
+            if time.monotonic() > until:
+                return False
         if self.follower.lives != lives:  # nothing is left
             self._forget(look)
+        return True
 
     def _forget(self, look: int) -> None:
         self.born = self.changed = look
@@ -99,11 +114,11 @@ class Runner:
         if METRIC in row:
             self.compared.append({"tokens": row["tokens"], METRIC: row[METRIC]})
         for name, value in row.items():
-            if (name in LOSSES or is_anneal(name)) and is_number(value):
+            if _is_drawn(name) and is_number(value):
                 self.curves.setdefault(name, Curve()).add(look, row["tokens"], value)
-        for module in MODULES:
-            if row.get(f"schedule/{module}_enabled"):
-                self.switches.setdefault(module, row["tokens"])
+        for module, switch in SWITCHES.items():
+            if module not in self.switches and row.get(switch):
+                self.switches[module] = row["tokens"]
 
 
 @dataclass(frozen=True)
@@ -144,15 +159,16 @@ class Picture:
     statuses: Sequence[Status]
     findings: Findings
     runners: Sequence[Runner]  # one for each of statuses
+    behind: bool  # there are more rows, to be read by the next reading
 
     @property
     def ended(self) -> bool:
         """Whether nothing will change by itself."""
-        return all(status.final or status.state == "planned" for status in self.statuses)
+        return not self.behind and all(status.final or status.state == "planned" for status in self.statuses)
 
 
 class Watch:
-    """Follows the sweep in ``folder`` for any number of viewers, who share one reading. While nobody asks, nothing is read.
+    """Follows the sweep in ``folder`` for any number of viewers, who share one reading. While nobody looks, nothing is read.
 
     Raises:
         ConfigError: there is no sweep.
@@ -166,8 +182,9 @@ class Watch:
         self._lock = threading.Lock()
         self._runners: dict[str, Runner] = {}
         self._thread = threading.Thread()
+        self._looked = 0.0
         self._answer = _Answer.ask(folder, None)
-        self._picture = self._look()
+        self._picture: Picture | None = None
 
     def picture(self) -> Picture:
         """Return the sweep as it is, read anew where the last reading is no longer fresh."""
@@ -198,6 +215,7 @@ class Watch:
                 "headline": headline(picture.findings),
                 "told": picture.findings.told,
                 "best": best.job.number if best else None,
+                "behind": picture.behind,
                 "ended": picture.ended,
                 "advice": self._advice(picture),
                 "jobs": jobs,
@@ -211,7 +229,7 @@ class Watch:
         return f"python -m apt_launch.sweep {verb} {self.folder}"
 
     def _fresh(self) -> Picture:
-        if time.monotonic() - self._looked >= LOOK_SECONDS:
+        if self._picture is None or self._picture.behind or time.monotonic() - self._looked >= LOOK_SECONDS:
             if time.monotonic() >= self._answer.good_until and not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._ask, name="ask", daemon=True)
                 self._thread.start()  # a cluster may take its time
@@ -232,13 +250,14 @@ class Watch:
         self.look += 1
         answer = self._answer
         plan, states = answer.book.plan, answer.statuses
-        if self.look > 1 and plan.id != self._picture.plan.id:
+        if self._picture is not None and plan.id != self._picture.plan.id:
             self._runners, self.born = {}, self.look
+        behind = False
         for status in states:
             name = status.job.folder
             if name not in self._runners:
                 self._runners[name] = Runner(Follower(status.folder / "metrics.jsonl"), born=self.look)
-            self._runners[name].read(self.look)
+            behind = behind or not self._runners[name].read(self.look, self._looked + READ_SECONDS)
         runners = [self._runners[status.job.folder] for status in states]
         trials = [Trial(s.job, s.state, r.compared, s.cause) for s, r in zip(states, runners, strict=True)]
         findings = compare(plan, trials, METRIC)
@@ -254,7 +273,7 @@ class Watch:
             }
             if told != runner.told:
                 runner.told, runner.changed = told, self.look
-        return Picture(plan, statuses, findings, runners)
+        return Picture(plan, statuses, findings, runners, behind)
 
 
 def _plan_written(folder: Path) -> int:

@@ -193,13 +193,14 @@ def _terminal(live: Watch, console: Console, *, until_ended: bool) -> int:
             while not interrupts:
                 time.sleep(0.1)
             raise KeyboardInterrupt
-        with Live(console=console, auto_refresh=False, transient=True, vertical_overflow="crop") as screen:
+        reading = "reading what the jobs have recorded so far"
+        with Live(reading, console=console, auto_refresh=False, transient=True, vertical_overflow="crop") as screen:
             while not interrupts:
                 picture = live.picture()
                 screen.update(frame(picture, console.width, console.height - 4, live.problem), refresh=True)
                 if picture.ended and until_ended:
                     break
-                until = time.monotonic() + LOOK_SECONDS
+                until = time.monotonic() + (0.0 if picture.behind else LOOK_SECONDS)
                 while not interrupts and time.monotonic() < until:
                     time.sleep(0.05)
     show(picture.plan, picture.statuses, live.folder)
