@@ -188,7 +188,7 @@ def follow(folder: Path, only: set[str] | None = None) -> int:
     book = Ledger(folder)
     told: dict[str, str] = {}
     pause = 0.05
-    with _interrupts() as interrupts:
+    with collected_interrupts() as interrupts:
         while True:
             statuses = [s for s in book.statuses(rows=False) if only is None or s.job.folder in only]
             for status in statuses:
@@ -212,7 +212,7 @@ def follow(folder: Path, only: set[str] | None = None) -> int:
 
 
 @contextmanager
-def _interrupts() -> Iterator[list[int]]:
+def collected_interrupts() -> Iterator[list[int]]:
     """Collect Ctrl-C meanwhile: an exception may come where Python swallows it, in a destructor for instance."""
     interrupts: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))

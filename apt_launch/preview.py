@@ -195,10 +195,15 @@ def _sparklines(program: Program, width: int) -> list[str]:
             lines.append(f"{name:>20}         {drawn}")
             continue
         numbers = [float(value) for value in values[:-1]] + [float(states[-1][name])]
-        low, high = min(numbers), max(numbers)
-        levels = [round((number - low) / (high - low) * (len(BLOCKS) - 1)) if high > low else 0 for number in numbers]
-        lines.append(f"{name:>20} {numbers[0]:>7.4g} {''.join(BLOCKS[level] for level in levels)} {numbers[-1]:.4g}")
+        lines.append(f"{name:>20} {numbers[0]:>7.4g} {blocks(numbers)} {numbers[-1]:.4g}")
     return lines
+
+
+def blocks(numbers: Sequence[float]) -> str:
+    """Draw ``numbers`` as blocks, one each, the lowest number as the lowest one."""
+    low, high = min(numbers), max(numbers)
+    levels = [round((number - low) / (high - low) * (len(BLOCKS) - 1)) if high > low else 0 for number in numbers]
+    return "".join(BLOCKS[level] for level in levels)
 
 
 def _last_at(steps: list[int], step: int) -> int:

@@ -52,7 +52,7 @@ class Trial:
 
     def series(self, name: str) -> list[tuple[float, float]]:
         """Return (tokens, value) of a metric, wherever it is a finite number."""
-        return [(row["tokens"], row[name]) for row in self.rows if name in row and _is_number(row[name])]
+        return [(row["tokens"], row[name]) for row in self.rows if name in row and is_number(row[name])]
 
     def at(self, name: str, tokens: float) -> float | None:
         """Return the metric's last value until ``tokens``."""
@@ -187,7 +187,7 @@ def find(sweep: Path, states: Mapping[str, str], metric: str = "val/loss", cause
         causes: why jobs failed, by folder.
 
     Raises:
-        ConfigError: jobs have records, but none of them has the metric.
+        ConfigError: see :func:`compare`.
     """
     plan = Plan.read(sweep)
     trials = []
@@ -195,6 +195,15 @@ def find(sweep: Path, states: Mapping[str, str], metric: str = "val/loss", cause
         path = sweep / job.folder / "metrics.jsonl"
         rows = read_rows(path) if path.exists() else []
         trials.append(Trial(job, states.get(job.folder, "planned"), rows, (causes or {}).get(job.folder)))
+    return compare(plan, trials, metric)
+
+
+def compare(plan: Plan, trials: Sequence[Trial], metric: str) -> Findings:
+    """Compare ``trials``, the jobs of ``plan``, by ``metric``: at their ends, or as far as all of them have come.
+
+    Raises:
+        ConfigError: jobs have records, but none of them has the metric.
+    """
     seen = {name for trial in trials for row in trial.rows for name in row}
     if seen and metric not in seen and any(trial.state == "done" for trial in trials):
         raise ConfigError(f"--metric: no job has recorded {metric!r}. {nearest(metric, seen)}")
@@ -412,5 +421,6 @@ def in_short(settings: Mapping[str, str]) -> str:
     return " ".join(f"{short_key(key)}={value}" for key, value in settings.items())
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Say whether ``value`` can be drawn."""
     return isinstance(value, int | float) and math.isfinite(value)
