@@ -16,17 +16,13 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from apt_launch.menu import CONF as CONF
 from apt_model.errors import ConfigError, nearest, validated
 
 if TYPE_CHECKING:
     from apt_launch import schema
     from apt_model.data import Corpus
     from apt_model.schedule import Horizon, Program
-
-
-_PACKAGE = Path(__file__).parent
-CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
-"""The folder ``conf``: inside the package when installed, beside it in a checkout. It holds ``sweeps``, too."""
 
 
 NEUTRAL = (

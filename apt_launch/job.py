@@ -120,8 +120,8 @@ def _perform(
 
 def _train(folder: Path, about: dict[str, Any], state: State, before: State, rank: int) -> float:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, CLUSTERS)
-    from apt_launch.run import run
     from apt_launch.tracking.projections import Membership
+    from apt_launch.train import train
 
     os.chdir(about["cwd"])
     try:
@@ -142,7 +142,7 @@ def _train(folder: Path, about: dict[str, Any], state: State, before: State, ran
     signal.setitimer(signal.ITIMER_REAL, left)
     member = Membership(about["sweep"], tuple(about["overrides"]))
     try:
-        return run(config, folder, member)
+        return train(config, folder, member)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.pthread_sigmask(signal.SIG_BLOCK, CLUSTERS)

@@ -289,7 +289,7 @@ def _load_libraries(*, with_wandb: bool) -> None:
         "torch._dynamo",
         "matplotlib.figure",
         "matplotlib.backends.backend_agg",
-        "apt_launch.run",
+        "apt_launch.train",
         "apt_launch.summary",
     ]
     used += ["apt_launch.drill", "apt_launch.console", "apt_model.gpt", "apt_model.training.trainer"]

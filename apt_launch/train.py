@@ -62,7 +62,7 @@ class StopRequest:
         os.write(2, told.encode())  # a handler may interrupt a write: nothing that buffers is safe here
 
 
-def run(config: RunConfig, path: Path, member: Membership | None = None) -> float:
+def train(config: RunConfig, path: Path, member: Membership | None = None) -> float:
     """Train ``config`` here, into the folder ``path``; return the final validation loss.
 
     Several ranks train one model; the first of them writes. A job of a sweep holds its folder's lease already.
