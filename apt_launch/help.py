@@ -93,15 +93,15 @@ def _print(console: Console) -> None:
         for name, *others in rows:
             table.add_row(Text(f"  {name}"), *map(Text, others))
         table.columns[0].no_wrap = console.width >= 60
-        table.columns[-1].min_width = 24
+        table.columns[-1].min_width = 26
         for column in table.columns:
             column.overflow = "fold"
         console.print(table)
 
     console.print(
         Text(
-            f"apt-launch {__version__}. Trains a mixture-of-experts language model through a curriculum: "
-            "when modules switch on, how values anneal. Here, as a sweep, or on a SLURM cluster. The default run needs no account, no download and no GPU."
+            f"apt-launch {__version__}. Trains a mixture-of-experts language model through a curriculum: when "
+            "modules switch on, how values anneal. Here, as a sweep, or on a SLURM cluster. The default run needs no account, no download and no GPU."
         )
     )
     heading("Usage")
