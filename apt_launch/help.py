@@ -93,15 +93,19 @@ def _print(console: Console) -> None:
         for name, *others in rows:
             table.add_row(Text(f"  {name}"), *map(Text, others))
         table.columns[0].no_wrap = console.width >= 60
-        table.columns[-1].min_width = 26
         for column in table.columns:
             column.overflow = "fold"
         console.print(table)
 
+    def told_of(group: Group) -> Sequence[str]:
+        options = ", ".join(f"{option}*" if option == group.default else option for option in group.options)
+        return (group.told, options) if console.width >= 76 else (f"{group.told}\n{options}",)
+
     console.print(
         Text(
             f"apt-launch {__version__}. Trains a mixture-of-experts language model through a curriculum: when "
-            "modules switch on, how values anneal. Here, as a sweep, or on a SLURM cluster. The default run needs no account, no download and no GPU."
+            "modules switch on, how values anneal. Here, as a sweep, or on a SLURM cluster. "
+            "The default run needs no account, no download and no GPU."
         )
     )
     heading("Usage")
@@ -113,7 +117,7 @@ def _print(console: Console) -> None:
         console.print(Text(f"    {command}", style="cyan"), soft_wrap=True)
     heading("Groups: GROUP=OPTION (* is what you get without a word)")
     listed(
-        (f"+{name}" if name in ADDED else name, group.told, _options(group))
+        (f"+{name}" if name in ADDED else name, *told_of(group))
         for name, group in groups().items()
         if name not in LESS_COMMON
     )
@@ -127,7 +131,3 @@ def _print(console: Console) -> None:
     heading("More")
     for sentence in MORE:
         console.print(Padding(Text(sentence), (0, 0, 0, 2)))
-
-
-def _options(group: Group) -> str:
-    return ", ".join(f"{option}*" if option == group.default else option for option in group.options)
