@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,12 +150,23 @@ def composed(overrides: list[str]) -> RunConfig:
         ConfigError: with every problem found.
         HydraException: an override that means nothing; see :func:`apt_launch.explain.explained`.
     """
+    with composing() as compose:
+        return load(compose(overrides))
+
+
+@contextmanager
+def composing() -> Iterator[Callable[[list[str]], DictConfig]]:
+    """Compose ``conf/`` with overrides meanwhile; what Hydra composes elsewhere in this process stays as it is."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
+    before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return load(compose("config", overrides=overrides))
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            yield lambda overrides: compose("config", overrides=overrides, return_hydra_config=True)
+    finally:
+        GlobalHydra.instance().hydra = before
 
 
 def parse(values: dict[str, Any], counts: Counts | None = None) -> RunConfig:
