@@ -41,7 +41,11 @@ clean: ## remove the environment and what tools left
 
 # torch first and pinned: a range would take the newest build, with gigabytes of libraries
 $(VENV)/.installed: pyproject.toml tests/environment.sh
-	sh tests/environment.sh "$(PYTHON)" "$(VENV)"
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $@
+	@echo "Making $(VENV), once: one to five minutes, most of it the download of torch."
+	@echo "[1/3] the environment"
+	@sh tests/environment.sh "$(PYTHON)" "$(VENV)"
+	@echo "[2/3] torch 2.13.0"
+	@$(BIN)/python -m pip install --quiet torch==2.13.0
+	@echo "[3/3] this package, and what develops it"
+	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,17 +17,13 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from apt_launch.checks import check_curriculum, check_together, missing_libraries
 from apt_launch.corpus import Counts, plan_horizon
+from apt_launch.menu import CONF as CONF
 from apt_launch.values import flatten
 from apt_model.errors import ConfigError, nearest, validated
 
 if TYPE_CHECKING:
     from apt_launch import schema
     from apt_model.schedule import Horizon, Program
-
-
-_PACKAGE = Path(__file__).parent
-CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
-"""The folder ``conf``: inside the package when installed, beside it in a checkout. It holds ``sweeps``, too."""
 
 
 NEUTRAL = (
@@ -142,12 +139,23 @@ def composed(overrides: list[str]) -> RunConfig:
         ConfigError: with every problem found.
         HydraException: an override that means nothing; see :func:`apt_launch.explain.explained`.
     """
+    with composing() as compose:
+        return load(compose(overrides))
+
+
+@contextmanager
+def composing() -> Iterator[Callable[[list[str]], DictConfig]]:
+    """Compose ``conf/`` with overrides meanwhile; what Hydra composes elsewhere in this process stays as it is."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
+    before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return load(compose("config", overrides=overrides))
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            yield lambda overrides: compose("config", overrides=overrides, return_hydra_config=True)
+    finally:
+        GlobalHydra.instance().hydra = before
 
 
 def parse(values: dict[str, Any], counts: Counts | None = None) -> RunConfig:

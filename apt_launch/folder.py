@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from omegaconf import OmegaConf
 
 from apt_launch.config import RunConfig
 from apt_launch.corpus import build_corpus
@@ -75,6 +78,13 @@ class RunFolder:
             for above in (above for above in self.path.absolute().parents if ours in (above, *above.parents)):
                 with contextlib.suppress(OSError):  # it holds more
                     above.rmdir()
+
+    def going_on(self) -> str:
+        """Return the command that goes on with the run: what began it, from its newest checkpoint."""
+        path = self.path / ".hydra" / "overrides.yaml"
+        given = [str(one) for one in OmegaConf.load(path)] if path.exists() else []
+        kept = [one for one in given if not one.startswith(("hydra.run.dir=", "trainer.resume="))]
+        return f"python -m apt_launch {shlex.join([*kept, f'hydra.run.dir={self.path}', 'trainer.resume=auto'])}"
 
     def check_free(self, config: RunConfig) -> Resume | None:
         """Make sure that nothing of another run would be lost here; return what a resume goes on from, see :meth:`resume`.

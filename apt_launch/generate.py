@@ -49,8 +49,15 @@ def parser() -> argparse.ArgumentParser:
     """Return what reads the command line."""
     found = argparse.ArgumentParser(
         prog="python -m apt_launch.generate",
-        description="Sample text from a run's checkpoint.",
-        epilog="Text goes to standard output, speed and votes to standard error.",
+        usage="%(prog)s RUN_DIR [--prompt TEXT ...] [OPTION ...]",
+        description="""\
+Text from a run's newest checkpoint, with the modules that were on at its time.
+It goes to standard output; speed and votes go to standard error.""",
+        epilog="""\
+examples:
+  python -m apt_launch.generate runs/a --prompt 'def ' --prompt 'class ' --top-k 40
+  python -m apt_launch.generate runs/a/checkpoints/step-00000128 --prompt 'def '""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = found.add_argument
@@ -59,14 +66,14 @@ def parser() -> argparse.ArgumentParser:
     add("--prompt-file", type=Path, metavar="FILE", help="a prompt a line")
     add("--num-samples", type=int, default=1, metavar="N", help="texts for each prompt (1)")
     add("--max-new-tokens", type=int, default=200, metavar="N", help="tokens added to a prompt at most (200)")
-    add("--temperature", type=float, default=0.8, help="of the draw; 0: always the likeliest token (0.8)")
+    add("--temperature", type=float, default=0.8, metavar="T", help="of the draw; 0: always the likeliest token (0.8)")
     add("--top-k", type=int, metavar="K", help="draw only from the K likeliest tokens")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw only from the likeliest that sum to P (1)")
     add("--voter", choices=("auto", "on", "off"), default="auto", help="entropy voting; auto: as the run had it")
     add("--vote-threshold", type=float, metavar="NATS", help="entropy above which there are votes; else the run's")
-    add("--seed", type=int, default=0, help="of draws and votes (0)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--json", action="store_true", help="for programs: one JSON object a text and line")
+    add("--seed", type=int, default=0, metavar="N", help="of draws and votes (0)")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
+    add("--json", action="store_true", help="for programs: a line of JSON for each text")
     return found
 
 

@@ -29,7 +29,7 @@ MOST_OVERLAID = 16
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 config or command line wrong, 130 interrupted."""
     with ending():
-        arguments, overrides = parsed(_parser())
+        arguments, overrides = parsed(parser())
         painter = Painter()  # first of all: it loads its library while this process loads Hydra
         try:
             _preview(arguments, overrides, painter)
@@ -77,19 +77,30 @@ def _size_tables(jobs: Sequence[Job], arguments: argparse.Namespace) -> list[tup
     ]
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m apt_launch.preview",
-        description="Show a curriculum before it runs: its timeline and curves; overrides as for python -m apt_launch. "
-        "Several values of a key (a=1,2) lay the curricula over each other.",
+        usage="%(prog)s [OPTION ...] [OVERRIDE ...]",
+        description="""\
+Show a curriculum before it runs: its timeline and its curves, here and as
+pictures. Overrides are those of python -m apt_launch; several values of a key
+(a=1,2) lay the curricula over each other. Nothing is trained or sent.""",
+        epilog="""\
+examples:
+  python -m apt_launch.preview schedule.route_temp.end=0.6,0.8
+  python -m apt_launch.preview schedule.enable_moe_at_epoch=1 trainer.max_epochs=20
+  python -m apt_launch.preview --sizes --gpu h100 --gpus 8 model.d_model=1024""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--multirun", "-m", action="store_true", help="taken for granted: several values always expand")
-    parser.add_argument("--dry-run", action="store_true", help="taken for granted: nothing is ever sent")
-    parser.add_argument("--sizes", action="store_true", help="parameters, memory, FLOPs (loads torch)")
-    parser.add_argument("--gpu", help="with --sizes: time, GPU-hours and what fits on this kind, such as h100")
-    parser.add_argument("--gpus", type=int, help="with --sizes: what a device needs where so many share the model")
-    parser.add_argument("--out", type=Path, default=Path("outputs/preview"), help="where the pictures go")
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("outputs/preview"), metavar="DIR", help="of the pictures (outputs/preview)")
+    add("--sizes", action="store_true", help="tell parameters, memory and FLOPs, too (loads torch)")
+    add("--gpu", metavar="KIND", help="sizes, with hours and what fits on a kind of GPU: a100, h100, ...")
+    add("--gpus", type=int, metavar="N", help="sizes, with what each of N GPUs needs that share the model")
+    add("--multirun", "-m", action="store_true", help="taken for granted: several values always expand")
+    add("--dry-run", action="store_true", help="taken for granted")
     return parser
 
 

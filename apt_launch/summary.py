@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,3 +67,15 @@ def show(summary: dict[str, Any], config: RunConfig, folder: RunFolder) -> None:
         highlight=False,
     )
     console.print(f"run folder  {folder.path}", highlight=False, soft_wrap=True)
+
+
+def suggest(folder: RunFolder) -> None:
+    """Say what can be done after a run."""
+    console = Console(highlight=False)
+    console.print("\nWhat next?", style="bold")
+    for told, command in (
+        ("text from this model", f"apt_launch.generate {shlex.quote(str(folder.path))} --prompt 'def '"),
+        ("other curricula, before they run", "apt_launch.preview schedule.route_temp.end=0.6,0.8"),
+        ("and which of them is better", "apt_launch --multirun schedule.route_temp.end=0.6,0.8"),
+    ):
+        console.print(f"  {told}:\n    python -m {command}", soft_wrap=True, markup=False)

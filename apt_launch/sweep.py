@@ -23,16 +23,18 @@ STYLES = {"done": "green", "failed": "bold red", "cancelled": "yellow", "running
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 a job failed, 2 the command line or the folder is wrong, 130 interrupted."""
-    arguments = _parser().parse_args()
+    arguments = parser().parse_args()
     keep_private()
     with ending():
         sys.exit(COMMANDS[arguments.command](arguments))
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m apt_launch.sweep",
-        description="Look after a sweep that python -m apt_launch --multirun has sent.",
+        description="Look after a sweep that python -m apt_launch --multirun has sent; from any terminal, any day.",
+        epilog="Each command has a --help of its own. Example: python -m apt_launch.sweep status multirun/DATE/TIME",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -48,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         ("report", "write tables, plots and a page that say which job won"),
     ):
         command = commands.add_parser(name, help=told, description=told.capitalize() + ".", allow_abbrev=False)
-        command.add_argument("folder", metavar="DIR", type=Path, help="the sweep's folder, with plan.yaml in it")
+        command.add_argument("folder", metavar="DIR", type=Path, help="the sweep's folder, as its launch told it")
         if name == "status":
             command.add_argument("--json", action="store_true", help="for programs: one JSON object a job and line")
         if name == "watch":
@@ -61,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
                 "--wait", action="store_true", help=argparse.SUPPRESS if name == "wait" else "wait for them, too"
             )
         if name == "report":
-            command.add_argument("--metric", default="val/loss", help="what decides; val/loss unless said otherwise")
+            command.add_argument(
+                "--metric", default="val/loss", metavar="NAME", help="what decides, the lowest wins (val/loss)"
+            )
     return parser
 
 

@@ -22,13 +22,27 @@ from apt_model.errors import ConfigError
 
 def main() -> None:
     """Run the command line. Exit codes: 0 all delivered, 1 W&B did not take it, 2 nothing to deliver, 130 interrupted."""
-    parser = argparse.ArgumentParser(prog="python -m apt_launch.sync", description=(__doc__ or "").split("\n\n")[1])
-    parser.add_argument("folder", metavar="DIR", type=Path, help="a run's folder, or a sweep's")
-    folder = parser.parse_args().folder
+    folder: Path = parser().parse_args().folder
     keep_private()
     with ending():
         runs = runs_in(folder)
         sys.exit(_deliver(runs[0]) if len(runs) == 1 else _deliver_each(runs))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
+    found = argparse.ArgumentParser(
+        prog="python -m apt_launch.sync",
+        description="Deliver to W&B what it has not seen of a run, or of each run of a sweep. Rows that W&B has are "
+        "skipped: twice is as good as once.",
+        epilog="It needs a key of W&B: run wandb login first, or set WANDB_API_KEY. Only "
+        "runs with logger=wandb can be delivered.",
+        allow_abbrev=False,
+    )
+    found.add_argument(
+        "folder", metavar="DIR", type=Path, help="a run's folder, or a sweep's; it may still be training"
+    )
+    return found
 
 
 def runs_in(folder: Path) -> list[Path]:

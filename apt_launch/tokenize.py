@@ -46,8 +46,17 @@ def parser() -> argparse.ArgumentParser:
     """Return what reads the command line."""
     found = argparse.ArgumentParser(
         prog="python -m apt_launch.tokenize",
-        description="Make memory-mapped shards of a corpus; overrides as for python -m apt_launch: data=text data.path=...",
-        epilog="Train from them: python -m apt_launch data=shards data.path=OUT model.vocab_size=VOCAB",
+        usage="%(prog)s OUT [OPTION ...] [OVERRIDE ...]",
+        description="""\
+Make memory-mapped shards of a corpus, which runs then read without making its
+tokens again. Overrides name the corpus, as for python -m apt_launch. What was
+cut off goes on where it stood, by the same command.""",
+        epilog="""\
+examples:
+  python -m apt_launch.tokenize shards/ data=text data.path=my_texts/
+  python -m apt_launch.tokenize shards/ --train-tokenizer 8192 data=text data.path=my_texts/
+  python -m apt_launch data=shards data.path=shards/ model.vocab_size=8192""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     found.add_argument("out", metavar="OUT", type=Path, help="a folder that is not there yet")
@@ -57,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="VOCAB",
         help="train a byte-level BPE tokenizer of so many tokens on the corpus first; else data.tokenizer, or bytes",
     )
-    found.add_argument("--shard-tokens", type=int, metavar="N", help="tokens a file (134217728)")
+    found.add_argument("--shard-tokens", type=int, metavar="N", help="tokens of a file (134217728)")
     return found
 
 
