@@ -56,11 +56,11 @@ Pattern = Annotated[str, Field(min_length=1)]
 class Segment(Strict):
     """A part of a curve: a ``ramp`` to a value, a ``hold`` for a length, or a ``jump`` to a value."""
 
-    ramp: Number | None = None
-    hold: Span | None = None
-    jump: Number | None = None
-    over: Span | None = None
-    type: Literal["linear", "cosine", "exponential", "sqrt", "inverse_sqrt"] = "linear"
+    ramp: Number | None = None  # go to this value
+    hold: Span | None = None  # keep the value for this length
+    jump: Number | None = None  # have this value at once
+    over: Span | None = None  # length of a ramp; null: an equal part of what other segments leave
+    type: Literal["linear", "cosine", "exponential", "sqrt", "inverse_sqrt"] = "linear"  # shape of a ramp
 
     def contradictions(self, key: str) -> list[str]:
         """Say what does not go together."""
@@ -80,23 +80,23 @@ class Anneal(Strict):
     ``end`` to 0 last. Lengths are counts of ``by``, times in other units, or shares of the window (``10%``).
     """
 
-    target: Pattern | None = None
-    start: Number | None = None
-    end: Number | None = None
-    by: Unit = "epoch"
-    type: ShapeName = "linear"
-    warmup: Span = 0
-    cooldown: Span = 0
-    power: PositiveNumber | None = None
-    steps: Positive | None = None
-    peak: Number | None = None
-    peak_at: Span = "30%"
-    points: dict[int | str, Number] | None = None
-    segments: list[Segment] | None = None
-    repeat: Positive = 1
-    begin: Length = Field(default=0, alias="from")
-    until: Length | None = None
-    over: Span | None = None
+    target: Pattern | None = None  # what it writes: a path, or a pattern with *; only below anneals
+    start: Number | None = None  # the first value
+    end: Number | None = None  # the last value
+    by: Unit = "epoch"  # what the value moves with
+    type: ShapeName = "linear"  # shape from start to end, and between points
+    warmup: Span = 0  # from 0 to start over this length first
+    cooldown: Span = 0  # from end to 0 over this length last
+    power: PositiveNumber | None = None  # of polynomial: the way left shrinks as (1 - t)^power
+    steps: Positive | None = None  # of step: how many equal ones
+    peak: Number | None = None  # of one_cycle: the value on the way
+    peak_at: Span = "30%"  # of one_cycle: when the peak is reached
+    points: dict[int | str, Number] | None = None  # values at times, instead of start and end
+    segments: list[Segment] | None = None  # ramps, holds and jumps, one after the other, instead of end
+    repeat: Positive = 1  # how often segments are gone through
+    begin: Length = Field(default=0, alias="from")  # where the window begins; before it the first value holds
+    until: Length | None = None  # where the window ends; after it the last value holds; null: the run's end
+    over: Span | None = None  # the window's length, instead of until
 
     def contradictions(self, key: str) -> list[str]:
         """Say what is missing or does not go together, before any run is known."""
@@ -359,14 +359,14 @@ class When(Strict):
     happens; at ``deadline`` the module goes on whatever the metric says.
     """
 
-    metric: Pattern
-    above: Number | None = None
-    below: Number | None = None
-    release: Number | None = None
-    smooth: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    hold: WrittenTime = Time(Fraction(0), "step")
-    not_before: WrittenTime = Time(Fraction(0), "step")
-    deadline: WrittenTime | None = None
+    metric: Pattern  # what is watched
+    above: Number | None = None  # on when it exceeds this; or below
+    below: Number | None = None  # on when it falls below this; or above
+    release: Number | None = None  # off again when it comes back past this; null: never
+    smooth: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the past in the moving average; 0: none
+    hold: WrittenTime = Time(Fraction(0), "step")  # shortest time between two flips
+    not_before: WrittenTime = Time(Fraction(0), "step")  # nothing happens before this time
+    deadline: WrittenTime | None = None  # on at this time whatever the metric says
 
     def contradictions(self, key: str) -> list[str]:
         """Say what is missing or does not go together."""
@@ -406,12 +406,12 @@ ACTIONS = {
 class Event(Strict):
     """One of enable, disable (a module), freeze, unfreeze (parameters, by path), ``at`` a time or ``when`` a metric says."""
 
-    enable: Pattern | None = None
-    disable: Pattern | None = None
-    freeze: Pattern | None = None
-    unfreeze: Pattern | None = None
-    at: WrittenTime | None = None
-    when: When | None = None
+    enable: Pattern | None = None  # module that goes on
+    disable: Pattern | None = None  # module that goes off
+    freeze: Pattern | None = None  # parameters that stay as they are, by path or pattern
+    unfreeze: Pattern | None = None  # parameters that train again
+    at: WrittenTime | None = None  # when: a time such as 2ep, 500st, 10%, moe.enabled + 1ep
+    when: When | None = None  # a latch on a metric, instead of at
 
     @property
     def action(self) -> str:
