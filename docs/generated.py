@@ -118,7 +118,9 @@ def domain(annotation: Any, bounds: list[Any] | None = None) -> str:
 
 def _table(rows: list[tuple[str, str, str, str]]) -> str:
     lines = ["| key | default | value | meaning |", "|---|---|---|---|"]
-    lines += [f"| `{key}` | {f'`{default}`' if default else ''} | {value} | {told} |" for key, default, value, told in rows]
+    lines += [
+        f"| `{key}` | {f'`{default}`' if default else ''} | {value} | {told} |" for key, default, value, told in rows
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -134,7 +136,9 @@ class Option(NamedTuple):
 def options(group: str) -> list[Option]:
     """Return the options of a group, its default first."""
     found = []
-    chosen = next(entry[group] for entry in yaml.safe_load((CONF / "config.yaml").read_text())["defaults"] if group in entry)
+    chosen = next(
+        entry[group] for entry in yaml.safe_load((CONF / "config.yaml").read_text())["defaults"] if group in entry
+    )
     for path in sorted((CONF / group).glob("*.yaml"), key=lambda path: (path.stem != chosen, path.stem)):
         keys = written(path)
         below = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -220,7 +224,9 @@ def config_page() -> str:
     parts.append("## hydra/launcher\n")
     for name, schema in (("local", LocalLauncherConfig), ("slurm", SlurmLauncherConfig)):
         path = f"hydra/launcher/{name}.yaml"
-        parts.append(f"### hydra/launcher={name}\n\n{introduction(CONF / path)}\n\n{_plain(path, schema, 'hydra.launcher.')}")
+        parts.append(
+            f"### hydra/launcher={name}\n\n{introduction(CONF / path)}\n\n{_plain(path, schema, 'hydra.launcher.')}"
+        )
     path = "hydra/sweeper/plan.yaml"
     parts.append(
         f"## hydra/sweeper\n\n### hydra/sweeper=plan\n\n{introduction(CONF / path)}\n\n{_plain(path, None, 'hydra.sweeper.')}"

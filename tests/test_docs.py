@@ -7,22 +7,28 @@ import importlib.util
 import io
 import re
 import shlex
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from pydantic import Field
 
 from apt_launch import sweep
-from apt_launch.catalogue import parameters, targets
-from apt_launch.config import RunConfig
-from apt_model.schedule import Curriculum, Program
-from tests.conftest import REPOSITORY, SMALL
+from apt_launch.catalogue import metrics, parameters, targets
+from apt_launch.config import CONF, RunConfig
+from apt_launch.schema import GROUPS, Positive
+from apt_launch.tracking import read_rows
+from apt_model.schedule import Anneal, Curriculum, Program
+from docs import generated, pictures
+from tests.conftest import REPOSITORY, SMALL, environment
 from tests.forks import Ended, Forks, forking
 from tests.slurm.conftest import shared_cluster  # noqa: F401 - a fixture
 
@@ -123,12 +129,14 @@ class Reader:
         return self.forks.run(*arguments, cwd=self.folder, module=module, env=env)
 
     def meet(self, error: str, module: str, arguments: list[str]) -> None:
-        ended = self.run(module, arguments, {"COLUMNS": "80"})
+        """See that a command is refused, in the words of the page, which may leave lines out."""
+        named = any(argument.startswith("hydra.run.dir=") for argument in arguments)
+        ended = self.run(module, shortened(module, arguments) if named else arguments, {"COLUMNS": "80"})
         said = re.sub(rf"{re.escape(str(self.folder))}\b", HOME, ended.err + ended.out)
         assert ended.code in (1, 2), said
         assert "Traceback" not in said
         lines = [line.rstrip() for line in said.splitlines()]
-        for line in error.splitlines():
+        for line in error.replace("\n...\n", "\n").splitlines():
             assert line in lines, f"{line}\nis not what was said:\n{said}"
 
     def compose(self, arguments: list[str]) -> None:
@@ -152,7 +160,9 @@ def check_spelling(words: list[str]) -> None:
             assert re.search(rf"^{target}:.*## ", (REPOSITORY / "Makefile").read_text(), flags=re.MULTILINE), target
         case ["pip", "install", *wanted]:
             for extra in re.findall(r"\[(\w+)\]", " ".join(wanted)):
-                assert re.search(rf"^{extra} = \[", (REPOSITORY / "pyproject.toml").read_text(), flags=re.MULTILINE), extra
+                assert re.search(rf"^{extra} = \[", (REPOSITORY / "pyproject.toml").read_text(), flags=re.MULTILINE), (
+                    extra
+                )
         case ["pytest", *arguments]:
             for path in (argument for argument in arguments if argument.startswith("tests")):
                 assert (REPOSITORY / path).exists(), path
@@ -235,7 +245,9 @@ INLINE = sorted(
     {
         command
         for page in PAGES
-        for command in re.findall(r"`((?:python -m (?:tests|docs)\.|pytest |make )[^`]*)`", page.read_text(encoding="utf-8"))
+        for command in re.findall(
+            r"`((?:python -m (?:tests|docs)\.|pytest |make )[^`]*)`", page.read_text(encoding="utf-8")
+        )
     }
 )
 
@@ -243,3 +255,130 @@ INLINE = sorted(
 @pytest.mark.parametrize("command", INLINE)
 def test_a_command_in_a_sentence_names_what_is_there(command: str) -> None:
     check_spelling(shlex.split(command))
+
+
+# --- the site ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pages as ``make docs`` builds them; a warning is an error."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(folder)]
+    told = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env={**environment(), "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (told.returncode, told.stdout + told.stderr) == (0, "")
+    return folder
+
+
+def test_the_site_brings_nothing_from_elsewhere(site: Path) -> None:
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 15
+    for page in pages:
+        brought = re.findall(r"<(?:link|script|img|iframe|source)\b[^>]*?(?:href|src)=\"?([^\"\s>]+)", page.read_text())
+        assert not [address for address in brought if re.match(r"(https?:)?//", address)], page
+    for style in site.rglob("*.css"):
+        assert not re.findall(r"(?:@import|url\()[^;)]*//", style.read_text()), style
+
+
+def test_every_key_of_every_option_stands_in_the_reference_with_a_meaning() -> None:
+    page = generated.config_page()
+    rows = {row[0].strip("` "): row[-1].strip() for row in _rows(page)}
+    assert [key for key, told in rows.items() if not told] == []
+    grammar = {(key.alias or name) for model in generated.GRAMMAR for name, key in model.model_fields.items()}
+    wanted = set()
+    for group in GROUPS:
+        for option in generated.options(group):
+            assert f"### {group}={option.name}\n" in page
+            for key in option.keys:
+                name, _, inner = key.partition(".")
+                wanted.add(f"{group}.{name}")
+                assert not inner or inner in grammar, key
+            schema = {field.alias or name for name, field in option.schema.model_fields.items()} - {"_target_"}
+            assert schema == {key for key in option.keys if "." not in key}
+    for path, prefix in (("hydra/launcher/local", "hydra.launcher"), ("hydra/launcher/slurm", "hydra.launcher")):
+        wanted |= {f"{prefix}.{key}" for key in generated.written(CONF / f"{path}.yaml") if not key.startswith("_")}
+    wanted |= {key for key in generated.written(CONF / "config.yaml") if key == "seed" or key.startswith("launch.")}
+    assert wanted <= rows.keys(), wanted - rows.keys()
+
+
+def _rows(page: str) -> list[list[str]]:
+    lines = [line for line in page.splitlines() if line.startswith("| `")]
+    return [line.strip("|").split("|") for line in lines]
+
+
+def test_what_yaml_says_is_read_with_the_comment_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "some.yaml"
+    path.write_text("# Of all.\na: 1 # first\nb: # both\n  c: '#x' # second\n  d: [1, 2]\ne: {f: 1} # in one\n")
+    assert generated.introduction(path) == "Of all."
+    assert generated.written(path) == {
+        "a": ("1", "first"),
+        "b": ("", "both"),
+        "b.c": ("'#x'", "second"),
+        "b.d": ("[1, 2]", ""),
+        "e": ("{f: 1}", "in one"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("annotation", "told"),
+    [
+        (Positive, "integer, at least 1"),
+        (Positive | None, "integer, at least 1; or null"),
+        (Annotated[float, Field(ge=0, lt=1)], "number, at least 0 and below 1"),
+        (Literal["a", "b"], "one of `a`, `b`"),
+        (list[str], "list of text"),
+    ],
+)
+def test_a_type_is_told_in_words(annotation: Any, told: str) -> None:
+    assert generated.domain(annotation) == told
+
+
+def test_pictures_are_what_the_code_draws() -> None:
+    for name, anneal in pictures.shown().items():
+        path = pictures.DOCS / "pictures" / f"{name}.svg"
+        assert path.read_text(encoding="utf-8") == pictures.picture(name, anneal), "run: python -m docs.pictures"
+
+
+def test_every_shape_is_drawn() -> None:
+    drawn = {anneal.type for anneal in pictures.shown().values()}
+    assert drawn == set(get_args(Anneal.model_fields["type"].annotation))
+
+
+def test_every_metric_is_told(small: Callable[..., RunConfig], reader: Reader) -> None:
+    page = (REPOSITORY / "docs/reference/metrics.md").read_text(encoding="utf-8")
+    told = {name for row in _rows(page) for name in re.findall(r"`([^`]+)`", row[0] + row[1])}
+    layers = re.compile(r"moe/layer_\d\d/")
+    assert {layers.sub("moe/", name) for name in metrics(small().values)} <= told
+    reader.call("python -m apt_launch hydra.run.dir=run", None)
+    logged = {layers.sub("moe/", name) for row in read_rows(reader.folder / "run" / "metrics.jsonl") for name in row}
+    assert logged <= told, logged - told
+
+
+def test_the_hops_of_the_design_are_there() -> None:
+    page = (REPOSITORY / "docs/design.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(apt_\w+/[\w/]+\.py)(?:: (\w+))?`", page)
+    assert len(named) > 10
+    for path, name in named:
+        source = (REPOSITORY / path).read_text(encoding="utf-8")
+        assert not name or re.search(rf"^ *def {name}\(", source, flags=re.MULTILINE), (path, name)
+
+
+def test_messages_of_running_jobs_are_still_said() -> None:
+    page = (REPOSITORY / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(
+        r"`([^`]+)`", " ".join(re.findall(r"^\| (.*?) \|", page.split("## While a run trains")[1], re.M))
+    )
+    said = "".join(
+        path.read_text(encoding="utf-8")
+        for name in ("apt_model", "apt_launch")
+        for path in (REPOSITORY / name).rglob("*.py")
+    )
+    for message in quoted:
+        assert re.split(r" ?[A-Z]{4,}", message)[0] in said, message
