@@ -354,10 +354,10 @@ def test_every_shape_is_drawn() -> None:
 def test_every_metric_is_told(small: Callable[..., RunConfig], reader: Reader) -> None:
     page = (REPOSITORY / "docs/reference/metrics.md").read_text(encoding="utf-8")
     told = {name for row in _rows(page) for name in re.findall(r"`([^`]+)`", row[0] + row[1])}
-    layers = re.compile(r"moe/layer_\d\d/")
-    assert {layers.sub("moe/", name) for name in metrics(small().values)} <= told
+    layers = re.compile(r"(?<=moe/)layer_\d\d/|(?<=val/)layer_\d\d/|(?<=val/)source/.*/")
+    assert {layers.sub("", name) for name in metrics(small().values)} <= told
     reader.call("python -m apt_launch hydra.run.dir=run", None)
-    logged = {layers.sub("moe/", name) for row in read_rows(reader.folder / "run" / "metrics.jsonl") for name in row}
+    logged = {layers.sub("", name) for row in read_rows(reader.folder / "run" / "metrics.jsonl") for name in row}
     assert logged <= told, logged - told
 
 

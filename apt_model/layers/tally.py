@@ -46,17 +46,18 @@ def tally(routing: Routing, dispatch: Dispatch, *, num_sequences: int, balance: 
     means = [
         balance,
         z,
-        _entropy(p).mean(),
+        entropy(p).mean(),
         p.amax(dim=-1).mean(),
         1.0 - kept.float().mean(),
         1.0 - kept.any(dim=-1).float().mean(),
-        _entropy(of_sequences / wanted.shape[1]).mean(),
+        entropy(of_sequences / wanted.shape[1]).mean(),
     ]
     weighted = kept.numel() * torch.stack([mean.detach().float() for mean in means])
     return torch.cat((weighted, dispatch.counts.float()))
 
 
-def _entropy(p: Tensor) -> Tensor:
+def entropy(p: Tensor) -> Tensor:
+    """Return the entropy in nats of the distributions over the last dimension of ``p``."""
     return -torch.xlogy(p, p).sum(dim=-1)
 
 
@@ -65,12 +66,12 @@ def layer_metrics(sums: Tensor) -> Tensor:
     weighted, counts = sums[:, : len(MEANS) + 1], sums[:, len(MEANS) + 1 :]
     slots = counts.sum(dim=1, keepdim=True)
     load, means = counts / slots, weighted / slots
-    entropy = _entropy(load)
+    of_load = entropy(load)
     of_loads = (
         load.amax(dim=1) * load.shape[1],  # over the equal share
-        entropy,
+        of_load,
         (counts == 0).sum(dim=1).float(),
-        (entropy - means[:, -1]).clamp(min=0.0),
+        (of_load - means[:, -1]).clamp(min=0.0),
     )
     return torch.cat((means[:, :-1], torch.stack(of_loads, dim=1)), dim=1)
 

@@ -29,6 +29,7 @@ from apt_model.training.follower import Follower, bind
 from apt_model.training.optimizer import named_state, parameter_groups
 from apt_model.training.parallel import Parallel, clip_gradients, engine, gathered_state
 from apt_model.training.randomness import random_state
+from apt_model.training.specialisation import SourceLoads
 
 logger = logging.getLogger(__name__)
 
@@ -407,17 +408,27 @@ class BaseTrainer(Follower):
         """Return the mean loss on the validation batches, and log it with the clock of the last update."""
         self.model.eval()
         losses = []
+        loads = self._loads_by_source()
+        begins = self.val_batches.sampler.windows(0)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.seed)  # the voter draws: the same draws each time, and none from training
-            for tokens, targets in self.val_batches.epoch(0, device=self.device):
-                with self._autocast():
+            for begin, (tokens, targets) in zip(begins, self.val_batches.epoch(0, device=self.device), strict=True):
+                with self._autocast(), loads.counting(begin, tokens) if loads else nullcontext():
                     losses.append(self.model(tokens, targets, telling=False).language_loss)
         self.model.train()
         self.engine.rest()
         loss = torch.stack(losses).mean().item()
         self.schedule.observe({"val/loss": loss})
-        self._log({"val/loss": loss} | self.schedule.metrics(), step=self.clock.step - 1, tokens=self.clock.token)
+        told = {"val/loss": loss} | (loads.metrics() if loads else {})
+        self._log(told | self.schedule.metrics(), step=self.clock.step - 1, tokens=self.clock.token)
         return loss
+
+    def _loads_by_source(self) -> SourceLoads | None:
+        """Return what counts who serves whom, where the validation text has several sources and experts are on."""
+        sources = self.val_batches.tokens.sources
+        if sources is None or len(sources.names) < 2 or not any(layer.enabled for layer in self.model.moe_layers):
+            return None
+        return SourceLoads(self.model.moe_layers, sources)
 
     def _log(self, metrics: Row, *, step: int, tokens: int) -> None:
         when = {"step": step, "epoch": self.clock.epoch, "tokens": tokens, "time": round(self.seconds, 3)}
