@@ -1,3 +1,27 @@
 """Composes, checks, launches and records runs of curriculum-trained mixture-of-experts language models."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from apt_launch.notebook import Run
+
 __version__ = "0.1.0"
+
+
+def run(overrides: Sequence[str] = ()) -> Run:
+    """Train here, in this process, what ``python -m apt_launch`` would train with ``overrides``; return the run.
+
+    In a notebook, too: its stop button finishes the update and writes a checkpoint, as Ctrl-C does. Outside the main thread
+    no signal can be heard, and the run goes on to its end.
+
+    Raises:
+        ConfigError: with every problem found; nothing was started.
+        TrainingError: the run failed; ``summary.json`` has the cause.
+        KeyboardInterrupt: it was stopped, and can go on.
+    """
+    from apt_launch.notebook import run as train
+
+    return train(overrides)

@@ -7,24 +7,22 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
-
-from apt_launch.config import CONF, load, show_error
-from apt_launch.guard import keep_private
-from apt_launch.plugins import register
-from apt_model.errors import ConfigError, TrainingError
+if TYPE_CHECKING:  # Hydra is loaded where a config is composed, and not to show a page of help
+    from omegaconf import DictConfig
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 """A disk that takes nothing: no mistake of ours, and nothing that a traceback explains."""
 
 
-@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def run(cfg: DictConfig) -> float:
     """Train one composed config; return its final validation loss."""
-    from apt_launch.run import run as train
+    from hydra.core.hydra_config import HydraConfig
+
+    from apt_launch.config import load
+    from apt_launch.train import train
+    from apt_model.errors import ConfigError
 
     path = Path(HydraConfig.get().runtime.output_dir)
     try:
@@ -38,10 +36,20 @@ def run(cfg: DictConfig) -> float:
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 a run failed, 2 config or command line wrong, 130 interrupted."""
+    if tell(sys.argv[1:]):
+        return
     if "--dry-run" in sys.argv:
         from apt_launch import preview
 
-        return preview.main()
+        preview.main()
+        return
+    import hydra
+
+    from apt_launch.config import CONF, show_error
+    from apt_launch.guard import keep_private
+    from apt_launch.plugins import register
+    from apt_model.errors import TrainingError
+
     keep_private()
     logging.raiseExceptions = False  # a log that cannot be written is no reason to fill the terminal
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -49,7 +57,7 @@ def main() -> None:
         sys.argv[1:] = with_profile_file(flags_first(sys.argv[1:]))
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on as they are, and we say what they mean
         register()
-        run()
+        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(run)()
     except TrainingError as error:
         if wants_traceback or error.__cause__ is not None:
             raise
@@ -70,6 +78,29 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def tell(arguments: list[str]) -> bool:
+    """Answer what needs no config: help, versions, a shell's completion. Say whether it was one of them."""
+    if "--help" in arguments or "-h" in arguments:
+        from apt_launch.help import show
+
+        show()
+    elif "--version" in arguments:
+        from apt_launch.menu import version
+
+        print(version())
+    elif (flag := next((a for a in arguments[:-1] if a in ("-sc", "--shell-completion")), None)) is not None:
+        from apt_launch.completion import script
+
+        try:
+            print(script(arguments[arguments.index(flag) + 1]))
+        except ValueError as error:
+            sys.stderr.write(f"error: {error}\n")
+            sys.exit(2)
+    else:
+        return False
+    return True
 
 
 def flags_first(arguments: list[str]) -> list[str]:

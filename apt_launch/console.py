@@ -7,10 +7,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import IO, TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,8 +20,11 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
+from rich.text import Text
 
-from apt_model.schedule import MODULES, Change
+from apt_model.schedule import Change
+from apt_model.schedule.rows import anneals, modules_on
 from apt_model.training.callbacks import Callback
 
 if TYPE_CHECKING:
@@ -61,11 +64,18 @@ class Stdout(logging.StreamHandler[IO[str]]):
 def progress_callback() -> Callback:
     """Return the bar for a terminal, else the plain lines."""
     console = Console()
-    return ProgressBar(console) if console.is_terminal else PlainLines()
+    return ProgressBar(console) if can_redraw(console) else PlainLines()
+
+
+def can_redraw(console: Console) -> bool:
+    """Say whether what was shown can be overwritten: at a terminal, and not in a log that is made to have colours."""
+    return console.is_terminal and not console.is_dumb_terminal and console.file.isatty()
 
 
 class _Announcements(Callback):
-    """Says when a module goes on or off."""
+    """Says when a module goes on or off, and what validation said."""
+
+    tells_values = True
 
     def on_schedule(self, trainer: BaseTrainer, changes: Sequence[Change]) -> None:
         for change in changes:
@@ -75,8 +85,8 @@ class _Announcements(Callback):
                 logger.info("%s: %s %s", trainer.clock, name, told[0] if change.value else told[1])
 
     def on_epoch_end(self, trainer: BaseTrainer) -> None:
-        row = trainer.last_row
-        logger.info("%s: val/loss %.4f  (%s)", trainer.clock, row["val/loss"], curriculum_state(trainer))
+        state = curriculum_state(trainer, values=self.tells_values)
+        logger.info("%s: val/loss %.4f  (%s)", trainer.clock, trainer.last_row["val/loss"], state)
 
 
 class PlainLines(_Announcements):
@@ -111,17 +121,31 @@ class PlainLines(_Announcements):
         )
 
 
+class _TwoLines(Progress):
+    """A progress bar with a line of text below."""
+
+    below = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Return both lines, the lower one cut where the terminal ends."""
+        yield from super().get_renderables()
+        yield Text(self.below, style="dim", no_wrap=True, overflow="ellipsis")
+
+
 class ProgressBar(_Announcements):
-    """A bar with loss, tokens a second, time left and the curriculum's state."""
+    """A bar with loss, tokens a second and the time left; below it what is on, and the values that move."""
+
+    tells_values = False
 
     def __init__(self, console: Console) -> None:
-        self.progress = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
+        whole = Column(no_wrap=True)
+        self.progress = _TwoLines(
+            TextColumn("epoch {task.fields[epoch]}", table_column=whole),
             BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[state]}"),
+            MofNCompleteColumn(table_column=whole),
+            TextColumn("{task.fields[numbers]}", table_column=whole),
+            TimeRemainingColumn(table_column=whole),
+            TextColumn("left", table_column=whole),
             console=console,
             transient=True,
         )
@@ -133,20 +157,16 @@ class ProgressBar(_Announcements):
             total=trainer.schedule.planned.steps,
             completed=trainer.clock.step,
             epoch=self._epoch(trainer),
-            numbers="",
-            state="",
+            numbers="first update ...",
         )
+        self.progress.below = curriculum_state(trainer)
         self.progress.start()
 
     def on_step(self, trainer: BaseTrainer) -> None:
         row = trainer.last_row
         assert self.task is not None
-        self.progress.update(
-            self.task,
-            completed=trainer.clock.step + 1,
-            epoch=self._epoch(trainer),
-            state=curriculum_state(trainer),
-        )
+        self.progress.below = curriculum_state(trainer)
+        self.progress.update(self.task, completed=trainer.clock.step + 1, epoch=self._epoch(trainer))
         if "train/loss" in row:
             numbers = f"loss {row['train/loss']:.3f}  {row['tokens_per_second']:,.0f} tok/s"
             self.progress.update(self.task, numbers=numbers)
@@ -180,7 +200,7 @@ class TokenProgress:
     def tell(self, split: str, done: float, tokens: int) -> None:
         """Show that ``done`` of ``split`` (0 to 1; nan: unknown) is ready, ``tokens`` so far; 1 comes once, at the end."""
         now = time.monotonic()
-        terminal = self.progress.console.is_terminal
+        terminal = can_redraw(self.progress.console)
         if split not in self.tasks:
             if terminal:
                 self.progress.start()
@@ -203,13 +223,9 @@ class TokenProgress:
         self.progress.stop()
 
 
-def curriculum_state(trainer: BaseTrainer) -> str:
-    """Return what is in force in one short line: modules that are on, then values."""
+def curriculum_state(trainer: BaseTrainer, *, values: bool = True) -> str:
+    """Return what is in force in one short line: modules that are on, then ``values``."""
     metrics = trainer.schedule.metrics()
-    on = [module for module in MODULES if metrics.get(f"schedule/{module}_enabled")]
-    values = [
-        f"{name.removeprefix('schedule/')} {value:.3g}"
-        for name, value in metrics.items()
-        if not name.endswith(("_enabled", "_frozen"))
-    ]
-    return ", ".join([" + ".join(on) + " on" if on else "dense", *values])
+    on = " + ".join(modules_on(metrics))
+    moving = [f"{name} {value:.3g}" for name, value in anneals(metrics).items()] if values else []
+    return ", ".join([f"{on} on" if on else "dense", *moving])

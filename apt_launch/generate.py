@@ -11,16 +11,18 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from apt_launch.build import build, build_model
-from apt_launch.config import parse_groups, show_error
+from apt_launch.command import ending
+from apt_launch.config import parse_groups
 from apt_launch.folder import find_checkpoint
 from apt_launch.guard import keep_private
-from apt_launch.plan import from_yaml
+from apt_launch.values import read_frozen
 from apt_model.data.tokenizer import ByteTokenizer, load_tokenizer
-from apt_model.errors import CheckpointError, ConfigError
+from apt_model.errors import ConfigError
 from apt_model.schedule import Horizon
+from apt_model.schedule.targets import OF_OPTIMIZER
 from apt_model.training.checkpoint import load, read_manifest
 
 if TYPE_CHECKING:
@@ -35,24 +37,27 @@ def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 the command line or the folder is wrong, 130 interrupted."""
     arguments = parser().parse_args()
     keep_private()
-    try:
-        _generate(arguments)
-    except (ConfigError, CheckpointError) as error:
-        show_error(error if isinstance(error, ConfigError) else ConfigError(str(error)))
-        sys.exit(2)
-    except BrokenPipeError:  # whoever read has seen enough
-        sys.stderr.close()
-        sys.exit(0)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with ending():
+        try:
+            _generate(arguments)
+        except BrokenPipeError:  # whoever read has seen enough
+            sys.stderr.close()
+            sys.exit(0)
 
 
 def parser() -> argparse.ArgumentParser:
     """Return what reads the command line."""
     found = argparse.ArgumentParser(
         prog="python -m apt_launch.generate",
-        description="Sample text from a run's checkpoint.",
-        epilog="Text goes to standard output, speed and votes to standard error.",
+        usage="%(prog)s RUN_DIR [--prompt TEXT ...] [OPTION ...]",
+        description="""\
+Text from a run's newest checkpoint, with the modules that were on at its time.
+It goes to standard output; speed and votes go to standard error.""",
+        epilog="""\
+examples:
+  python -m apt_launch.generate runs/a --prompt 'def ' --prompt 'class ' --top-k 40
+  python -m apt_launch.generate runs/a/checkpoints/step-00000128 --prompt 'def '""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = found.add_argument
@@ -61,14 +66,14 @@ def parser() -> argparse.ArgumentParser:
     add("--prompt-file", type=Path, metavar="FILE", help="a prompt a line")
     add("--num-samples", type=int, default=1, metavar="N", help="texts for each prompt (1)")
     add("--max-new-tokens", type=int, default=200, metavar="N", help="tokens added to a prompt at most (200)")
-    add("--temperature", type=float, default=0.8, help="of the draw; 0: always the likeliest token (0.8)")
+    add("--temperature", type=float, default=0.8, metavar="T", help="of the draw; 0: always the likeliest token (0.8)")
     add("--top-k", type=int, metavar="K", help="draw only from the K likeliest tokens")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw only from the likeliest that sum to P (1)")
     add("--voter", choices=("auto", "on", "off"), default="auto", help="entropy voting; auto: as the run had it")
     add("--vote-threshold", type=float, metavar="NATS", help="entropy above which there are votes; else the run's")
-    add("--seed", type=int, default=0, help="of draws and votes (0)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--json", action="store_true", help="for programs: one JSON object a text and line")
+    add("--seed", type=int, default=0, metavar="N", help="of draws and votes (0)")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
+    add("--json", action="store_true", help="for programs: a line of JSON for each text")
     return found
 
 
@@ -80,7 +85,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     import torch
 
     from apt_model.generation import Sampling, generate
-    from apt_model.training.base import choose_device
+    from apt_model.training.device import choose_device
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     try:
@@ -148,15 +153,12 @@ def restored(checkpoint: Path, device: torch.device) -> tuple[GPT, Tokenizer]:
     from apt_model.training.follower import bind, restore_model
 
     path = checkpoint.parent.parent / "config.yaml"
-    try:
-        values: dict[str, Any] = from_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: the config of the run cannot be read: {error}") from None
+    values = read_frozen(path)
     parse_groups(values)
     horizon = Horizon(**read_manifest(checkpoint)["about"]["horizon"])
     model = build_model(values)
     schedule = build(values["schedule"], horizon=horizon)
-    bind(schedule, model, more={"optimizer.lr": lambda value: None, "optimizer.weight_decay": lambda value: None})
+    bind(schedule, model, more=dict.fromkeys(OF_OPTIMIZER, lambda value: None))
     restore_model(model, schedule, load(checkpoint))
     schedule.reconcile()
     model.take_lineage()

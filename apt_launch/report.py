@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from apt_launch.folder import write_whole
-from apt_launch.plan import Job, Plan
+from apt_launch.plan import Job, Plan, short_key
 from apt_launch.tracking import Row, read_rows
 from apt_model.errors import ConfigError, nearest
-from apt_model.schedule import MODULES
+from apt_model.files import write_whole
+from apt_model.schedule.rows import anneals, first_on
 
 SEEDS = ("seed", "data.seed")
 """Keys whose values are repetitions of one experiment."""
@@ -52,7 +52,7 @@ class Trial:
 
     def series(self, name: str) -> list[tuple[float, float]]:
         """Return (tokens, value) of a metric, wherever it is a finite number."""
-        return [(row["tokens"], row[name]) for row in self.rows if name in row and _is_number(row[name])]
+        return [(row["tokens"], row[name]) for row in self.rows if name in row and is_number(row[name])]
 
     def at(self, name: str, tokens: float) -> float | None:
         """Return the metric's last value until ``tokens``."""
@@ -62,20 +62,12 @@ class Trial:
     @property
     def switches(self) -> dict[str, float]:
         """Where each module went on, in tokens."""
-        found = {}
-        for module in MODULES:
-            on = next((row["tokens"] for row in self.rows if row.get(f"schedule/{module}_enabled")), None)
-            if on is not None:
-                found[module] = on
-        return found
+        return {module: row["tokens"] for module, row in first_on(self.rows).items()}
 
     @property
     def anneals(self) -> list[str]:
         """The scheduled values that it recorded."""
-        ends = ("_enabled", "_frozen")
-        return sorted(
-            {key for row in self.rows for key in row if key.startswith("schedule/") and not key.endswith(ends)}
-        )
+        return sorted({f"schedule/{name}" for row in self.rows for name in anneals(row)})
 
 
 @dataclass(frozen=True)
@@ -195,7 +187,7 @@ def find(sweep: Path, states: Mapping[str, str], metric: str = "val/loss", cause
         causes: why jobs failed, by folder.
 
     Raises:
-        ConfigError: jobs have records, but none of them has the metric.
+        ConfigError: see :func:`compare`.
     """
     plan = Plan.read(sweep)
     trials = []
@@ -203,6 +195,15 @@ def find(sweep: Path, states: Mapping[str, str], metric: str = "val/loss", cause
         path = sweep / job.folder / "metrics.jsonl"
         rows = read_rows(path) if path.exists() else []
         trials.append(Trial(job, states.get(job.folder, "planned"), rows, (causes or {}).get(job.folder)))
+    return compare(plan, trials, metric)
+
+
+def compare(plan: Plan, trials: Sequence[Trial], metric: str) -> Findings:
+    """Compare ``trials``, the jobs of ``plan``, by ``metric``: at their ends, or as far as all of them have come.
+
+    Raises:
+        ConfigError: jobs have records, but none of them has the metric.
+    """
     seen = {name for trial in trials for row in trial.rows for name in row}
     if seen and metric not in seen and any(trial.state == "done" for trial in trials):
         raise ConfigError(f"--metric: no job has recorded {metric!r}. {nearest(metric, seen)}")
@@ -420,11 +421,6 @@ def in_short(settings: Mapping[str, str]) -> str:
     return " ".join(f"{short_key(key)}={value}" for key, value in settings.items())
 
 
-def short_key(key: str) -> str:
-    """Return the part of a key that tells it from others: ``route_temp.end``, ``lr``."""
-    parts = key.split(".")
-    return ".".join(parts[-2:] if parts[-1] in ("start", "end", "warmup", "by", "shape", "at") else parts[-1:])
-
-
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Say whether ``value`` can be drawn."""
     return isinstance(value, int | float) and math.isfinite(value)

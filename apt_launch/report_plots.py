@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apt_launch.report import SEEDS, Estimate, Findings, Trial, in_short, short_key
+from apt_launch.plan import short_key
+from apt_launch.report import SEEDS, Estimate, Findings, Trial, in_short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field
 
 from apt_model.schedule import Anneal, Curriculum
-from apt_model.schedule.spec import Positive, PositiveNumber, Strict
+from apt_model.schedule.fields import Positive, PositiveNumber, Strict
 
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

@@ -12,28 +12,37 @@ import subprocess
 import sys
 from pathlib import Path
 
-from apt_launch.config import show_error
+from apt_launch.command import ending
 from apt_launch.guard import keep_private
 from apt_launch.lease import read_holder
-from apt_launch.plan import from_yaml
 from apt_launch.tracking.projections import deliver
+from apt_launch.values import read_frozen
 from apt_model.errors import ConfigError
 
 
 def main() -> None:
     """Run the command line. Exit codes: 0 all delivered, 1 W&B did not take it, 2 nothing to deliver, 130 interrupted."""
-    parser = argparse.ArgumentParser(prog="python -m apt_launch.sync", description=(__doc__ or "").split("\n\n")[1])
-    parser.add_argument("folder", metavar="DIR", type=Path, help="a run's folder, or a sweep's")
-    folder = parser.parse_args().folder
+    folder: Path = parser().parse_args().folder
     keep_private()
-    try:
+    with ending():
         runs = runs_in(folder)
-        sys.exit(max(_deliver(run) for run in runs) if len(runs) == 1 else _deliver_each(runs))
-    except ConfigError as error:
-        show_error(error)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(_deliver(runs[0]) if len(runs) == 1 else _deliver_each(runs))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
+    found = argparse.ArgumentParser(
+        prog="python -m apt_launch.sync",
+        description="Deliver to W&B what it has not seen of a run, or of each run of a sweep. Rows that W&B has are "
+        "skipped: twice is as good as once.",
+        epilog="It needs a key of W&B: run wandb login first, or set WANDB_API_KEY. Only "
+        "runs with logger=wandb can be delivered.",
+        allow_abbrev=False,
+    )
+    found.add_argument(
+        "folder", metavar="DIR", type=Path, help="a run's folder, or a sweep's; it may still be training"
+    )
+    return found
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -61,8 +70,8 @@ def _deliver_each(runs: list[Path]) -> int:
 def _deliver(folder: Path) -> int:
     import wandb
 
+    values = read_frozen(folder / "config.yaml")
     try:
-        values = from_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: {error}") from None

@@ -14,7 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apt_launch.config import CONF, build_corpus, load_data, making_tokens, missing_library, show_error
+from apt_launch.checks import missing_library
+from apt_launch.command import ending, parsed
+from apt_launch.config import CONF, load_data
+from apt_launch.corpus import build_corpus, making_tokens
 from apt_launch.guard import keep_private
 from apt_model.errors import ConfigError
 
@@ -28,30 +31,32 @@ TRAINED_ON = 1 << 30
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 command line, data or disk wrong, 130 interrupted."""
-    arguments, overrides = parser().parse_known_args()
     keep_private()
-    try:
-        _tokenize(arguments, overrides)
-    except KeyboardInterrupt:
-        sys.stderr.write(f"interrupted. Go on with: python -m apt_launch.tokenize {shlex.join(sys.argv[1:])}\n")
-        sys.stderr.flush()
-        sys.exit(130)
-    except Exception as error:
-        from apt_launch.explain import understood
-
-        told = understood(error)
-        if told is None:
+    with ending():
+        arguments, overrides = parsed(parser())
+        try:
+            _tokenize(arguments, overrides)
+        except KeyboardInterrupt:
+            sys.stderr.write(f"interrupted. Go on with: python -m apt_launch.tokenize {shlex.join(sys.argv[1:])}\n")
+            sys.stderr.flush()
             raise
-        show_error(told)
-        sys.exit(2)
 
 
 def parser() -> argparse.ArgumentParser:
     """Return what reads the command line."""
     found = argparse.ArgumentParser(
         prog="python -m apt_launch.tokenize",
-        description="Make memory-mapped shards of a corpus; overrides as for python -m apt_launch: data=text data.path=...",
-        epilog="Train from them: python -m apt_launch data=shards data.path=OUT model.vocab_size=VOCAB",
+        usage="%(prog)s OUT [OPTION ...] [OVERRIDE ...]",
+        description="""\
+Make memory-mapped shards of a corpus, which runs then read without making its
+tokens again. Overrides name the corpus, as for python -m apt_launch. What was
+cut off goes on where it stood, by the same command.""",
+        epilog="""\
+examples:
+  python -m apt_launch.tokenize shards/ data=text data.path=my_texts/
+  python -m apt_launch.tokenize shards/ --train-tokenizer 8192 data=text data.path=my_texts/
+  python -m apt_launch data=shards data.path=shards/ model.vocab_size=8192""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     found.add_argument("out", metavar="OUT", type=Path, help="a folder that is not there yet")
@@ -61,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="VOCAB",
         help="train a byte-level BPE tokenizer of so many tokens on the corpus first; else data.tokenizer, or bytes",
     )
-    found.add_argument("--shard-tokens", type=int, metavar="N", help="tokens a file (134217728)")
+    found.add_argument("--shard-tokens", type=int, metavar="N", help="tokens of a file (134217728)")
     return found
 
 
@@ -70,9 +75,6 @@ def _tokenize(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from apt_model.data.shards import MANIFEST, SHARD_TOKENS, SPLITS, Shards, write
 
     out: Path = arguments.out
-    unknown = [override for override in overrides if override.startswith("-")]
-    if unknown:
-        raise ConfigError(f"{unknown[0]}: unknown option. See python -m apt_launch.tokenize --help.")
     if "=" in out.name:
         raise ConfigError(
             f"OUT: {str(out)!r} is an override. Name the folder first: python -m apt_launch.tokenize OUT data=..."

@@ -27,6 +27,7 @@ from apt_model.data.sources import Run, joined
 from apt_model.data.tokenizer import FILE_NAME, ByteTokenizer, Tokenizer, load_tokenizer
 from apt_model.data.tokens import Tokens
 from apt_model.errors import ConfigError
+from apt_model.files import sha256, sync, write_whole
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -305,7 +306,7 @@ def _write(folder: Path, corpus: DocumentCorpus, tokenizer: Tokenizer, told: Tol
     def save(split: Split, progress: SplitShards) -> None:
         splits[split] = progress
         kept = {name: found.model_dump() for name, found in splits.items()}
-        _write_whole(partial / PROGRESS, json.dumps({"about": about, "splits": kept}))
+        write_whole(partial / PROGRESS, json.dumps({"about": about, "splits": kept}), safe=True)
 
     try:
         for split in reversed(SPLITS):  # what is wrong with the smaller one is told before hours go into the other
@@ -317,7 +318,7 @@ def _write(folder: Path, corpus: DocumentCorpus, tokenizer: Tokenizer, told: Tol
             shutil.rmtree(partial, ignore_errors=True)
         raise
     if tokenizer.content is not None:
-        _write_whole(partial / FILE_NAME, tokenizer.content)
+        write_whole(partial / FILE_NAME, tokenizer.content, safe=True)
     manifest = Manifest(
         dtype=tokenizer.dtype.str.replace("|", "<"),
         vocab_size=tokenizer.vocab_size,
@@ -326,11 +327,11 @@ def _write(folder: Path, corpus: DocumentCorpus, tokenizer: Tokenizer, told: Tol
         source=about,
         splits=splits,
     )
-    _write_whole(partial / MANIFEST, manifest.model_dump_json(indent=2))
+    write_whole(partial / MANIFEST, manifest.model_dump_json(indent=2), safe=True)
     (partial / PROGRESS).unlink()
-    _sync(partial)
+    sync(partial)
     partial.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def _write_split(
@@ -483,28 +484,7 @@ def _alone(path: Path) -> Iterator[None]:
 
 def _sha256(path: Path) -> str | None:
     """Return the checksum of a file; None: it cannot be read."""
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+        return sha256(path)
     except OSError:
         return None
-    return digest.hexdigest()
-
-
-def _write_whole(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -23,7 +23,7 @@ from apt_model.layers.router import (
 from apt_model.layers.scheduled import dropout
 from apt_model.layers.tally import tally
 from apt_model.layers.upcycling import Upcycling, tell_apart
-from apt_model.schedule.targets import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Domain
+from apt_model.schedule.targets import BELOW_ONE, OF_EXPERTS, Domain
 
 Overflow = Literal["reroute", "drop"]
 
@@ -77,14 +77,7 @@ class MoE(nn.Module):
     granularity arXiv:2402.07871, its upcycling by virtual groups arXiv:2410.07524.
     """
 
-    scheduled: ClassVar[dict[str, Domain]] = {
-        "temperature": POSITIVE,
-        "capacity_factor": POSITIVE,
-        "balance_loss_weight": NOT_NEGATIVE,
-        "z_loss_weight": NOT_NEGATIVE,
-        "jitter": BELOW_ONE,
-        "dropout": BELOW_ONE,
-    }
+    scheduled: ClassVar[dict[str, Domain]] = {**OF_EXPERTS, "dropout": BELOW_ONE}
     temperature: Tensor
     capacity_factor: Tensor
     balance_loss_weight: Tensor

@@ -6,30 +6,11 @@ made of sums and not of other metrics: a load is that of all batches of an updat
 
 from __future__ import annotations
 
-from typing import Final
-
 import torch
 from torch import Tensor
 
+from apt_model.layers.metrics import EXPERT_COSINE, MEANS, METRICS
 from apt_model.layers.router import Dispatch, Routing
-
-MEANS: Final = (
-    "balance_loss",
-    "z_loss",
-    "router_entropy",
-    "top1_probability",
-    "drop_fraction",
-    "dropped_tokens",
-)
-OF_LOADS: Final = ("max_load", "load_entropy", "dead_experts", "specialisation")
-
-METRICS: Final[tuple[str, ...]] = (*MEANS, *OF_LOADS)
-"""What each layer tells; entropies in nats. Over all layers: the largest ``max_load``, all ``dead_experts``, else the mean.
-
-``specialisation`` is what the sequence tells about the expert, their mutual information: the entropy of the load less the
-mean entropy of a sequence's own load. It is 0 where all texts use experts alike (but for chance, which adds about
-num_experts / (2 top_k seq_len)), and ``load_entropy`` where each text has its own.
-"""
 
 
 @torch.no_grad()
@@ -89,12 +70,12 @@ def routing_metrics(sums: Tensor, cosines: Tensor | None = None) -> dict[str, fl
 
     Args:
         sums: (num_layers, ...), added over whatever the metrics are to be of.
-        cosines: (num_layers,) of the experts' weights, told as ``expert_cosine``; None: they are not told.
+        cosines: (num_layers,) of the experts' weights, told as :data:`EXPERT_COSINE`; None: they are not told.
     """
     layers, names = layer_metrics(sums), METRICS
     model = model_metrics(layers)
     if cosines is not None:
-        names = (*names, "expert_cosine")
+        names = (*names, EXPERT_COSINE)
         layers = torch.cat((layers, cosines.unsqueeze(1)), dim=1)
         model = torch.cat((model, cosines.mean(dim=0, keepdim=True)))
     model_values, *each = torch.cat((model.unsqueeze(0), layers)).tolist()

@@ -21,9 +21,10 @@ from apt_model.gpt import GPT
 from apt_model.layers.tally import routing_metrics
 from apt_model.schedule import Anneal, Change, Clock, ScheduleRunner
 from apt_model.schedule.clock import Unit
-from apt_model.schedule.targets import NOT_NEGATIVE
+from apt_model.schedule.targets import OF_OPTIMIZER
 from apt_model.training.callbacks import Callback, Callbacks
 from apt_model.training.checkpoint import Checkpoints
+from apt_model.training.device import Precision, choose_device, choose_dtype
 from apt_model.training.distributed import Ranks, any_rank, barrier, gathered, mean_of
 from apt_model.training.follower import Follower, bind
 from apt_model.training.optimizer import named_state, parameter_groups
@@ -33,10 +34,6 @@ from apt_model.training.specialisation import SourceLoads
 
 logger = logging.getLogger(__name__)
 
-OPTIMIZER_DOMAINS = {"optimizer.lr": NOT_NEGATIVE, "optimizer.weight_decay": NOT_NEGATIVE}
-"""Targets of the optimizer: the learning rate, and the decay of matrices."""
-
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Batch = tuple[Tensor, Tensor]
 Row = dict[str, float]
 
@@ -224,7 +221,7 @@ class BaseTrainer(Follower):
             self.optimizer.param_groups[0]["weight_decay"] = value  # of matrices
 
         setters = {"optimizer.lr": set_lr, "optimizer.weight_decay": set_weight_decay}
-        bind(self.schedule, self.model, switches=self.engine.switches(), more=setters, domains=OPTIMIZER_DOMAINS)
+        bind(self.schedule, self.model, switches=self.engine.switches(), more=setters, domains=OF_OPTIMIZER)
 
     def fit(self) -> None:
         """Train to the end of the last epoch.
@@ -502,42 +499,3 @@ class BaseTrainer(Follower):
             logger.debug("checkpoint %s", path)
         if self.ranks.world > 1:
             barrier()
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device that ``trainer.device`` names; ``auto`` is CUDA where there is one.
-
-    Raises:
-        ConfigError: it is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"trainer.device: {name!r} was asked for, but torch {torch.__version__} sees no CUDA device here. "
-            "Set trainer.device=cpu or trainer.device=auto."
-        )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"trainer.device: {name!r} was asked for, but there are {torch.cuda.device_count()} devices here."
-        )
-    return device
-
-
-def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """Return the dtype that forward passes compute in.
-
-    Raises:
-        ConfigError: fp16 on a device that is not CUDA.
-    """
-    if precision == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if precision == "fp16" and device.type != "cuda":
-        raise ConfigError(
-            f"trainer.precision: fp16 needs a CUDA device, and this run is on {device.type}. Set trainer.precision=bf16 "
-            "or fp32."
-        )
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -28,16 +28,17 @@ GIB = 2**30
 
 
 class SpikeWatch(Callback):
-    """Warns, with numbers, if the loss jumps after a module is switched.
+    """Says what the loss was before and after a module was switched, and warns if it jumps.
 
-    Told are jumps of the mean over ``short`` updates above the mean of the ``window`` updates before the switch, by more than
+    A jump is one of the mean over ``short`` updates above that of the ``window`` updates before the switch, by more than
     three of their standard deviations; within ``window`` updates of the switch, and once for each.
     """
 
     def __init__(self, window: int = 20, short: int = 5) -> None:
         self.losses: deque[Tensor] = deque(maxlen=window)  # read after a switch only: to read them waits for the device
+        self.window = window
         self.short = short
-        self.armed: tuple[str, float, float, deque[Tensor]] | None = None
+        self.armed: tuple[str, float, float, int, deque[Tensor]] | None = None
         self.left = 0
 
     def on_schedule(self, trainer: BaseTrainer, changes: Sequence[Change]) -> None:
@@ -47,15 +48,21 @@ class SpikeWatch(Callback):
             names = " and ".join(f"{c.name.rsplit('_', 1)[0]} {'on' if c.value else 'off'}" for c in switched)
             where = f"{names} at {trainer.clock}"
             before = [float(loss) for loss in self.losses]
-            self.armed = (where, statistics.mean(before), statistics.pstdev(before), deque(maxlen=self.short))
-            self.left = self.losses.maxlen or 0
+            self.armed = (
+                where,
+                statistics.mean(before),
+                statistics.pstdev(before),
+                len(before),
+                deque(maxlen=self.short),
+            )
+            self.left = self.window
 
     def on_step(self, trainer: BaseTrainer) -> None:
         """Compare."""
         self.losses.append(trainer.last_loss)
         if self.armed is None:
             return
-        where, before, deviation, after = self.armed
+        where, before, deviation, updates, after = self.armed
         after.append(trainer.last_loss)
         self.left -= 1
         now = statistics.mean(map(float, after))
@@ -71,6 +78,15 @@ class SpikeWatch(Callback):
                 trainer.clock.step,
             )
             self.armed = None
+        elif self.left == self.window - self.short:
+            logger.info(
+                "%s: train/loss %.4f before, %.4f after (means of %d and %d updates)",
+                where,
+                before,
+                now,
+                updates,
+                self.short,
+            )
         elif self.left == 0:
             self.armed = None
 

@@ -122,7 +122,7 @@ def test_hydras_own_flags_keep_working(cli: Cli) -> None:
     resolved = cli("--cfg", "job", "--resolve", "schedule.route_temp.end=0.6")
     assert resolved.returncode == 0
     assert OmegaConf.create(resolved.stdout).schedule.route_temp.end == 0.6
-    assert "schedule: gpt5_moe, none" in cli("--help").stdout
+    assert "gpt5_moe*, none" in cli("--help").stdout
     assert cli("--info", "searchpath").returncode == 0
     assert OmegaConf.create(cli("--cfg", "job", "profile=gpt5_moe_reasoning").stdout).moe.num_experts == 64
 

@@ -18,8 +18,8 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from apt_launch.build import build_trainer
 from apt_launch.config import RunConfig
-from apt_launch.run import run
 from apt_launch.tracking import read_rows
+from apt_launch.train import train
 from apt_model.errors import NonFiniteError
 from apt_model.gpt import GPT, Output
 from apt_model.schedule import Change, Clock
@@ -68,7 +68,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def test_stop_fails_with_the_checkpoint_from_before(small: Small, marked: Path, tmp_path: Path) -> None:
     config = small(*WHOLE)
     with poison() as times, pytest.raises(NonFiniteError, match="the loss is nan"):
-        run(config, tmp_path / "run")
+        train(config, tmp_path / "run")
     assert len(times) == 1
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["state"] == "failed"
 
@@ -81,7 +81,7 @@ def test_skip_and_rollback_leave_out_the_same_updates_and_end_with_the_same_weig
     for policy, expected in (("skip", 3), ("rollback", 3)):
         config = small(*WHOLE, f"trainer.on_nonfinite={policy}")
         with poison() as times, caplog.at_level(logging.WARNING):
-            run(config, tmp_path / policy)
+            train(config, tmp_path / policy)
         assert len(times) == expected  # the mark is met once an epoch, and never again after a rollback
         summary = json.loads((tmp_path / policy / "summary.json").read_text())
         assert (summary["state"], summary["steps"]) == ("done", planned - 3)
@@ -98,7 +98,7 @@ def test_a_run_that_is_never_finite_stops_whatever_the_policy(small: Small, text
     text_file.write_text(chr(MARK) * 3000)
     for policy, told in (("skip", "20 updates in a row"), ("rollback", "the loss is nan")):
         with poison(), pytest.raises(NonFiniteError, match=told):
-            run(small(*WHOLE, f"trainer.on_nonfinite={policy}"), tmp_path / policy)
+            train(small(*WHOLE, f"trainer.on_nonfinite={policy}"), tmp_path / policy)
         assert json.loads((tmp_path / policy / "summary.json").read_text())["state"] == "failed"
     left_out = json.loads((tmp_path / "rollback" / "left_out.json").read_text())
     assert len(left_out["updates"]) == 10

@@ -6,6 +6,8 @@ import logging
 import math
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,13 +18,15 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from apt_launch.build import build_trainer
-from apt_launch.config import RunConfig, build_corpus
+from apt_launch.config import RunConfig
+from apt_launch.corpus import build_corpus
 from apt_launch.drill import Drill, Drilled
-from apt_launch.folder import Resume, RunFolder, write_json, write_whole
+from apt_launch.folder import Resume, RunFolder
 from apt_launch.lease import Holder, Lease
 from apt_launch.tracking import Record, Tracking, read_rows
 from apt_launch.tracking.projections import Membership, project
-from apt_model.errors import AptError, ConfigError, Interrupted, NonFiniteError
+from apt_model.errors import ConfigError, Interrupted, NonFiniteError, cause_of
+from apt_model.files import write_json, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +36,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
-    """Set by one of ``SIGNALS``: the update in progress is finished first. A second Ctrl-C leaves at once."""
+    """Set by one of ``SIGNALS``: the update in progress is finished first. A second Ctrl-C leaves at once.
 
-    def __init__(self) -> None:
+    Args:
+        own_process: to leave ends the process; else it raises KeyboardInterrupt.
+    """
+
+    def __init__(self, *, own_process: bool = True) -> None:
         self.made = False
+        self.own_process = own_process
 
     def __call__(self) -> bool:
         """Say whether a signal has come."""
@@ -43,7 +52,10 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Listen to ``SIGNALS`` meanwhile."""
+        """Listen to ``SIGNALS`` meanwhile; only the main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         try:
             yield
@@ -53,7 +65,9 @@ class StopRequest:
 
     def _handle(self, number: int, frame: Any) -> None:
         if self.made and number == signal.SIGINT:
-            os._exit(130)
+            if self.own_process:
+                os._exit(130)
+            raise KeyboardInterrupt
         if self.made:  # clusters send several signals for one end
             return
         self.made = True
@@ -62,10 +76,11 @@ class StopRequest:
         os.write(2, told.encode())  # a handler may interrupt a write: nothing that buffers is safe here
 
 
-def run(config: RunConfig, path: Path, member: Membership | None = None) -> float:
+def train(config: RunConfig, path: Path, member: Membership | None = None, *, own_process: bool = True) -> float:
     """Train ``config`` here, into the folder ``path``; return the final validation loss.
 
-    Several ranks train one model; the first of them writes. A job of a sweep holds its folder's lease already.
+    Several ranks train one model; the first of them writes. A job of a sweep holds its folder's lease already. What a second
+    Ctrl-C does depends on whether the process is the run's own.
 
     Raises:
         ConfigError: the folder is taken or not the same on all ranks, or something that only torch can tell is wrong.
@@ -75,7 +90,9 @@ def run(config: RunConfig, path: Path, member: Membership | None = None) -> floa
     folder = RunFolder(path)
     folder.check_free(config)
     build_corpus(config.values["data"]).check()
-    stop = StopRequest()
+    if "torch" not in sys.modules and member is None:
+        logger.info("%s: the config is right. Loading torch ...", config.horizon)
+    stop = StopRequest(own_process=own_process)
     with stop.listening():
         from apt_model.training.distributed import gathered, process_group
         from apt_model.training.memory import keep_freed_memory
@@ -210,9 +227,8 @@ def _run(
         summary.show(content, config, folder)
 
     def fail(error: BaseException) -> None:
-        cause = str(error) if isinstance(error, AptError) else f"{type(error).__name__}: {error}"
-        logger.error("failed: %s", cause, exc_info=True)
-        finish("failed", cause)
+        logger.error("failed: %s", cause_of(error), exc_info=True)
+        finish("failed", cause_of(error))
 
     try:
         write_json(folder.summary, {"state": "running", "identity": config.identity})
@@ -234,8 +250,8 @@ def _run(
         drill.fit(trainer)
     except Interrupted as interrupted:
         finish("interrupted")
-        if not isinstance(interrupted, Drilled) and member is None:
-            logger.info("%s. Go on with: trainer.resume=auto hydra.run.dir=%s", interrupted, folder.path)
+        if not isinstance(interrupted, Drilled) and member is None and stop.own_process:
+            logger.info("%s. Go on with: %s", interrupted, folder.going_on())
         raise
     except NonFiniteError as error:
         if not _may_roll_back(config, left_out):
@@ -250,6 +266,8 @@ def _run(
         fail(error)
         raise
     finish("done")
+    if member is None and stop.own_process and sys.stdout.isatty():
+        summary.suggest(folder)
     rows = read_rows(folder.metrics)
     return next((row["val/loss"] for row in reversed(rows) if "val/loss" in row), math.nan)
 

@@ -1,0 +1,162 @@
+"""``apt_launch.run`` in Python and in notebooks: what it returns, what it raises, what it leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+import apt_launch
+from apt_launch.config import CONF
+from apt_launch.notebook import Run
+from apt_launch.train import SIGNALS, StopRequest
+from apt_model.errors import ConfigError
+from tests.conftest import REPOSITORY, SMALL, environment, rows_in, until
+
+Train = Callable[..., Run]
+
+
+@pytest.fixture
+def run(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+    """Train a very small run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *overrides: apt_launch.run([*SMALL, "data=text", f"data.path={text_file}", *overrides])
+
+
+def state_of_the_process() -> tuple[object, ...]:
+    umask = os.umask(0o022)
+    os.umask(umask)
+    loggers = [logging.getLogger(name) for name in ("", "apt_launch", "apt_model")]
+    return (
+        umask,
+        threading.excepthook,
+        logging.raiseExceptions,
+        [signal.getsignal(number) for number in SIGNALS],
+        [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers],
+        GlobalHydra.instance().hydra,
+    )
+
+
+def test_a_run_tells_its_folder_its_summary_and_its_rows(run: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    before = state_of_the_process()
+    done = run("hydra.run.dir=a")
+    assert done.folder == Path("a").absolute()
+    assert done.summary["state"] == "done"
+    assert next(row["step"] for row in done.rows if row.get("schedule/moe_enabled")) == 8
+    steps, losses = done.curve("val/loss")
+    assert steps == [3, 7, 11, 15, 19, 23]
+    assert losses == list(done.summary["val/loss"].values())
+    assert repr(done) == f"<run done, val/loss {losses[0]:.4f} to {losses[-1]:.4f}: a>"
+    shown = done._repr_html_()
+    assert f"<td>{losses[-1]:.4f}</td>" in shown
+    assert "data:image/png;base64,iVBOR" in shown
+    assert "epoch 2, step 8: moe on" in capsys.readouterr().out
+    assert "moe on" in (done.folder / "train.log").read_text()
+    assert state_of_the_process() == before
+    with pytest.raises(ConfigError, match=r"a already holds a run\. Go on with it by trainer\.resume=auto"):
+        run("hydra.run.dir=a")
+
+
+def test_two_runs_in_one_process_are_two_runs_for_wandb_and_the_same_to_the_last_digit(run: Train) -> None:
+    first, second = run("logger.mode=offline"), run("logger.mode=offline")
+    assert first.folder != second.folder
+    assert first.curve("train/loss") == second.curve("train/loss")
+    for done in (first, second):
+        assert len(list(done.folder.glob("wandb/offline-run-*/*.wandb"))) == 1
+
+
+def test_it_works_under_a_running_loop_and_in_a_thread(run: Train) -> None:
+    async def cell() -> Run:
+        return run("schedule=none", "trainer.max_epochs=1")
+
+    assert asyncio.run(cell()).summary["state"] == "done"
+    found: list[Run] = []
+    thread = threading.Thread(target=lambda: found.append(run("schedule=none", "trainer.max_epochs=1")))
+    thread.start()
+    thread.join()
+    assert found[0].summary["state"] == "done"
+
+
+def test_the_stop_button_writes_a_checkpoint_and_the_run_goes_on(run: Train, tmp_path: Path) -> None:
+    before = state_of_the_process()
+
+    def stop() -> None:
+        until(lambda: rows_in(tmp_path / "a") > 2, "the first rows")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(
+        KeyboardInterrupt, match=r"Go on with: apt_launch\.run\(\[\.\.\., 'hydra\.run\.dir=a', 'trainer"
+    ):
+        run("hydra.run.dir=a", "trainer.max_batches_per_epoch=40")
+    thread.join()
+    assert state_of_the_process() == before
+    assert Run(tmp_path / "a").summary["state"] == "interrupted"
+    done = run("hydra.run.dir=a", "trainer.max_batches_per_epoch=40", "trainer.resume=auto")
+    assert (done.summary["state"], done.summary["steps"]) == ("done", 240)
+
+
+def test_pressed_twice_the_stop_button_leaves_at_once_and_the_process_lives() -> None:
+    stop = StopRequest(own_process=False)
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.max_epochs=3"], r"schedule\.enable_voter_at_epoch = 5 would never happen"),
+        (["schedule.rout_temp.end=1"], r"Did you mean 'schedule\.route_temp\.end'"),
+        (["seed=0,1"], "Ambiguous value for argument 'seed=0,1'"),
+        (["--multirun"], r"--multirun: apt_launch\.run makes one run and takes no flags"),
+        ("seed=1", r"Give a list: apt_launch\.run\(\['seed=1'\]\)"),
+    ],
+)
+def test_a_mistake_is_a_config_error_and_leaves_nothing(
+    overrides: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        apt_launch.run(overrides)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_caller_composes_with_hydra_stays_as_it_was(run: Train) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        run("schedule=none", "trainer.max_epochs=1")
+        assert compose("config", overrides=["seed=7"]).seed == 7
+
+
+def test_to_import_it_loads_nothing_heavy() -> None:
+    code = "import sys, apt_launch; apt_launch.run; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
+    assert not {"torch", "hydra", "omegaconf", "pydantic", "rich"} & set(loaded.stdout.split())
+
+
+def test_the_notebook_of_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = json.loads((REPOSITORY / "docs" / "notebook.ipynb").read_text(encoding="utf-8"))
+    monkeypatch.chdir(tmp_path)
+    matplotlib.use("Agg")
+    names: dict[str, object] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] or "apt_launch.run" not in "".join(cell["source"]), "it is kept with what it shows"
+            exec("".join(cell["source"]), names)
+    assert isinstance(names["run"], Run)
+    assert names["run"].summary["state"] == "done"
