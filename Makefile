@@ -5,18 +5,25 @@ BIN = $(VENV)/bin
 ARGS ?= schedule=gpt5_moe
 
 KILLS ?= 200
+TESTS ?= tests
 
-.PHONY: help run test soak lint wheel clean
+.PHONY: help run test coverage soak lint wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: $(VENV)/.installed ## train through the whole curriculum on real text: make run ARGS="schedule=none seed=1"
 	$(BIN)/python -m apt_launch $(ARGS)
 
 test: $(VENV)/.installed ## run all tests
 	$(BIN)/python -m pytest
+
+coverage: $(VENV)/.installed ## count what tests run, in all processes, and slower: make coverage TESTS=tests/schedule
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest $(TESTS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 soak: $(VENV)/.installed ## kill training 200 times and compare what comes out: make soak KILLS=1000
 	APT_KILLS=$(KILLS) $(BIN)/python -m pytest -s tests/reliability/test_kills.py
@@ -30,7 +37,7 @@ wheel: $(VENV)/.installed ## build the wheel and run it from another folder in a
 	PYTHON="$(PYTHON)" TORCH="torch==2.13.0" PYTHON_BIN="$(abspath $(BIN)/python)" sh tests/wheel.sh
 
 clean: ## remove the environment and what tools left
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # torch first and pinned: a range would take the newest build, with gigabytes of libraries
 $(VENV)/.installed: pyproject.toml tests/environment.sh

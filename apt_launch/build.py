@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import get_object, instantiate
 
 from apt_launch import schema
-from apt_launch.config import RunConfig
 from apt_model.errors import ConfigError
 
 if TYPE_CHECKING:
+    from apt_launch.config import RunConfig
     from apt_model.gpt import GPT
     from apt_model.training.callbacks import Callback
     from apt_model.training.checkpoint import Checkpoints

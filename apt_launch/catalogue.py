@@ -6,24 +6,10 @@ A test compares this with the model itself.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
-from apt_model.schedule.targets import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Domain
-
-ROUTING: Final = (
-    "balance_loss",
-    "z_loss",
-    "router_entropy",
-    "top1_probability",
-    "drop_fraction",
-    "dropped_tokens",
-    "max_load",
-    "load_entropy",
-    "dead_experts",
-    "specialisation",
-    "expert_cosine",
-)
-"""What experts tell, of all layers (``moe/max_load``) and of each (``moe/layer_03/max_load``)."""
+from apt_model.layers.metrics import EXPERT_COSINE, METRICS
+from apt_model.schedule.targets import BELOW_ONE, NOT_NEGATIVE, OF_EXPERTS, OF_OPTIMIZER, Domain
 
 
 def metrics(values: Mapping[str, Any]) -> frozenset[str]:
@@ -43,7 +29,7 @@ def metrics(values: Mapping[str, Any]) -> frozenset[str]:
         "align/agreement",
     }
     layers = ["moe", *(f"moe/layer_{layer:02}" for layer in range(values["model"]["num_layers"]))]
-    return frozenset(found | {f"{layer}/{name}" for layer in layers for name in ROUTING})
+    return frozenset(found | {f"{layer}/{name}" for layer in layers for name in (*METRICS, EXPERT_COSINE)})
 
 
 def targets(values: Mapping[str, Any]) -> dict[str, Domain]:
@@ -51,18 +37,9 @@ def targets(values: Mapping[str, Any]) -> dict[str, Domain]:
     found = {"label_smoothing": BELOW_ONE}
     for layer in range(values["model"]["num_layers"]):
         found[f"blocks.{layer}.attention.dropout"] = BELOW_ONE
-        found[f"blocks.{layer}.ffn.temperature"] = POSITIVE
-        found[f"blocks.{layer}.ffn.capacity_factor"] = POSITIVE
-        found[f"blocks.{layer}.ffn.balance_loss_weight"] = NOT_NEGATIVE
-        found[f"blocks.{layer}.ffn.z_loss_weight"] = NOT_NEGATIVE
-        found[f"blocks.{layer}.ffn.jitter"] = BELOW_ONE
         found[f"blocks.{layer}.ffn.dropout"] = BELOW_ONE
-    return found | {
-        "align.weight": NOT_NEGATIVE,
-        "voter.threshold": NOT_NEGATIVE,
-        "optimizer.lr": NOT_NEGATIVE,
-        "optimizer.weight_decay": NOT_NEGATIVE,
-    }
+        found |= {f"blocks.{layer}.ffn.{name}": domain for name, domain in OF_EXPERTS.items()}
+    return found | {"align.weight": NOT_NEGATIVE, "voter.threshold": NOT_NEGATIVE, **OF_OPTIMIZER}
 
 
 def parameters(values: Mapping[str, Any]) -> list[str]:

@@ -23,7 +23,8 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-from apt_model.schedule import MODULES, Change
+from apt_model.schedule import Change
+from apt_model.schedule.rows import anneals, modules_on
 from apt_model.training.callbacks import Callback
 
 if TYPE_CHECKING:
@@ -225,10 +226,6 @@ class TokenProgress:
 def curriculum_state(trainer: BaseTrainer, *, values: bool = True) -> str:
     """Return what is in force in one short line: modules that are on, then ``values``."""
     metrics = trainer.schedule.metrics()
-    on = [module for module in MODULES if metrics.get(f"schedule/{module}_enabled")]
-    moving = [
-        f"{name.removeprefix('schedule/')} {value:.3g}"
-        for name, value in metrics.items()
-        if values and not name.endswith(("_enabled", "_frozen"))
-    ]
-    return ", ".join([" + ".join(on) + " on" if on else "dense", *moving])
+    on = " + ".join(modules_on(metrics))
+    moving = [f"{name} {value:.3g}" for name, value in anneals(metrics).items()] if values else []
+    return ", ".join([f"{on} on" if on else "dense", *moving])

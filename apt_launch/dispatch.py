@@ -7,16 +7,18 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from apt_launch import ledger
-from apt_launch.config import flatten, is_neutral, parse
-from apt_launch.folder import changed_keys, refuse_place, write_json, write_whole
+from apt_launch.config import is_neutral, parse
+from apt_launch.folder import refuse_place
 from apt_launch.ledger import ENDED, Ledger, Seen, State, Status, read_state
-from apt_launch.plan import Job, Plan, Resources, from_yaml, to_yaml, unflatten
+from apt_launch.plan import Job, Plan, Resources
+from apt_launch.values import changed_keys, flatten, read_frozen, to_yaml, unflatten
 from apt_model.errors import ConfigError
+from apt_model.files import write_json, write_whole
 
 
 class Place(Protocol):
@@ -186,7 +188,7 @@ def follow(folder: Path, only: set[str] | None = None) -> int:
     book = Ledger(folder)
     told: dict[str, str] = {}
     pause = 0.05
-    with _interrupts() as interrupts:
+    with collected_interrupts() as interrupts:
         while True:
             statuses = [s for s in book.statuses(rows=False) if only is None or s.job.folder in only]
             for status in statuses:
@@ -210,7 +212,7 @@ def follow(folder: Path, only: set[str] | None = None) -> int:
 
 
 @contextmanager
-def _interrupts() -> Iterator[list[int]]:
+def collected_interrupts() -> Iterator[list[int]]:
     """Collect Ctrl-C meanwhile: an exception may come where Python swallows it, in a destructor for instance."""
     interrupts: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
@@ -296,7 +298,9 @@ def resume(folder: Path, overrides: Sequence[str] = ()) -> int:
         if job.number in wanted:
             problems += _differences(folder / job.folder, values)
             values |= changed
-            job = replace(job, resources=_resources_of(values, job.resources))
+            launch = parse(unflatten(values)).launch
+            gpus = job.resources.gpus if launch.gpus is None else launch.gpus
+            job = replace(job, resources=Resources.of(launch, gpus))
         jobs.append((job, values))
     if problems:
         raise ConfigError(*problems)
@@ -320,14 +324,8 @@ def _differences(folder: Path, planned: Mapping[str, Any]) -> list[str]:
     path = folder / "config.yaml"
     if not path.exists():
         return []
-    found = flatten(from_yaml(path.read_text(encoding="utf-8")))
-    differ = [key for key in changed_keys(found, planned) if not is_neutral(key)]
+    differ = [key for key in changed_keys(flatten(read_frozen(path)), planned) if not is_neutral(key)]
     return [f"{key}: {path} says otherwise than plan.yaml. Put it back, or remove the folder." for key in differ]
-
-
-def _resources_of(values: Mapping[str, Any], before: Resources) -> Resources:
-    launch = parse(unflatten(values)).launch.model_dump(include={field.name for field in fields(Resources)})
-    return Resources(**{**launch, "gpus": before.gpus if launch["gpus"] is None else launch["gpus"]})
 
 
 def _parsed(overrides: Sequence[str]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apt_launch.config import RunConfig
-from apt_launch.folder import write_json
 from apt_model.errors import Interrupted, TrainingError
+from apt_model.files import write_json
 
 if TYPE_CHECKING:
     from apt_model.training.base import BaseTrainer

@@ -9,9 +9,10 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from apt_launch.config import CONF, flatten
+from apt_launch.config import CONF
 from apt_launch.schema import all_keys
-from apt_model.errors import ConfigError, nearest
+from apt_launch.values import flatten
+from apt_model.errors import CheckpointError, ConfigError, nearest
 
 
 def explained(error: Exception) -> ConfigError:
@@ -58,6 +59,8 @@ def understood(error: BaseException) -> ConfigError | None:
     """Return ``error`` as a ConfigError if it is about what was asked for, also where Hydra stumbled over it; else None."""
     if isinstance(error, ConfigError | HydraException | OmegaConfBaseException):
         return explained(error)
+    if isinstance(error, CheckpointError):
+        return ConfigError(str(error))
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -9,18 +9,21 @@ import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
-from apt_launch.config import RunConfig, build_corpus
+from apt_launch.config import RunConfig
+from apt_launch.corpus import build_corpus
+from apt_launch.values import changed_keys
 from apt_model.errors import CheckpointError, ConfigError
+from apt_model.files import write_json
 from apt_model.schedule import Horizon
 from apt_model.schedule.runner import horizon_changed
 from apt_model.training.checkpoint import Checkpoints, newest_intact, read_manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    pass
 
 FIXED = (
     "seed",
@@ -195,22 +198,3 @@ def refuse_place(folder: Path, key: str) -> None:
                 raise ConfigError(f"{key}: {path} is a file, and a folder is wanted at {folder}.")
     if there is not None and not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"{key}: {there} may not be written to. Choose another folder.")
-
-
-def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return the dotted keys whose values differ; ``before`` and ``now`` are flat."""
-    missing = object()
-    keys = sorted({*before, *now})
-    return [key for key in keys if before.get(key, missing) != now.get(key, missing)]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` so that a reader finds the old content or the new, never a part."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content`` as JSON, whole or not at all."""
-    write_whole(path, json.dumps(content, indent=2) + "\n")

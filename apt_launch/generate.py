@@ -11,16 +11,18 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from apt_launch.build import build, build_model
-from apt_launch.config import parse_groups, show_error
+from apt_launch.command import ending
+from apt_launch.config import parse_groups
 from apt_launch.folder import find_checkpoint
 from apt_launch.guard import keep_private
-from apt_launch.plan import from_yaml
+from apt_launch.values import read_frozen
 from apt_model.data.tokenizer import ByteTokenizer, load_tokenizer
-from apt_model.errors import CheckpointError, ConfigError
+from apt_model.errors import ConfigError
 from apt_model.schedule import Horizon
+from apt_model.schedule.targets import OF_OPTIMIZER
 from apt_model.training.checkpoint import load, read_manifest
 
 if TYPE_CHECKING:
@@ -35,16 +37,12 @@ def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 the command line or the folder is wrong, 130 interrupted."""
     arguments = parser().parse_args()
     keep_private()
-    try:
-        _generate(arguments)
-    except (ConfigError, CheckpointError) as error:
-        show_error(error if isinstance(error, ConfigError) else ConfigError(str(error)))
-        sys.exit(2)
-    except BrokenPipeError:  # whoever read has seen enough
-        sys.stderr.close()
-        sys.exit(0)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with ending():
+        try:
+            _generate(arguments)
+        except BrokenPipeError:  # whoever read has seen enough
+            sys.stderr.close()
+            sys.exit(0)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -87,7 +85,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     import torch
 
     from apt_model.generation import Sampling, generate
-    from apt_model.training.base import choose_device
+    from apt_model.training.device import choose_device
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     try:
@@ -155,15 +153,12 @@ def restored(checkpoint: Path, device: torch.device) -> tuple[GPT, Tokenizer]:
     from apt_model.training.follower import bind, restore_model
 
     path = checkpoint.parent.parent / "config.yaml"
-    try:
-        values: dict[str, Any] = from_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: the config of the run cannot be read: {error}") from None
+    values = read_frozen(path)
     parse_groups(values)
     horizon = Horizon(**read_manifest(checkpoint)["about"]["horizon"])
     model = build_model(values)
     schedule = build(values["schedule"], horizon=horizon)
-    bind(schedule, model, more={"optimizer.lr": lambda value: None, "optimizer.weight_decay": lambda value: None})
+    bind(schedule, model, more=dict.fromkeys(OF_OPTIMIZER, lambda value: None))
     restore_model(model, schedule, load(checkpoint))
     schedule.reconcile()
     model.take_lineage()

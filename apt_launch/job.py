@@ -17,9 +17,9 @@ from typing import Any, Final
 from apt_launch.config import parse
 from apt_launch.guard import keep_private
 from apt_launch.lease import Holder, Lease
-from apt_launch.ledger import State, read_state, write_state
-from apt_launch.plan import from_yaml
-from apt_model.errors import AptError, ConfigError, Interrupted, TrainingError
+from apt_launch.ledger import Name, State, read_state, write_state
+from apt_launch.values import from_yaml, read_frozen
+from apt_model.errors import ConfigError, Interrupted, TrainingError, cause_of
 from apt_model.training.checkpoint import Checkpoints
 
 DONE: Final = 0
@@ -58,9 +58,8 @@ def perform(
         Exception: what made it fail, already told in its state and log.
     """
     keep_private()
-    signal.pthread_sigmask(
-        signal.SIG_BLOCK, CLUSTERS
-    )  # they wait until the folder is ours, and while its state is written
+    # they wait until the folder is ours, and while its state is written
+    signal.pthread_sigmask(signal.SIG_BLOCK, CLUSTERS)
     for number in CLUSTERS:
         signal.signal(number, _leave_early)
     _write_output_to(folder / ("log.txt" if rank == 0 else f"log-{rank}.txt"))
@@ -86,7 +85,7 @@ def _perform(
 ) -> int:
     began = time.time()
 
-    def tell(name: Any, cause: str | None = None, loss: float | None = None) -> None:
+    def tell(name: Name, cause: str | None = None, loss: float | None = None) -> None:
         if rank == 0:
             taken = before.seconds + time.time() - began
             write_state(folder, replace(state, state=name, cause=cause, loss=loss, seconds=taken))
@@ -109,7 +108,7 @@ def _perform(
             requeue(folder)
         return AGAIN
     except Exception as error:
-        cause = str(error) if isinstance(error, AptError) else f"{type(error).__name__}: {error}"
+        cause = cause_of(error)
         tell("failed", cause)
         if isinstance(error, ConfigError):  # not told in the log by the run itself
             logging.getLogger(__name__).error("failed: %s", cause)
@@ -124,11 +123,7 @@ def _train(folder: Path, about: dict[str, Any], state: State, before: State, ran
     from apt_launch.train import train
 
     os.chdir(about["cwd"])
-    try:
-        values = from_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder / 'config.yaml'}: cannot be read: {error}") from None
-    config = parse(values)
+    config = parse(read_frozen(folder / "config.yaml"))
     if Checkpoints(folder / "checkpoints").all():
         config = config.resuming()
     else:  # an earlier life came to no checkpoint: its rows will be computed again

@@ -10,9 +10,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from apt_launch.folder import write_json
 from apt_launch.lease import read_holder
 from apt_launch.plan import Job, Plan
+from apt_model.files import write_json
+from apt_model.schedule.rows import modules_on
 
 Name = Literal[
     "planned", "submitted", "pending", "running", "preempted", "requeued", "failed", "cancelled", "done", "unknown"
@@ -156,7 +157,4 @@ def holder_is_alive(folder: Path) -> bool | None:
 
 def phase(row: Mapping[str, Any]) -> str:
     """Return the modules that are on, as the curriculum's phase."""
-    on = [
-        key.removeprefix("schedule/").removesuffix("_enabled") for key in row if key.endswith("_enabled") and row[key]
-    ]
-    return "+".join(on) if on else "dense"
+    return "+".join(modules_on(row)) or "dense"

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from apt_launch import job as job_process
-from apt_launch.folder import write_json
 from apt_launch.lease import Holder, read_holder
 from apt_launch.ledger import ENDED, Seen, State, holder_is_alive, read_state, write_state
 from apt_launch.plan import Job, Plan, Resources
 from apt_launch.provenance import packages
 from apt_model.errors import ConfigError
+from apt_model.files import write_json
 
 MOST_RESTARTS = 20
 """Interruptions of one job after which it is given up."""

@@ -16,9 +16,10 @@ from typing import Any
 
 from apt_launch.config import RunConfig, composing, load
 from apt_launch.explain import understood
-from apt_launch.folder import RunFolder, write_whole
+from apt_launch.folder import RunFolder
 from apt_launch.tracking import Row, read_rows
 from apt_model.errors import ConfigError, Interrupted
+from apt_model.files import write_whole
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,23 @@ import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apt_launch.config import Counts, RunConfig, flatten, load
-from apt_launch.folder import write_whole
+from apt_launch.composer import Composer, groups_of
+from apt_launch.config import RunConfig
+from apt_launch.values import flatten, from_yaml, to_yaml, unflatten
 from apt_model.errors import ConfigError, nearest
+from apt_model.files import write_whole
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
-    from omegaconf import DictConfig
+
+    from apt_launch.dispatch import Place
+    from apt_launch.schema import LaunchConfig
 
 MOST_PROBLEMS = 12
 """Problems told of one sweep; more of them are counted."""
@@ -35,6 +39,11 @@ class Resources:
     mem_gb: float | None = None
     hours: float = 24.0
     time_limit_minutes: int | None = None
+
+    @classmethod
+    def of(cls, launch: LaunchConfig, gpus: int | None) -> Resources:
+        """Return what ``launch`` says, but with ``gpus``."""
+        return cls(**launch.model_dump(include={field.name for field in fields(cls)}) | {"gpus": gpus})
 
     @property
     def gpu_hours(self) -> float:
@@ -74,6 +83,12 @@ class Job:
     def label(self) -> str:
         """What tells it from the others, in the user's words."""
         return " ".join(self.overrides)
+
+
+def short_key(key: str) -> str:
+    """Return the part of a key that tells it from others: ``route_temp.end``, ``lr``."""
+    parts = key.split(".")
+    return ".".join(parts[-2:] if parts[-1] in ("start", "end", "warmup", "by", "type", "at") else parts[-1:])
 
 
 @dataclass(frozen=True)
@@ -180,18 +195,6 @@ class Plan:
         return replace(self, shared=shared, jobs=tuple(replace(j, differs=_without(v, shared)) for j, v in jobs))
 
 
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Return dotted keys as nested mappings, the opposite of :func:`apt_launch.config.flatten`."""
-    nested: dict[str, Any] = {}
-    for key, value in flat.items():
-        *above, last = key.split(".")
-        node = nested
-        for part in above:
-            node = node.setdefault(part, {})
-        node[last] = value
-    return nested
-
-
 def _shared(flats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first, *others = flats
     return {
@@ -203,99 +206,6 @@ def _shared(flats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _without(flat: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key not in shared}
-
-
-def to_yaml(content: Mapping[str, Any]) -> str:
-    """Return ``content`` as YAML, keys in their order."""
-    import yaml
-
-    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    text: str = yaml.dump(content, Dumper=dumper, sort_keys=False, allow_unicode=True, width=120)
-    return text
-
-
-def from_yaml(text: str) -> dict[str, Any]:
-    """Return what ``text`` holds.
-
-    Raises:
-        ValueError: it is no YAML, or no mapping.
-    """
-    import yaml
-
-    try:
-        content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from None
-    if not isinstance(content, dict):
-        raise ValueError("not a mapping")
-    return content
-
-
-class Composer:
-    """Composes many configs that differ in a few overrides.
-
-    Hydra composes each choice of groups once; values are then applied by Hydra's own function, in the command line's
-    order, so that a job costs milliseconds.
-
-    Args:
-        compose: composes ``conf/`` with overrides, as Hydra does.
-        is_group: whether a name is that of a config group.
-    """
-
-    def __init__(self, compose: Callable[[list[str]], DictConfig], is_group: Callable[[str], bool]) -> None:
-        from hydra.core.override_parser.overrides_parser import OverridesParser
-
-        self._compose = compose
-        self._is_group = is_group
-        parser = OverridesParser.create()
-        self._parse = cache(lambda override: parser.parse_override(override))
-        self._composed: dict[tuple[tuple[str, ...], tuple[str, ...]], DictConfig] = {}
-        self._counts: Counts = {}
-
-    def __call__(self, overrides: Sequence[str]) -> RunConfig:
-        """Compose and check one config.
-
-        Raises:
-            ConfigError: with every problem found.
-        """
-        from hydra._internal.config_loader_impl import ConfigLoaderImpl
-        from hydra.errors import HydraException
-
-        from apt_launch.explain import explained
-
-        try:
-            parsed = [self._parse(override) for override in overrides]
-            structural = tuple(str(o.input_line) for o in parsed if self._is_structural(o))
-            values = [o for o in parsed if not self._is_structural(o)]
-            known = (structural, tuple(o.key_or_group for o in values))
-            if known not in self._composed:
-                self._composed[known] = self._compose(list(structural))
-            cfg = self._composed[known]
-            if not all(_replaces_a_leaf(cfg, o) for o in values):
-                cfg = cfg.copy()  # what is added, merged or removed must not stay for the next job
-            ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
-            return load(cfg, self._counts)
-        except HydraException as error:
-            raise explained(error) from None
-
-    def _is_structural(self, override: Override) -> bool:
-        """Say whether ``override`` chooses a group's option; the rule is Hydra's."""
-        if override.package is not None:
-            return True
-        return self._is_group(override.key_or_group) and not isinstance(override.value(), dict)
-
-
-def _replaces_a_leaf(cfg: DictConfig, override: Override) -> bool:
-    """Say whether ``override`` sets a value where a value stands: the next job sets the same key again."""
-    from omegaconf import DictConfig, OmegaConf
-
-    if override.is_add() or override.is_force_add() or override.is_delete():
-        return False
-    if isinstance(override.value(), dict | list):
-        return False
-    above, _, last = override.key_or_group.rpartition(".")
-    parent = OmegaConf.select(cfg, above) if above else cfg
-    return isinstance(parent, DictConfig) and last in parent and not OmegaConf.is_config(parent._get_node(last))
 
 
 def expand(
@@ -348,25 +258,21 @@ def expand(
 def make(
     overrides: Sequence[str],
     *,
+    place: Place,
     composer: Composer,
     parse: Callable[[list[str]], list[Override]],
     params: Mapping[str, Any] | None = None,
     zipped: Sequence[Sequence[str]] = (),
-    launcher: str = "local",
-    launcher_values: Mapping[str, Any] | None = None,
-    gpus_where_any: Callable[[], int] = lambda: 0,
 ) -> Plan:
     """Plan the sweep that ``overrides`` ask for.
 
     Args:
         overrides: of the command line.
+        place: where the jobs are to run.
         composer: makes a checked config of overrides.
         parse: Hydra's parser, which knows the groups' options.
         params: a kept sweep's values by key; the command line wins over them.
         zipped: see :func:`expand`.
-        launcher: ``local`` or ``slurm``.
-        launcher_values: what its YAML says.
-        gpus_where_any: what ``launch.gpus=null`` stands for there; asked only if needed.
 
     Raises:
         ConfigError: with the problems of every job, each with the job's name.
@@ -376,12 +282,7 @@ def make(
         f"{key}={_as_override(value)}" for key, value in (params or {}).items() if key.lstrip("+~") not in asked_for
     ]
     return of_combinations(
-        expand(parse([*kept, *overrides]), zipped),
-        command=overrides,
-        composer=composer,
-        launcher=launcher,
-        launcher_values=launcher_values or {},
-        gpus_where_any=gpus_where_any,
+        expand(parse([*kept, *overrides]), zipped), command=overrides, place=place, composer=composer
     )
 
 
@@ -396,12 +297,11 @@ def of_combinations(
     combinations: Iterable[tuple[Sequence[str], Sequence[str]]],
     *,
     command: Sequence[str],
+    place: Place,
     composer: Composer,
-    launcher: str,
-    launcher_values: Mapping[str, Any],
-    gpus_where_any: Callable[[], int],
 ) -> Plan:
     """Plan a job for each different config among ``combinations``; see :func:`make` and :func:`expand`."""
+    gpus_where_any = cache(lambda: 1 if place.has_gpus() else 0)  # what launch.gpus=null stands for
     asked = 0
     problems: dict[str, list[str]] = {}
     found: dict[tuple[str, Resources], tuple[RunConfig, Sequence[str]]] = {}
@@ -413,7 +313,8 @@ def of_combinations(
             for problem in error.problems:
                 problems.setdefault(problem, []).append(f"job {asked - 1} ({' '.join(varying)})" if varying else "")
             continue
-        found.setdefault((config.identity, _resources(config, gpus_where_any)), (config, varying))
+        gpus = gpus_where_any() if config.launch.gpus is None else config.launch.gpus
+        found.setdefault((config.identity, Resources.of(config.launch, gpus)), (config, varying))
     if problems:
         raise ConfigError(*_told(problems, asked))
     flats = [flatten(config.values) for config, _ in found.values()]
@@ -429,8 +330,8 @@ def of_combinations(
         id=hashlib.sha256(f"{created} {os.getpid()} {command}".encode()).hexdigest()[:8],
         created=created,
         command=tuple(command),
-        launcher=launcher,
-        launcher_values=launcher_values,
+        launcher=place.name,
+        launcher_values=place.values,
         cwd=str(Path.cwd()),
         asked=asked,
         shared=shared,
@@ -448,19 +349,6 @@ def _told(problems: Mapping[str, list[str]], asked: int) -> list[str]:
         told.append(problem if len(jobs) == asked or not jobs[0] else f"{jobs[0]}{more}: {problem}")
     left = len(told) - MOST_PROBLEMS
     return [*told[:MOST_PROBLEMS], f"... and {left} more problems."] if left > 0 else told
-
-
-def _resources(config: RunConfig, gpus_where_any: Callable[[], int]) -> Resources:
-    launch = config.launch
-    return Resources(
-        nodes=launch.nodes,
-        tasks_per_node=launch.tasks_per_node,
-        gpus=launch.gpus if launch.gpus is not None else gpus_where_any(),
-        cpus=launch.cpus,
-        mem_gb=launch.mem_gb,
-        hours=launch.hours,
-        time_limit_minutes=launch.time_limit_minutes,
-    )
 
 
 def _check_cost(plan: Plan) -> None:
@@ -486,7 +374,8 @@ def gather(arguments: Sequence[str]) -> Plan:
     from omegaconf import OmegaConf
 
     from apt_launch.config import CONF
-    from apt_launch.plugins import gpus_of, register
+    from apt_launch.dispatch import place
+    from apt_launch.plugins import register
 
     register()
     GlobalHydra.instance().clear()
@@ -500,20 +389,11 @@ def gather(arguments: Sequence[str]) -> Plan:
         launcher = OmegaConf.to_container(hydra.launcher, resolve=True)
         assert isinstance(sweeper, dict)
         assert isinstance(launcher, dict)
-        values = {str(key): value for key, value in launcher.items() if not str(key).startswith("_")}
-        name = hydra.runtime.choices["hydra/launcher"]
         return make(
             [str(o.input_line) for o in parsed if not o.key_or_group.startswith(("hydra.", "hydra/"))],
+            place=place(hydra.runtime.choices["hydra/launcher"], {str(key): launcher[key] for key in launcher}),
             composer=Composer(lambda chosen: compose("config", overrides=chosen), groups_of(loader)),
             parse=parser.parse_overrides,
             params=sweeper.get("params"),
             zipped=sweeper.get("zip") or (),
-            launcher=name,
-            launcher_values=values,
-            gpus_where_any=lambda: gpus_of(name, values),
         )
-
-
-def groups_of(loader: Any) -> Callable[[str], bool]:
-    """Return a function that says whether a name is that of a config group, by Hydra's own lookup."""
-    return cache(lambda name: bool(loader.repository.group_exists(name)))

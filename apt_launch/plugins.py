@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from hydra.types import HydraContext, TaskFunction
     from omegaconf import DictConfig
 
+    from apt_launch.composer import Composer
     from apt_launch.dispatch import Place
-    from apt_launch.plan import Composer, Plan
+    from apt_launch.plan import Plan
 
 
 def register() -> None:
@@ -40,13 +41,6 @@ def register() -> None:
     for plugin in (PlanSweeper, LocalLauncher, SlurmLauncher):
         Plugins.instance().register(plugin)
     guard.install()
-
-
-def gpus_of(launcher: str, values: Mapping[str, Any]) -> int:
-    """Return what ``launch.gpus=null`` stands for: 1 where there are GPUs."""
-    from apt_launch.dispatch import place
-
-    return 1 if place(launcher, values).has_gpus() else 0
 
 
 class PlanSweeper(Sweeper):
@@ -90,17 +84,14 @@ class PlanSweeper(Sweeper):
                 "hydra/launcher: hydra/sweeper=plan sends through local or slurm. For another launcher choose "
                 "hydra/sweeper=basic."
             )
-        loader = self.context.config_loader
         place = self.launcher.place
         made = plan.make(
             arguments,
+            place=place,
             composer=composer_of(self.context, self.given),
-            parse=OverridesParser.create(config_loader=loader).parse_overrides,
+            parse=OverridesParser.create(config_loader=self.context.config_loader).parse_overrides,
             params=self.params,
             zipped=self.zip,
-            launcher=place.name,
-            launcher_values=place.values,
-            gpus_where_any=lambda: 1 if place.has_gpus() else 0,
         )
         carry_out(made, Path(str(self.given.hydra.sweep.dir)), place)
 
@@ -109,7 +100,7 @@ def composer_of(context: HydraContext, config: DictConfig) -> Composer:
     """Return what composes a job as Hydra's command line would: same search path, same config."""
     from hydra.types import RunMode
 
-    from apt_launch.plan import Composer, groups_of
+    from apt_launch.composer import Composer, groups_of
 
     loader = context.config_loader
     name = config.hydra.job.config_name
@@ -160,10 +151,8 @@ class _PlannedLauncher(Launcher):
         made = plan.of_combinations(
             [(list(all_of), [one for one in all_of if one not in asked]) for all_of in job_overrides],
             command=asked,
+            place=self.place,
             composer=self.composer,
-            launcher=self.place.name,
-            launcher_values=self.place.values,
-            gpus_where_any=lambda: 1 if self.place.has_gpus() else 0,
         )
         folder = Path(str(self.given.hydra.sweep.dir))
         self.plan, results = dispatch.run_batch(self.plan, made, folder, self.place)

@@ -7,11 +7,11 @@ The timeline and the curves come from the very functions that training calls. An
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from apt_launch.command import ending, parsed
 from apt_launch.plots import Painter, Sheet, sheets
 
 if TYPE_CHECKING:
@@ -28,46 +28,36 @@ MOST_OVERLAID = 16
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 config or command line wrong, 130 interrupted."""
-    arguments, overrides = parser().parse_known_args()
-    painter = Painter()  # first of all: it loads its library while this process loads Hydra
+    with ending():
+        arguments, overrides = parsed(parser())
+        painter = Painter()  # first of all: it loads its library while this process loads Hydra
+        try:
+            _preview(arguments, overrides, painter)
+        finally:
+            painter.close()
+
+
+def _preview(arguments: argparse.Namespace, overrides: list[str], painter: Painter) -> None:
     from rich.console import Console
 
     from apt_launch.__main__ import with_profile_file
-    from apt_launch.config import show_error
     from apt_launch.folder import refuse_place
     from apt_launch.plan import gather
-    from apt_model.errors import ConfigError
 
-    unknown = [override for override in overrides if override.startswith("-")]
-    try:
-        if unknown:
-            raise ConfigError(f"{unknown[0]}: unknown option. See python -m apt_launch.preview --help.")
-        plan = gather(with_profile_file(overrides))
-        jobs = plan.jobs[:MOST_OVERLAID]
-        folder: Path = arguments.out
-        refuse_place(folder, "--out")
-        tables = _size_tables(jobs, arguments)
-        folder.mkdir(parents=True, exist_ok=True)
-        programs = {job.label if len(jobs) > 1 else "": config_of(job).program for job in jobs}
-        painter.draw(sheets(programs), folder / "preview.png")
-        show(plan, Console())
-        (folder / "preview.html").write_text(page(programs), encoding="utf-8")
-        painter.wait()
-        for label, table in tables:
-            Console().print(*([f"\n{label}"] if label else []), table)
-        Console().print(f"pictures  {folder}/preview.png  {folder}/preview.html", highlight=False, soft_wrap=True)
-    except Exception as error:
-        from apt_launch.explain import understood
-
-        told = understood(error)
-        if told is None:
-            raise
-        show_error(told)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        painter.close()
+    plan = gather(with_profile_file(overrides))
+    jobs = plan.jobs[:MOST_OVERLAID]
+    folder: Path = arguments.out
+    refuse_place(folder, "--out")
+    tables = _size_tables(jobs, arguments)
+    folder.mkdir(parents=True, exist_ok=True)
+    programs = {job.label if len(jobs) > 1 else "": config_of(job).program for job in jobs}
+    painter.draw(sheets(programs), folder / "preview.png")
+    show(plan, Console())
+    (folder / "preview.html").write_text(page(programs), encoding="utf-8")
+    painter.wait()
+    for label, table in tables:
+        Console().print(*([f"\n{label}"] if label else []), table)
+    Console().print(f"pictures  {folder}/preview.png  {folder}/preview.html", highlight=False, soft_wrap=True)
 
 
 def _size_tables(jobs: Sequence[Job], arguments: argparse.Namespace) -> list[tuple[str, object]]:
@@ -78,12 +68,12 @@ def _size_tables(jobs: Sequence[Job], arguments: argparse.Namespace) -> list[tup
     """
     if not (arguments.sizes or arguments.gpu is not None or arguments.gpus is not None):
         return []
-    from apt_launch import sizes
+    from apt_launch.gpus import table
+    from apt_launch.sizes import sizes
 
     num_gpus = 1 if arguments.gpus is None else arguments.gpus
     return [
-        (job.label, sizes.table(sizes.sizes(config_of(job)), config_of(job), gpu=arguments.gpu, num_gpus=num_gpus))
-        for job in jobs
+        (job.label, table(sizes(config_of(job)), config_of(job), gpu=arguments.gpu, num_gpus=num_gpus)) for job in jobs
     ]
 
 
@@ -216,10 +206,15 @@ def _sparklines(program: Program, width: int) -> list[str]:
             lines.append(f"{name:>20}         {drawn}")
             continue
         numbers = [float(value) for value in values[:-1]] + [float(states[-1][name])]
-        low, high = min(numbers), max(numbers)
-        levels = [round((number - low) / (high - low) * (len(BLOCKS) - 1)) if high > low else 0 for number in numbers]
-        lines.append(f"{name:>20} {numbers[0]:>7.4g} {''.join(BLOCKS[level] for level in levels)} {numbers[-1]:.4g}")
+        lines.append(f"{name:>20} {numbers[0]:>7.4g} {blocks(numbers)} {numbers[-1]:.4g}")
     return lines
+
+
+def blocks(numbers: Sequence[float]) -> str:
+    """Draw ``numbers`` as blocks, one each, the lowest number as the lowest one."""
+    low, high = min(numbers), max(numbers)
+    levels = [round((number - low) / (high - low) * (len(BLOCKS) - 1)) if high > low else 0 for number in numbers]
+    return "".join(BLOCKS[level] for level in levels)
 
 
 def _last_at(steps: list[int], step: int) -> int:
@@ -230,7 +225,7 @@ def _last_at(steps: list[int], step: int) -> int:
 
 def unread_sweeps(jobs: Sequence[Job]) -> list[str]:
     """Name the curriculum's keys that vary between jobs without a model noticing."""
-    from apt_launch.folder import changed_keys
+    from apt_launch.values import changed_keys
     from apt_model.schedule.timeline import effect
 
     noticed: dict[str, bool] = {}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from apt_launch.config import flatten
+from apt_launch.values import flatten
 from apt_model.errors import ConfigError
 
 KEYS = {
@@ -69,9 +69,8 @@ def read_profile(path: Path, chosen: Iterable[str] = ()) -> tuple[list[str], lis
     if not path.is_file():
         raise ConfigError(f"profile_file: there is no file {str(path)!r} (looked in {Path.cwd()}).")
     try:
-        content = cast(
-            "dict[str, Any]", OmegaConf.to_container(OmegaConf.load(path))
-        )  # not plain YAML: 3e-5 is a number
+        loaded = OmegaConf.load(path)  # not plain YAML: 3e-5 is a number
+        content = cast("dict[str, Any]", OmegaConf.to_container(loaded))
     except Exception as error:
         raise ConfigError(f"profile_file: {path} cannot be read as YAML: {error}") from None
     if not isinstance(content, dict):

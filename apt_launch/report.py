@@ -6,16 +6,16 @@ import csv
 import io
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from apt_launch.folder import write_whole
-from apt_launch.plan import Job, Plan
+from apt_launch.plan import Job, Plan, short_key
 from apt_launch.tracking import Row, read_rows
 from apt_model.errors import ConfigError, nearest
-from apt_model.schedule import MODULES
+from apt_model.files import write_whole
+from apt_model.schedule.rows import anneals, first_on
 
 SEEDS = ("seed", "data.seed")
 """Keys whose values are repetitions of one experiment."""
@@ -41,13 +41,18 @@ class Trial:
         }
 
     @property
+    def without_seeds(self) -> dict[str, str]:
+        """Its settings but for the seeds."""
+        return {key: value for key, value in self.settings.items() if key not in SEEDS}
+
+    @property
     def label(self) -> str:
         """Its settings in short."""
-        return " ".join(f"{short_key(key)}={value}" for key, value in self.settings.items()) or f"job {self.job.number}"
+        return in_short(self.settings) or f"job {self.job.number}"
 
     def series(self, name: str) -> list[tuple[float, float]]:
         """Return (tokens, value) of a metric, wherever it is a finite number."""
-        return [(row["tokens"], row[name]) for row in self.rows if name in row and _is_number(row[name])]
+        return [(row["tokens"], row[name]) for row in self.rows if name in row and is_number(row[name])]
 
     def at(self, name: str, tokens: float) -> float | None:
         """Return the metric's last value until ``tokens``."""
@@ -57,20 +62,30 @@ class Trial:
     @property
     def switches(self) -> dict[str, float]:
         """Where each module went on, in tokens."""
-        found = {}
-        for module in MODULES:
-            on = next((row["tokens"] for row in self.rows if row.get(f"schedule/{module}_enabled")), None)
-            if on is not None:
-                found[module] = on
-        return found
+        return {module: row["tokens"] for module, row in first_on(self.rows).items()}
 
     @property
     def anneals(self) -> list[str]:
         """The scheduled values that it recorded."""
-        ends = ("_enabled", "_frozen")
-        return sorted(
-            {key for row in self.rows for key in row if key.startswith("schedule/") and not key.endswith(ends)}
-        )
+        return sorted({f"schedule/{name}" for row in self.rows for name in anneals(row)})
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean, and half of its 95 % interval (Student's); None: one value tells nothing of its spread."""
+
+    mean: float
+    half_interval: float | None
+
+    @classmethod
+    def of(cls, values: Collection[float]) -> Estimate:
+        """Return that of one value or more."""
+        count = len(values)
+        mean = sum(values) / count
+        if count < 2:
+            return cls(mean, None)
+        variance = sum((value - mean) ** 2 for value in values) / (count - 1)
+        return cls(mean, (T_95[count - 2] if count - 2 < len(T_95) else 2.0) * math.sqrt(variance / count))
 
 
 @dataclass(frozen=True)
@@ -78,21 +93,17 @@ class Group:
     """Trials that differ in their seeds only."""
 
     settings: Mapping[str, str]
-    values: Sequence[float]
+    by_seed: Mapping[tuple[str, ...], float]  # the metric
 
     @property
-    def mean(self) -> float:
-        """Mean of the metric."""
-        return sum(self.values) / len(self.values)
+    def estimate(self) -> Estimate:
+        """The metric."""
+        return Estimate.of(self.by_seed.values())
 
-    @property
-    def half_interval(self) -> float | None:
-        """Half of the 95 % interval of the mean; None: one value tells nothing of its spread."""
-        count = len(self.values)
-        if count < 2:
-            return None
-        variance = sum((value - self.mean) ** 2 for value in self.values) / (count - 1)
-        return (T_95[count - 2] if count - 2 < len(T_95) else 2.0) * math.sqrt(variance / count)
+    def over(self, other: Group) -> Estimate | None:
+        """Return how much more it is than ``other``, seed by seed: what a seed does to both is left out."""
+        both = [value - other.by_seed[seed] for seed, value in self.by_seed.items() if seed in other.by_seed]
+        return Estimate.of(both) if both else None
 
 
 @dataclass(frozen=True)
@@ -117,14 +128,21 @@ class Findings:
         return list(dict.fromkeys(key for trial in self.trials for key in trial.settings))
 
     @property
+    def has_seeds(self) -> bool:
+        """Whether seeds are among what was swept."""
+        return any(key in SEEDS for key in self.keys)
+
+    @property
     def groups(self) -> list[Group]:
-        """The trials by everything but their seeds."""
-        members: dict[tuple[tuple[str, str], ...], list[float]] = {}
+        """The trials by everything but their seeds, the lowest mean first."""
+        members: dict[tuple[tuple[str, str], ...], dict[tuple[str, ...], float]] = {}
         for trial in self.trials:
             if trial.job.number in self.values:
-                settings = tuple((key, value) for key, value in trial.settings.items() if key not in SEEDS)
-                members.setdefault(settings, []).append(self.values[trial.job.number])
-        return [Group(dict(settings), values) for settings, values in members.items()]
+                settings = tuple(trial.without_seeds.items())
+                seeds = tuple(value for key, value in trial.settings.items() if key in SEEDS)
+                members.setdefault(settings, {})[seeds] = self.values[trial.job.number]
+        groups = [Group(dict(settings), by_seed) for settings, by_seed in members.items()]
+        return sorted(groups, key=lambda group: group.estimate.mean)
 
     @property
     def told(self) -> str:
@@ -152,7 +170,7 @@ class Findings:
         fixed = []
         for override in self.plan.command:
             key = override.lstrip("+~").partition("=")[0]
-            if key not in swept and key != "sweeps" and not key.startswith(("hydra.", "hydra/", "launch.")):
+            if key not in swept and not key.startswith(("hydra.", "hydra/", "launch.")):
                 fixed.append(override)
         return shlex.join(["python", "-m", "apt_launch", *fixed, *trial.job.overrides])
 
@@ -169,7 +187,7 @@ def find(sweep: Path, states: Mapping[str, str], metric: str = "val/loss", cause
         causes: why jobs failed, by folder.
 
     Raises:
-        ConfigError: jobs have records, but none of them has the metric.
+        ConfigError: see :func:`compare`.
     """
     plan = Plan.read(sweep)
     trials = []
@@ -177,6 +195,15 @@ def find(sweep: Path, states: Mapping[str, str], metric: str = "val/loss", cause
         path = sweep / job.folder / "metrics.jsonl"
         rows = read_rows(path) if path.exists() else []
         trials.append(Trial(job, states.get(job.folder, "planned"), rows, (causes or {}).get(job.folder)))
+    return compare(plan, trials, metric)
+
+
+def compare(plan: Plan, trials: Sequence[Trial], metric: str) -> Findings:
+    """Compare ``trials``, the jobs of ``plan``, by ``metric``: at their ends, or as far as all of them have come.
+
+    Raises:
+        ConfigError: jobs have records, but none of them has the metric.
+    """
     seen = {name for trial in trials for row in trial.rows for name in row}
     if seen and metric not in seen and any(trial.state == "done" for trial in trials):
         raise ConfigError(f"--metric: no job has recorded {metric!r}. {nearest(metric, seen)}")
@@ -280,7 +307,11 @@ def as_markdown(findings: Findings, pictures: Sequence[str]) -> str:
         f"| {' | '.join(shown(c, h).replace('|', '/') for c, h in zip(line, heads, strict=True))} |"
         for line in lines(findings)
     ]
-    parts += ["", *(f"- {line}" for line in told_groups(findings)), ""]
+    if findings.has_seeds:
+        heads, rows = group_table(findings)
+        parts += ["", "## Mean over seeds", "", f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+        parts += [f"| {' | '.join(row)} |" for row in rows]
+    parts += ["", told_groups(findings), ""]
     parts += [f"![{name}]({name}.png)\n" for name in pictures]
     return "\n".join(parts)
 
@@ -295,21 +326,33 @@ def headline(findings: Findings) -> str:
     return f"{word} of {len(findings.values)}: job {best.job.number} ({best.label}), {findings.metric} {value:.4f}."
 
 
-def told_groups(findings: Findings) -> list[str]:
-    """Return mean and interval of each group of seeds."""
-    if not any(key in SEEDS for key in findings.keys):
-        return (
-            ["One seed each: no interval can be given. Add several seeds, for instance seed=0,1,2."]
-            if findings.values
-            else []
-        )
-    told = []
-    for group in sorted(findings.groups, key=lambda group: group.mean):
-        name = " ".join(f"{key}={value}" for key, value in group.settings.items()) or "all"
-        half = group.half_interval
-        spread = f"± {half:.4f} (95 % of {len(group.values)} seeds)" if half is not None else "(one seed: no interval)"
-        told.append(f"{name}: {findings.metric} {group.mean:.4f} {spread}")
-    return told
+def told_groups(findings: Findings) -> str:
+    """Return what the intervals of :func:`group_table` are, or why there are none."""
+    if not findings.values:
+        return ""
+    if not findings.has_seeds:
+        return "One seed each: no interval can be given. Add several seeds, for instance seed=0,1,2."
+    return (
+        "± is half of the 95 % interval (Student's t) of the mean over seeds. Differences are taken seed by seed: one whose "
+        "interval holds 0 may be chance."
+    )
+
+
+def group_table(findings: Findings) -> tuple[list[str], list[list[str]]]:
+    """Return heads and lines of the table of groups: mean over seeds, and the difference from the best one."""
+    keys = list(dict.fromkeys(key for group in findings.groups for key in group.settings))
+    heads = [*(short_key(key) for key in keys), "seeds", findings.metric, "more than the best"]
+    rows = []
+    for place, group in enumerate(findings.groups):
+        more = group.over(findings.groups[0]) if place else None
+        told = [group.settings.get(key, "").replace("|", "/") for key in keys]
+        rows.append([*told, str(len(group.by_seed)), _shown(group.estimate), _shown(more) if more else ""])
+    return heads, rows
+
+
+def _shown(estimate: Estimate) -> str:
+    half = estimate.half_interval
+    return f"{estimate.mean:.4f} ± {half:.4f}" if half is not None else f"{estimate.mean:.4f}"
 
 
 # --- the page ----------------------------------------------------------------------------------------------------------
@@ -359,21 +402,25 @@ def as_page(findings: Findings, drawn: Mapping[str, str]) -> str:
         "losses": "Losses over tokens",
         "schedules": "Schedules",
         "metric": f"Final {findings.metric} by what was swept",
+        "differences": "Differences from the best, seed by seed",
     }
     for name, svg in drawn.items():
         parts.append(f"<h2>{escape(titles[name])}</h2>{svg}")
-    groups = "".join(f"<li>{escape(line)}</li>" for line in told_groups(findings))
-    if groups:
-        parts.append(f"<h2>Mean over seeds</h2><ul>{groups}</ul>")
+    if findings.has_seeds and findings.values:
+        heads_of_groups, rows = group_table(findings)
+        top = "".join(f"<th>{escape(name)}</th>" for name in heads_of_groups)
+        rest = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+        parts.append(f"<h2>Mean over seeds</h2><div class=wide><table><tr>{top}</tr>{rest}</table></div>")
+    parts.append(f"<p>{escape(told_groups(findings))}</p>")
     parts.append(f"<h2>Jobs</h2><div class=wide><table><tr>{head}</tr>{''.join(body)}</table></div></body></html>\n")
     return "".join(parts)
 
 
-def short_key(key: str) -> str:
-    """Return the part of a key that tells it from others: ``route_temp.end``, ``lr``."""
-    parts = key.split(".")
-    return ".".join(parts[-2:] if parts[-1] in ("start", "end", "warmup", "by", "shape", "at") else parts[-1:])
+def in_short(settings: Mapping[str, str]) -> str:
+    """Return settings with the parts of keys that tell them from others."""
+    return " ".join(f"{short_key(key)}={value}" for key, value in settings.items())
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Say whether ``value`` can be drawn."""
     return isinstance(value, int | float) and math.isfinite(value)

@@ -8,13 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apt_launch.report import SEEDS, Findings, Group, Trial, short_key
+from apt_launch.plan import short_key
+from apt_launch.report import SEEDS, Estimate, Findings, Trial, in_short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_NAMED = 10
-"""Above this many jobs colours are a scale, and names are left to the table."""
+"""Above this many groups of jobs colours are a scale, and names are left to the table."""
+
+MOST_RANKED = 24
+"""Groups that are drawn beside each other, the best."""
 
 GREY = "#808080"  # to be read on white and on black
 
@@ -34,6 +38,7 @@ def draw(findings: Findings, folder: Path) -> dict[str, str]:
             ("losses", _losses(findings)),
             ("schedules", _schedules(findings)),
             ("metric", _metric(findings)),
+            ("differences", _differences(findings)),
         ):
             if figure is None:
                 continue
@@ -64,19 +69,28 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
+def _names(trials: Sequence[Trial]) -> dict[int, str]:
+    """Return what jobs are called, by number: those that differ in their seeds only alike, where there are others."""
+    alike = {trial.job.number: in_short(trial.without_seeds) for trial in trials}
+    return alike if len(set(alike.values())) > 1 else {trial.job.number: trial.label for trial in trials}
+
+
 def _colours(trials: Sequence[Trial]) -> dict[int, Any]:
     import matplotlib as mpl
 
-    if len(trials) <= MOST_NAMED:
-        return {trial.job.number: f"C{place}" for place, trial in enumerate(trials)}
+    names = _names(trials)
+    places = {name: place for place, name in enumerate(dict.fromkeys(names.values()))}
+    if len(places) <= MOST_NAMED:
+        return {number: f"C{places[name]}" for number, name in names.items()}
     scale = mpl.colormaps["viridis"]
-    return {trial.job.number: scale(place / (len(trials) - 1)) for place, trial in enumerate(trials)}
+    return {number: scale(places[name] / (len(places) - 1)) for number, name in names.items()}
 
 
 def _legend(figure: Figure, axis: Any, trials: Sequence[Trial]) -> None:
-    if len(trials) <= MOST_NAMED:
-        handles, labels = axis.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
+    handles, labels = axis.get_legend_handles_labels()
+    named = dict(zip(labels, handles, strict=True))
+    if len(named) <= MOST_NAMED:
+        figure.legend(named.values(), named, loc="outside lower center", ncols=min(3, len(named)), frameon=False)
     else:
         figure.supxlabel(f"{len(trials)} jobs, from the first (dark) to the last (bright)", fontsize=8)
 
@@ -87,7 +101,7 @@ def _losses(findings: Findings) -> Figure | None:
         return None
     figure = _figure(9, 4.4)
     axis = figure.subplots()
-    colours = _colours(trials)
+    colours, names = _colours(trials), _names(trials)
     for trial in trials:
         colour = colours[trial.job.number]
         for name, look in (
@@ -95,16 +109,26 @@ def _losses(findings: Findings) -> Figure | None:
             ("val/loss", {"marker": "o", "markersize": 3.5}),
         ):
             points = trial.series(name)
-            label = trial.label if name == "val/loss" else None
+            label = names[trial.job.number] if name == "val/loss" else None
             axis.plot([x for x, _ in points], [y for _, y in points], color=colour, label=label, **look)
     _mark_phases(axis, trials, colours)
     if findings.tokens is not None:
         axis.axvline(findings.tokens, color=GREY, linewidth=2.5, alpha=0.35)
-    axis.set_xlabel("tokens")
+    validated = [value for trial in trials for _, value in trial.series("val/loss")]
+    if validated:  # what comes before the first validation would leave no room for differences
+        axis.set_ylim(top=max(validated) + 0.1 * (max(validated) - min(validated)) + 0.05)
+    _count_tokens(axis)
     axis.set_ylabel("loss (line: training, dots: validation)")
     axis.grid(alpha=0.25)
     _legend(figure, axis, trials)
     return figure
+
+
+def _count_tokens(axis: Any) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_xlabel("tokens")
 
 
 def _mark_phases(axis: Any, trials: Sequence[Trial], colours: dict[int, Any]) -> None:
@@ -133,7 +157,7 @@ def _schedules(findings: Findings) -> Figure | None:
         return None
     figure = _figure(9, 1.0 + 1.35 * len(names))
     axes = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
-    colours = _colours(trials)
+    colours, labels = _colours(trials), _names(trials)
     for axis, name in zip(axes, names, strict=True):
         for trial in trials:
             points = trial.series(name)
@@ -142,14 +166,14 @@ def _schedules(findings: Findings) -> Figure | None:
                 [y for _, y in points],
                 where="post",
                 color=colours[trial.job.number],
-                label=trial.label,
+                label=labels[trial.job.number],
                 linewidth=1.3,
                 alpha=0.8,
             )
         axis.set_title(name.removeprefix("schedule/"), loc="left", fontsize=9)
         axis.grid(alpha=0.25)
         axis.margins(y=0.15)
-    axes[-1].set_xlabel("tokens")
+    _count_tokens(axes[-1])
     _legend(figure, axes[0], trials)
     return figure
 
@@ -174,20 +198,51 @@ def _metric(findings: Findings) -> Figure | None:
         axis.scatter([place[value] for value, _ in pairs], [y for _, y in pairs], s=22, color="C0", alpha=0.55)
         means, halves = [], []
         for name in names:
-            group = Group({}, [y for value, y in pairs if value == name])
-            means.append(group.mean)
-            halves.append(group.half_interval or 0.0 if only_seeds else 0.0)
+            estimate = Estimate.of([y for value, y in pairs if value == name])
+            means.append(estimate.mean)
+            halves.append(estimate.half_interval or 0.0 if only_seeds else 0.0)
         axis.errorbar(
-            [place[name] for name in names], means, yerr=halves, color="C3", marker="_", linewidth=1, capsize=3
+            [place[name] for name in names],
+            means,
+            yerr=halves,
+            color="C3",
+            marker="_",
+            linewidth=1,
+            capsize=3,
+            linestyle="-" if numeric else "none",
         )
         axis.set_xlabel(short_key(key))
         if not numeric:
-            axis.set_xticks(list(place.values()), [name[:18] for name in names], rotation=20)
+            axis.set_xticks(list(place.values()), [name[:32] for name in names], rotation=25, ha="right")
         elif len(names) <= 6:
             axis.set_xticks([place[name] for name in names], names)
         axis.grid(alpha=0.25)
-    interval = " and 95 % interval over seeds" if only_seeds else " of the jobs with that value"
+    interval = "\nand 95 % interval over seeds" if only_seeds else " of the jobs with that value"
     axes[0].set_ylabel(f"{findings.metric}\n(red: mean{interval})")
+    return figure
+
+
+def _differences(findings: Findings) -> Figure | None:
+    """Draw how much more each group has than the best one, seed by seed."""
+    groups = findings.groups
+    if not findings.has_seeds or len(groups) < 2 or max(len(group.by_seed) for group in groups) < 2:
+        return None
+    groups = groups[:MOST_RANKED]
+    best = groups[0]
+    figure = _figure(9, 1.0 + 0.32 * len(groups))
+    axis = figure.subplots()
+    axis.axvline(0.0, color=GREY, linewidth=1)
+    for place, group in enumerate(groups):
+        more = group.over(best)
+        if more is None:
+            continue
+        single = [value - best.by_seed[seed] for seed, value in group.by_seed.items() if seed in best.by_seed]
+        axis.scatter(single, [place] * len(single), s=18, color="C0", alpha=0.55)
+        axis.errorbar(more.mean, place, xerr=more.half_interval or 0.0, color="C3", marker="|", linewidth=1, capsize=3)
+    axis.set_yticks(range(len(groups)), [in_short(group.settings) or "all" for group in groups])
+    axis.invert_yaxis()
+    axis.set_xlabel(f"{findings.metric} more than the best on the mean, seed by seed (red: mean and 95 % interval)")
+    axis.grid(alpha=0.25, axis="x")
     return figure
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field
 
 from apt_model.schedule import Anneal, Curriculum
-from apt_model.schedule.spec import Positive, PositiveNumber, Strict
+from apt_model.schedule.fields import Positive, PositiveNumber, Strict
 
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -51,6 +51,7 @@ class MoEConfig(Group):
     upcycling: Literal["copy", "noise", "drop"]
     upcycling_share: PositiveNumber | None
     capacity_factor: PositiveNumber | None
+    overflow: Literal["reroute", "drop"] = "drop"  # the default is what runs of earlier versions had
     temperature: PositiveNumber
     router: Literal["softmax", "sigmoid"]
     balance_loss_weight: NotNegative
@@ -111,6 +112,7 @@ class JsonlConfig(_DocumentsConfig):
     train_path: Text
     val_path: Text
     text_key: Text
+    source_key: Text | None = None
 
 
 class HFDatasetConfig(_DocumentsConfig):
@@ -124,6 +126,7 @@ class HFDatasetConfig(_DocumentsConfig):
     val_split: Text | None
     val_documents: Positive
     text_key: Text
+    source_key: Text | None = None
     streaming: bool
     max_documents: Positive | None
     max_tokens: Positive | None

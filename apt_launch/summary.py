@@ -13,31 +13,29 @@ from apt_launch.config import RunConfig
 from apt_launch.folder import RunFolder
 from apt_launch.tracking import Row
 from apt_model.schedule import MODULES
+from apt_model.schedule.rows import anneals, first_on
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """Return the first, last and best losses, when modules went on, and the ends that anneals had."""
     train = [row for row in rows if "train/loss" in row]
     val = [row for row in rows if "val/loss" in row]
+    on = first_on(train)
     best = min(val, key=lambda row: row["val/loss"], default=None)
     summary: dict[str, Any] = {
         "final": {name: value for row in (train[-1:] + val[-1:]) for name, value in row.items()},
         "first": train[0] if train else {},
         "best": {name: best[name] for name in ("val/loss", "step", "epoch", "tokens")} if best else {},
         "val/loss": {int(row["epoch"]): row["val/loss"] for row in val},
-        "switched_on": {},
+        "switched_on": {
+            module: {name: on[module][name] for name in ("epoch", "step")} if module in on else None
+            for module in MODULES
+        },
         "anneals": {},
     }
-    for module in MODULES:
-        key = f"schedule/{module}_enabled"
-        on = next((row for row in train if row.get(key)), None)
-        summary["switched_on"][module] = {"epoch": on["epoch"], "step": on["step"]} if on else None
-    names = {
-        key for row in train for key in row if key.startswith("schedule/") and not key.endswith(("_enabled", "_frozen"))
-    }
-    for key in sorted(names):
-        values = [row[key] for row in train if key in row]
-        summary["anneals"][key.removeprefix("schedule/")] = {"first": values[0], "last": values[-1]}
+    for name in sorted({name for row in train for name in anneals(row)}):
+        values = [row[f"schedule/{name}"] for row in train if f"schedule/{name}" in row]
+        summary["anneals"][name] = {"first": values[0], "last": values[-1]}
     return summary
 
 

@@ -1,4 +1,4 @@
-"""``python -m apt_launch.sweep status|wait|resume|cancel|report DIR``: a sweep after its launch, from any terminal."""
+"""``python -m apt_launch.sweep status|watch|wait|resume|cancel|report DIR``: a sweep after its launch, from any terminal."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from apt_launch.command import ending
 from apt_launch.guard import keep_private
 from apt_launch.ledger import Ledger, Status, phase
-from apt_launch.plan import Plan
-from apt_model.errors import ConfigError
+from apt_launch.plan import Plan, short_key
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,20 +23,10 @@ STYLES = {"done": "green", "failed": "bold red", "cancelled": "yellow", "running
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 a job failed, 2 the command line or the folder is wrong, 130 interrupted."""
-    from hydra.errors import HydraException
-
     arguments = parser().parse_args()
     keep_private()
-    try:
+    with ending():
         sys.exit(COMMANDS[arguments.command](arguments))
-    except (ConfigError, HydraException) as error:
-        from apt_launch.config import show_error
-        from apt_launch.explain import explained
-
-        show_error(explained(error))
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,6 +40,10 @@ def parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, told in (
         ("status", "show every job: state, progress, loss, age of its last sign of life"),
+        (
+            "watch",
+            "follow it live: a page with curves and schedules, on this machine alone, and a table in the terminal",
+        ),
         ("wait", "wait until all jobs have ended"),
         ("resume", "send again what failed, was cancelled or is missing; overrides such as launch.hours=48 may follow"),
         ("cancel", "stop all jobs, with a checkpoint of each"),
@@ -59,6 +53,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("folder", metavar="DIR", type=Path, help="the sweep's folder, as its launch told it")
         if name == "status":
             command.add_argument("--json", action="store_true", help="for programs: one JSON object a job and line")
+        if name == "watch":
+            command.add_argument("--port", type=int, help="of the page; a free one unless said otherwise")
+            command.add_argument("--terminal", action="store_true", help="no page; ends with the sweep")
         if name == "resume":
             command.add_argument("overrides", nargs="*", help="of keys that cannot change a result")
         if name in ("wait", "resume"):
@@ -82,6 +79,13 @@ def status(arguments: argparse.Namespace) -> int:
     else:
         show(book.plan, statuses, arguments.folder)
     return 1 if any(one.state == "failed" for one in statuses) else 0
+
+
+def watch(arguments: argparse.Namespace) -> int:
+    """Follow the jobs live."""
+    from apt_launch.watch import watch
+
+    return watch(arguments.folder, port=arguments.port, page=not arguments.terminal)
 
 
 def wait(arguments: argparse.Namespace) -> int:
@@ -127,7 +131,7 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"status": status, "wait": wait, "resume": resume, "cancel": cancel, "report": report}
+COMMANDS = {"status": status, "watch": watch, "wait": wait, "resume": resume, "cancel": cancel, "report": report}
 
 
 def show(plan: Plan, statuses: Sequence[Status], folder: Path) -> None:
@@ -136,9 +140,8 @@ def show(plan: Plan, statuses: Sequence[Status], folder: Path) -> None:
 
     console = Console()
     console.print(f"sweep {plan.id}: {plan.told}, {plan.launcher}", style="bold", highlight=False)
-    console.print(_table(plan, statuses, console.width))
-    counts = Counter(one.state for one in statuses)
-    console.print(", ".join(f"{number} {state}" for state, number in counts.items()), highlight=False)
+    console.print(table(plan, statuses, console.width))
+    console.print(counted(statuses), highlight=False)
     for one in statuses:
         if one.state in ("failed", "unknown") or (one.state == "cancelled" and one.cause):
             log = one.folder / "log.txt"
@@ -157,15 +160,21 @@ def show(plan: Plan, statuses: Sequence[Status], folder: Path) -> None:
         )
 
 
-def _table(plan: Plan, statuses: Sequence[Status], width: int) -> Table:
-    """Narrow terminals get the columns that matter most, and keys without what they have in common."""
-    from rich.table import Table
+def table(plan: Plan, statuses: Sequence[Status], width: int, more: Mapping[str, Sequence[str]] | None = None) -> Table:
+    """Return the table of the jobs; with ``more`` columns, a cell for each of ``statuses``, every job takes one line.
 
-    columns = {
+    Narrow terminals get the columns that matter most, and keys without what they have in common.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    columns: dict[str, Sequence[str | Text]] = {
         "job": [str(one.job.number) for one in statuses],
-        "what differs": [" ".join(_short(override) for override in one.job.overrides) for one in statuses],
+        "what differs": [Text(" ".join(_short(override) for override in one.job.overrides)) for one in statuses],
         "state": [
-            f"[{STYLES.get(one.state, 'none')}]{one.state}[/]{f' (life {one.restarts + 1})' if one.restarts else ''}"
+            Text.assemble(
+                (one.state, STYLES.get(one.state, "none")), f" (life {one.restarts + 1})" if one.restarts else ""
+            )
             for one in statuses
         ],
         "epoch": [f"{int(one.row['epoch'])}" if one.row else "" for one in statuses],
@@ -174,26 +183,37 @@ def _table(plan: Plan, statuses: Sequence[Status], width: int) -> Table:
         "train/loss": [_number(one.row, "train/loss", ".4f") for one in statuses],
         "val/loss": [_number(one.row, "val/loss", ".4f") for one in statuses],
         "tokens/s": [_number(one.row, "tokens_per_second", ",.0f") for one in statuses],
+        **(more or {}),
         "heard of": [_ago(one.age) if one.age is not None and one.state != "planned" else "" for one in statuses],
     }
-    for name in ("epoch", "train/loss", "tokens/s"):  # what can be spared, until the rest fits
-        if sum(2 + max(map(len, [name, *cells])) for name, cells in columns.items()) > width:
-            del columns[name]
-    table = Table(box=None, padding=(0, 1), pad_edge=False)
+    widths = {name: 2 + max(map(len, [name, *cells])) for name, cells in columns.items()}
+    label = widths["what differs"]
+    if more:
+        widths["what differs"] = min(label, 32)
+    for name in ("epoch", "train/loss", "tokens/s", *(("heard of", "phase", *more) if more else ())):
+        if sum(widths.values()) > width:  # it can be spared, until the rest fits
+            del columns[name], widths[name]
+    room = width - sum(widths.values()) + widths["what differs"]
+    made = Table(box=None, padding=(0, 1), pad_edge=False)
     for name in columns:
-        left = name in ("what differs", "state", "phase")
-        table.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=name != "what differs")
-    for cells in zip(*columns.values(), strict=True):
-        table.add_row(*cells)
-    return table
+        left = name in ("what differs", "state", "phase", *(more or {}))
+        if name == "what differs" and more:
+            made.add_column(name, overflow="ellipsis", no_wrap=True, max_width=max(4, room - 2))
+        else:
+            made.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=name != "what differs")
+    for row in zip(*columns.values(), strict=True):
+        made.add_row(*row)
+    return made
+
+
+def counted(statuses: Sequence[Status]) -> str:
+    """Say how many jobs are in which state."""
+    return ", ".join(f"{number} {state}" for state, number in Counter(one.state for one in statuses).items())
 
 
 def _short(override: str) -> str:
-    """Return an override by the last part of its key; ``route_temp.end`` where that says nothing by itself."""
     key, _, value = override.partition("=")
-    parts = key.split(".")
-    kept = parts[-2:] if parts[-1] in ("start", "end", "warmup", "by", "shape", "at") else parts[-1:]
-    return f"{'.'.join(kept)}={value}"
+    return f"{short_key(key)}={value}"
 
 
 def _number(row: Mapping[str, float], name: str, form: str) -> str:

@@ -12,11 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from apt_launch.config import show_error
+from apt_launch.command import ending
 from apt_launch.guard import keep_private
 from apt_launch.lease import read_holder
-from apt_launch.plan import from_yaml
 from apt_launch.tracking.projections import deliver
+from apt_launch.values import read_frozen
 from apt_model.errors import ConfigError
 
 
@@ -24,14 +24,9 @@ def main() -> None:
     """Run the command line. Exit codes: 0 all delivered, 1 W&B did not take it, 2 nothing to deliver, 130 interrupted."""
     folder: Path = parser().parse_args().folder
     keep_private()
-    try:
+    with ending():
         runs = runs_in(folder)
-        sys.exit(max(_deliver(run) for run in runs) if len(runs) == 1 else _deliver_each(runs))
-    except ConfigError as error:
-        show_error(error)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(_deliver(runs[0]) if len(runs) == 1 else _deliver_each(runs))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,8 +70,8 @@ def _deliver_each(runs: list[Path]) -> int:
 def _deliver(folder: Path) -> int:
     import wandb
 
+    values = read_frozen(folder / "config.yaml")
     try:
-        values = from_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: {error}") from None

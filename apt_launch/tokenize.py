@@ -14,7 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apt_launch.config import CONF, build_corpus, load_data, making_tokens, missing_library, show_error
+from apt_launch.checks import missing_library
+from apt_launch.command import ending, parsed
+from apt_launch.config import CONF, load_data
+from apt_launch.corpus import build_corpus, making_tokens
 from apt_launch.guard import keep_private
 from apt_model.errors import ConfigError
 
@@ -28,22 +31,15 @@ TRAINED_ON = 1 << 30
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 command line, data or disk wrong, 130 interrupted."""
-    arguments, overrides = parser().parse_known_args()
     keep_private()
-    try:
-        _tokenize(arguments, overrides)
-    except KeyboardInterrupt:
-        sys.stderr.write(f"interrupted. Go on with: python -m apt_launch.tokenize {shlex.join(sys.argv[1:])}\n")
-        sys.stderr.flush()
-        sys.exit(130)
-    except Exception as error:
-        from apt_launch.explain import understood
-
-        told = understood(error)
-        if told is None:
+    with ending():
+        arguments, overrides = parsed(parser())
+        try:
+            _tokenize(arguments, overrides)
+        except KeyboardInterrupt:
+            sys.stderr.write(f"interrupted. Go on with: python -m apt_launch.tokenize {shlex.join(sys.argv[1:])}\n")
+            sys.stderr.flush()
             raise
-        show_error(told)
-        sys.exit(2)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,9 +75,6 @@ def _tokenize(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from apt_model.data.shards import MANIFEST, SHARD_TOKENS, SPLITS, Shards, write
 
     out: Path = arguments.out
-    unknown = [override for override in overrides if override.startswith("-")]
-    if unknown:
-        raise ConfigError(f"{unknown[0]}: unknown option. See python -m apt_launch.tokenize --help.")
     if "=" in out.name:
         raise ConfigError(
             f"OUT: {str(out)!r} is an override. Name the folder first: python -m apt_launch.tokenize OUT data=..."

@@ -18,13 +18,15 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from apt_launch.build import build_trainer
-from apt_launch.config import RunConfig, build_corpus
+from apt_launch.config import RunConfig
+from apt_launch.corpus import build_corpus
 from apt_launch.drill import Drill, Drilled
-from apt_launch.folder import Resume, RunFolder, write_json, write_whole
+from apt_launch.folder import Resume, RunFolder
 from apt_launch.lease import Holder, Lease
 from apt_launch.tracking import Record, Tracking, read_rows
 from apt_launch.tracking.projections import Membership, project
-from apt_model.errors import AptError, ConfigError, Interrupted, NonFiniteError
+from apt_model.errors import ConfigError, Interrupted, NonFiniteError, cause_of
+from apt_model.files import write_json, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -225,9 +227,8 @@ def _run(
         summary.show(content, config, folder)
 
     def fail(error: BaseException) -> None:
-        cause = str(error) if isinstance(error, AptError) else f"{type(error).__name__}: {error}"
-        logger.error("failed: %s", cause, exc_info=True)
-        finish("failed", cause)
+        logger.error("failed: %s", cause_of(error), exc_info=True)
+        finish("failed", cause_of(error))
 
     try:
         write_json(folder.summary, {"state": "running", "identity": config.identity})

@@ -64,6 +64,11 @@ class Interrupted(KeyboardInterrupt):
     """The run stopped on request, after its checkpoint was written."""
 
 
+def cause_of(error: BaseException) -> str:
+    """Return what to tell of ``error``: its text, with its kind before it where that was not written for users."""
+    return str(error) if isinstance(error, AptError) else f"{type(error).__name__}: {error}"
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return a sentence with the valid names nearest to ``name``, or all of them if none is near."""
     names = sorted(set(valid))
@@ -117,9 +122,7 @@ def _names(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
     """Return the keys that the model at ``path`` below ``model`` has."""
     for part in path:
         field = next((f for name, f in model.model_fields.items() if part in (f.alias, name)), None)
-        if (
-            field is not None
-        ):  # else it is a key of a mapping or a place in a list: the model of what is in there was taken
+        if field is not None:  # else a key of a mapping or a place in a list, whose model was taken
             model = next((a for a in _annotations(field.annotation) if hasattr(a, "model_fields")), model)
     return [field.alias or name for name, field in model.model_fields.items()]
 

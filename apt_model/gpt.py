@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from apt_model.layers.align import AlignReport, BiStateAlignment, StableSum
 from apt_model.layers.attention import KeyValues, SelfAttention
 from apt_model.layers.feed_forward import FeedForward
+from apt_model.layers.metrics import METRICS
 from apt_model.layers.moe import Lineage, MoE, MoEReport
 from apt_model.layers.norm import RMSNorm
-from apt_model.layers.tally import METRICS, layer_metrics, model_metrics
+from apt_model.layers.tally import layer_metrics, model_metrics
 from apt_model.layers.voter import EntropyVoter
 from apt_model.schedule.targets import BELOW_ONE, Domain, matching
 

@@ -1,6 +1,7 @@
-"""The command in a process of its own, without the seconds that loading torch takes: one process loads all, and forks.
+"""Processes without the seconds that loading torch takes: one process loads all, and forks at each request.
 
 A child is a real process: it has its own interpreter state, standard streams, signals and session, and can be killed.
+:class:`Forks` runs the command in them; tests/training/ranks.py the ranks of a process group.
 """
 
 from __future__ import annotations
@@ -16,9 +17,50 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 from tests.conftest import REPOSITORY, environment
+
+
+class Server:
+    """The process that forks: takes requests, a JSON object a line, and answers in JSON lines."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self.stdin, self.stdout = process.stdin, process.stdout  # unbuffered, so that select sees what there is
+
+    def ask(self, **request: Any) -> None:
+        """Send a request."""
+        self.stdin.write(json.dumps(request).encode() + b"\n")
+
+    def answer(self, timeout: float | None = None) -> Any:
+        """Return the next answer; None: there is none after ``timeout`` seconds."""
+        ready, _, _ = select.select([self.stdout], [], [], timeout)
+        return json.loads(self.stdout.readline()) if ready else None
+
+
+@contextmanager
+def serving(module: str) -> Iterator[Server]:
+    """Start ``module`` as a server, which loads everything once."""
+    command = [sys.executable, "-m", module]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+    with subprocess.Popen(command, cwd=REPOSITORY, env=environment(), **pipes) as process:
+        server = Server(process)
+        yield server
+        server.stdin.close()
+
+
+def requests() -> Iterator[dict[str, Any]]:
+    """Yield what this process, a server, is asked for."""
+    for line in sys.stdin:
+        yield json.loads(line)
+
+
+def reply(answer: Any) -> None:
+    """Answer the request."""
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
 
 
 @dataclass
@@ -33,8 +75,8 @@ class Ended:
 class Forks:
     """Runs ``python -m MODULE ARGUMENTS`` again and again, one child at a time."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
+    def __init__(self, server: Server) -> None:
+        self.server = server
         self._streams: tuple[Path, Path]
         self.pid = 0
 
@@ -43,34 +85,27 @@ class Forks:
         if self.pid:
             with suppress(ProcessLookupError):  # it has ended by itself
                 os.kill(self.pid, signal.SIGKILL)
-            self._answer()
+            self.server.answer()
             self.pid = 0
         streams = [tempfile.NamedTemporaryFile(delete=False) for _ in range(2)]  # noqa: SIM115
         self._streams = (Path(streams[0].name), Path(streams[1].name))
-        asked = {
-            "argv": [module, *arguments],
-            "cwd": str(cwd),
-            "streams": [s.name for s in streams],
-            "env": env or {},
-        }
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(asked) + "\n")
-        self.process.stdin.flush()
-        self.pid = self._answer()
+        names = [stream.name for stream in streams]
+        self.server.ask(argv=[module, *arguments], cwd=str(cwd), streams=names, env=env or {})
+        self.pid = self.server.answer()
         return self.pid
 
     def wait(self, timeout: float = 120.0) -> Ended:
         """Wait for the child; one that hangs is killed, and the test fails."""
-        assert self.process.stdout is not None
-        ready, _, _ = select.select([self.process.stdout], [], [], timeout)
-        if not ready:
+        code = self.server.answer(timeout)
+        hangs = code is None
+        if hangs:
             os.kill(self.pid, signal.SIGKILL)
-        code = self._answer()
+            code = self.server.answer()
         self.pid = 0
         out, err = (path.read_text(errors="replace") for path in self._streams)
         for path in self._streams:
             path.unlink()
-        assert ready, f"no end after {timeout} s:\n{out}\n{err}"
+        assert not hangs, f"no end after {timeout} s:\n{out}\n{err}"
         return Ended(code, out, err)
 
     def run(self, *arguments: str, cwd: Path, module: str = "apt_launch", env: dict[str, str] | None = None) -> Ended:
@@ -78,22 +113,12 @@ class Forks:
         self.start(*arguments, cwd=cwd, module=module, env=env)
         return self.wait()
 
-    def _answer(self) -> int:
-        stdout: IO[str] | None = self.process.stdout
-        assert stdout is not None
-        return int(stdout.readline())
-
 
 @contextmanager
 def forking() -> Iterator[Forks]:
-    """Load everything once."""
-    command = [sys.executable, "-m", "tests.forks"]
-    with subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        yield Forks(process)
-        assert process.stdin is not None
-        process.stdin.close()
+    """Run the command in forks."""
+    with serving("tests.forks") as server:
+        yield Forks(server)
 
 
 def _serve() -> None:
@@ -101,33 +126,30 @@ def _serve() -> None:
 
     for name in ("torch._dynamo", "wandb", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         importlib.import_module(name)
-    for name in ("__main__", "run", "summary", "plots", "preview", "sync", "plan", "console"):
+    for name in ("__main__", "train", "summary", "plots", "preview", "sync", "plan", "console"):
         importlib.import_module(f"apt_launch.{name}")
     importlib.import_module("apt_model.training.trainer")
-    for line in sys.stdin:
-        asked = json.loads(line)
+    for asked in requests():
         pid = os.fork()
         if pid == 0:
             _become(asked)
-        sys.stdout.write(f"{pid}\n")
-        sys.stdout.flush()
-        sys.stdout.write(f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n")
-        sys.stdout.flush()
+        reply(pid)
+        reply(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 
-def _become(asked: dict[str, object]) -> None:
+def _become(asked: dict[str, Any]) -> None:
     """Be ``python -m MODULE``, and never come back."""
     import importlib
     import traceback
 
     os.setsid()
-    os.chdir(str(asked["cwd"]))
-    os.environ.update(asked["env"])  # type: ignore[call-overload]
+    os.chdir(asked["cwd"])
+    os.environ.update(asked["env"])
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
-    for number, name in enumerate(asked["streams"], start=1):  # type: ignore[arg-type,var-annotated]
+    for number, name in enumerate(asked["streams"], start=1):
         os.dup2(os.open(name, os.O_WRONLY), number)
-    argv: list[str] = asked["argv"]  # type: ignore[assignment]
+    argv = asked["argv"]
     module = argv[0] if "." in argv[0] else f"{argv[0]}.__main__"
     sys.argv = [f"python -m {argv[0]}", *argv[1:]]
     code = 0

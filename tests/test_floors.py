@@ -14,7 +14,7 @@ import apt_launch
 import apt_model
 
 FLOORS = {
-    0: ("apt_model.schedule", "apt_model.errors"),
+    0: ("apt_model.schedule", "apt_model.errors", "apt_model.files"),
     1: ("apt_model.layers", "apt_model.gpt", "apt_model.generation"),
     2: ("apt_model.training", "apt_model.data", "apt_model.integrations"),
     3: ("apt_launch",),

@@ -12,10 +12,10 @@ from typing import Any
 
 from apt_launch.build import build
 from apt_launch.config import RunConfig
-from apt_launch.folder import write_json
 from apt_launch.schema import WandbConfig
 from apt_launch.tracking import Tracking, read_rows
 from apt_model.errors import ConfigError
+from apt_model.files import write_json
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from apt_model.data.sources import Run, joined, sources_of
 from apt_model.data.tokenizer import ByteTokenizer, Tokenizer, find_tokenizer, load_tokenizer
 from apt_model.data.tokens import Tokens
 from apt_model.errors import ConfigError
@@ -38,6 +39,7 @@ class Document(NamedTuple):
 
     text: str
     done: float
+    source: str = ""  # where it comes from; empty: nobody knows
 
 
 class Corpus(ABC):
@@ -183,7 +185,11 @@ class ByteCorpus(DocumentCorpus):
             return super().read(split)
         import numpy as np
 
-        return Tokens([np.frombuffer(self.read_bytes(split), dtype=np.uint8)])
+        return Tokens([np.frombuffer(self.read_bytes(split), dtype=np.uint8)], sources=self.byte_sources(split))
+
+    def byte_sources(self, split: Split) -> Sequence[Run]:
+        """Return where the bytes of ``split`` come from, in order; none: nobody knows."""
+        return ()
 
     def check(self) -> None:
         """Make sure that shards, where there are some, are what was once written."""
@@ -192,7 +198,12 @@ class ByteCorpus(DocumentCorpus):
 
 
 class _Files(ByteCorpus):
-    """Whole files as documents."""
+    """Whole files as documents; their sources are the folders in :attr:`root`."""
+
+    @property
+    @abstractmethod
+    def root(self) -> Path:
+        """The folder that holds them all."""
 
     @abstractmethod
     def files(self, split: Split) -> Sequence[Path]:
@@ -210,10 +221,15 @@ class _Files(ByteCorpus):
     def documents(self, split: Split) -> Iterator[Document]:
         files = self.files(split)
         total, done = self.count_bytes(split), 0
-        for path in files:
+        for path, source in zip(files, sources_of(files, self.root), strict=True):
             content = _utf8(path, path.read_bytes())
             done += len(content) + len(DOCUMENT_END)
-            yield Document(content.decode(), done / total)
+            yield Document(content.decode(), done / total, source)
+
+    def byte_sources(self, split: Split) -> Sequence[Run]:
+        files = self.files(split)
+        sizes = [path.stat().st_size + len(DOCUMENT_END) for path in files]
+        return joined(map(Run, sources_of(files, self.root), sizes))
 
     def source(self) -> dict[str, Any]:
         return {split: stats(self.files(split)) for split in ("train", "val")}
@@ -237,6 +253,10 @@ class StdlibCorpus(_Files):
         self.val_fraction = val_fraction
         self.seed = seed
 
+    @property
+    def root(self) -> Path:
+        return _stdlib()
+
     def files(self, split: Split) -> Sequence[Path]:
         files = list(_stdlib_files())
         random.Random(self.seed).shuffle(files)
@@ -244,9 +264,13 @@ class StdlibCorpus(_Files):
         return sorted(files[:num_val] if split == "val" else files[num_val:])
 
 
+def _stdlib() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
 @functools.cache
 def _stdlib_files() -> tuple[Path, ...]:
-    root = Path(sysconfig.get_paths()["stdlib"])
+    root = _stdlib()
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
     files = []
     for folder, below, names in os.walk(root):
@@ -288,6 +312,10 @@ class TextCorpus(_Files):
         self.val_fraction = val_fraction
         self.seed = seed
 
+    @property
+    def root(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
     def files(self, split: Split) -> Sequence[Path]:
         files = self._all_files()
         if len(files) == 1:
@@ -307,6 +335,9 @@ class TextCorpus(_Files):
             return tokens
         begin, end = self._part(split, len(tokens))
         return tokens[begin:end]
+
+    def byte_sources(self, split: Split) -> Sequence[Run]:
+        return super().byte_sources(split) if len(self._all_files()) > 1 else ()
 
     def documents(self, split: Split) -> Iterator[Document]:
         if len(self._all_files()) > 1:
@@ -351,6 +382,7 @@ class JsonlCorpus(ByteCorpus):
     """Files with one JSON object a line, whose ``text_key`` holds a document.
 
     Args:
+        source_key: holds where the document comes from; None: nobody knows.
         tokenizer: see :class:`DocumentCorpus`, as for ``cache``.
     """
 
@@ -360,6 +392,7 @@ class JsonlCorpus(ByteCorpus):
         train_path: str,
         val_path: str,
         text_key: str = "text",
+        source_key: str | None = None,
         tokenizer: str | None = None,
         cache: str | None = None,
     ) -> None:
@@ -368,19 +401,22 @@ class JsonlCorpus(ByteCorpus):
             "train": Path(train_path).expanduser(),
             "val": Path(val_path).expanduser(),
         }
-        self.text_key = text_key
+        self.keys = Keys(text_key, source_key)
 
     def count_bytes(self, split: Split) -> int:
-        return len(self._bytes(split))
+        return len(self._read(split)[0])
 
     def read_bytes(self, split: Split) -> bytearray:
-        return bytearray(self._bytes(split))
+        return bytearray(self._read(split)[0])
+
+    def byte_sources(self, split: Split) -> Sequence[Run]:
+        return self._read(split)[1]
 
     def documents(self, split: Split) -> Iterator[Document]:
-        return _read_jsonl(self._path(split), self.text_key, f"data.{split}_path")
+        return _read_jsonl(self._path(split), self.keys, f"data.{split}_path")
 
     def source(self) -> dict[str, Any]:
-        return {"text_key": self.text_key} | {split: stats([self._path(split)]) for split in self.paths}
+        return self.keys.told() | {split: stats([self._path(split)]) for split in self.paths}
 
     def _path(self, split: Split) -> Path:
         path = self.paths[split]
@@ -388,22 +424,44 @@ class JsonlCorpus(ByteCorpus):
             raise ConfigError(f"data.{split}_path: there is no file {str(path)!r} (looked in {Path.cwd()}).")
         return path
 
-    def _bytes(self, split: Split) -> bytes:
+    def _read(self, split: Split) -> tuple[bytes, list[Run]]:
         path = self._path(split)
         about = path.stat()
-        return _jsonl_bytes(path, self.text_key, f"data.{split}_path", about.st_mtime_ns, about.st_size)
+        return _jsonl_bytes(path, self.keys, f"data.{split}_path", about.st_mtime_ns, about.st_size)
+
+
+class Keys(NamedTuple):
+    """Where a document that comes as a mapping has its text and, if asked for, its source."""
+
+    text: str
+    source: str | None = None
+
+    def document(self, row: Any, done: float, where: str) -> Document:
+        """Return the document in ``row``; ``where`` that is.
+
+        Raises:
+            ConfigError: there is no text under a key.
+        """
+        text = _text_of(row, self.text, "text", where)
+        return Document(text, done, _text_of(row, self.source, "source", where) if self.source else "")
+
+    def told(self) -> dict[str, str]:
+        """Return what tells other documents from these; nothing of a source that nobody asked for."""
+        return {"text_key": self.text} | ({"source_key": self.source} if self.source else {})
 
 
 @functools.lru_cache(maxsize=2)
-def _jsonl_bytes(path: Path, text_key: str, key: str, mtime_ns: int, size: int) -> bytes:
+def _jsonl_bytes(path: Path, keys: Keys, key: str, mtime_ns: int, size: int) -> tuple[bytes, list[Run]]:
     """Read once what counting and training both ask for; the last two arguments notice a changed file."""
-    tokens = bytearray()
-    for document in _read_jsonl(path, text_key, key):
-        tokens += document.text.encode("utf-8", errors="surrogatepass") + DOCUMENT_END
-    return bytes(tokens)
+    tokens, runs = bytearray(), []
+    for document in _read_jsonl(path, keys, key):
+        content = document.text.encode("utf-8", errors="surrogatepass") + DOCUMENT_END
+        tokens += content
+        runs.append(Run(document.source, len(content)))
+    return bytes(tokens), joined(runs) if keys.source else []
 
 
-def _read_jsonl(path: Path, text_key: str, key: str) -> Iterator[Document]:
+def _read_jsonl(path: Path, keys: Keys, key: str) -> Iterator[Document]:
     size, begin, found = path.stat().st_size, 0, False
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -415,25 +473,21 @@ def _read_jsonl(path: Path, text_key: str, key: str) -> Iterator[Document]:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{key}: {path}, line {number} is not JSON: {error}.") from None
-            yield Document(text_of(row, text_key, f"{key}: {path}, line {number}"), begin / max(1, size))
+            yield keys.document(row, begin / max(1, size), f"{key}: {path}, line {number}")
             found = True
     if not found:
         raise ConfigError(f"{key}: {path} is empty.")
 
 
-def text_of(row: Any, text_key: str, where: str) -> str:
-    """Return the text of a document that comes as a mapping.
-
-    Raises:
-        ConfigError: there is none under ``text_key``; ``where`` is the row.
-    """
-    if isinstance(row, dict) and isinstance(row.get(text_key), str):
-        text: str = row[text_key]
+def _text_of(row: Any, key: str, what: str, where: str) -> str:
+    """Return the ``what`` of a document, which is in ``row`` under ``key``."""
+    if isinstance(row, dict) and isinstance(row.get(key), str):
+        text: str = row[key]
         return text
     told = f"its keys are {', '.join(map(repr, row))}" if isinstance(row, dict) else "it is no object"
-    if isinstance(row, dict) and text_key in row:
-        told = f"it is {type(row[text_key]).__name__}"
-    raise ConfigError(f"{where} has no text under {text_key!r} (data.text_key): {told}.")
+    if isinstance(row, dict) and key in row:
+        told = f"it is {type(row[key]).__name__}"
+    raise ConfigError(f"{where} has no {what} under {key!r} (data.{what}_key): {told}.")
 
 
 def stats(paths: Iterable[Path]) -> dict[str, Any]:

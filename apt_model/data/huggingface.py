@@ -10,7 +10,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from apt_model.data.corpora import Document, DocumentCorpus, Split, share, stats, text_of
+from apt_model.data.corpora import Document, DocumentCorpus, Keys, Split, share, stats
 from apt_model.errors import ConfigError, nearest
 
 DataFiles = str | Sequence[str] | Mapping[str, str | Sequence[str]]
@@ -30,6 +30,7 @@ class HFCorpus(DocumentCorpus):
         revision: commit, tag or branch on the Hub; only a commit is always the same.
         val_split: None: the first ``val_documents`` of ``train_split`` validate, and are not trained on.
         text_key: the column.
+        source_key: the column that tells where a document comes from; None: nobody knows.
         streaming: read only as far as needed, without a copy of the whole on this machine.
         max_documents: of a split, at the most; None: all. A stream needs this or ``max_tokens``.
         max_tokens: of a split, at the most; the last document is cut off.
@@ -50,6 +51,7 @@ class HFCorpus(DocumentCorpus):
         val_split: str | None = "validation",
         val_documents: int = 1000,
         text_key: str = "text",
+        source_key: str | None = None,
         streaming: bool = False,
         max_documents: int | None = None,
         max_tokens: int | None = None,
@@ -69,7 +71,7 @@ class HFCorpus(DocumentCorpus):
         self.train_split = train_split
         self.val_split = val_split
         self.val_documents = val_documents
-        self.text_key = text_key
+        self.keys = Keys(text_key, source_key)
         self.streaming = streaming
         self.max_documents = max_documents
         self.max_tokens = max_tokens
@@ -89,12 +91,12 @@ class HFCorpus(DocumentCorpus):
                 if number >= most:
                     break
                 where = f"data: document {begin + number} of the split {name!r} of {self.path!r}"
-                text = text_of(row, self.text_key, where)
-                yield Document(text, share(number + 1, num_rows if num_rows < math.inf else None))
+                done = share(number + 1, num_rows if num_rows < math.inf else None)
+                yield self.keys.document(row, done, where)
 
     def source(self) -> dict[str, Any]:
-        settings = ("path", "name", "data_files", "revision", "train_split", "val_split", "text_key", "max_documents")
-        told: dict[str, Any] = {name: getattr(self, name) for name in settings}
+        settings = ("path", "name", "data_files", "revision", "train_split", "val_split", "max_documents")
+        told: dict[str, Any] = {name: getattr(self, name) for name in settings} | self.keys.told()
         told["val_documents"] = self.val_documents if self.val_split is None else None
         patterns = (self.path, *_patterns(self.data_files))
         local = [
@@ -138,11 +140,11 @@ class HFCorpus(DocumentCorpus):
                     raise ConfigError(f"data.{key}: {str(error).splitlines()[0]}{_remedy(key)}") from None
                 raise
         columns = rows.column_names
-        if columns is not None and self.text_key not in columns:
-            raise ConfigError(
-                f"data.text_key: {self.path!r} has no column {self.text_key!r}. {nearest(self.text_key, columns)}"
-            )
-        rows = rows.select_columns([self.text_key])
+        wanted = self.keys.told()
+        for key, column in wanted.items():
+            if columns is not None and column not in columns:
+                raise ConfigError(f"data.{key}: {self.path!r} has no column {column!r}. {nearest(column, columns)}")
+        rows = rows.select_columns(list(dict.fromkeys(wanted.values())))
         return rows, len(rows) if isinstance(rows, datasets.Dataset) else None
 
 

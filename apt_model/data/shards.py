@@ -18,14 +18,16 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from apt_model.data.corpora import Corpus, Document, DocumentCorpus, Split, Told, share
+from apt_model.data.sources import Run, joined
 from apt_model.data.tokenizer import FILE_NAME, ByteTokenizer, Tokenizer, load_tokenizer
 from apt_model.data.tokens import Tokens
 from apt_model.errors import ConfigError
+from apt_model.files import sha256, sync, write_whole
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -55,10 +57,14 @@ class Shard(_Kept):
 
 
 class SplitShards(_Kept):
-    """The files of a split, in order. ``pieces`` of its documents are in them; ``done``: that is all."""
+    """The files of a split, in order. ``pieces`` of its documents are in them; ``done``: that is all.
+
+    ``sources`` are those of its tokens, in order, where documents tell them and only for validation: (name, tokens).
+    """
 
     shards: list[Shard] = []
     pieces: Count = 0
+    sources: list[Annotated[tuple[str, Count], Field(strict=False)]] = []
     done: bool = False
 
     @property
@@ -109,6 +115,9 @@ class Shards:
         for split in SPLITS:
             if split not in self.manifest.splits:
                 raise ConfigError(f"{key}: {path} is damaged: it tells of no {split} split. {self._remedy}")
+            kept = self.manifest.splits[split]
+            if kept.sources and sum(tokens for _, tokens in kept.sources) != kept.tokens:
+                raise ConfigError(f"{key}: {path} is damaged: it tells the sources of other tokens. {self._remedy}")
         for shard in self._shards():
             self._check_size(shard)
         if self.tokenizer_file is not None and _sha256(self.tokenizer_file) != self.manifest.tokenizer:
@@ -139,8 +148,10 @@ class Shards:
         """Return the tokens of ``split``, memory-mapped."""
         import numpy as np
 
-        maps = [self._map(shard) for shard in self.manifest.splits[split].shards]
-        return Tokens([np.frombuffer(mapped, dtype=self.manifest.dtype) for mapped in maps], maps)
+        kept = self.manifest.splits[split]
+        maps = [self._map(shard) for shard in kept.shards]
+        runs = [Run(*run) for run in kept.sources]
+        return Tokens([np.frombuffer(mapped, dtype=self.manifest.dtype) for mapped in maps], maps, runs)
 
     def check(self) -> None:
         """Compare every file with its checksum.
@@ -295,7 +306,7 @@ def _write(folder: Path, corpus: DocumentCorpus, tokenizer: Tokenizer, told: Tol
     def save(split: Split, progress: SplitShards) -> None:
         splits[split] = progress
         kept = {name: found.model_dump() for name, found in splits.items()}
-        _write_whole(partial / PROGRESS, json.dumps({"about": about, "splits": kept}))
+        write_whole(partial / PROGRESS, json.dumps({"about": about, "splits": kept}), safe=True)
 
     try:
         for split in reversed(SPLITS):  # what is wrong with the smaller one is told before hours go into the other
@@ -307,7 +318,7 @@ def _write(folder: Path, corpus: DocumentCorpus, tokenizer: Tokenizer, told: Tol
             shutil.rmtree(partial, ignore_errors=True)
         raise
     if tokenizer.content is not None:
-        _write_whole(partial / FILE_NAME, tokenizer.content)
+        write_whole(partial / FILE_NAME, tokenizer.content, safe=True)
     manifest = Manifest(
         dtype=tokenizer.dtype.str.replace("|", "<"),
         vocab_size=tokenizer.vocab_size,
@@ -316,11 +327,11 @@ def _write(folder: Path, corpus: DocumentCorpus, tokenizer: Tokenizer, told: Tol
         source=about,
         splits=splits,
     )
-    _write_whole(partial / MANIFEST, manifest.model_dump_json(indent=2))
+    write_whole(partial / MANIFEST, manifest.model_dump_json(indent=2), safe=True)
     (partial / PROGRESS).unlink()
-    _sync(partial)
+    sync(partial)
     partial.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def _write_split(
@@ -340,6 +351,7 @@ def _write_split(
     room = limit - progress.tokens if limit else None
     waiting: list[NDArray[Any]] = []
     size, pieces = 0, progress.pieces
+    runs = [Run(*run) for run in progress.sources]
 
     def close() -> SplitShards:
         name = f"{split}-{len(progress.shards):05d}.bin"
@@ -349,17 +361,21 @@ def _write_split(
             file.flush()
             os.fsync(file.fileno())
         shard = Shard(file=name, tokens=len(content), sha256=hashlib.sha256(content.data).hexdigest())
-        return SplitShards(shards=[*progress.shards, shard], pieces=pieces)
+        sources: list[tuple[str, int]] = [*joined(runs)] if any(run.source for run in runs) else []
+        return SplitShards(shards=[*progress.shards, shard], pieces=pieces, sources=sources)
 
     told(split, 0.0, progress.tokens)
     for batch in _batches(_pieces(corpus.documents(split)), skip=progress.pieces):
-        encoded = tokenizer.encode_all([text for text, _, _ in batch])
-        for tokens, (_, ends, _) in zip(encoded, batch, strict=True):
+        encoded = tokenizer.encode_all([piece.text for piece in batch])
+        for tokens, (_, ends, _, source) in zip(encoded, batch, strict=True):
             pieces += 1
+            before = size
             for part in (tokens, end) if ends else (tokens,):
                 waiting.append(part[:room])
                 size += len(waiting[-1])
                 room = None if room is None else room - len(waiting[-1])
+            if split == "val":
+                runs.append(Run(source, size - before))
             if size >= shard_tokens:
                 progress = close()
                 save(split, progress)
@@ -367,7 +383,9 @@ def _write_split(
             if room == 0:
                 break
         made = progress.tokens + size
-        done = max(share(made, limit), batch[-1][2]) if limit else batch[-1][2]  # in this order the second may be nan
+        done = (
+            max(share(made, limit), batch[-1].done) if limit else batch[-1].done
+        )  # in this order the second may be nan
         if room == 0:
             break
         if not done >= 1:
@@ -378,8 +396,13 @@ def _write_split(
     told(split, 1.0, progress.tokens)
 
 
-_Piece = tuple[str, bool, float]
-"""A text, whether a document ends with it, and the share of the split that has been read with it."""
+class _Piece(NamedTuple):
+    """A text, whether a document ends with it, the share of the split that has been read with it, and its source."""
+
+    text: str
+    ends: bool
+    done: float
+    source: str
 
 
 def _pieces(documents: Iterator[Document], longest: int = PIECE) -> Iterator[_Piece]:
@@ -388,7 +411,7 @@ def _pieces(documents: Iterator[Document], longest: int = PIECE) -> Iterator[_Pi
     They are cut after a single line break between words, where byte-level BPE has a border in any case.
     """
     before = 0.0
-    for text, done in documents:
+    for text, done, source in documents:
         begin = 0
         while len(text) - begin > longest:
             cut = text.find("\n", begin + longest) + 1
@@ -396,9 +419,9 @@ def _pieces(documents: Iterator[Document], longest: int = PIECE) -> Iterator[_Pi
                 cut = text.find("\n", cut) + 1
             if not 0 < cut < len(text):
                 break
-            yield text[begin:cut], False, before + (done - before) * cut / len(text)
+            yield _Piece(text[begin:cut], False, before + (done - before) * cut / len(text), source)
             begin = cut
-        yield text[begin:], True, done
+        yield _Piece(text[begin:], True, done, source)
         before = done
 
 
@@ -410,7 +433,7 @@ def _batches(pieces: Iterator[_Piece], skip: int) -> Iterator[list[_Piece]]:
         if number < skip:
             continue
         batch.append(piece)
-        size += len(piece[0])
+        size += len(piece.text)
         if size >= PIECE or len(batch) == 4096:
             yield batch
             batch, size = [], 0
@@ -461,28 +484,7 @@ def _alone(path: Path) -> Iterator[None]:
 
 def _sha256(path: Path) -> str | None:
     """Return the checksum of a file; None: it cannot be read."""
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+        return sha256(path)
     except OSError:
         return None
-    return digest.hexdigest()
-
-
-def _write_whole(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

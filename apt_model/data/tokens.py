@@ -6,6 +6,8 @@ import mmap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from apt_model.data.sources import Run, Sources
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -17,13 +19,17 @@ class Tokens:
     Args:
         parts: 1-dim each, none empty.
         maps: the files that they are in, one for each; none: they are in memory.
+        sources: where all tokens come from, in order; none: nobody knows.
     """
 
-    def __init__(self, parts: Sequence[NDArray[Any]], maps: Sequence[mmap.mmap] = ()) -> None:
+    def __init__(
+        self, parts: Sequence[NDArray[Any]], maps: Sequence[mmap.mmap] = (), sources: Sequence[Run] = ()
+    ) -> None:
         import numpy as np
 
         self.parts = list(parts)
         self.maps = list(maps)
+        self.sources = Sources(sources) if sources else None
         self.ends = np.cumsum([len(part) for part in self.parts], dtype=np.int64)
 
     def __len__(self) -> int:

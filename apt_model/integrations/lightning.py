@@ -78,9 +78,8 @@ class ScheduleCallback(pl.Callback):
         bind(self.follower.schedule, model, values=self.values, switches=self.switches)
         theirs = pl_module.on_load_checkpoint
 
-        def on_load_checkpoint(
-            checkpoint: dict[str, Any],
-        ) -> None:  # Lightning calls no callback before it loads weights
+        # Lightning calls no callback before it loads weights
+        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
             state = checkpoint.get("callbacks", {}).get(self.state_key)
             if state is not None:
                 self.load_state_dict(state)

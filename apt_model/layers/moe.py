@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ from apt_model.layers.router import (
 from apt_model.layers.scheduled import dropout
 from apt_model.layers.tally import tally
 from apt_model.layers.upcycling import Upcycling, tell_apart
-from apt_model.schedule.targets import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Domain
+from apt_model.schedule.targets import BELOW_ONE, OF_EXPERTS, Domain
+
+Overflow = Literal["reroute", "drop"]
 
 
 class Lineage(NamedTuple):
@@ -61,6 +63,8 @@ class MoE(nn.Module):
         upcycling: what tells experts apart when they begin; only ``copy`` leaves the function as it was.
         upcycling_share: how much; see :func:`apt_model.layers.upcycling.tell_apart`.
         capacity_factor: slots of an expert over its equal share; None: no limit (dropless).
+        overflow: what becomes of a token whose experts are all full: ``reroute`` has a copy serve it that has room, ``drop``
+            leaves it out. Only the first keeps the function where the switch meets an uneven router.
         temperature: divides the router's logits.
         router: how logits become scores, ``softmax`` or ``sigmoid``.
         balance_loss_weight, z_loss_weight: weights of the auxiliary losses.
@@ -73,14 +77,7 @@ class MoE(nn.Module):
     granularity arXiv:2402.07871, its upcycling by virtual groups arXiv:2410.07524.
     """
 
-    scheduled: ClassVar[dict[str, Domain]] = {
-        "temperature": POSITIVE,
-        "capacity_factor": POSITIVE,
-        "balance_loss_weight": NOT_NEGATIVE,
-        "z_loss_weight": NOT_NEGATIVE,
-        "jitter": BELOW_ONE,
-        "dropout": BELOW_ONE,
-    }
+    scheduled: ClassVar[dict[str, Domain]] = {**OF_EXPERTS, "dropout": BELOW_ONE}
     temperature: Tensor
     capacity_factor: Tensor
     balance_loss_weight: Tensor
@@ -98,6 +95,7 @@ class MoE(nn.Module):
         upcycling: Upcycling = "copy",
         upcycling_share: float | None = None,
         capacity_factor: float | None = 1.25,
+        overflow: Overflow = "reroute",
         temperature: float = 1.0,
         router: Scoring = "softmax",
         balance_loss_weight: float = 0.01,
@@ -114,6 +112,7 @@ class MoE(nn.Module):
         self.upcycling: Upcycling = upcycling
         self.upcycling_share = upcycling_share
         self.dropless = capacity_factor is None
+        self.overflow: Overflow = overflow
         self.scoring: Scoring = router
         self.bias_update_rate = bias_update_rate
         self.shared_expert = shared_expert
@@ -216,7 +215,8 @@ class MoE(nn.Module):
             capacity = expert_capacity(
                 self.capacity_factor, tokens=rows.shape[0], top_k=self.top_k, num_experts=self.num_experts
             )
-        dispatch = plan_dispatch(routing, self.num_experts, capacity)
+        reroute = self.granularity if self.overflow == "reroute" else None
+        dispatch = plan_dispatch(routing, self.num_experts, capacity, reroute)
         output = self._mix(rows, dispatch).view_as(x)
         if self.shared_expert:
             assert self.dense is not None

@@ -21,13 +21,13 @@ class Routing(NamedTuple):
 
 
 class Dispatch(NamedTuple):
-    """The order in which slots (a token at one of its experts) are computed: by expert, kept slots first."""
+    """The order in which slots (a token at one of its experts) are computed: by expert, dropped ones last."""
 
     order: Tensor  # (tokens x top_k,) int64: slots of experts 0, 1, ..., then the dropped ones
-    weights: Tensor  # (tokens, top_k) float32: 0 where dropped, renormalised over what was kept
-    ends: Tensor  # (num_experts,) int32: the kept slots of expert e end before ends[e] in order
-    counts: Tensor  # (num_experts,) int64: slots that wanted expert e, dropped ones included
-    kept: Tensor  # (tokens, top_k) bool
+    weights: Tensor  # (tokens, top_k) float32: 0 where dropped, renormalised over what is computed
+    ends: Tensor  # (num_experts,) int32: the slots of expert e end before ends[e] in order
+    counts: Tensor  # (num_experts,) int64: slots that wanted expert e, dropped and rerouted ones included
+    kept: Tensor  # (tokens, top_k) bool: slots that the expert they wanted took
 
 
 class Router(nn.Module):
@@ -108,13 +108,18 @@ def expert_capacity(capacity_factor: Tensor, *, tokens: int, top_k: int, num_exp
     return (exact * (1.0 - 1e-6)).ceil().long()
 
 
-def plan_dispatch(routing: Routing, num_experts: int, capacity: Tensor | None = None) -> Dispatch:
+def plan_dispatch(
+    routing: Routing, num_experts: int, capacity: Tensor | None = None, reroute: int | None = None
+) -> Dispatch:
     """Sort slots by expert; where an expert is full, its slots of least weight are dropped.
 
     Shapes do not depend on the routing, and nothing waits for the device.
 
     Args:
         capacity: slots an expert takes, 0-dim integer; None: no limit, nothing is dropped.
+        reroute: tokens that lost all of their slots go where there is room: with this many slots, of equal weight, to as
+            many experts in a row, a multiple of it from the first (no token left behind, arXiv:2101.03961). None: they stay
+            without an expert.
     """
     tokens, top_k = routing.experts.shape
     slots = tokens * top_k
@@ -128,18 +133,26 @@ def plan_dispatch(routing: Routing, num_experts: int, capacity: Tensor | None = 
 
     by_weight = routing.weights.detach().reshape(slots).argsort(descending=True, stable=True)
     order = by_weight[experts[by_weight].argsort(stable=True)]  # by expert, then by weight
-    owner = experts[order]
-    rank = torch.arange(slots, device=experts.device) - (counts.cumsum(0) - counts)[owner]
+    rank = torch.arange(slots, device=experts.device) - (counts.cumsum(0) - counts)[experts[order]]
     fits = rank < capacity
-    kept_counts = counts.clamp(max=capacity)
-    ends = kept_counts.cumsum(0)
-    place = torch.where(fits, (ends - kept_counts)[owner] + rank, ends[-1] + (~fits).cumsum(0) - 1)
-    order = torch.empty_like(order).scatter(0, place, order)
-    kept = torch.zeros_like(fits).scatter(0, order, torch.arange(slots, device=experts.device) < ends[-1])
-    kept = kept.view(tokens, top_k)
+    kept = torch.zeros_like(fits).scatter(0, order, fits).view(tokens, top_k)
     weights = routing.weights * kept
     weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-    return Dispatch(order, weights, ends.int(), counts, kept)
+    served = counts.clamp(max=capacity)  # slots of each expert
+    owner = torch.where(kept, routing.experts, num_experts)
+    if reroute is not None:
+        lost = ~kept.any(dim=-1)
+        room = (capacity - served).view(-1, reroute).amin(dim=1).cumsum(0)
+        place = torch.searchsorted(room, lost.cumsum(0) - 1, right=True)
+        taken = (lost & (place < len(room))).unsqueeze(1)
+        there = place.unsqueeze(1) * reroute + torch.arange(reroute, device=experts.device)
+        first, rest = owner[:, :reroute], owner[:, reroute:]
+        owner = torch.cat([torch.where(taken, there, first), rest], dim=1)
+        weights = torch.cat([weights[:, :reroute].masked_fill(taken, 1.0 / reroute), weights[:, reroute:]], dim=1)
+        served = torch.zeros(num_experts + 1, dtype=torch.int64, device=experts.device)
+        served = served.scatter_add(0, owner.flatten(), torch.ones_like(experts))[:-1]
+    order = owner.flatten().argsort(stable=True)
+    return Dispatch(order, weights, served.cumsum(0).int(), counts, kept)
 
 
 def balance_loss(probabilities: Tensor, counts: Tensor, top_k: int) -> Tensor:

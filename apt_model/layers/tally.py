@@ -6,30 +6,11 @@ made of sums and not of other metrics: a load is that of all batches of an updat
 
 from __future__ import annotations
 
-from typing import Final
-
 import torch
 from torch import Tensor
 
+from apt_model.layers.metrics import EXPERT_COSINE, MEANS, METRICS
 from apt_model.layers.router import Dispatch, Routing
-
-MEANS: Final = (
-    "balance_loss",
-    "z_loss",
-    "router_entropy",
-    "top1_probability",
-    "drop_fraction",
-    "dropped_tokens",
-)
-OF_LOADS: Final = ("max_load", "load_entropy", "dead_experts", "specialisation")
-
-METRICS: Final[tuple[str, ...]] = (*MEANS, *OF_LOADS)
-"""What each layer tells; entropies in nats. Over all layers: the largest ``max_load``, all ``dead_experts``, else the mean.
-
-``specialisation`` is what the sequence tells about the expert, their mutual information: the entropy of the load less the
-mean entropy of a sequence's own load. It is 0 where all texts use experts alike (but for chance, which adds about
-num_experts / (2 top_k seq_len)), and ``load_entropy`` where each text has its own.
-"""
 
 
 @torch.no_grad()
@@ -46,17 +27,18 @@ def tally(routing: Routing, dispatch: Dispatch, *, num_sequences: int, balance: 
     means = [
         balance,
         z,
-        _entropy(p).mean(),
+        entropy(p).mean(),
         p.amax(dim=-1).mean(),
         1.0 - kept.float().mean(),
         1.0 - kept.any(dim=-1).float().mean(),
-        _entropy(of_sequences / wanted.shape[1]).mean(),
+        entropy(of_sequences / wanted.shape[1]).mean(),
     ]
     weighted = kept.numel() * torch.stack([mean.detach().float() for mean in means])
     return torch.cat((weighted, dispatch.counts.float()))
 
 
-def _entropy(p: Tensor) -> Tensor:
+def entropy(p: Tensor) -> Tensor:
+    """Return the entropy in nats of the distributions over the last dimension of ``p``."""
     return -torch.xlogy(p, p).sum(dim=-1)
 
 
@@ -65,12 +47,12 @@ def layer_metrics(sums: Tensor) -> Tensor:
     weighted, counts = sums[:, : len(MEANS) + 1], sums[:, len(MEANS) + 1 :]
     slots = counts.sum(dim=1, keepdim=True)
     load, means = counts / slots, weighted / slots
-    entropy = _entropy(load)
+    of_load = entropy(load)
     of_loads = (
         load.amax(dim=1) * load.shape[1],  # over the equal share
-        entropy,
+        of_load,
         (counts == 0).sum(dim=1).float(),
-        (entropy - means[:, -1]).clamp(min=0.0),
+        (of_load - means[:, -1]).clamp(min=0.0),
     )
     return torch.cat((means[:, :-1], torch.stack(of_loads, dim=1)), dim=1)
 
@@ -88,12 +70,12 @@ def routing_metrics(sums: Tensor, cosines: Tensor | None = None) -> dict[str, fl
 
     Args:
         sums: (num_layers, ...), added over whatever the metrics are to be of.
-        cosines: (num_layers,) of the experts' weights, told as ``expert_cosine``; None: they are not told.
+        cosines: (num_layers,) of the experts' weights, told as :data:`EXPERT_COSINE`; None: they are not told.
     """
     layers, names = layer_metrics(sums), METRICS
     model = model_metrics(layers)
     if cosines is not None:
-        names = (*names, "expert_cosine")
+        names = (*names, EXPERT_COSINE)
         layers = torch.cat((layers, cosines.unsqueeze(1)), dim=1)
         model = torch.cat((model, cosines.mean(dim=0, keepdim=True)))
     model_values, *each = torch.cat((model.unsqueeze(0), layers)).tolist()

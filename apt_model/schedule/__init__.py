@@ -8,10 +8,11 @@ schedule.bind(values={"router.temperature": model.set_temperature}, switches={"m
 schedule.apply(clock)  # before each update
 """
 
+from apt_model.schedule.anneal import Anneal
 from apt_model.schedule.clock import Clock, Horizon
 from apt_model.schedule.program import Program
 from apt_model.schedule.runner import Change, ScheduleRunner
-from apt_model.schedule.spec import Anneal, Curriculum
+from apt_model.schedule.spec import Curriculum
 from apt_model.schedule.targets import BINDINGS, MODULES, Domain
 from apt_model.schedule.times import Time
 

@@ -11,7 +11,7 @@ from typing import Any
 from apt_model.errors import ConfigError, nearest
 from apt_model.schedule.clock import Clock, Horizon
 from apt_model.schedule.spec import ACTIONS, Curriculum, When
-from apt_model.schedule.targets import BINDINGS, DOMAINS, MODULES, Domain, matching
+from apt_model.schedule.targets import BINDINGS, DOMAINS, MODULES, OF_EXPERTS, Domain, matching
 from apt_model.schedule.times import Time
 
 
@@ -408,8 +408,7 @@ def reader_of(curriculum: Curriculum, anneal: str) -> str | None:
     first, last = target.split(".")[0], target.rsplit(".", 1)[-1]
     if first in ("align", "voter"):
         return first
-    of_experts = ("temperature", "capacity_factor", "balance_loss_weight", "z_loss_weight", "jitter")
-    return "moe" if last in of_experts else None
+    return "moe" if last in OF_EXPERTS else None
 
 
 def _last_reached(thresholds: list[tuple[str, int, bool]]) -> Callable[[Clock], bool]:

@@ -48,21 +48,28 @@ BINDINGS: Final[dict[str, tuple[str, str]]] = {
 }
 """Names of a curriculum that stand for a target, and the module that reads it."""
 
+OF_EXPERTS: Final[dict[str, Domain]] = {
+    "temperature": POSITIVE,
+    "capacity_factor": POSITIVE,
+    "balance_loss_weight": NOT_NEGATIVE,
+    "z_loss_weight": NOT_NEGATIVE,
+    "jitter": BELOW_ONE,
+}
+"""What moves in each layer of experts, and is read while they are on."""
+
+OF_OPTIMIZER: Final[dict[str, Domain]] = {"optimizer.lr": NOT_NEGATIVE, "optimizer.weight_decay": NOT_NEGATIVE}
+"""Targets of the optimizer: the learning rate, and the decay of matrices."""
+
 DOMAINS: Final[dict[str, Domain]] = {
-    "router.temperature": POSITIVE,
-    "moe.capacity_factor": POSITIVE,
+    "router.temperature": OF_EXPERTS["temperature"],
+    "moe.capacity_factor": OF_EXPERTS["capacity_factor"],
     "align.weight": NOT_NEGATIVE,
     "voter.threshold": NOT_NEGATIVE,
 }
 """The domains of the targets that :data:`BINDINGS` names; a model declares those of all others."""
 
-
 ALIASES: Final[dict[str, str]] = {
-    "router.temperature": "blocks.*.ffn.temperature",
-    "moe.capacity_factor": "blocks.*.ffn.capacity_factor",
-    "moe.balance_loss_weight": "blocks.*.ffn.balance_loss_weight",
-    "moe.z_loss_weight": "blocks.*.ffn.z_loss_weight",
-    "moe.jitter": "blocks.*.ffn.jitter",
+    "router.temperature" if name == "temperature" else f"moe.{name}": f"blocks.*.ffn.{name}" for name in OF_EXPERTS
 }
 """Short names for what every layer has; a model that has a target of that very name is meant by it first."""
 

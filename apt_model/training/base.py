@@ -21,21 +21,19 @@ from apt_model.gpt import GPT
 from apt_model.layers.tally import routing_metrics
 from apt_model.schedule import Anneal, Change, Clock, ScheduleRunner
 from apt_model.schedule.clock import Unit
-from apt_model.schedule.targets import NOT_NEGATIVE
+from apt_model.schedule.targets import OF_OPTIMIZER
 from apt_model.training.callbacks import Callback, Callbacks
 from apt_model.training.checkpoint import Checkpoints
+from apt_model.training.device import Precision, choose_device, choose_dtype
 from apt_model.training.distributed import Ranks, any_rank, barrier, gathered, mean_of
 from apt_model.training.follower import Follower, bind
 from apt_model.training.optimizer import named_state, parameter_groups
 from apt_model.training.parallel import Parallel, clip_gradients, engine, gathered_state
 from apt_model.training.randomness import random_state
+from apt_model.training.specialisation import SourceLoads
 
 logger = logging.getLogger(__name__)
 
-OPTIMIZER_DOMAINS = {"optimizer.lr": NOT_NEGATIVE, "optimizer.weight_decay": NOT_NEGATIVE}
-"""Targets of the optimizer: the learning rate, and the decay of matrices."""
-
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Batch = tuple[Tensor, Tensor]
 Row = dict[str, float]
 
@@ -223,7 +221,7 @@ class BaseTrainer(Follower):
             self.optimizer.param_groups[0]["weight_decay"] = value  # of matrices
 
         setters = {"optimizer.lr": set_lr, "optimizer.weight_decay": set_weight_decay}
-        bind(self.schedule, self.model, switches=self.engine.switches(), more=setters, domains=OPTIMIZER_DOMAINS)
+        bind(self.schedule, self.model, switches=self.engine.switches(), more=setters, domains=OF_OPTIMIZER)
 
     def fit(self) -> None:
         """Train to the end of the last epoch.
@@ -407,17 +405,27 @@ class BaseTrainer(Follower):
         """Return the mean loss on the validation batches, and log it with the clock of the last update."""
         self.model.eval()
         losses = []
+        loads = self._loads_by_source()
+        begins = self.val_batches.sampler.windows(0)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.seed)  # the voter draws: the same draws each time, and none from training
-            for tokens, targets in self.val_batches.epoch(0, device=self.device):
-                with self._autocast():
+            for begin, (tokens, targets) in zip(begins, self.val_batches.epoch(0, device=self.device), strict=True):
+                with self._autocast(), loads.counting(begin, tokens) if loads else nullcontext():
                     losses.append(self.model(tokens, targets, telling=False).language_loss)
         self.model.train()
         self.engine.rest()
         loss = torch.stack(losses).mean().item()
         self.schedule.observe({"val/loss": loss})
-        self._log({"val/loss": loss} | self.schedule.metrics(), step=self.clock.step - 1, tokens=self.clock.token)
+        told = {"val/loss": loss} | (loads.metrics() if loads else {})
+        self._log(told | self.schedule.metrics(), step=self.clock.step - 1, tokens=self.clock.token)
         return loss
+
+    def _loads_by_source(self) -> SourceLoads | None:
+        """Return what counts who serves whom, where the validation text has several sources and experts are on."""
+        sources = self.val_batches.tokens.sources
+        if sources is None or len(sources.names) < 2 or not any(layer.enabled for layer in self.model.moe_layers):
+            return None
+        return SourceLoads(self.model.moe_layers, sources)
 
     def _log(self, metrics: Row, *, step: int, tokens: int) -> None:
         when = {"step": step, "epoch": self.clock.epoch, "tokens": tokens, "time": round(self.seconds, 3)}
@@ -491,42 +499,3 @@ class BaseTrainer(Follower):
             logger.debug("checkpoint %s", path)
         if self.ranks.world > 1:
             barrier()
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device that ``trainer.device`` names; ``auto`` is CUDA where there is one.
-
-    Raises:
-        ConfigError: it is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"trainer.device: {name!r} was asked for, but torch {torch.__version__} sees no CUDA device here. "
-            "Set trainer.device=cpu or trainer.device=auto."
-        )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"trainer.device: {name!r} was asked for, but there are {torch.cuda.device_count()} devices here."
-        )
-    return device
-
-
-def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """Return the dtype that forward passes compute in.
-
-    Raises:
-        ConfigError: fp16 on a device that is not CUDA.
-    """
-    if precision == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if precision == "fp16" and device.type != "cuda":
-        raise ConfigError(
-            f"trainer.precision: fp16 needs a CUDA device, and this run is on {device.type}. Set trainer.precision=bf16 "
-            "or fp32."
-        )
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

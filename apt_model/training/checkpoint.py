@@ -7,10 +7,8 @@ A folder ``step-XXXXXXXX`` holds ``model.safetensors`` (the weights), ``state.pt
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
-import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from apt_model.errors import CheckpointError
+from apt_model.files import sha256, sync
 
 logger = logging.getLogger(__name__)
 
@@ -116,12 +115,12 @@ class Checkpoints:
             manifest = {"step": step, **progress, "about": self.about, "files": files}
             (aside / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
             for name in (*written, MANIFEST):
-                _sync(aside / name)
-            _sync(aside)
+                sync(aside / name)
+            sync(aside)
             if final.exists():  # the same step again: its epoch is complete now, or it was reached anew after a resume
                 final.rename(_replaced(final))
             aside.rename(final)
-            _sync(self.folder)
+            sync(self.folder)
         except Exception as error:  # torch reports a full disk as a RuntimeError, safetensors as its own error
             shutil.rmtree(aside, ignore_errors=True)
             if not isinstance(error, OSError | RuntimeError) and type(error).__name__ != "SafetensorError":
@@ -240,16 +239,4 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 @functools.lru_cache(maxsize=64)
 def _sha256(path: Path, size: int, mtime_ns: int, inode: int) -> str:
     """Hash a file once; the last three arguments notice another one under its name."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return sha256(path)

@@ -49,9 +49,9 @@ def engine(
         return Engine(model)
     if parallel == "ddp":
         return Replicas(model)
-    from apt_model.training.shards import Shards
+    from apt_model.training.fsdp import Sharded
 
-    return Shards(model, ranks.world, expert_parallel=expert_parallel, dtype=dtype, device_type=device_type)
+    return Sharded(model, ranks.world, expert_parallel=expert_parallel, dtype=dtype, device_type=device_type)
 
 
 class Engine:

@@ -24,7 +24,7 @@ from apt_launch.config import composed
 from apt_launch.tracking import Record
 from apt_model.layers.router import plan_dispatch
 from apt_model.layers.tally import layer_metrics, model_metrics, routing_metrics, tally
-from apt_model.training.base import choose_device
+from apt_model.training.device import choose_device
 
 TARGET = 0.02
 """Share of a run's updates that its metrics may cost."""

@@ -45,7 +45,7 @@ def made(folder: Path, tokenizer: Tokenizer = BPE, **options: Any) -> Shards:
 
 
 def expected(split: Split, tokenizer: Tokenizer = BPE) -> list[int]:
-    return [t for text, _ in Memory().documents(split) for t in (*tokenizer.encode(text), tokenizer.end)]
+    return [t for text, *_ in Memory().documents(split) for t in (*tokenizer.encode(text), tokenizer.end)]
 
 
 @pytest.mark.parametrize("tokenizer", [BPE, ByteTokenizer()])
@@ -176,10 +176,10 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> Non
 def test_pieces_of_a_long_document_have_the_tokens_of_the_whole(words: list[str]) -> None:
     text = "".join(words)
     pieces = list(_pieces(iter([Document(text, 0.5), Document("b", 1.0)]), longest=8))
-    assert "".join(piece for piece, _, _ in pieces) == f"{text}b"
-    assert [ends for _, ends, _ in pieces].count(True) == 2
-    assert [done for _, _, done in pieces] == sorted(done for _, _, done in pieces)
-    assert [token for piece, _, _ in pieces[:-1] for token in BPE.encode(piece)] == BPE.encode(text)
+    assert "".join(piece.text for piece in pieces) == f"{text}b"
+    assert [piece.ends for piece in pieces].count(True) == 2
+    assert [piece.done for piece in pieces] == sorted(piece.done for piece in pieces)
+    assert [token for piece in pieces[:-1] for token in BPE.encode(piece.text)] == BPE.encode(text)
 
 
 def test_progress_is_told_up_to_its_end_once(tmp_path: Path) -> None:

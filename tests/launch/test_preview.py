@@ -156,14 +156,14 @@ def test_a_swept_key_that_nothing_reads_is_noted() -> None:
 def test_the_catalogue_is_what_the_model_has(small: Callable[..., RunConfig]) -> None:
     from apt_launch.build import build_trainer
     from apt_model.layers import scheduled
-    from apt_model.training.base import OPTIMIZER_DOMAINS
+    from apt_model.schedule.targets import OF_OPTIMIZER
 
     config = small(
         "schedule.enable_voter_at_epoch=1", "schedule.enable_align_at_epoch=0", "schedule.enable_moe_at_epoch=0"
     )
     trainer = build_trainer(config, log=lambda row: rows.append(row))
     rows: list[dict[str, float]] = []
-    assert targets(config.values) == {**scheduled.targets(trainer.model), **OPTIMIZER_DOMAINS}
+    assert targets(config.values) == {**scheduled.targets(trainer.model), **OF_OPTIMIZER}
     trainer.fit()
     with_parameters = {
         name for name, module in trainer.model.named_modules() if name and any(True for _ in module.parameters())

@@ -19,7 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from apt_launch.config import composed
 from apt_launch.plan import Plan, gather
-from apt_launch.report import find, headline, told_groups, write_report
+from apt_launch.report import find, group_table, headline, told_groups, write_report
 from tests.conftest import SMALL
 
 Sweep = Callable[..., tuple[Path, Plan]]
@@ -71,18 +71,37 @@ def test_the_lowest_value_wins_and_its_command_runs_that_very_job(planned: Sweep
     assert composed(words[3:]).identity == plan.jobs[0].identity
 
 
+def test_the_command_keeps_what_a_kept_sweep_sets_for_all_jobs(planned: Sweep) -> None:
+    narrowed = ["+sweeps=study", "+sweeps/study=dense,experts_only", "seed=1", "moe.num_experts=6"]
+    folder, plan = planned(narrowed, [[(100, 2.0)], [(100, 3.0)]])
+    findings = find(folder, states(plan, "done", "done"))
+    for trial, job in zip(findings.trials, plan.jobs, strict=True):
+        again = composed(shlex.split(findings.command(trial))[3:])
+        assert again.identity == job.identity
+        assert (again.moe.granularity, again.moe.num_experts) == (2, 6)  # of the file, and of the command line
+
+
 def test_means_and_intervals_over_seeds_are_students(planned: Sweep) -> None:
     folder, plan = planned(SIX, ENDS)
-    told = told_groups(find(folder, states(plan, *["done"] * 6)))
+    heads, rows = group_table(find(folder, states(plan, *["done"] * 6)))
+    assert heads == ["route_temp.end", "seeds", "val/loss", "more than the best"]
     # mean 2.3, deviation sqrt((0.09 + 0.01 + 0.16) / 2) = 0.36056, t(2) = 4.303: 4.303 x 0.36056 / sqrt(3) = 0.8957
-    assert told[0] == "schedule.route_temp.end=0.6: val/loss 2.3000 ± 0.8957 (95 % of 3 seeds)"
+    assert rows[0] == ["0.6", "3", "2.3000 ± 0.8957", ""]
     # mean 3.1, deviation 0.1: 4.303 x 0.1 / sqrt(3) = 0.2484
-    assert told[1] == "schedule.route_temp.end=0.8: val/loss 3.1000 ± 0.2484 (95 % of 3 seeds)"
+    # differences 1.0, 0.9, 0.5: mean 0.8, deviation sqrt((0.04 + 0.01 + 0.09) / 2) = 0.26458: 0.6573
+    assert rows[1] == ["0.8", "3", "3.1000 ± 0.2484", "0.8000 ± 0.6573"]
+
+
+def test_a_seed_that_only_one_of_two_groups_has_is_left_out_of_their_difference(planned: Sweep) -> None:
+    folder, plan = planned(SIX, [*ENDS[:3], [], *ENDS[4:]])
+    _, rows = group_table(find(folder, states(plan, *["done"] * 6)))
+    # 0.9 and 0.5: mean 0.7, deviation 0.28284, t(1) = 12.706: 12.706 x 0.28284 / sqrt(2) = 2.5412
+    assert rows[1][1:] == ["2", "3.1500 ± 0.6353", "0.7000 ± 2.5412"]
 
 
 def test_one_seed_gives_no_interval_and_says_so(planned: Sweep) -> None:
     folder, plan = planned(["schedule.route_temp.end=0.6,0.8"], [[(100, 2.0)], [(100, 3.0)]])
-    assert "no interval can be given" in told_groups(find(folder, states(plan, "done", "done")))[0]
+    assert "no interval can be given" in told_groups(find(folder, states(plan, "done", "done")))
 
 
 def test_a_partial_sweep_is_compared_at_equal_tokens(planned: Sweep) -> None:
@@ -117,7 +136,7 @@ def test_the_table_tells_every_job_and_why_it_failed(planned: Sweep) -> None:
     assert [float(row["val/loss compared"]) for row in rows[:5]] == sorted([2.0, 2.2, 2.7, 3.0, 3.1])
     assert rows[-1]["cause"] == "the <loss> is | nan"
     markdown = (folder / "report" / "report.md").read_text()
-    heads, *lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    heads, *lines = next(part for part in markdown.split("\n\n") if part.startswith("| job")).splitlines()
     assert {line.count("|") for line in lines} == {heads.count("|")}
     assert "the &lt;loss&gt; is | nan" in (folder / "report" / "report.html").read_text()
 
@@ -175,8 +194,8 @@ def test_a_browser_shows_the_page_and_asks_nobody_for_anything(planned: Sweep, b
     ).stdout
     for section in ("Losses over tokens", "Schedules", "Final val/loss by what was swept", "Mean over seeds", "Jobs"):
         assert f"<h2>{section}</h2>" in dom
-    assert dom.count("<svg") == 3
-    assert dom.count("<tr") == 7
+    assert dom.count("<svg") == 4
+    assert dom.count("<tr") == 7 + 3
 
 
 def test_reporting_loads_no_torch(planned: Sweep) -> None:

@@ -18,12 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from apt_launch.build import build_model
 from apt_launch.config import RunConfig
-from apt_launch.sizes import GPUS, cost, device_bytes, sizes, table
+from apt_launch.gpus import GPUS, cost, device_bytes, table
+from apt_launch.sizes import sizes
 from apt_model.errors import ConfigError
 from apt_model.gpt import GPT
 from apt_model.layers import scheduled
 from apt_model.schedule.targets import matching
-from apt_model.training.shards import Shards
+from apt_model.training.fsdp import Sharded
 
 Composed = Callable[..., RunConfig]
 
@@ -325,7 +326,7 @@ def test_a_device_holds_what_torch_shards_to_it(
     try:
         with torch.device("meta"):
             model = build_model(config.values)
-            shards = Shards(model, world, expert_parallel=expert_parallel, device_type="cpu")
+            shards = Sharded(model, world, expert_parallel=expert_parallel, device_type="cpu")
             for switch in shards.switches().values():
                 switch(True)
         held = sum(parameter.to_local().numel() for parameter in model.parameters())  # type: ignore[attr-defined]

@@ -16,7 +16,8 @@ import pytest
 
 from apt_launch.dispatch import prepare
 from apt_launch.lease import LOST, read_holder
-from apt_launch.plan import from_yaml, gather
+from apt_launch.plan import gather
+from apt_launch.values import from_yaml
 from tests.conftest import SMALL, environment, until, wandb_records
 
 Start = Callable[..., "subprocess.Popen[str]"]

@@ -49,12 +49,21 @@ def plain(moe: MoE, x: Tensor) -> tuple[Tensor, int]:
     if not moe.dropless:
         capacity = math.ceil(round(moe.capacity_factor.item() * len(wanted) / moe.num_experts, 4))
     kept: dict[int, list[tuple[int, float]]] = {}
+    room = [capacity] * moe.num_experts
     drops = 0
     for e in range(moe.num_experts):
         queue = sorted((entry for entry in wanted if entry[0] == e), key=lambda entry: -entry[1])
         drops += max(0, len(queue) - capacity)
         for _, weight, t in queue[:capacity]:
             kept.setdefault(t, []).append((e, weight))
+            room[e] -= 1
+    copies = [range(e, e + moe.granularity) for e in range(0, moe.num_experts, moe.granularity)]
+    for t in range(len(rows)):
+        free = next((copy for copy in copies if all(room[e] > 0 for e in copy)), None)
+        if t not in kept and free and moe.overflow == "reroute":
+            kept[t] = [(e, 1.0) for e in free]
+            for e in free:
+                room[e] -= 1
     out = torch.zeros_like(rows)
     for t, entries in kept.items():
         total = sum(weight for _, weight in entries)
@@ -66,8 +75,11 @@ def plain(moe: MoE, x: Tensor) -> tuple[Tensor, int]:
 
 @pytest.mark.parametrize("granularity", [1, 2])
 @pytest.mark.parametrize("capacity_factor", [None, 2.0, 1.0, 0.5])
-def test_the_layer_equals_a_plain_loop_over_tokens(capacity_factor: float | None, granularity: int) -> None:
-    moe = apart(layer(capacity_factor=capacity_factor, granularity=granularity))
+@pytest.mark.parametrize("overflow", ["reroute", "drop"])
+def test_the_layer_equals_a_plain_loop_over_tokens(
+    capacity_factor: float | None, granularity: int, overflow: str
+) -> None:
+    moe = apart(layer(capacity_factor=capacity_factor, granularity=granularity, overflow=overflow))
     x = torch.randn(3, 11, 16)
     expected, drops = plain(moe, x)
     out, report = moe(x)
@@ -124,6 +136,25 @@ def test_switching_on_leaves_the_function_as_it_was(
     whole = metric(report, "dropped_tokens") == 0
     assert whole, "no token lost all its experts in this setting, so that the test compares all of them"
     assert torch.allclose(before, after, atol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", [1, 2, 4])
+@pytest.mark.parametrize("shared_expert", [False, True])
+def test_tokens_that_all_experts_turned_away_leave_the_function_as_it_was_too(
+    granularity: int, shared_expert: bool
+) -> None:
+    """One copy a token, and a router that sends most tokens to one copy."""
+    slices = {"num_experts": 4 * granularity, "top_k": granularity, "granularity": granularity}
+    x = torch.randn(2, 40, 16) + 2.0
+    for overflow, same in (("reroute", True), ("drop", False)):
+        torch.manual_seed(0)
+        moe = layer(overflow=overflow, shared_expert=shared_expert, **slices)
+        before, _ = moe(x)
+        moe.enable(True)
+        moe.capacity_factor.fill_(1.0)
+        after, report = moe(x)
+        assert metric(report, "dropped_tokens") > 0.2
+        assert torch.allclose(before, after, atol=1e-5) == same
 
 
 @pytest.mark.parametrize("ffn", ["swiglu", "gelu"])

@@ -99,13 +99,41 @@ def test_a_full_expert_drops_its_least_weights_and_the_rest_is_renormalised() ->
     assert plan.weights[0].tolist() == pytest.approx([0.6, 0.4])
     assert plan.counts.tolist() == [1, 3, 2]
     assert plan.ends.tolist() == [1, 3, 5]
-    assert plan.order.tolist() == [1, 4, 0, 2, 5, 3]  # the dropped slot, token 1's second, stands at the end
+    assert plan.order.tolist() == [1, 0, 4, 2, 5, 3]  # the dropped slot, token 1's second, stands at the end
 
 
 def test_a_token_dropped_by_all_its_experts_has_no_weight() -> None:
     plan = plan_dispatch(routing([[0], [0], [0]], [[1.0], [1.0], [1.0]]), num_experts=2, capacity=torch.tensor(1))
     assert plan.kept.sum() == 1
     assert plan.weights.squeeze(1).tolist() == [1.0, 0.0, 0.0]
+
+
+def test_a_token_that_all_its_experts_turned_away_goes_where_there_is_room() -> None:
+    # expert 2 takes tokens 1 and 3; tokens 0 and 4 find room at expert 0, then token 5 finds the last place at expert 1
+    wanted = routing([[2], [2], [1], [2], [2], [2]], [[0.5], [0.9], [0.7], [0.6], [0.4], [0.3]])
+    plan = plan_dispatch(wanted, num_experts=3, capacity=torch.tensor(2), reroute=1)
+    assert plan.kept.squeeze(1).tolist() == [False, True, True, True, False, False]
+    assert plan.order.tolist() == [0, 4, 2, 5, 1, 3]
+    assert plan.ends.tolist() == [2, 4, 6]
+    assert plan.counts.tolist() == [0, 1, 5]
+    assert plan.weights.squeeze(1).tolist() == [1.0] * 6
+
+
+def test_where_there_is_no_room_tokens_stay_without_an_expert() -> None:
+    plan = plan_dispatch(routing([[0], [0], [0]], [[1.0]] * 3), num_experts=2, capacity=torch.tensor(1), reroute=1)
+    assert plan.order.tolist() == [0, 1, 2]
+    assert plan.ends.tolist() == [1, 2]
+    assert plan.weights.squeeze(1).tolist() == [1.0, 1.0, 0.0]
+
+
+def test_only_a_whole_copy_with_room_takes_over() -> None:
+    # copies are experts 0-1, 2-3, 4-5; expert 1 is full, and so is 2 and 3: token 2 goes to 4 and 5 with its first slots
+    wanted = routing([[2, 1], [3, 1], [2, 3]], [[0.9, 0.1], [0.9, 0.1], [0.5, 0.5]])
+    plan = plan_dispatch(wanted, num_experts=6, capacity=torch.tensor(1), reroute=2)
+    assert plan.kept.tolist() == [[True, True], [True, False], [False, False]]
+    assert plan.weights.tolist() == [pytest.approx([0.9, 0.1]), [1.0, 0.0], [0.5, 0.5]]
+    assert plan.order.tolist() == [1, 0, 2, 4, 5, 3]
+    assert plan.ends.tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_the_balance_loss_is_one_at_perfect_balance() -> None:

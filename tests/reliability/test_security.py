@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from apt_launch.guard import check_secrets, redacted
-from apt_launch.plan import from_yaml, to_yaml
+from apt_launch.values import from_yaml, to_yaml
 from apt_model.errors import CheckpointError
 from apt_model.training.checkpoint import load
 from tests.conftest import SMALL, until
@@ -48,7 +48,7 @@ HOSTILE = {
     "an alias in an allowed module": ("apt_model.gpt.torch.load", {"f": "pickle", "weights_only": False}),
     "an alias in torch": ("torch.optim.adamw.torch.load", {"f": "pickle"}),
     "an alias in ours": ("apt_launch.train.os.system", {"command": "rm victim"}),
-    "a method of ours": ("apt_launch.folder.write_whole", {"path": "victim", "text": ""}),
+    "a method of ours": ("apt_model.files.write_whole", {"path": "victim", "text": ""}),
     "a neighbour of what is allowed": ("torch.optim.SGD", {"lr": 1.0}),
     "another group's": ("apt_launch.tracking.wandb.WandbTracker", {}),
     "functools": ("functools.partial", {"_args_": ["os.remove"]}),

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from apt_model.schedule import Anneal, Horizon
+from apt_model.schedule.anneal import Segment, ShapeName
+from apt_model.schedule.curves import SHAPES
 
 finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
@@ -97,3 +100,9 @@ def test_shapes_by_factors_meet_their_ends_and_stay_between_them(start: float, e
     drawn = [curve(k) for k in range(50)]
     assert (drawn[0], drawn[-1]) == (start, end)
     assert drawn == sorted(drawn, reverse=start > end) or math.isclose(start, end, rel_tol=1e-9)
+
+
+def test_every_shape_can_be_named_in_yaml() -> None:
+    of_segments = set(get_args(Segment.model_fields["type"].annotation))
+    assert of_segments == set(SHAPES)
+    assert set(get_args(ShapeName)) == of_segments | {"polynomial", "step", "one_cycle"}

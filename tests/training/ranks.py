@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from apt_launch.config import RunConfig
-from tests.conftest import REPOSITORY, SMALL, environment
+from tests.conftest import SMALL
+from tests.forks import Server, reply, requests, serving
 
 Rows = list[dict[str, float]]
 
@@ -22,8 +21,8 @@ Rows = list[dict[str, float]]
 class Ranks:
     """Trains on as many ranks as asked for, again and again."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
+    def __init__(self, server: Server) -> None:
+        self.server = server
 
     def train(self, world: int, out: Path, *overrides: str, stop: Any = None, resume: Path | None = None) -> Rows:
         """Train on ``world`` ranks into ``out``; return the rows of the first.
@@ -35,12 +34,14 @@ class Ranks:
             AssertionError: with what a rank said when it failed.
         """
         out.mkdir()
-        job = {"world": world, "out": str(out), "overrides": [*SMALL, *overrides], "stop": stop}
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(job | {"resume": str(resume) if resume else None}) + "\n")
-        self.process.stdin.flush()
-        codes = json.loads(self.process.stdout.readline())
+        self.server.ask(
+            world=world,
+            out=str(out),
+            overrides=[*SMALL, *overrides],
+            stop=stop,
+            resume=str(resume) if resume else None,
+        )
+        codes = self.server.answer()
         assert not any(codes), "\n".join(path.read_text() for path in sorted(out.glob("error.*")))
         rows: Rows = json.loads((out / "rows.0").read_text())
         return [{k: v for k, v in row.items() if k not in ("time", "tokens_per_second")} for row in rows]
@@ -48,32 +49,25 @@ class Ranks:
 
 @contextmanager
 def ranks() -> Iterator[Ranks]:
-    """Load everything once."""
-    command = [sys.executable, "-m", "tests.training.ranks"]
-    with subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        yield Ranks(process)
-        assert process.stdin is not None
-        process.stdin.close()
+    """Train in forks."""
+    with serving("tests.training.ranks") as server:
+        yield Ranks(server)
 
 
 def _serve() -> None:
     import importlib
 
-    for name in ("torch._dynamo", "safetensors.torch", "apt_model.training.shards", "apt_model.training.trainer"):
+    for name in ("torch._dynamo", "safetensors.torch", "apt_model.training.fsdp", "apt_model.training.trainer"):
         importlib.import_module(name)
     from apt_launch.config import composed
     from apt_model.errors import ConfigError
 
-    for line in sys.stdin:
-        job = json.loads(line)
+    for job in requests():
         try:
             config = composed(job["overrides"])
         except ConfigError as error:
             (Path(job["out"]) / "error.all").write_text(str(error))
-            sys.stdout.write("[2]\n")
-            sys.stdout.flush()
+            reply([2])
             continue
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -89,8 +83,7 @@ def _serve() -> None:
         for _ in list(children):
             pid, status = os.wait()
             children[pid] = os.waitstatus_to_exitcode(status)
-        sys.stdout.write(json.dumps(list(children.values())) + "\n")
-        sys.stdout.flush()
+        reply(list(children.values()))
 
 
 def _be_rank(rank: int, job: dict[str, Any], config: RunConfig) -> None:

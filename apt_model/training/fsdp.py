@@ -21,7 +21,7 @@ from apt_model.layers.moe import MoE
 from apt_model.training.parallel import Engine, whole
 
 
-class Shards(Engine):
+class Sharded(Engine):
     """Every rank holds a part of each parameter, its gradient and its moments, and gathers a layer at a time (FSDP2).
 
     Each block is a unit; so are its dense layer, router and experts, which come and go. Experts are shared out whole, by
@@ -135,13 +135,10 @@ class Shards(Engine):
             mp_policy=self.multiplied,
             shard_placement_fn=lambda weight: Shard(1 if inside else 0),
         )
-        if self.expert_mesh is not None and isinstance(
-            experts, FSDPModule
-        ):  # it has met the tokens of all that share it
-            experts.set_gradient_divide_factor(float(self.world))
-            experts.set_force_sum_reduction_for_comms(
-                cut > 1
-            )  # gloo knows no other; torch 2.13 divides a lone rank's twice
+        if self.expert_mesh is not None and isinstance(experts, FSDPModule):
+            experts.set_gradient_divide_factor(float(self.world))  # it has met the tokens of all that share it
+            # gloo knows no other; torch 2.13 divides a lone rank's twice
+            experts.set_force_sum_reduction_for_comms(cut > 1)
 
     def _settle(self) -> None:
         """Let torch find its units anew at the next forward pass."""

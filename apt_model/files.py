@@ -1,0 +1,46 @@
+"""Files that are whole or not there, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: Path, text: str, *, safe: bool = False) -> None:
+    """Write ``text`` so that a reader finds the old content or the new, never a part.
+
+    Args:
+        safe: whether it is to outlive a crash of the machine, too: it is on the disk before it gets its name.
+    """
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    if safe:
+        sync(aside)
+    aside.replace(path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content`` as JSON, whole or not at all."""
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def sync(path: Path) -> None:
+    """Wait until the file, or the names in the folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """Return the checksum of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
