@@ -7,7 +7,7 @@ ARGS ?= schedule=gpt5_moe
 KILLS ?= 200
 TESTS ?= tests
 
-.PHONY: help run test coverage soak lint wheel clean
+.PHONY: help run test coverage soak lint docs wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -32,6 +32,9 @@ lint: $(VENV)/.installed ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed ## build the documentation into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 wheel: $(VENV)/.installed ## build the wheel and run it from another folder in an environment of its own
 	PYTHON="$(PYTHON)" TORCH="torch==2.13.0" PYTHON_BIN="$(abspath $(BIN)/python)" sh tests/wheel.sh

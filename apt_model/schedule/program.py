@@ -72,15 +72,22 @@ ValueLine = tuple[str, Callable[[Clock], Any], Callable[[float], float]]
 class Program:
     """Pure functions of the clock (and of what latches remember) for one curriculum over one horizon.
 
+    Args:
+        key: where the curriculum stands in the config.
+        modules: names of what can be enabled.
+
     Raises:
         ConfigError: something of the curriculum cannot happen within the horizon.
     """
 
-    def __init__(self, curriculum: Curriculum, horizon: Horizon, *, key: str = "schedule") -> None:
+    def __init__(
+        self, curriculum: Curriculum, horizon: Horizon, *, key: str = "schedule", modules: Iterable[str] = MODULES
+    ) -> None:
         self.curriculum = curriculum
         self.horizon = horizon
         self.key = key
-        self.switches: dict[Subject, list[Switch]] = {Subject(module, "enabled"): [] for module in MODULES}
+        self.modules = tuple(modules)
+        self.switches: dict[Subject, list[Switch]] = {Subject(module, "enabled"): [] for module in self.modules}
         self.latches: dict[Subject, When] = {}
         problems = self._read_events()
         self.fired, unresolved = self._fire_planned()
@@ -124,8 +131,8 @@ class Program:
             where = f"{self.key}.{name}"
             state, on = ACTIONS[event.action]
             subject = Subject(event.subject, state)
-            if state == "enabled" and subject.name not in MODULES:
-                problems.append(f"{where}: there is no module {subject.name!r}. {nearest(subject.name, MODULES)}")
+            if state == "enabled" and subject.name not in self.modules:
+                problems.append(f"{where}: there is no module {subject.name!r}. {nearest(subject.name, self.modules)}")
                 continue
             if event.when is not None:
                 if subject in latched or self.switches.get(subject):

@@ -11,7 +11,7 @@ from apt_model.schedule.clock import Clock, Horizon
 from apt_model.schedule.program import LatchState, Program, Subject
 from apt_model.schedule.rows import as_metrics
 from apt_model.schedule.spec import Curriculum
-from apt_model.schedule.targets import Domain, matching
+from apt_model.schedule.targets import MODULES, Domain, matching
 
 
 class Change(NamedTuple):
@@ -28,6 +28,7 @@ class ScheduleRunner:
 
     Args:
         horizon: the planned length of the run.
+        modules: names of what the model can enable and disable; those of this project unless said otherwise.
         broadcast: maps a metric that a latch watches to the one that decides: in distributed training that of rank 0, so
             that all ranks switch together.
         curriculum: the keys of :class:`apt_model.schedule.Curriculum`.
@@ -37,11 +38,16 @@ class ScheduleRunner:
     """
 
     def __init__(
-        self, *, horizon: Horizon, broadcast: Callable[[float], float] = lambda value: value, **curriculum: Any
+        self,
+        *,
+        horizon: Horizon,
+        modules: Iterable[str] = MODULES,
+        broadcast: Callable[[float], float] = lambda value: value,
+        **curriculum: Any,
     ) -> None:
         self.curriculum = Curriculum.read(curriculum)
         self.planned = horizon
-        self.program = Program(self.curriculum, horizon)
+        self.program = Program(self.curriculum, horizon, modules=modules)
         self.broadcast = broadcast
         self._setters: dict[str, Callable[[Any], None]] = {}
         self._in_force: dict[str, bool | float] = {}
@@ -190,7 +196,7 @@ class ScheduleRunner:
         if policy == "error":
             raise ConfigError(horizon_changed(saved, self.planned))
         if policy == "keep_absolute":
-            self.program = Program(self.curriculum, saved)
+            self.program = Program(self.curriculum, saved, modules=self.program.modules)
 
 
 def horizon_changed(saved: Horizon, planned: Horizon) -> str:

@@ -134,3 +134,15 @@ def test_what_the_model_does_not_have_is_named_with_the_nearest() -> None:
     )
     with pytest.raises(ConfigError, match=r"schedule\.enable_moe_at_epoch: the model has no module 'moe'"):
         schedule.bind(values={"router.temperature": print, "align.weight": print}, switches={"align": print})
+
+
+def test_modules_of_somebody_elses_model_are_switched_under_their_own_names() -> None:
+    events = {"on": {"enable": "gate", "at": "5st"}, "off": {"disable": "gate", "at": "gate.enabled + 2st"}}
+    schedule = ScheduleRunner(horizon=Horizon(epochs=3, updates_per_epoch=4), modules=["gate"], events=events)
+    writes: list[bool] = []
+    schedule.bind(values={}, switches={"gate": writes.append})
+    assert schedule.at(Clock()) == {"gate_enabled": False}
+    assert [clock.step for clock in clocks() if schedule.apply(clock)] == [0, 5, 7]
+    assert writes == [False, True, False]
+    with pytest.raises(ConfigError, match=r"schedule\.events\.on: there is no module 'gate'\. Valid names: align, moe"):
+        ScheduleRunner(horizon=Horizon(epochs=3, updates_per_epoch=4), events=events)
