@@ -153,7 +153,7 @@ def check_spelling(words: list[str]) -> None:
     """Check that what a command names is there."""
     match words:
         case ["python", "-m", "apt_launch.sweep", *arguments]:
-            sweep._parser().parse_args(arguments)
+            sweep.parser().parse_args(arguments)
         case ["python", "-m", module, *_]:
             assert importlib.util.find_spec(module) is not None, module
         case ["make", target, *_]:
