@@ -38,7 +38,7 @@ class SpikeWatch(Callback):
         self.losses: deque[Tensor] = deque(maxlen=window)  # read after a switch only: to read them waits for the device
         self.window = window
         self.short = short
-        self.armed: tuple[str, float, float, int, deque[Tensor]] | None = None
+        self.armed: tuple[str, float, float, float, deque[Tensor]] | None = None
         self.left = 0
 
     def on_schedule(self, trainer: BaseTrainer, changes: Sequence[Change]) -> None:
@@ -52,7 +52,7 @@ class SpikeWatch(Callback):
                 where,
                 statistics.mean(before),
                 statistics.pstdev(before),
-                len(before),
+                statistics.mean(before[-self.short :]),
                 deque(maxlen=self.short),
             )
             self.left = self.window
@@ -62,7 +62,7 @@ class SpikeWatch(Callback):
         self.losses.append(trainer.last_loss)
         if self.armed is None:
             return
-        where, before, deviation, updates, after = self.armed
+        where, before, deviation, just_before, after = self.armed
         after.append(trainer.last_loss)
         self.left -= 1
         now = statistics.mean(map(float, after))
@@ -80,11 +80,10 @@ class SpikeWatch(Callback):
             self.armed = None
         elif self.left == self.window - self.short:
             logger.info(
-                "%s: train/loss %.4f before, %.4f after (means of %d and %d updates)",
+                "%s: train/loss %.4f before, %.4f after (means of %d updates)",
                 where,
-                before,
+                just_before,
                 now,
-                updates,
                 self.short,
             )
         elif self.left == 0:

@@ -126,6 +126,17 @@ def test_a_jump_of_the_loss_after_a_switch_is_told_with_numbers(caplog: pytest.L
     )
 
 
+def test_a_switch_that_the_loss_does_not_notice_is_told_too(caplog: pytest.LogCaptureFixture) -> None:
+    watch = SpikeWatch(window=4, short=2)
+    with caplog.at_level(logging.INFO):
+        for step, loss in enumerate((3.0, 2.4, 2.2, 2.0)):
+            watch.on_step(trainer_at(step, loss))
+        watch.on_schedule(trainer_at(4, 0.0), [Change("moe_enabled", True)])
+        for step in range(4, 8):
+            watch.on_step(trainer_at(step, 2.0))
+    assert caplog.messages == ["moe on at epoch 0, step 4: train/loss 2.1000 before, 2.0000 after (means of 2 updates)"]
+
+
 def test_a_jump_without_a_switch_or_long_after_one_is_none_of_its_business(caplog: pytest.LogCaptureFixture) -> None:
     watch = SpikeWatch(window=4, short=2)
     with caplog.at_level(logging.WARNING):
