@@ -106,6 +106,7 @@ class Reader:
 
     def call(self, line: str, error: str | None) -> None:
         """Run a command; ``error`` is what the page says it will say."""
+        line = re.sub(r"^source <\((.*)\)$|^(.*) \| source$", r"\1\2", line)  # a script that the shell is to read
         words = shlex.split(line, comments=True)
         if not words:
             return
@@ -174,7 +175,7 @@ def check_spelling(words: list[str]) -> None:
 
 def shortened(module: str, arguments: list[str]) -> list[str]:
     """Return a command that does the same with a very small model, and sends no sweep that has no folder of its own."""
-    if module != "apt_launch" or "--cfg" in arguments or "--help" in arguments:
+    if module != "apt_launch" or {"--cfg", "--help", "-sc"} & set(arguments):
         return arguments
     given = {argument.split("=", 1)[0] for argument in arguments}
     small = [override for override in SMALL if override.split("=", 1)[0] not in given]
