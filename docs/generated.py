@@ -25,7 +25,8 @@ from pydantic.fields import FieldInfo
 
 from apt_launch.config import CONF
 from apt_launch.schema import GROUPS, LaunchConfig, LocalLauncherConfig, SlurmLauncherConfig, TopLevel
-from apt_model.schedule.spec import Anneal, Event, Segment, When
+from apt_model.schedule.anneal import Anneal, Segment
+from apt_model.schedule.spec import Event, When
 
 GRAMMAR = (Anneal, Segment, Event, When)
 """What stands below keys of ``schedule``, and in ``trainer.lr_schedule``."""
