@@ -208,7 +208,6 @@ class Watch:
                 "look": self.look,
                 "whole": whole,
                 "now": time.time(),
-                "asked": self._answer.at,
                 "problem": self.problem,
                 "id": picture.plan.id,
                 "about": f"{picture.plan.told}, {picture.plan.launcher}",
@@ -309,7 +308,6 @@ def _told(status: Status, runner: Runner, trial: Trial) -> dict[str, Any]:
     job, row = status.job, runner.last
     step, tokens, speed = row.get("step"), row.get("tokens", 0), row.get("tokens_per_second")
     total = tokens / (step + 1) * job.steps if step is not None else None
-    best = min((value for _, value in trial.series(METRIC)), default=None)
     left = (total - tokens) / speed if total is not None and speed and status.state == "running" else None
     told: dict[str, Any] = {
         "number": job.number,
@@ -320,12 +318,10 @@ def _told(status: Status, runner: Runner, trial: Trial) -> dict[str, Any]:
         "cause": status.cause,
         "steps": job.steps,
         "step": step + 1 if step is not None else 0,
-        "epoch": row.get("epoch"),
         "phase": phase(row) if row else None,
         "total": total,
         "train/loss": row.get("train/loss"),
         "val/loss": row.get(METRIC),
-        "best": best,
         "speed": speed,
         "left": left,
         "switches": dict(runner.switches),

@@ -86,8 +86,8 @@ class Job:
 
 
 def short_key(key: str) -> str:
-    """Return the part of a key that tells it from others: ``route_temp.end``, ``lr``."""
-    parts = key.split(".")
+    """Return the part of a key that tells it from others: ``route_temp.end``, ``lr``, ``study`` of ``+sweeps/study``."""
+    parts = key.lstrip("+").rpartition("/")[2].split(".")
     return ".".join(parts[-2:] if parts[-1] in ("start", "end", "warmup", "by", "type", "at") else parts[-1:])
 
 

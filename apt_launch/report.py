@@ -7,7 +7,7 @@ import io
 import math
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,11 @@ class Group:
     by_seed: Mapping[tuple[str, ...], float]  # the metric
 
     @property
+    def label(self) -> str:
+        """Its settings in short."""
+        return in_short(self.settings) or "all"
+
+    @property
     def estimate(self) -> Estimate:
         """The metric."""
         return Estimate.of(self.by_seed.values())
@@ -115,6 +120,7 @@ class Findings:
     trials: Sequence[Trial]
     tokens: float | None  # where jobs are compared; None: at their ends, which are equal
     values: Mapping[int, float]  # the metric there, by the job's number
+    against: str | None = None  # the group that the others are compared with, by its label; None: the best one
 
     @property
     def best(self) -> Trial | None:
@@ -143,6 +149,16 @@ class Findings:
                 members.setdefault(settings, {})[seeds] = self.values[trial.job.number]
         groups = [Group(dict(settings), by_seed) for settings, by_seed in members.items()]
         return sorted(groups, key=lambda group: group.estimate.mean)
+
+    @property
+    def reference(self) -> Group:
+        """The group that the others are compared with; there is a value."""
+        return next((group for group in self.groups if group.label == self.against), self.groups[0])
+
+    @property
+    def compared_with(self) -> str:
+        """What :attr:`reference` is called."""
+        return self.against or "the best"
 
     @property
     def told(self) -> str:
@@ -178,16 +194,23 @@ class Findings:
 Texts = Mapping[str, "str | None"]
 
 
-def find(sweep: Path, states: Mapping[str, str], metric: str = "val/loss", causes: Texts | None = None) -> Findings:
+def find(
+    sweep: Path,
+    states: Mapping[str, str],
+    metric: str = "val/loss",
+    causes: Texts | None = None,
+    against: str | None = None,
+) -> Findings:
     """Read the records of the sweep in ``sweep``.
 
     Args:
         states: the jobs' true states, by folder.
         metric: what is compared; less is better.
         causes: why jobs failed, by folder.
+        against: the group of seeds that others are compared with, such as ``study=dense``; None: the best one.
 
     Raises:
-        ConfigError: see :func:`compare`.
+        ConfigError: there is no such group; see :func:`compare`.
     """
     plan = Plan.read(sweep)
     trials = []
@@ -195,7 +218,11 @@ def find(sweep: Path, states: Mapping[str, str], metric: str = "val/loss", cause
         path = sweep / job.folder / "metrics.jsonl"
         rows = read_rows(path) if path.exists() else []
         trials.append(Trial(job, states.get(job.folder, "planned"), rows, (causes or {}).get(job.folder)))
-    return compare(plan, trials, metric)
+    findings = replace(compare(plan, trials, metric), against=against)
+    labels = [group.label for group in findings.groups]
+    if against is not None and labels and against not in labels:
+        raise ConfigError(f"--against: no jobs of this sweep are {against!r}. {nearest(against, labels)}")
+    return findings
 
 
 def compare(plan: Plan, trials: Sequence[Trial], metric: str) -> Findings:
@@ -216,12 +243,16 @@ def compare(plan: Plan, trials: Sequence[Trial], metric: str) -> Findings:
 
 
 def write_report(
-    sweep: Path, states: Mapping[str, str], metric: str = "val/loss", causes: Texts | None = None
+    sweep: Path,
+    states: Mapping[str, str],
+    metric: str = "val/loss",
+    causes: Texts | None = None,
+    against: str | None = None,
 ) -> list[Path]:
     """Write ``report/`` into the sweep's folder: CSV, Markdown, PNG, and one HTML page; return the files. See :func:`find`."""
     from apt_launch.report_plots import draw
 
-    findings = find(sweep, states, metric, causes)
+    findings = find(sweep, states, metric, causes, against)
     folder = sweep / "report"
     folder.mkdir(exist_ok=True)
     drawn = draw(findings, folder)
@@ -339,12 +370,12 @@ def told_groups(findings: Findings) -> str:
 
 
 def group_table(findings: Findings) -> tuple[list[str], list[list[str]]]:
-    """Return heads and lines of the table of groups: mean over seeds, and the difference from the best one."""
+    """Return heads and lines of the table of groups: mean over seeds, and the difference from the reference."""
     keys = list(dict.fromkeys(key for group in findings.groups for key in group.settings))
-    heads = [*(short_key(key) for key in keys), "seeds", findings.metric, "more than the best"]
+    heads = [*(short_key(key) for key in keys), "seeds", findings.metric, f"more than {findings.compared_with}"]
     rows = []
-    for place, group in enumerate(findings.groups):
-        more = group.over(findings.groups[0]) if place else None
+    for group in findings.groups:
+        more = group.over(findings.reference) if group.label != findings.reference.label else None
         told = [group.settings.get(key, "").replace("|", "/") for key in keys]
         rows.append([*told, str(len(group.by_seed)), _shown(group.estimate), _shown(more) if more else ""])
     return heads, rows
@@ -402,7 +433,7 @@ def as_page(findings: Findings, drawn: Mapping[str, str]) -> str:
         "losses": "Losses over tokens",
         "schedules": "Schedules",
         "metric": f"Final {findings.metric} by what was swept",
-        "differences": "Differences from the best, seed by seed",
+        "differences": f"Differences from {findings.compared_with}, seed by seed",
     }
     for name, svg in drawn.items():
         parts.append(f"<h2>{escape(titles[name])}</h2>{svg}")

@@ -102,15 +102,14 @@ def _losses(findings: Findings) -> Figure | None:
     figure = _figure(9, 4.4)
     axis = figure.subplots()
     colours, names = _colours(trials), _names(trials)
-    for trial in trials:
-        colour = colours[trial.job.number]
-        for name, look in (
-            ("train/loss", {"alpha": 0.3, "linewidth": 0.8}),
-            ("val/loss", {"marker": "o", "markersize": 3.5}),
-        ):
-            points = trial.series(name)
-            label = names[trial.job.number] if name == "val/loss" else None
-            axis.plot([x for x, _ in points], [y for _, y in points], color=colour, label=label, **look)
+    for name in dict.fromkeys(names.values()):
+        alike = [trial for trial in trials if names[trial.job.number] == name]
+        colour = colours[alike[0].job.number]
+        if len(trials) <= MOST_NAMED:  # many would hide what they are about
+            for trial in alike:
+                axis.plot(*_unzipped(trial.series("train/loss")), color=colour, alpha=0.3, linewidth=0.8)
+        points = _mean_of([trial.series("val/loss") for trial in alike])
+        axis.plot(*_unzipped(points), color=colour, label=name, marker="o", markersize=3.5)
     _mark_phases(axis, trials, colours)
     if findings.tokens is not None:
         axis.axvline(findings.tokens, color=GREY, linewidth=2.5, alpha=0.35)
@@ -118,10 +117,23 @@ def _losses(findings: Findings) -> Figure | None:
     if validated:  # what comes before the first validation would leave no room for differences
         axis.set_ylim(top=max(validated) + 0.1 * (max(validated) - min(validated)) + 0.05)
     _count_tokens(axis)
-    axis.set_ylabel("loss (line: training, dots: validation)")
+    single = len(trials) <= MOST_NAMED
+    seeds = "" if len(set(names.values())) == len(trials) else ", mean over seeds"
+    axis.set_ylabel(f"loss (line: training, dots: validation{seeds})" if single else f"validation loss{seeds}")
     axis.grid(alpha=0.25)
     _legend(figure, axis, trials)
     return figure
+
+
+def _mean_of(series: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """Return the mean of several curves where all of them have a point."""
+    curves = [dict(points) for points in series if points]
+    shared = [x for x in curves[0] if all(x in curve for curve in curves)] if curves else []
+    return [(x, sum(curve[x] for curve in curves) / len(curves)) for x in shared]
+
+
+def _unzipped(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
 
 
 def _count_tokens(axis: Any) -> None:
@@ -223,25 +235,25 @@ def _metric(findings: Findings) -> Figure | None:
 
 
 def _differences(findings: Findings) -> Figure | None:
-    """Draw how much more each group has than the best one, seed by seed."""
+    """Draw how much more each group has than the reference, seed by seed."""
     groups = findings.groups
     if not findings.has_seeds or len(groups) < 2 or max(len(group.by_seed) for group in groups) < 2:
         return None
     groups = groups[:MOST_RANKED]
-    best = groups[0]
+    reference = findings.reference
     figure = _figure(9, 1.0 + 0.32 * len(groups))
     axis = figure.subplots()
     axis.axvline(0.0, color=GREY, linewidth=1)
     for place, group in enumerate(groups):
-        more = group.over(best)
+        more = group.over(reference)
         if more is None:
             continue
-        single = [value - best.by_seed[seed] for seed, value in group.by_seed.items() if seed in best.by_seed]
+        single = [v - reference.by_seed[seed] for seed, v in group.by_seed.items() if seed in reference.by_seed]
         axis.scatter(single, [place] * len(single), s=18, color="C0", alpha=0.55)
         axis.errorbar(more.mean, place, xerr=more.half_interval or 0.0, color="C3", marker="|", linewidth=1, capsize=3)
-    axis.set_yticks(range(len(groups)), [in_short(group.settings) or "all" for group in groups])
+    axis.set_yticks(range(len(groups)), [group.label for group in groups])
     axis.invert_yaxis()
-    axis.set_xlabel(f"{findings.metric} more than the best on the mean, seed by seed (red: mean and 95 % interval)")
+    axis.set_xlabel(f"{findings.metric} more than {findings.compared_with}, seed by seed (red: mean and 95 % interval)")
     axis.grid(alpha=0.25, axis="x")
     return figure
 

@@ -66,6 +66,9 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--metric", default="val/loss", metavar="NAME", help="what decides, the lowest wins (val/loss)"
             )
+            command.add_argument(
+                "--against", metavar="WHAT", help="whom others are compared with, seed by seed, such as study=dense"
+            )
     return parser
 
 
@@ -126,7 +129,7 @@ def report(arguments: argparse.Namespace) -> int:
     statuses = Ledger(arguments.folder).statuses(rows=False)
     states = {one.job.folder: one.state for one in statuses}
     causes = {one.job.folder: one.cause for one in statuses}
-    for path in write_report(arguments.folder, states, arguments.metric, causes):
+    for path in write_report(arguments.folder, states, arguments.metric, causes, arguments.against):
         sys.stdout.write(f"{path}\n")
     return 0
 

@@ -107,7 +107,7 @@ def domain(annotation: Any, bounds: list[Any] | None = None) -> str:
     if annotation in GRAMMAR:
         return f"[{annotation.__name__.lower()}](#{annotation.__name__.lower()})"
     if any(type(m).__name__ == "BeforeValidator" for m in flat):
-        return "length" if any(m.func.__name__ in ("_length", "_span") for m in flat if hasattr(m, "func")) else "time"
+        return "length" if any(m.func.__name__ in ("length", "span") for m in flat if hasattr(m, "func")) else "time"
     kind = {int: "integer", float: "number", bool: "`true` or `false`", str: "text"}.get(annotation, "anything")
     signs = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     told = [f"{word} {getattr(m, sign):g}" for m in flat for sign, word in signs.items() if hasattr(m, sign)]
@@ -275,11 +275,8 @@ def _profiles() -> str:
 
 def commands_page() -> str:
     """Return what ``--help`` of each command says."""
-    parts = [
-        "# Commands\n",
-        "What `--help` says, taken when these pages are built. `python -m apt_launch` takes Hydra's flags and overrides: "
-        "`python -m apt_launch --help`.\n",
-    ]
+    parts = ["# Commands\n", "What `--help` says, taken when these pages are built.\n"]
+    parts.append(f"## python -m apt_launch\n\n```text\n{help_of('__main__')}\n```\n")
     for name in COMMANDS:
         said = help_of(name)
         parts.append(f"## python -m apt_launch.{name}\n\n```text\n{said}\n```\n")
@@ -289,7 +286,7 @@ def commands_page() -> str:
 
 
 def help_of(name: str, *more: str) -> str:
-    """Return what ``python -m apt_launch.NAME MORE --help`` prints, 100 columns wide and without colours."""
+    """Return what a command prints with ``--help``, 100 columns wide and without colours."""
     module = importlib.import_module(f"apt_launch.{name}")
     said = io.StringIO()
     before = sys.argv, os.environ.copy()

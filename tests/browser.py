@@ -99,7 +99,7 @@ class Browser:
               const seen = () => {{ if ({condition}) {{ watcher.disconnect(); resolve(true); }} }};
               const watcher = new MutationObserver(seen);
               watcher.observe(document, {{subtree: true, childList: true, characterData: true, attributes: true}});
-              setTimeout(() => reject(new Error("waited for " + {condition!r})), 20000);
+              setTimeout(() => reject(new Error("waited for " + {condition!r})), 60000);
               seen();
             }})"""
         )

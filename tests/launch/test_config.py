@@ -122,7 +122,7 @@ def test_keys_in_yaml_equal_parameters_of_the_class(target: tuple[str, type[sche
     keys = {field.alias or key for key, field in config.model_fields.items()} - {"_target_"}
     parameters = inspect.signature(get_object(name)).parameters
     if name == "apt_model.schedule.ScheduleRunner":
-        assert set(parameters) == {"horizon", "broadcast", "curriculum"}
+        assert set(parameters) == {"horizon", "modules", "broadcast", "curriculum"}
         return
     if name in schema.GROUPS["trainer"]:
         keys -= set(OF_THE_PROCESS)

@@ -20,6 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from apt_launch.config import composed
 from apt_launch.plan import Plan, gather
 from apt_launch.report import find, group_table, headline, told_groups, write_report
+from apt_model.errors import ConfigError
 from tests.conftest import SMALL
 
 Sweep = Callable[..., tuple[Path, Plan]]
@@ -90,6 +91,16 @@ def test_means_and_intervals_over_seeds_are_students(planned: Sweep) -> None:
     # mean 3.1, deviation 0.1: 4.303 x 0.1 / sqrt(3) = 0.2484
     # differences 1.0, 0.9, 0.5: mean 0.8, deviation sqrt((0.04 + 0.01 + 0.09) / 2) = 0.26458: 0.6573
     assert rows[1] == ["0.8", "3", "3.1000 ± 0.2484", "0.8000 ± 0.6573"]
+
+
+def test_differences_are_taken_from_whom_the_user_names(planned: Sweep) -> None:
+    folder, plan = planned(SIX, ENDS)
+    done = states(plan, *["done"] * 6)
+    heads, rows = group_table(find(folder, done, against="route_temp.end=0.8"))
+    assert heads[-1] == "more than route_temp.end=0.8"
+    assert [row[-1] for row in rows] == ["-0.8000 ± 0.6573", ""]
+    with pytest.raises(ConfigError, match=r"--against: no jobs .* 'route_temp.end=0.7'\. Did you mean"):
+        find(folder, done, against="route_temp.end=0.7")
 
 
 def test_a_seed_that_only_one_of_two_groups_has_is_left_out_of_their_difference(planned: Sweep) -> None:
