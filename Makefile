@@ -13,7 +13,7 @@ TESTS ?= tests
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-run: $(VENV)/.installed ## train through the whole curriculum on real text: make run ARGS="schedule=none seed=1"
+run: $(VENV)/.runs ## train through the whole curriculum on real text: make run ARGS="schedule=none seed=1"
 	$(BIN)/python -m apt_launch $(ARGS)
 
 test: $(VENV)/.installed ## run all tests
@@ -43,12 +43,16 @@ clean: ## remove the environment and what tools left
 	rm -rf $(VENV) build dist .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # torch first and pinned: a range would take the newest build, with gigabytes of libraries
-$(VENV)/.installed: pyproject.toml tests/environment.sh
-	@echo "Making $(VENV), once: one to five minutes, most of it the download of torch."
-	@echo "[1/3] the environment"
+$(VENV)/.runs: pyproject.toml tests/environment.sh
+	@echo "Making $(VENV), once: one to three minutes, most of it for torch."
 	@sh tests/environment.sh "$(PYTHON)" "$(VENV)"
-	@echo "[2/3] torch 2.13.0"
+	@echo "Installing torch 2.13.0 ..."
 	@$(BIN)/python -m pip install --quiet torch==2.13.0
-	@echo "[3/3] this package, and what develops it"
+	@echo "Installing apt-launch and what it needs ..."
+	@$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.runs
+	@echo "Installing what tests and documentation need ..."
 	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@

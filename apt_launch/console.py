@@ -168,7 +168,8 @@ class ProgressBar(_Announcements):
         self.progress.below = curriculum_state(trainer)
         self.progress.update(self.task, completed=trainer.clock.step + 1, epoch=self._epoch(trainer))
         if "train/loss" in row:
-            numbers = f"loss {row['train/loss']:.3f}  {row['tokens_per_second']:,.0f} tok/s"
+            loss = float(trainer.last_loss) if trainer.reads_every_update else row["train/loss"]
+            numbers = f"loss {loss:.3f}  {row['tokens_per_second']:,.0f} tok/s"
             self.progress.update(self.task, numbers=numbers)
 
     def on_train_end(self, trainer: BaseTrainer) -> None:
