@@ -48,6 +48,7 @@ def main() -> None:
     from apt_launch.config import CONF, show_error
     from apt_launch.guard import keep_private
     from apt_launch.plugins import register
+    from apt_launch.profile_file import with_profile_file
     from apt_model.errors import TrainingError
 
     keep_private()
@@ -107,22 +108,6 @@ def flags_first(arguments: list[str]) -> list[str]:
     """Put flags before overrides, the order that Hydra's parser wants."""
     overrides = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
     return [argument for argument in arguments if argument not in overrides] + overrides
-
-
-def with_profile_file(arguments: list[str]) -> list[str]:
-    """Put the overrides that ``profile_file=PATH`` stands for before those of the command line, which win."""
-    given = [argument for argument in arguments if argument.lstrip("+").startswith("profile_file=")]
-    path = given[-1].split("=", 1)[1] if given else ""
-    if path in ("", "null"):
-        return arguments
-    from apt_launch.profile_file import read_profile
-
-    chosen = {argument.split("=", 1)[0] for argument in arguments if "=" in argument and not argument.startswith("-")}
-    overrides, unused = read_profile(Path(path.strip("'\"")).expanduser(), chosen)
-    if unused:
-        sys.stderr.write(f"profile_file: not used: {', '.join(unused)}\n")
-    first = next((i for i, argument in enumerate(arguments) if "=" in argument and not argument.startswith("-")), 0)
-    return [*arguments[:first], *overrides, *arguments[first:]]
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def _composed(overrides: Sequence[str]) -> tuple[RunConfig, Path]:
     Raises:
         ConfigError: with every problem found.
     """
-    from apt_launch.__main__ import with_profile_file
+    from apt_launch.profile_file import with_profile_file
 
     if isinstance(overrides, str):
         raise ConfigError(f"overrides: {overrides!r} is a string. Give a list: apt_launch.run([{overrides!r}]).")

@@ -40,9 +40,9 @@ def main() -> None:
 def _preview(arguments: argparse.Namespace, overrides: list[str], painter: Painter) -> None:
     from rich.console import Console
 
-    from apt_launch.__main__ import with_profile_file
     from apt_launch.folder import refuse_place
     from apt_launch.plan import gather
+    from apt_launch.profile_file import with_profile_file
 
     plan = gather(with_profile_file(overrides))
     jobs = plan.jobs[:MOST_OVERLAID]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -50,6 +51,20 @@ IMPLEMENTATIONS = {
     "model.router_name": {"softmax", "sigmoid"},
 }
 """Names of implementations that exist here, too; older names for others are not used, and that is said."""
+
+
+def with_profile_file(arguments: list[str]) -> list[str]:
+    """Put the overrides that ``profile_file=PATH`` stands for before those of the command line, which win."""
+    given = [argument for argument in arguments if argument.lstrip("+").startswith("profile_file=")]
+    path = given[-1].split("=", 1)[1] if given else ""
+    if path in ("", "null"):
+        return arguments
+    chosen = {argument.split("=", 1)[0] for argument in arguments if "=" in argument and not argument.startswith("-")}
+    overrides, unused = read_profile(Path(path.strip("'\"")).expanduser(), chosen)
+    if unused:
+        sys.stderr.write(f"profile_file: not used: {', '.join(unused)}\n")
+    first = next((i for i, argument in enumerate(arguments) if "=" in argument and not argument.startswith("-")), 0)
+    return [*arguments[:first], *overrides, *arguments[first:]]
 
 
 def read_profile(path: Path, chosen: Iterable[str] = ()) -> tuple[list[str], list[str]]:

@@ -76,31 +76,52 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)  # (seq_len, head_dim / 2)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        """Rotate ``x`` of (batch, heads, seq, head_dim), whose positions count from ``start``; the last < seq_len."""
-        here = slice(start, start + x.shape[-2])
-        cos, sin = self.cos[here].to(x.dtype), self.sin[here].to(x.dtype)
-        turned: Tensor = _Turn.apply(x, cos, sin)  # type: ignore[no-untyped-call]
-        return turned
+    def forward(self, qkv: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotate queries and keys.
+
+        Args:
+            qkv: (batch, seq, 3, heads, head_dim).
+            start: the first position; the last < seq_len.
+
+        Returns:
+            Queries, keys and values, each (batch, heads, seq, head_dim).
+        """
+        here = slice(start, start + qkv.shape[1])
+        cos, sin = (angles[here].to(qkv.dtype)[:, None, None] for angles in (self.cos, self.sin))
+        if torch.compiler.is_compiling():
+            first, second = qkv[:, :, :2].chunk(2, dim=-1)
+            turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+            value = qkv[:, :, 2]
+        else:
+            turned, value = _Turn.apply(qkv, cos, sin)  # type: ignore[no-untyped-call]
+        query, key = turned.permute(2, 0, 3, 1, 4)
+        return query, key, value.transpose(1, 2)
 
 
 class _Turn(torch.autograd.Function):
-    """Turns pairs (channel i, channel i + half) by angles, and gradients back; nothing but the angles is kept."""
+    """Turns pairs (channel i, channel i + half) of queries and keys by angles, and gradients back; only angles are kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        turned = qkv.new_empty(*qkv.shape[:2], 2, *qkv.shape[3:])
+        _turn(qkv[:, :, :2], cos, sin, out=turned)
+        return turned, qkv[:, :, 2]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, turned: Tensor, value: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None
+        grad = turned.new_empty(*turned.shape[:2], 3, *turned.shape[3:])
+        _turn(turned, cos, -sin, out=grad[:, :, :2])
+        grad[:, :, 2] = value
+        return grad, None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     first, second = x.chunk(2, dim=-1)
-    return torch.cat(((first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)), dim=-1)
+    for place, one, other, sign in zip(out.chunk(2, dim=-1), (first, second), (second, first), (-1, 1), strict=True):
+        torch.mul(one, cos, out=place)
+        place.addcmul_(other, sin, value=sign)
 
 
 class SelfAttention(nn.Module):
@@ -134,9 +155,7 @@ class SelfAttention(nn.Module):
         """
         batch, length, d_model = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.num_heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        start = seen.length if seen else 0
-        query, key = self.rotate(query, start), self.rotate(key, start)
+        query, key, value = self.rotate(qkv, seen.length if seen else 0)
         if seen:
             key, value = seen.append(key, value, room=self.rotate.cos.shape[0])
         mixed = self.attend(query, key, value)

@@ -381,6 +381,8 @@ class BaseTrainer(Follower):
         self.batches_done += len(self._losses)
         return took
 
+    # --- around updates -----------------------------------------------------------------------------------------------
+
     def end_epoch(self) -> None:
         """Compare the epoch with the plan, validate, go on to the next epoch, and save where it is due."""
         self._compare_with_plan()
@@ -461,6 +463,8 @@ class BaseTrainer(Follower):
     def tokens_per_second(self) -> float:
         """Tokens a second of training, validation and checkpoints left out."""
         return self.clock.token / self.seconds if self.seconds else 0.0
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resume needs, as tensors and plain values; every rank calls it, and the first gets all."""

@@ -474,6 +474,12 @@ def test_a_browser_shows_rows_and_curves_as_they_come(planned: Any, tmp_path: Pa
         assert browser.evaluate("jobs.get(1).curves['val/loss']") == [[128, 3.0], [384, 2.0]]
         assert browser.evaluate("document.querySelectorAll('#losses figure')[0].querySelectorAll('circle').length") == 3
 
+        (own / "metrics.jsonl").write_text("")  # its next life has no checkpoint to go on from
+        browser.wait("document.querySelectorAll('#rows tr')[1].cells[6].innerText === ''")
+        assert browser.evaluate(curves) == [["val/loss", 1], ["train/loss", 1], ["route_temp", 0]]
+        append(own, row(11, train__loss=2.5, val__loss=2.0, schedule__route_temp=1.5))
+        browser.wait("document.querySelectorAll('#rows tr')[1].cells[6].innerText === '2.0000'")
+
         browser.evaluate("[...document.querySelectorAll('th button')].find(b => b.innerText === 'val/loss').click()")
         order = "[...document.querySelectorAll('#rows tr')].map(r => r.cells[0].innerText.trim()).join()"
         assert browser.evaluate(order) == "1,0,2"

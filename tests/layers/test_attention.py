@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import torch
 
 from apt_model.layers.attention import RotaryEmbedding, SelfAttention
@@ -25,8 +27,30 @@ def test_a_position_does_not_see_later_ones() -> None:
 def test_rotation_keeps_lengths_and_makes_products_depend_on_distance_only() -> None:
     rotate = RotaryEmbedding(head_dim=8, seq_len=32)
     q, k = torch.randn(8), torch.randn(8)
-    rotated_q, rotated_k = rotate(q.expand(1, 1, 32, 8))[0, 0], rotate(k.expand(1, 1, 32, 8))[0, 0]
+    v = torch.randn(8)
+    rotated_q, rotated_k, same = (
+        part[0, 0] for part in rotate(torch.stack([q, k, v])[None, None, :, None].expand(1, 32, 3, 1, 8))
+    )
+    assert torch.equal(same, v.expand(32, 8))
     assert torch.allclose(rotated_q.norm(dim=-1), q.norm().expand(32), atol=1e-5)
     products = rotated_q @ rotated_k.T
     assert torch.allclose(products[5:, 3:-2].diagonal(), products[5, 3].expand(27), atol=1e-4)
     assert not torch.allclose(products[5, 3], products[5, 4], atol=1e-3)
+
+
+def test_pairs_of_channels_are_turned_by_angles_worked_out_by_hand() -> None:
+    """Channels 0 and 2 turn by 1 radian a position, channels 1 and 3 by 1/100."""
+    rotate = RotaryEmbedding(head_dim=4, seq_len=8)
+    qkv = torch.tensor([1.0, 2.0, 3.0, 4.0]).expand(1, 1, 3, 1, 4)
+    query, key, value = rotate(qkv, start=5)
+    c, s, c1, s1 = math.cos(5), math.sin(5), math.cos(0.05), math.sin(0.05)
+    by_hand = torch.tensor([c - 3 * s, 2 * c1 - 4 * s1, 3 * c + s, 4 * c1 + 2 * s1])
+    assert torch.allclose(query[0, 0, 0], by_hand, atol=1e-5)
+    assert torch.equal(query, key)
+    assert torch.equal(value[0, 0, 0], qkv[0, 0, 2, 0])
+
+
+def test_gradients_of_a_rotation_by_differences() -> None:
+    rotate = RotaryEmbedding(head_dim=4, seq_len=8).double()
+    qkv = torch.randn(2, 3, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda given: rotate(given, 2), (qkv,))
