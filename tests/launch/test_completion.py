@@ -33,7 +33,7 @@ ROUTE_TEMP = [f"schedule.route_temp.{key}=" for key in ("by", "end", "start", "t
     ("line", "expected"),
     [
         ("apt-launch sch", ["schedule.", "schedule="]),
-        ("apt-launch schedule=", ["schedule=gpt5_moe", "schedule=none"]),
+        ("apt-launch profile=", ["profile=gpt5_moe_reasoning", "profile=tiny_debug"]),
         ("apt-launch schedule=gpt5_moe,n", ["schedule=gpt5_moe,none"]),
         ("apt-launch schedule.r", ["schedule.route_temp."]),
         ("apt-launch schedule.route_temp.", ROUTE_TEMP),
@@ -53,7 +53,7 @@ ROUTE_TEMP = [f"schedule.route_temp.{key}=" for key in ("by", "end", "start", "t
         ("x=1 .venv/bin/python3 -m apt_launch seed", ["seed="]),
         ("python -m apt_launch.sw", ["apt_launch.sweep"]),
         ("python -m apt_launch.sweep re", ["report", "resume"]),
-        ("python -m apt_launch.sweep report --", ["--help", "--metric"]),
+        ("python -m apt_launch.sweep report --m", ["--metric"]),
         ("python -m apt_launch.preview --g", ["--gpu", "--gpus"]),
         ("python -m apt_launch.preview seed", ["seed="]),
         ("python -m apt_launch.generate runs --voter o", ["off", "on"]),
@@ -212,7 +212,7 @@ def test_python_without_us_completes_as_before(terminal: Terminal, tmp_path: Pat
     ("line", "expected"),
     [
         ("apt-launch schedule.route_temp.", ROUTE_TEMP),
-        ("apt-launch schedule=", ["schedule=gpt5_moe", "schedule=none"]),
+        ("apt-launch profile=", ["profile=gpt5_moe_reasoning", "profile=tiny_debug"]),
         ("python -m apt_launch seed=1 trainer.max_ep", ["trainer.max_epochs="]),
         ("python -m apt_launch.sweep re", ["report", "resume"]),
     ],
