@@ -40,7 +40,13 @@ def explained(error: Exception) -> ConfigError:
             return ConfigError(
                 f"{key}: the chosen option of {group!r} has no such key, but {group}={f' or {group}='.join(options)} has."
             )
-        return ConfigError(f"{key}: unknown key. {nearest(key, all_keys())}")
+        known = all_keys()
+        inner = re.search(r"full_key: (\S+)", str(error.__cause__))
+        if inner and inner.group(1) != key and key in known:  # a whole mapping, of which it has no entries
+            return ConfigError(f"{key}: its entries are added one by one: +{inner.group(1)}=...")
+        if key in known:
+            return ConfigError(f"{key}: conf/ does not list this key. Write + before it to add it: +{key}=...")
+        return ConfigError(f"{key}: unknown key. {nearest(key, known)}")
     return ConfigError(text.strip())
 
 

@@ -299,6 +299,9 @@ def all_keys() -> list[str]:
     """Return every key that some config may have, in full."""
     keys = [*TopLevel.model_fields, *GROUPS, "profile", "hydra.run.dir", "hydra.sweep.dir", "hydra.verbose"]
     keys += [f"launch.{key}" for key in LaunchConfig.model_fields]
+    keys += [
+        f"hydra.launcher.{key}" for place in (LocalLauncherConfig, SlurmLauncherConfig) for key in place.model_fields
+    ]
     for group, schemas in GROUPS.items():
         for schema in schemas.values():
             keys += [f"{group}.{key}" for key in _keys(schema)]

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from hypothesis import settings
 
 from apt_launch.config import RunConfig
 from apt_launch.config import composed as compose
@@ -22,6 +23,9 @@ from apt_launch.tracking import read_rows
 if "HF_HOME" not in os.environ:  # what datasets copies there, and it asks nobody
     _HOME = tempfile.TemporaryDirectory()
     os.environ |= {"HF_HOME": _HOME.name, "HF_HUB_OFFLINE": "1"}
+
+settings.register_profile("patient", deadline=None)  # how fast an example is, is not what is tested
+settings.load_profile("patient")
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -95,6 +95,15 @@ def test_tensorboard_is_another_choice(cli: Cli, text_file: Path, tmp_path: Path
     ("arguments", "message"),
     [
         (["schedule.rout_temp.end=1"], "schedule.rout_temp.end: unknown key. Did you mean 'schedule.route_temp.end'"),
+        (["schedule.route_temp.power=2"], "schedule.route_temp.power: conf/ does not list this key. Write + before it"),
+        (
+            ["hydra.launcher.max_paralel=2"],
+            "hydra.launcher.max_paralel: unknown key. Did you mean 'hydra.launcher.max_parallel'",
+        ),
+        (
+            ["hydra/launcher=slurm", "hydra.launcher.additional_parameters={a: b}"],
+            "hydra.launcher.additional_parameters: its entries are added one by one: +hydra.launcher.additional_parameters.a=",
+        ),
         (["schedule=gpt5_mo"], "schedule: there is no option 'gpt5_mo'. Did you mean 'gpt5_moe'?"),
         (["trainer.max_epochs=3"], "schedule.enable_voter_at_epoch = 5 would never happen"),
         (["schedule.route_temp.end=["], "schedule.route_temp.end=[: not an override that Hydra understands"),
