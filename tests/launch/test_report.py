@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import shlex
-import shutil
 import struct
 import subprocess
 import sys
@@ -21,6 +19,7 @@ from apt_launch.config import composed
 from apt_launch.plan import Plan, gather
 from apt_launch.report import find, group_table, headline, told_groups, write_report
 from apt_model.errors import ConfigError
+from tests.browser import QUIET, chromium
 from tests.conftest import SMALL
 
 Sweep = Callable[..., tuple[Path, Plan]]
@@ -161,15 +160,7 @@ def test_every_size_of_sweep_is_drawn(planned: Sweep, jobs: int) -> None:
 
 @pytest.fixture
 def browser() -> str:
-    found = shutil.which("chromium") or shutil.which("google-chrome")
-    if found is None and os.environ.get("CI") and os.geteuid() == 0 and shutil.which("apt-get"):
-        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for command in (["update"], ["install", "-y", "-qq", "--no-install-recommends", "chromium"]):
-            subprocess.run(["apt-get", *command], env=environment, capture_output=True, timeout=600, check=True)
-        found = shutil.which("chromium")
-    if found is None:
-        pytest.skip("needs chromium")
-    return found
+    return chromium()
 
 
 def test_a_browser_shows_the_page_and_asks_nobody_for_anything(planned: Sweep, browser: str, tmp_path: Path) -> None:
@@ -183,13 +174,12 @@ def test_a_browser_shows_the_page_and_asks_nobody_for_anything(planned: Sweep, b
         if not link.startswith("#")
     }
     assert not outside
-    quiet = [f"--disable-{name}" for name in ("gpu", "quic", "background-networking", "component-update", "sync")]
     command = [
         browser,
         "--headless",
         "--no-sandbox",
         "--no-first-run",
-        *quiet,
+        *QUIET,
         f"--user-data-dir={tmp_path / 'profile'}",
     ]
     picture = tmp_path / "page.png"
