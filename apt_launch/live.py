@@ -16,7 +16,7 @@ from apt_launch.ledger import Ledger, Status, phase
 from apt_launch.plan import Plan
 from apt_launch.report import SEEDS, Findings, Trial, compare, headline, is_number
 from apt_launch.tracking import Row
-from apt_launch.tracking.follower import Follower
+from apt_launch.tracking.reader import RecordReader
 from apt_model.schedule import MODULES
 from apt_model.schedule.rows import is_anneal
 
@@ -79,7 +79,7 @@ def _is_drawn(name: str) -> bool:
 class Runner:
     """A job as its record tells it."""
 
-    follower: Follower
+    reader: RecordReader
     born: int  # the look that began to read its record
     changed: int = 0  # the last look that found something new
     last: Row = field(default_factory=dict)  # the newest values, laid over each other
@@ -90,15 +90,15 @@ class Runner:
 
     def read(self, look: int, until: float) -> bool:
         """Read what is new; say whether that is all of it. Stop at ``until``, seconds of the monotonic clock."""
-        lives = self.follower.lives
-        for row in self.follower.rows():
-            if self.follower.lives != lives:
-                lives = self.follower.lives
+        lives = self.reader.lives
+        for row in self.reader.rows():
+            if self.reader.lives != lives:
+                lives = self.reader.lives
                 self._forget(look)
             self._take(look, row)
             if time.monotonic() > until:
                 return False
-        if self.follower.lives != lives:  # nothing is left
+        if self.reader.lives != lives:  # nothing is left
             self._forget(look)
         return True
 
@@ -256,7 +256,7 @@ class Watch:
         for status in states:
             name = status.job.folder
             if name not in self._runners:
-                self._runners[name] = Runner(Follower(status.folder / "metrics.jsonl"), born=self.look)
+                self._runners[name] = Runner(RecordReader(status.folder / "metrics.jsonl"), born=self.look)
             behind = behind or not self._runners[name].read(self.look, self._looked + READ_SECONDS)
         runners = [self._runners[status.job.folder] for status in states]
         trials = [Trial(s.job, s.state, r.compared, s.cause) for s, r in zip(states, runners, strict=True)]
@@ -265,7 +265,7 @@ class Watch:
         statuses = []
         for status, runner, trial in zip(states, runners, trials, strict=True):
             statuses.append(replace(status, row=runner.last))
-            heard = [time for time in (answer.heard(status), runner.follower.touched) if time is not None]
+            heard = [time for time in (answer.heard(status), runner.reader.touched) if time is not None]
             told = _told(statuses[-1], runner, trial) | {
                 "colour": looks[trial.job.number],
                 "heard": round(max(heard)) if heard and status.state not in WAITING else None,

@@ -28,7 +28,7 @@ from apt_launch.lease import Holder
 from apt_launch.ledger import State, write_state
 from apt_launch.live import MOST_POINTS, Curve, Watch
 from apt_launch.plan import Plan, gather
-from apt_launch.tracking.follower import Follower
+from apt_launch.tracking.reader import RecordReader
 from apt_launch.watch import Server, frame
 from apt_model.errors import ConfigError
 from tests.browser import browsing
@@ -109,31 +109,31 @@ def news(server: Server, since: int = 0) -> dict[str, Any]:
 
 
 def test_a_record_is_read_once_and_a_line_that_is_not_whole_is_left_for_later(tmp_path: Path) -> None:
-    follower = Follower(tmp_path / "metrics.jsonl")
-    assert list(follower.rows()) == []
+    reader = RecordReader(tmp_path / "metrics.jsonl")
+    assert list(reader.rows()) == []
     append(tmp_path, row(0), row(1))
-    with follower.path.open("a") as file:
+    with reader.path.open("a") as file:
         file.write('{"step": 2, "tok')
-    assert [one["step"] for one in follower.rows()] == [0, 1]
-    with follower.path.open("a") as file:
+    assert [one["step"] for one in reader.rows()] == [0, 1]
+    with reader.path.open("a") as file:
         file.write('ens": 96}\n')
-    assert [one["tokens"] for one in follower.rows()] == [96]
-    assert list(follower.rows()) == []
-    assert follower.lives == 0
+    assert [one["tokens"] for one in reader.rows()] == [96]
+    assert list(reader.rows()) == []
+    assert reader.lives == 0
 
 
 def test_a_record_that_a_resume_cut_back_is_read_anew_even_where_it_has_grown_beyond(tmp_path: Path) -> None:
-    follower = Follower(tmp_path / "metrics.jsonl")
+    reader = RecordReader(tmp_path / "metrics.jsonl")
     append(tmp_path, *map(row, range(10)))
-    assert len(list(follower.rows())) == 10
-    kept = follower.path.read_bytes().splitlines(keepends=True)[:4]
-    follower.path.write_bytes(b"".join(kept))
+    assert len(list(reader.rows())) == 10
+    kept = reader.path.read_bytes().splitlines(keepends=True)[:4]
+    reader.path.write_bytes(b"".join(kept))
     append(tmp_path, *(row(step) | {"time": 99.5} for step in range(4, 30)))
-    assert [one["step"] for one in follower.rows()] == list(range(30))
-    assert follower.lives == 1
-    follower.path.unlink()
-    assert list(follower.rows()) == []
-    assert follower.lives == 2
+    assert [one["step"] for one in reader.rows()] == list(range(30))
+    assert reader.lives == 1
+    reader.path.unlink()
+    assert list(reader.rows()) == []
+    assert reader.lives == 2
 
 
 def test_a_long_curve_keeps_its_ends_and_a_viewer_of_differences_sees_the_same() -> None:

@@ -12,7 +12,7 @@ from apt_launch.tracking import Row
 CHUNK = 1 << 20
 
 
-class Follower:
+class RecordReader:
     """Reads each row of a record once, however often it is asked.
 
     A resume cuts the record back to its checkpoint and writes on. That shows where the bytes before the place that reading has
