@@ -83,7 +83,7 @@ class Saved:
     vocabulary, B sequences of S tokens:
 
     - a norm: 4 d + 4 (its input over the root mean square, and the latter)
-    - attention: 8 c d + 4 h (input, query-key-value, rotated query and key, output twice, and the normaliser);
+    - attention: 7 c d + 4 h (input, query-key-value, rotated query and key, output, and the normaliser);
       written out (``eager``) 5 c d + h S c, and 4 h S more under autocast on a GPU, whose softmax works in float32
     - a dense feed-forward layer: c d (twice under autocast with swiglu) + 4 c f; 2 c f with gelu and relu2
     - experts: 4 d + 8 E + k (c d + 4 c f / g + 8 d + 40) with a granularity of g; a shared expert 4 c f (+ 2 c d under
@@ -262,7 +262,7 @@ def _attention(layer: SelfAttention, length: int, compute: int, on_gpu: bool) ->
         softmax = FP32 if on_gpu and compute < FP32 else 0
         saved = 5 * compute * d + heads * length * (compute + softmax)
     else:
-        saved = 8 * compute * d + 4 * heads
+        saved = 7 * compute * d + 4 * heads
     if "dropout" in layer.expected:
         saved += d
     return Saved(2 * 4 * d * d + 4 * length * d, saved)

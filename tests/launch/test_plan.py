@@ -42,7 +42,7 @@ def test_equal_configs_are_one_job_whatever_they_are_called(base: list[str]) -> 
         ("seed=range(0,6,2)", ["seed=0", "seed=2", "seed=4"]),
         ("seed=shuffle(range(2,3))", ["seed=2"]),
         ("optimizer.lr=sort(0.1,0.01)", ["optimizer.lr=0.01", "optimizer.lr=0.1"]),
-        ("schedule=glob(*)", ["schedule=gpt5_moe", "schedule=none"]),
+        ("schedule=glob(*)", ["schedule=experts", "schedule=gpt5_moe", "schedule=none"]),
         ("schedule=none,gpt5_moe", ["schedule=none", "schedule=gpt5_moe"]),
         ("moe.num_experts=4,8", ["moe.num_experts=4", "moe.num_experts=8"]),
     ],
