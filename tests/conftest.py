@@ -25,9 +25,8 @@ if "HF_HOME" not in os.environ:  # what datasets copies there, and it asks nobod
     _HOME = tempfile.TemporaryDirectory()
     os.environ |= {"HF_HOME": _HOME.name, "HF_HUB_OFFLINE": "1"}
 
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell that starts tests in the background has them ignore it
+# a shell that starts tests in the background has them, and whatever they start, ignore Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("patient", deadline=None)  # how fast an example is, is not what is tested
 settings.load_profile("patient")
 
