@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from apt_launch.ledger import Ledger, Status, phase
 from apt_launch.plan import Plan
-from apt_launch.report import SEEDS, Findings, Trial, compare, headline, is_number
+from apt_launch.report import Findings, Trial, compare, headline, is_number
 from apt_launch.tracking import Row
 from apt_launch.tracking.reader import RecordReader
 from apt_model.schedule import MODULES
@@ -296,8 +296,7 @@ def _looks(trials: Sequence[Trial]) -> dict[int, tuple[int, int]]:
     """Return by each job's number which colour and which kind of line it has: seeds of one experiment share the colour."""
     groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
     for trial in trials:
-        settings = tuple((key, value) for key, value in trial.settings.items() if key not in SEEDS)
-        groups.setdefault(settings, []).append(trial.job.number)
+        groups.setdefault(tuple(trial.without_seeds.items()), []).append(trial.job.number)
     if len(groups) == 1:
         return {trial.job.number: (place, 0) for place, trial in enumerate(trials)}
     return {number: (colour, kind) for colour, group in enumerate(groups.values()) for kind, number in enumerate(group)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,10 +75,9 @@ def _names(trials: Sequence[Trial]) -> dict[int, str]:
     return alike if len(set(alike.values())) > 1 else {trial.job.number: trial.label for trial in trials}
 
 
-def _colours(trials: Sequence[Trial]) -> dict[int, Any]:
+def _colours(names: Mapping[int, str]) -> dict[int, Any]:
     import matplotlib as mpl
 
-    names = _names(trials)
     places = {name: place for place, name in enumerate(dict.fromkeys(names.values()))}
     if len(places) <= MOST_NAMED:
         return {number: f"C{places[name]}" for number, name in names.items()}
@@ -101,11 +100,12 @@ def _losses(findings: Findings) -> Figure | None:
         return None
     figure = _figure(9, 4.4)
     axis = figure.subplots()
-    colours, names = _colours(trials), _names(trials)
+    names = _names(trials)
+    colours, few = _colours(names), len(trials) <= MOST_NAMED
     for name in dict.fromkeys(names.values()):
         alike = [trial for trial in trials if names[trial.job.number] == name]
         colour = colours[alike[0].job.number]
-        if len(trials) <= MOST_NAMED:  # many would hide what they are about
+        if few:  # many would hide what they are about
             for trial in alike:
                 axis.plot(*_unzipped(trial.series("train/loss")), color=colour, alpha=0.3, linewidth=0.8)
         points = _mean_of([trial.series("val/loss") for trial in alike])
@@ -117,9 +117,8 @@ def _losses(findings: Findings) -> Figure | None:
     if validated:  # what comes before the first validation would leave no room for differences
         axis.set_ylim(top=max(validated) + 0.1 * (max(validated) - min(validated)) + 0.05)
     _count_tokens(axis)
-    single = len(trials) <= MOST_NAMED
     seeds = "" if len(set(names.values())) == len(trials) else ", mean over seeds"
-    axis.set_ylabel(f"loss (line: training, dots: validation{seeds})" if single else f"validation loss{seeds}")
+    axis.set_ylabel(f"loss (line: training, dots: validation{seeds})" if few else f"validation loss{seeds}")
     axis.grid(alpha=0.25)
     _legend(figure, axis, trials)
     return figure
@@ -169,7 +168,8 @@ def _schedules(findings: Findings) -> Figure | None:
         return None
     figure = _figure(9, 1.0 + 1.35 * len(names))
     axes = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
-    colours, labels = _colours(trials), _names(trials)
+    labels = _names(trials)
+    colours = _colours(labels)
     for axis, name in zip(axes, names, strict=True):
         for trial in trials:
             points = trial.series(name)

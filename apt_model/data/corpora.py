@@ -185,7 +185,8 @@ class ByteCorpus(DocumentCorpus):
             return super().read(split)
         import numpy as np
 
-        return Tokens([np.frombuffer(self.read_bytes(split), dtype=np.uint8)], sources=self.byte_sources(split))
+        sources = self.byte_sources(split) if split == "val" else ()  # training asks nobody
+        return Tokens([np.frombuffer(self.read_bytes(split), dtype=np.uint8)], sources=sources)
 
     def byte_sources(self, split: Split) -> Sequence[Run]:
         """Return where the bytes of ``split`` come from, in order; none: nobody knows."""
@@ -457,8 +458,9 @@ def _jsonl_bytes(path: Path, keys: Keys, key: str, mtime_ns: int, size: int) -> 
     for document in _read_jsonl(path, keys, key):
         content = document.text.encode("utf-8", errors="surrogatepass") + DOCUMENT_END
         tokens += content
-        runs.append(Run(document.source, len(content)))
-    return bytes(tokens), joined(runs) if keys.source else []
+        if keys.source:
+            runs.append(Run(document.source, len(content)))
+    return bytes(tokens), joined(runs)
 
 
 def _read_jsonl(path: Path, keys: Keys, key: str) -> Iterator[Document]:

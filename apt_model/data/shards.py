@@ -383,9 +383,9 @@ def _write_split(
             if room == 0:
                 break
         made = progress.tokens + size
-        done = (
-            max(share(made, limit), batch[-1].done) if limit else batch[-1].done
-        )  # in this order the second may be nan
+        done = batch[-1].done
+        if limit:
+            done = max(share(made, limit), done)  # in this order the second may be nan
         if room == 0:
             break
         if not done >= 1:

@@ -408,11 +408,10 @@ class BaseTrainer(Follower):
         self.model.eval()
         losses = []
         loads = self._loads_by_source()
-        begins = self.val_batches.sampler.windows(0)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.seed)  # the voter draws: the same draws each time, and none from training
-            for begin, (tokens, targets) in zip(begins, self.val_batches.epoch(0, device=self.device), strict=True):
-                with self._autocast(), loads.counting(begin, tokens) if loads else nullcontext():
+            for number, (tokens, targets) in enumerate(self.val_batches.epoch(0, device=self.device)):
+                with self._autocast(), loads.counting(number, tokens) if loads else nullcontext():
                     losses.append(self.model(tokens, targets, telling=False).language_loss)
         self.model.train()
         self.engine.rest()
@@ -427,7 +426,7 @@ class BaseTrainer(Follower):
         sources = self.val_batches.tokens.sources
         if sources is None or len(sources.names) < 2 or not any(layer.enabled for layer in self.model.moe_layers):
             return None
-        return SourceLoads(self.model.moe_layers, sources)
+        return SourceLoads(self.model.moe_layers, sources, self.val_batches.sampler.windows(0))
 
     def _log(self, metrics: Row, *, step: int, tokens: int) -> None:
         when = {"step": step, "epoch": self.clock.epoch, "tokens": tokens, "time": round(self.seconds, 3)}

@@ -20,18 +20,24 @@ if TYPE_CHECKING:
 
 
 class SourceLoads:
-    """Counts, for each layer, how many slots (a token at one of its experts) of each source went to each expert."""
+    """Counts, for each layer, how many slots (a token at one of its experts) of each source went to each expert.
 
-    def __init__(self, layers: Sequence[MoE], sources: Sources) -> None:
+    Args:
+        begins: where the sequences of each batch begin in the split, (num_batches, batch).
+    """
+
+    def __init__(self, layers: Sequence[MoE], sources: Sources, begins: NDArray[np.int64]) -> None:
         self.layers = layers
         self.sources = sources
+        self.begins = begins
         self.counts: list[Tensor | None] = [None] * len(layers)  # (num_sources, num_experts) int64
         self._of_tokens: Tensor | None = None
 
     @contextmanager
-    def counting(self, begins: NDArray[np.int64], tokens: Tensor) -> Iterator[None]:
-        """Count a forward pass on ``tokens`` (batch, seq), whose rows begin at ``begins`` (batch,) of the split."""
-        self._of_tokens = torch.from_numpy(self.sources.of(begins, tokens.shape[1])).flatten().to(tokens.device)
+    def counting(self, number: int, tokens: Tensor) -> Iterator[None]:
+        """Count a forward pass on ``tokens`` (batch, seq), the batch of that number."""
+        of_tokens = self.sources.of(self.begins[number], tokens.shape[1])
+        self._of_tokens = torch.from_numpy(of_tokens).flatten().to(tokens.device)
         hooks = [
             layer.router.register_forward_hook(
                 lambda router, given, routing, number=number: self._count(number, routing)

@@ -28,11 +28,11 @@ def two_experts() -> MoE:
 
 def told(signs: list[list[int]], runs: list[Run]) -> dict[str, float]:
     layers = [two_experts(), MoE(FeedForward(d_model=2, d_ff=4), num_experts=2, top_k=1)]  # the second stays dense
-    loads = SourceLoads(layers, Sources(runs))
     tokens = torch.tensor(signs)
-    length = tokens.shape[1]
-    for begin, row in enumerate(tokens):  # a batch a row: counts add up
-        with loads.counting(np.array([begin * length]), row.unsqueeze(0)):
+    begins = np.arange(len(tokens))[:, None] * tokens.shape[1]
+    loads = SourceLoads(layers, Sources(runs), begins)
+    for number, row in enumerate(tokens):  # a batch a row: counts add up
+        with loads.counting(number, row.unsqueeze(0)):
             layers[0](torch.stack([row, row], dim=-1).unsqueeze(0).float())
     return loads.metrics()
 
