@@ -9,7 +9,6 @@ import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
@@ -21,9 +20,6 @@ from apt_model.files import write_json
 from apt_model.schedule import Horizon
 from apt_model.schedule.runner import horizon_changed
 from apt_model.training.checkpoint import Checkpoints, newest_intact, read_manifest
-
-if TYPE_CHECKING:
-    pass
 
 FIXED = (
     "seed",

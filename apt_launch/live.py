@@ -17,14 +17,10 @@ from apt_launch.plan import Plan
 from apt_launch.report import Findings, Trial, compare, headline, is_number
 from apt_launch.tracking import Row
 from apt_launch.tracking.reader import RecordReader
-from apt_model.schedule import MODULES
-from apt_model.schedule.rows import is_anneal
+from apt_model.schedule.rows import is_anneal, modules_on
 
 METRIC: Final = "val/loss"
 LOSSES: Final = (METRIC, "train/loss")
-
-SWITCHES: Final = {module: f"schedule/{module}_enabled" for module in MODULES}
-"""What a row calls a module's state."""
 
 MOST_POINTS: Final = 512
 """Points of a curve; of more rows every second one is left out, then every second of those, and so on."""
@@ -117,9 +113,8 @@ class Runner:
         for name, value in row.items():
             if _is_drawn(name) and is_number(value):
                 self.curves.setdefault(name, Curve()).add(look, row["tokens"], value)
-        for module, switch in SWITCHES.items():
-            if module not in self.switches and row.get(switch):
-                self.switches[module] = row["tokens"]
+        for module in modules_on(row):
+            self.switches.setdefault(module, row["tokens"])
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,13 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from apt_launch.config import CONF
+from apt_launch.menu import COMMANDS
 from apt_launch.schema import GROUPS, LaunchConfig, LocalLauncherConfig, SlurmLauncherConfig, TopLevel
 from apt_model.schedule.anneal import Anneal, Segment
 from apt_model.schedule.spec import Event, When
 
 GRAMMAR = (Anneal, Segment, Event, When)
 """What stands below keys of ``schedule``, and in ``trainer.lr_schedule``."""
-
-COMMANDS = ("preview", "sweep", "generate", "tokenize", "sync")
 
 
 class Written(NamedTuple):
@@ -277,7 +276,7 @@ def commands_page() -> str:
     """Return what ``--help`` of each command says."""
     parts = ["# Commands\n", "What `--help` says, taken when these pages are built.\n"]
     parts.append(f"## python -m apt_launch\n\n```text\n{help_of('__main__')}\n```\n")
-    for name in COMMANDS:
+    for name in (module.removeprefix("apt_launch.") for module in COMMANDS):
         said = help_of(name)
         parts.append(f"## python -m apt_launch.{name}\n\n```text\n{said}\n```\n")
         for inner in re.findall(r"^    ([a-z]+)\s{2,}", said, flags=re.MULTILINE) if name == "sweep" else []:

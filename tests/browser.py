@@ -14,22 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
+from tests.packages import needed
 
 QUIET = [f"--disable-{name}" for name in ("gpu", "quic", "background-networking", "component-update", "sync")]
 
 
 def chromium() -> str:
-    """Return the browser's command; where there is none, install it in the gate, else skip."""
-    found = shutil.which("chromium") or shutil.which("google-chrome")
-    if found is None and os.environ.get("CI") and os.geteuid() == 0 and shutil.which("apt-get"):
-        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for command in (["update"], ["install", "-y", "-qq", "--no-install-recommends", "chromium"]):
-            subprocess.run(["apt-get", *command], env=environment, capture_output=True, timeout=600, check=True)
-        found = shutil.which("chromium")
-    if found is None:
-        pytest.skip("needs chromium: apt-get install chromium")
-    return found
+    """Return the browser's command."""
+    return shutil.which("chromium") or shutil.which("google-chrome") or needed("chromium")
 
 
 class Browser:

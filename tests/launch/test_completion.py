@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pty
 import select
-import shutil
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from apt_launch.config import flatten
 from apt_launch.menu import CONF, groups, keys
 from apt_model.schedule import Anneal
 from tests.conftest import environment, run_module
+from tests.packages import needed
 
 ROUTE_TEMP = [f"schedule.route_temp.{key}=" for key in ("by", "end", "start", "type", "warmup")]
 
@@ -129,20 +129,6 @@ def test_a_shell_that_is_unknown_is_told() -> None:
 # --- real shells -------------------------------------------------------------------------------------------------------
 
 
-def need(shell: str) -> str:
-    """Return the shell's path; install it in the gate, else skip where it is missing."""
-    if shutil.which(shell) is None and os.environ.get("CI") and os.geteuid() == 0 and shutil.which("apt-get"):
-        for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", shell]):
-            environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-            subprocess.run(["apt-get", *command], env=environment, capture_output=True, timeout=600, check=False)
-    found = shutil.which(shell)
-    if found is None and os.environ.get("CI"):
-        pytest.fail(f"the gate never goes without {shell}")
-    if found is None:
-        pytest.skip(f"needs {shell}: sudo apt-get install {shell}")
-    return found
-
-
 class Terminal:
     """A shell at a terminal."""
 
@@ -174,7 +160,7 @@ class Terminal:
 def terminal(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Terminal]:
     plain = {"bash": ["--norc", "--noprofile", "-i"], "zsh": ["-f", "-i"]}[request.param]
     (tmp_path / "script").write_text(script(f"install={request.param}"))
-    terminal = Terminal([need(request.param), *plain], tmp_path)
+    terminal = Terminal([needed(request.param), *plain], tmp_path)
     terminal.type("source ./script; echo rea''dy\n", lambda seen: "ready" in seen)
     yield terminal
     terminal.close()
@@ -219,6 +205,6 @@ def test_python_without_us_completes_as_before(terminal: Terminal, tmp_path: Pat
 )
 def test_fish_completes(line: str, expected: list[str], tmp_path: Path) -> None:
     (tmp_path / "script").write_text(script("install=fish"))
-    command = [need("fish"), "--no-config", "-c", f"source {tmp_path}/script; complete -C '{line}'"]
+    command = [needed("fish"), "--no-config", "-c", f"source {tmp_path}/script; complete -C '{line}'"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, env=environment())
     assert [found.split("\t")[0] for found in result.stdout.splitlines()] == expected
