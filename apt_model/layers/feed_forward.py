@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from apt_model.layers import blocks
 
 Compute = Callable[[Tensor, Tensor], Tensor]
 """Maps rows (n, d_model), sorted by expert, and the ends of each expert's rows to (n, d_model)."""
@@ -54,6 +57,11 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d_model) to the same shape."""
         return FFN[self.ffn](x, F.linear, **dict(self.named_parameters()))
+
+
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that autocast asks for, else that of ``x``."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 def channel_dim(name: str) -> int:
@@ -107,24 +115,18 @@ class Experts(nn.Module):
         Returns:
             (rows, d_model), in the dtype that autocast asks for, else in that of ``x``.
         """
-        if torch.is_autocast_enabled(x.device.type):  # grouped_mm does not listen to autocast
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = x.to(computing_dtype(x))  # grouped_mm does not listen to autocast
         return self._compute(x, ends) if self.exchange is None else self.exchange(x, ends, self._compute)
 
     def _compute(self, x: Tensor, ends: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.element_size() == 2 and not torch.compiler.is_compiling():
-            x, ends, place = spread(x, ends)
-            return self._multiply(x, ends).index_select(0, place)
-        return self._multiply(x, ends)
-
-    def _multiply(self, x: Tensor, ends: Tensor) -> Tensor:
-        def linear(rows: Tensor, weight: Tensor) -> Tensor:
-            return grouped_linear(rows, weight.to(rows.dtype), ends)
-
-        weights = dict(self.named_parameters())
+        weights: dict[str, Tensor] = dict(self.named_parameters())
         if self.exchange is not None:
             weights = {name: weight.to_local() for name, weight in weights.items()}  # type: ignore[attr-defined]
-        return FFN[self.ffn](x, linear, **weights)
+        weights = {name: weight.to(x.dtype) for name, weight in weights.items()}
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            down = weights.pop("down")
+            return blocks.compute(x, ends, self.ffn, list(weights.values()), down)
+        return FFN[self.ffn](x, partial(grouped_linear, ends=ends), **weights)
 
     @torch.no_grad()
     def cosine(self) -> Tensor:
@@ -144,35 +146,6 @@ class Experts(nn.Module):
             alike = weight.view(copies, self.granularity, -1).transpose(0, 1)  # (slices, copies, ...)
             squares += torch.bmm(scale, alike).square().sum(dim=(1, 2))
         return (squares.mean() - copies) / (copies * (copies - 1))
-
-
-def size_step(rows: int, groups: int) -> int:
-    """Return of what sizes of groups are to be multiples: a power of two, 8 to 64, of about an eighth of their mean."""
-    return 1 << min(6, max(3, (rows // groups // 8).bit_length() - 1))
-
-
-def spread(x: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Put zeros after each group, so that the sizes of groups are multiples of :func:`size_step`.
-
-    On the CPU 16-bit products go through oneDNN, which compiles a kernel for each new size, in ten times as long as the
-    product takes. Routing gives new sizes at each step; few different ones are left of them.
-
-    Args:
-        x: (rows, d_model), sorted by group.
-        ends: (groups,) int32; what is past the last one comes out as the last row.
-
-    Returns:
-        The rows with zeros between, their ends, and where each row of ``x`` is now: (rows,) int64.
-    """
-    counts = ends.diff(prepend=ends.new_zeros(1)).long()
-    multiple = size_step(x.shape[0], len(ends))
-    room = (counts + multiple - 1) // multiple * multiple
-    shift = ((room - counts).cumsum(0) - (room - counts)).repeat_interleave(counts)
-    place = torch.arange(len(shift)) + shift
-    total = int(room.sum())
-    padded = x.new_zeros(max(1, total), x.shape[1]).index_copy(0, place, x[: len(shift)])
-    place = F.pad(place, (0, x.shape[0] - len(shift)), value=max(0, total - 1))
-    return padded, room.cumsum(0).int(), place
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

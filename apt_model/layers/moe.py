@@ -9,7 +9,8 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from apt_model.layers.feed_forward import Experts, FeedForward, as_dense, as_experts
+from apt_model.layers import blocks
+from apt_model.layers.feed_forward import Experts, FeedForward, as_dense, as_experts, computing_dtype
 from apt_model.layers.router import (
     Dispatch,
     Router,
@@ -228,21 +229,22 @@ class MoE(nn.Module):
     def _mix(self, rows: Tensor, dispatch: Dispatch) -> Tensor:
         """Compute slots in their order and add each token's, weighted: (tokens, d_model)."""
         assert self.experts is not None
-        order = dispatch.order
-        masked = not self.dropless  # past the last end nothing is defined: keep it out of both passes
-        if masked and rows.device.type == "cpu" and not torch.compiler.is_compiling():
-            order, masked = order[: int(dispatch.ends[-1])], False  # no device to wait for: leave it out at once
-        token = order // self.top_k
+        weights = dispatch.weights * self.granularity if self.granularity > 1 else dispatch.weights
+        if (
+            rows.device.type == "cpu" and not torch.compiler.is_compiling()
+        ):  # no device to wait for: as many as there are
+            rows = rows.to(computing_dtype(rows))
+            where = blocks.places(dispatch, rows.dtype)
+            return blocks.combine(self.experts(blocks.gather(rows, where), where.ends), weights, where)
+        token = dispatch.order // self.top_k
         inputs = rows.index_select(0, token)
-        if masked:
+        if not self.dropless:  # past the last end nothing is defined: keep it out of both passes
             computed = (torch.arange(token.shape[0], device=token.device) < dispatch.ends[-1]).unsqueeze(1)
             inputs = inputs.where(computed, 0.0)
         slots = self.experts(inputs, dispatch.ends)
-        if masked:
+        if not self.dropless:
             slots = slots.where(computed, 0.0)
-        weights = dispatch.weights.reshape(-1).index_select(0, order).unsqueeze(1)
-        if self.granularity > 1:
-            weights = weights * self.granularity
+        weights = weights.reshape(-1).index_select(0, dispatch.order).unsqueeze(1)
         mixed = torch.zeros(rows.shape, dtype=weights.dtype, device=rows.device)
         return mixed.index_add(0, token, slots.to(weights.dtype) * weights).to(slots.dtype)
 

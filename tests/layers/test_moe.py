@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apt_model.layers.feed_forward import FeedForward, grouped_linear, spread
+from apt_model.layers.feed_forward import FeedForward, grouped_linear
 from apt_model.layers.moe import MoE, MoEReport
 from apt_model.layers.tally import METRICS, layer_metrics
 
@@ -408,22 +408,6 @@ def test_a_sigmoid_router_balances_itself_in_training_only() -> None:
     moe.balance()
     assert torch.equal(moe.router.bias, moved), "and moves the bias once"
     assert "router.bias" in moe.state_dict()
-
-
-@pytest.mark.parametrize("counts", [[3, 0, 40, 9], [0, 0, 0, 0], [200, 1, 0, 0]])
-def test_rows_spread_over_groups_of_round_sizes_are_found_again(counts: list[int]) -> None:
-    ends = torch.tensor(counts).cumsum(0).int()
-    x = torch.randn(sum(counts) + 5, 3)  # five past the last end
-    spread_out, new_ends, place = spread(x, ends)
-    kept = sum(counts)
-    assert torch.equal(spread_out[place[:kept]], x[:kept])
-    assert all(size % 8 == 0 for size in new_ends.tolist())
-    assert len(place) == len(x)
-    begins = [0, *new_ends.tolist()]
-    groups = torch.searchsorted(new_ends, place[:kept], right=True)
-    assert groups.tolist() == [group for group, count in enumerate(counts) for _ in range(count)]
-    assert spread_out.abs().sum() == pytest.approx(x[:kept].abs().sum().item())
-    assert len(spread_out) == max(1, begins[-1])
 
 
 def test_experts_in_16_bits_compute_what_each_alone_does() -> None:
