@@ -17,16 +17,16 @@ from torch.autograd.function import once_differentiable
 from apt_model.layers.router import Dispatch
 
 BLOCK_BYTES = 4 << 20
-"""Of one tensor of width d_ff: experts are computed together as long as they need no more."""
+"""What is computed at a time: so much of one tensor of width d_ff."""
 
 aten = torch.ops.aten
 
 
 class Places(NamedTuple):
-    """Where slots stand: sorted by expert, and after each expert's, in 16 bits, some room."""
+    """Where slots stand: sorted by expert, with room at the end and, in 16 bits, after each expert's."""
 
-    slots: Tensor  # (slots,) int64: those that somebody computes
-    at: Tensor  # (slots,) int64: where they stand
+    order: Tensor  # (slots,) int64: slots by expert, then those that nobody computes
+    at: Tensor  # (slots,) int64: where they stand; those that nobody computes past the last place
     token: Tensor  # (places,) int64: whose row stands there; token 0 where there is room
     ends: Tensor  # (num_experts,) int32: the places of expert e end before ends[e]
     of_token: Tensor  # (tokens, top_k) int64: where a token's slots stand; 0 for those that nobody computes
@@ -43,21 +43,27 @@ def size_step(rows: int, groups: int) -> int:
 
 
 def places(dispatch: Dispatch, dtype: torch.dtype) -> Places:
-    """Give each slot of ``dispatch`` its place for products in ``dtype``."""
+    """Give each slot of ``dispatch`` its place for products in ``dtype``.
+
+    There are always as many places as there may have to be, so that tensors have the same sizes at each step, and memory
+    that one has freed fits the next.
+    """
     tokens, top_k = dispatch.kept.shape
-    slots = dispatch.order[: int(dispatch.ends[-1])]
-    at, ends = torch.arange(len(slots)), dispatch.ends
+    order, ends = dispatch.order, dispatch.ends
+    at, most = torch.arange(len(order)), len(order)
+    computed = at < ends[-1]
     if dtype.itemsize == 2:
-        counts = ends.diff(prepend=ends.new_zeros(1)).long()
-        multiple = size_step(len(slots), len(ends))
+        multiple = size_step(most, len(ends))
+        counts = ends.diff(prepend=ends.new_zeros(1))
         sizes = (counts + multiple - 1) // multiple * multiple
-        begins = sizes.cumsum(0) - sizes
-        at = at + (begins - (counts.cumsum(0) - counts)).repeat_interleave(counts)
-        ends = sizes.cumsum(0).int()
-    token = torch.zeros(int(ends[-1]), dtype=torch.int64).index_copy_(0, at, slots // top_k)
-    of_token = torch.zeros(tokens * top_k, dtype=torch.int64).index_copy_(0, slots, at)
-    served = torch.zeros(tokens * top_k, dtype=torch.bool).index_fill_(0, slots, 1)
-    return Places(slots, at, token, ends, of_token.view(tokens, top_k), served.view(tokens, top_k))
+        expert = torch.searchsorted(ends, at, right=True).clamp_(max=len(ends) - 1)
+        at += (sizes.cumsum(0) - sizes - ends + counts).index_select(0, expert)
+        most, ends = most + len(ends) * (multiple - 1), sizes.cumsum(0).int()
+    at = torch.where(computed, at, most)
+    token = torch.zeros(most + 1, dtype=torch.int64).index_copy_(0, at, order // top_k)[:-1]
+    of_token = torch.empty_like(order).index_copy_(0, order, torch.where(computed, at, 0))
+    served = torch.empty_like(computed).index_copy_(0, order, computed)
+    return Places(order, at, token, ends, of_token.view(tokens, top_k), served.view(tokens, top_k))
 
 
 def gather(rows: Tensor, where: Places) -> Tensor:
@@ -110,27 +116,27 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         outputs, weights = ctx.saved_tensors
-        slots, at, token, *_ = ctx.where
-        by_output = grad.to(outputs.dtype).index_select(0, token)
+        where = ctx.where
+        by_output = grad.to(outputs.dtype).index_select(0, where.token)
         products = (by_output * outputs).sum(dim=1, dtype=weights.dtype)
-        by_weight = torch.zeros_like(weights).view(-1).index_copy_(0, slots, products.index_select(0, at))
-        scale = torch.zeros_like(products).index_copy_(0, at, weights.flatten().index_select(0, slots))
-        return by_output.mul_(scale.unsqueeze(1).to(outputs.dtype)), by_weight.view_as(weights), None
+        by_weight = products.index_select(0, where.of_token.flatten()).view_as(weights)
+        scale = weights.new_zeros(len(products) + 1).index_copy_(0, where.at, weights.flatten()[where.order])[:-1]
+        return by_output.mul_(scale.unsqueeze(1).to(outputs.dtype)), by_weight.where(where.served, 0.0), None
 
 
 class Activation(NamedTuple):
     """What stands between the products of an expert, on tensors (rows, d_ff) that are there already.
 
     Attributes:
-        kept: how many of them ``forward`` writes, for ``backward``, beside the result.
-        forward: takes the results of the products into the expert (up, or up and gate), the kept and the result.
-        backward: takes the gradient of the result, which it may overwrite, what the products gave and the kept; returns
-            the gradients of the former.
+        kept: how many tensors ``forward`` writes for ``backward``, beside its result.
+        forward: takes what the products gave (up, or up and gate), the kept tensors, and one for the result.
+        backward: takes tensors for the gradients of what the products gave, of which the last one holds the gradient of
+            the result, what the products gave, and the kept tensors.
     """
 
     kept: int
-    forward: Callable[..., object]
-    backward: Callable[..., tuple[Tensor, ...]]
+    forward: Callable[..., None]
+    backward: Callable[..., None]
 
 
 def _swiglu(up: Tensor, gate: Tensor, curved: Tensor, hidden: Tensor) -> None:
@@ -138,18 +144,18 @@ def _swiglu(up: Tensor, gate: Tensor, curved: Tensor, hidden: Tensor) -> None:
     torch.mul(curved, up, out=hidden)
 
 
-def _swiglu_backward(grad: Tensor, up: Tensor, gate: Tensor, curved: Tensor) -> tuple[Tensor, Tensor]:
-    by_up = grad * curved
+def _swiglu_backward(by_up: Tensor, grad: Tensor, up: Tensor, gate: Tensor, curved: Tensor) -> None:
+    torch.mul(grad, curved, out=by_up)
     grad.mul_(up)
-    return by_up, aten.silu_backward.grad_input(grad, gate, grad_input=grad)
+    aten.silu_backward.grad_input(grad, gate, grad_input=grad)
 
 
 def _gelu(up: Tensor, hidden: Tensor) -> None:
     aten.gelu.out(up, out=hidden)
 
 
-def _gelu_backward(grad: Tensor, up: Tensor) -> tuple[Tensor]:
-    return (aten.gelu_backward.grad_input(grad, up, grad_input=grad),)
+def _gelu_backward(grad: Tensor, up: Tensor) -> None:
+    aten.gelu_backward.grad_input(grad, up, grad_input=grad)
 
 
 def _relu2(up: Tensor, positive: Tensor, hidden: Tensor) -> None:
@@ -157,8 +163,8 @@ def _relu2(up: Tensor, positive: Tensor, hidden: Tensor) -> None:
     torch.mul(positive, positive, out=hidden)
 
 
-def _relu2_backward(grad: Tensor, up: Tensor, positive: Tensor) -> tuple[Tensor]:
-    return (grad.mul_(positive).mul_(2.0),)
+def _relu2_backward(grad: Tensor, up: Tensor, positive: Tensor) -> None:
+    grad.mul_(positive).mul_(2.0)
 
 
 ACTIVATIONS = {
@@ -186,23 +192,23 @@ def compute(x: Tensor, ends: Tensor, ffn: str, into: Sequence[Tensor], down: Ten
 
 
 class _Experts(torch.autograd.Function):
-    """Matrices of single experts, written where they belong: 64 of them are no slower than one product of all."""
+    """Products with single matrices, written where they belong, block by block."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ends: Tensor, ffn: str, *weights: Tensor) -> Tensor:
         *into, down = (weight.transpose(1, 2).unbind() for weight in weights)
-        activation = ACTIVATIONS[ffn]
-        inner = [x.new_empty(len(x), weights[-1].shape[2]) for _ in range(len(into) + activation.kept + 1)]
+        activation, width = ACTIVATIONS[ffn], weights[-1].shape[2]
+        inner = [x.new_empty(len(x), width) for _ in range(len(into) + activation.kept + 1)]
         output = torch.empty_like(x)
-        blocks = list(_blocks(ends, inner[0]))
-        for block in blocks:
-            rows, here = block.split(x), [tensor[block.rows] for tensor in inner]
+        ctx.blocks = list(_blocks(ends, len(x), block_rows(width, x.itemsize)))
+        for block in ctx.blocks:
+            here = [tensor[block.rows] for tensor in inner]
             for matrices, result in zip(into, here, strict=False):
-                _multiply(rows, matrices[block.experts], torch.split(result, block.sizes))
+                block.multiply(x[block.rows], matrices, result)
             activation.forward(*here)
-            _multiply(torch.split(here[-1], block.sizes), down[block.experts], block.split(output))
+            block.multiply(here[-1], down, output[block.rows])
         ctx.save_for_backward(x, *weights, *inner)
-        ctx.activation, ctx.blocks, ctx.num_weights = activation, blocks, len(weights)
+        ctx.activation, ctx.num_weights, ctx.computed = activation, len(weights), int(ends[-1])
         return output
 
     @staticmethod
@@ -215,58 +221,75 @@ class _Experts(torch.autograd.Function):
             torch.empty_like(weight) if wanted else None
             for weight, wanted in zip(weights, ctx.needs_input_grad[3:], strict=True)
         ]
-        matrices = [weight.unbind() for weight in weights]
-        by_matrices = [[None] * len(weights[0]) if by is None else by.unbind() for by in by_weights]
+        *into, down = (weight.unbind() for weight in weights)
+        *by_into, by_down = (weight.unbind() if weight is not None else None for weight in by_weights)
+        most = min(len(x), block_rows(inner[0].shape[1], x.itemsize))
+        spare = [x.new_empty(most, inner[0].shape[1]) for _ in into]
         for block in ctx.blocks:
-            rows, grads, here = block.split(x), block.split(grad), [tensor[block.rows] for tensor in inner]
-            *before, hidden = here
-            by_hidden = torch.empty_like(hidden)
-            _multiply(grads, matrices[-1][block.experts], torch.split(by_hidden, block.sizes))
-            _products(grads, torch.split(hidden, block.sizes), by_matrices[-1][block.experts])
-            for number, by_inner in enumerate(ctx.activation.backward(by_hidden, *before)):
-                parts = torch.split(by_inner, block.sizes)
-                _multiply(parts, matrices[number][block.experts], block.split(by_x), add=number > 0)
-                _products(parts, rows, by_matrices[number][block.experts])
-            rest = block.rows.stop
-        by_x[rest:].zero_()
+            *before, hidden = (tensor[block.rows] for tensor in inner)
+            by_inner = [tensor[: len(hidden)] for tensor in spare]
+            block.multiply(grad[block.rows], down, by_inner[-1])
+            block.products(grad[block.rows], hidden, by_down)
+            ctx.activation.backward(*by_inner, *before)
+            for number, by in enumerate(by_inner):
+                block.multiply(by, into[number], by_x[block.rows], add=number > 0)
+                block.products(by, x[block.rows], by_into[number])
+        by_x[ctx.computed :].zero_()
         return by_x, None, None, *by_weights
 
 
+def block_rows(width: int, itemsize: int) -> int:
+    """Return how many rows of ``width`` numbers are computed at a time: a multiple of 64."""
+    return max(64, BLOCK_BYTES // (width * itemsize) // 64 * 64)
+
+
 class _Block(NamedTuple):
-    """Experts that are computed together."""
+    """Rows that are computed together; the first expert may have begun in the block before, the last may go on."""
 
-    experts: slice
     rows: slice
-    sizes: list[int]  # rows of each
+    experts: slice
+    sizes: list[int]  # rows of each expert here, and those of none
+    goes_on: bool  # whether the first expert had rows before
 
-    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Return the rows of each expert."""
-        return torch.split(rows[self.rows], self.sizes)
+    def multiply(self, rows: Tensor, matrices: Sequence[Tensor], out: Tensor, add: bool = False) -> None:
+        """Write each expert's rows times its matrix to ``out``, or add them to what is there."""
+        parts = zip(matrices[self.experts], torch.split(rows, self.sizes), torch.split(out, self.sizes), strict=False)
+        for matrix, some, result in parts:
+            if add and len(some):
+                result.addmm_(some, matrix)
+            elif len(some):
+                torch.mm(some, matrix, out=result)
+
+    def products(self, left: Tensor, right: Tensor, out: Sequence[Tensor] | None) -> None:
+        """Write for each expert the rows of ``left``, transposed, times those of ``right`` to ``out``, if there is one."""
+        if out is None:
+            return
+        add = self.goes_on
+        parts = zip(out[self.experts], torch.split(left, self.sizes), torch.split(right, self.sizes), strict=False)
+        for result, one, other in parts:
+            if add:
+                result.addmm_(one.t(), other)
+            else:
+                torch.mm(one.t(), other, out=result)  # zeros where there are no rows
+            add = False
 
 
-def _blocks(ends: Tensor, like: Tensor) -> Iterator[_Block]:
-    """Cut experts into blocks of which a tensor like ``like`` needs no more than :data:`BLOCK_BYTES`, but one expert."""
-    most = BLOCK_BYTES // (like.shape[1] * like.itemsize)
-    first, begin, sizes = 0, 0, list[int]()
+def _blocks(ends: Tensor, rows: int, most: int) -> Iterator[_Block]:
+    """Cut ``rows`` into blocks of ``most``, and say how many of each expert are in each; every expert is in one at least.
+
+    The last block's length is a multiple of an eighth of ``most``, or its end that of all rows: activations, too, may be
+    compiled for each new size.
+    """
+    begin, first, goes_on, sizes = 0, 0, False, list[int]()
     for expert, size in enumerate(ends.diff(prepend=ends.new_zeros(1)).tolist()):
-        if sum(sizes) and sum(sizes) + size > most:
-            yield _Block(slice(first, expert), slice(begin, begin + sum(sizes)), sizes)
-            first, begin, sizes = expert, begin + sum(sizes), []
-        sizes.append(size)
-    yield _Block(slice(first, len(ends)), slice(begin, begin + sum(sizes)), sizes)
-
-
-def _multiply(rows: Sequence[Tensor], matrices: Sequence[Tensor], out: Sequence[Tensor], add: bool = False) -> None:
-    """Write each expert's rows times its matrix to ``out``, or add them to what is there."""
-    for some, matrix, result in zip(rows, matrices, out, strict=True):
-        if add and len(some):
-            result.addmm_(some, matrix)
-        elif len(some):
-            torch.mm(some, matrix, out=result)
-
-
-def _products(left: Sequence[Tensor], right: Sequence[Tensor], out: Sequence[Tensor | None]) -> None:
-    """Write for each expert the rows of ``left``, transposed, times those of ``right`` to ``out``, where there is one."""
-    for one, other, result in zip(left, right, out, strict=True):
-        if result is not None:
-            torch.mm(one.t(), other, out=result)  # 0 without rows
+        left = size
+        while left > (room := most - sum(sizes)):
+            if room:
+                sizes.append(room)
+            yield _Block(slice(begin, begin + most), slice(first, first + len(sizes)), sizes, goes_on)
+            left -= room
+            begin, first, goes_on, sizes = begin + most, expert, left < size, []
+        sizes.append(left)
+    here = sum(sizes)
+    end = min(rows, begin + -(-here // (most // 8)) * (most // 8))
+    yield _Block(slice(begin, end), slice(first, len(ends)), [*sizes, end - begin - here], goes_on)
