@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from apt_model.layers.router import Dispatch
 
-BLOCK_BYTES = 4 << 20
-"""What is computed at a time: so much of one tensor of width d_ff."""
+BLOCK_SIZE = 1 << 20
+"""What is computed at a time: so many numbers of one tensor of width d_ff."""
 
 aten = torch.ops.aten
 
@@ -34,12 +34,12 @@ class Places(NamedTuple):
 
 
 def size_step(rows: int, groups: int) -> int:
-    """Return of what sizes of groups are to be multiples: a power of two, 8 to 64, of about a 32nd of their mean.
+    """Return of what sizes of groups are to be multiples: a power of two, 8 to 64, of about a 16th of their mean.
 
     In 16 bits products go through oneDNN, which compiles a kernel for each new size, in ten times as long as the product
     takes. Routing gives new sizes at each step; few different ones are left of them.
     """
-    return 1 << min(6, max(3, (rows // groups // 32).bit_length() - 1))
+    return 1 << min(6, max(3, (rows // groups // 16).bit_length() - 1))
 
 
 def places(dispatch: Dispatch, dtype: torch.dtype) -> Places:
@@ -198,17 +198,16 @@ class _Experts(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, ends: Tensor, ffn: str, *weights: Tensor) -> Tensor:
         *into, down = (weight.transpose(1, 2).unbind() for weight in weights)
         activation, width = ACTIVATIONS[ffn], weights[-1].shape[2]
-        inner = [x.new_empty(len(x), width) for _ in range(len(into) + activation.kept + 1)]
+        inner = [x.new_empty(len(x) + STEP, width) for _ in range(len(into) + activation.kept + 1)]
         output = torch.empty_like(x)
-        ctx.blocks = list(_blocks(ends, len(x), block_rows(width, x.itemsize)))
+        ctx.blocks = list(_blocks(ends, block_rows(width)))
         for block in ctx.blocks:
-            here = [tensor[block.rows] for tensor in inner]
-            for matrices, result in zip(into, here, strict=False):
-                block.multiply(x[block.rows], matrices, result)
-            activation.forward(*here)
-            block.multiply(here[-1], down, output[block.rows])
+            for matrices, result in zip(into, inner, strict=False):
+                block.multiply(x[block.rows], matrices, result[block.rows])
+            activation.forward(*(tensor[block.around] for tensor in inner))
+            block.multiply(inner[-1][block.rows], down, output[block.rows])
         ctx.save_for_backward(x, *weights, *inner)
-        ctx.activation, ctx.num_weights, ctx.computed = activation, len(weights), int(ends[-1])
+        ctx.activation, ctx.num_weights = activation, len(weights)
         return output
 
     @staticmethod
@@ -223,38 +222,43 @@ class _Experts(torch.autograd.Function):
         ]
         *into, down = (weight.unbind() for weight in weights)
         *by_into, by_down = (weight.unbind() if weight is not None else None for weight in by_weights)
-        most = min(len(x), block_rows(inner[0].shape[1], x.itemsize))
-        spare = [x.new_empty(most, inner[0].shape[1]) for _ in into]
+        width = inner[-1].shape[1]
+        spare = [x.new_empty(block_rows(width), width) for _ in into]
         for block in ctx.blocks:
-            *before, hidden = (tensor[block.rows] for tensor in inner)
-            by_inner = [tensor[: len(hidden)] for tensor in spare]
+            around = [tensor[: block.around.stop - block.around.start] for tensor in spare]
+            by_inner = [tensor[: block.rows.stop - block.rows.start] for tensor in spare]
             block.multiply(grad[block.rows], down, by_inner[-1])
-            block.products(grad[block.rows], hidden, by_down)
-            ctx.activation.backward(*by_inner, *before)
+            block.products(grad[block.rows], inner[-1][block.rows], by_down)
+            ctx.activation.backward(*around, *(tensor[block.around] for tensor in inner[:-1]))
             for number, by in enumerate(by_inner):
                 block.multiply(by, into[number], by_x[block.rows], add=number > 0)
                 block.products(by, x[block.rows], by_into[number])
-        by_x[ctx.computed :].zero_()
+        by_x[block.rows.stop :].zero_()
         return by_x, None, None, *by_weights
 
 
-def block_rows(width: int, itemsize: int) -> int:
-    """Return how many rows of ``width`` numbers are computed at a time: a multiple of 64."""
-    return max(64, BLOCK_BYTES // (width * itemsize) // 64 * 64)
+STEP = 64
+"""Of this many rows lengths of blocks are multiples where activations work: they, too, may be compiled for each new size."""
+
+
+def block_rows(width: int) -> int:
+    """Return how many rows of ``width`` numbers are computed at a time: a multiple of :data:`STEP`."""
+    return max(STEP, BLOCK_SIZE // width // STEP * STEP)
 
 
 class _Block(NamedTuple):
     """Rows that are computed together; the first expert may have begun in the block before, the last may go on."""
 
     rows: slice
+    around: slice  # the same, and as many of those that follow as make it a multiple of STEP
     experts: slice
-    sizes: list[int]  # rows of each expert here, and those of none
+    sizes: list[int]  # rows of each expert here
     goes_on: bool  # whether the first expert had rows before
 
     def multiply(self, rows: Tensor, matrices: Sequence[Tensor], out: Tensor, add: bool = False) -> None:
         """Write each expert's rows times its matrix to ``out``, or add them to what is there."""
-        parts = zip(matrices[self.experts], torch.split(rows, self.sizes), torch.split(out, self.sizes), strict=False)
-        for matrix, some, result in parts:
+        parts = zip(torch.split(rows, self.sizes), matrices[self.experts], torch.split(out, self.sizes), strict=True)
+        for some, matrix, result in parts:
             if add and len(some):
                 result.addmm_(some, matrix)
             elif len(some):
@@ -265,8 +269,8 @@ class _Block(NamedTuple):
         if out is None:
             return
         add = self.goes_on
-        parts = zip(out[self.experts], torch.split(left, self.sizes), torch.split(right, self.sizes), strict=False)
-        for result, one, other in parts:
+        parts = zip(torch.split(left, self.sizes), torch.split(right, self.sizes), out[self.experts], strict=True)
+        for one, other, result in parts:
             if add:
                 result.addmm_(one.t(), other)
             else:
@@ -274,22 +278,26 @@ class _Block(NamedTuple):
             add = False
 
 
-def _blocks(ends: Tensor, rows: int, most: int) -> Iterator[_Block]:
-    """Cut ``rows`` into blocks of ``most``, and say how many of each expert are in each; every expert is in one at least.
+def _blocks(ends: Tensor, most: int) -> Iterator[_Block]:
+    """Put experts together while they have no more than ``most`` rows, and cut those that have more.
 
-    The last block's length is a multiple of an eighth of ``most``, or its end that of all rows: activations, too, may be
-    compiled for each new size.
+    Every expert is in one block at least.
     """
     begin, first, goes_on, sizes = 0, 0, False, list[int]()
+
+    def block() -> _Block:
+        rows = sum(sizes)
+        around = begin + (rows + STEP - 1) // STEP * STEP
+        experts = slice(first, first + len(sizes))
+        return _Block(slice(begin, begin + rows), slice(begin, around), experts, sizes, goes_on)
+
     for expert, size in enumerate(ends.diff(prepend=ends.new_zeros(1)).tolist()):
-        left = size
-        while left > (room := most - sum(sizes)):
-            if room:
-                sizes.append(room)
-            yield _Block(slice(begin, begin + most), slice(first, first + len(sizes)), sizes, goes_on)
-            left -= room
-            begin, first, goes_on, sizes = begin + most, expert, left < size, []
-        sizes.append(left)
-    here = sum(sizes)
-    end = min(rows, begin + -(-here // (most // 8)) * (most // 8))
-    yield _Block(slice(begin, end), slice(first, len(ends)), [*sizes, end - begin - here], goes_on)
+        if sum(sizes) and sum(sizes) + size > most:
+            yield block()
+            begin, first, goes_on, sizes = begin + sum(sizes), expert, False, []
+        for _ in range((size - 1) // most):
+            sizes.append(most)
+            yield block()
+            begin, first, goes_on, sizes, size = begin + most, expert, True, [], size - most
+        sizes.append(size)
+    yield block()
