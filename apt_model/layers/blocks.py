@@ -86,9 +86,9 @@ def combine(outputs: Tensor, weights: Tensor, where: Places) -> Tensor:
     return mixed
 
 
-def _sums(rows: Tensor, of_token: Tensor, weights: Tensor) -> Tensor:
-    """Return for each token the weighted sum of the rows that ``of_token`` names, in one pass."""
-    return F.embedding_bag(of_token, rows, mode="sum", per_sample_weights=weights.to(rows.dtype))
+def _sums(rows: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """Return the weighted sums of the rows that ``chosen`` (sums, rows of each) names, in one pass."""
+    return F.embedding_bag(chosen, rows, mode="sum", per_sample_weights=weights.to(rows.dtype))
 
 
 class _Gather(torch.autograd.Function):
@@ -116,12 +116,19 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         outputs, weights = ctx.saved_tensors
-        where = ctx.where
-        by_output = grad.to(outputs.dtype).index_select(0, where.token)
-        products = (by_output * outputs).sum(dim=1, dtype=weights.dtype)
-        by_weight = products.index_select(0, where.of_token.flatten()).view_as(weights)
-        scale = weights.new_zeros(len(products) + 1).index_copy_(0, where.at, weights.flatten()[where.order])[:-1]
-        return by_output.mul_(scale.unsqueeze(1).to(outputs.dtype)), by_weight.where(where.served, 0.0), None
+        where, grad = ctx.where, grad.contiguous()
+        scale = weights.new_zeros(len(outputs) + 1).index_copy_(0, where.at, weights.flatten()[where.order])[:-1]
+        by_output = _sums(grad.to(outputs.dtype), where.token.unsqueeze(1), scale.unsqueeze(1))
+        slots = torch.arange(weights.numel())
+        by_weight = aten._embedding_bag_per_sample_weights_backward(
+            grad,
+            outputs.to(grad.dtype),
+            where.of_token.flatten(),
+            slots[:: weights.shape[1]],
+            slots // weights.shape[1],
+            0,
+        )
+        return by_output, by_weight.view_as(weights).where(where.served, 0.0), None
 
 
 class Activation(NamedTuple):
