@@ -86,15 +86,14 @@ class Saved:
     - attention: 7 c d + 4 h (input, query-key-value, rotated query and key, output, and the normaliser);
       written out (``eager``) 5 c d + h S c, and 4 h S more under autocast on a GPU, whose softmax works in float32
     - a dense feed-forward layer: c d (twice under autocast with swiglu) + 4 c f; 2 c f with gelu and relu2
-    - experts: 4 d + 8 E + k (c d + 4 c f / g + 8 d + 40) with a granularity of g; a shared expert 4 c f (+ 2 c d under
-      autocast) more; jitter 4 d more (and c d beside a shared expert in fp32)
+    - experts: 4 d + 8 E + k (c d + 4 c f / g + 8 d + 40) with a granularity of g; on the CPU k (2 c d + 4 c f / g + 48); a
+      shared expert 4 c f (+ 2 c d under autocast) more; jitter 4 d more (and c d beside a shared expert in fp32)
     - alignment: 2 c d + 4 B + 40 rank
     - head and loss: c d + 4 v + 16; 4 v more with label smoothing; c d alone where the loss is computed in chunks
     - the voter: votes (8 v + 4 d + c d) + 4 v, if every position votes: the most that can happen
     - dropout: d for each layer that has it
 
-    On the CPU, in 16 bits, groups of experts are filled up to round sizes: E s / 2 slots more on the mean, s as in
-    :func:`apt_model.layers.feed_forward.size_step`, and c d + 16 bytes a slot.
+    On the CPU there is room for a few rows more: see :mod:`apt_model.layers.blocks`.
 
     Measured on the CPU. CUDA's fused kernels save d numbers less an attention layer.
     """
@@ -269,8 +268,8 @@ def _attention(layer: SelfAttention, length: int, compute: int, on_gpu: bool) ->
 
 
 def _feed_forward(layer: MoE, d: int, compute: int, tokens: int) -> Saved:
-    """``tokens``: of a batch on the CPU, where 16 bits fill sizes up; else 0."""
-    from apt_model.layers.feed_forward import size_step
+    """``tokens``: of a batch on the CPU; else 0."""
+    from apt_model.layers.blocks import STEP, size_step
 
     dropout = Saved(0, d if "dropout" in layer.expected else 0)
     dense = _dense(layer.dense, compute) if layer.dense is not None else Saved(0, 0)
@@ -282,11 +281,13 @@ def _feed_forward(layer: MoE, d: int, compute: int, tokens: int) -> Saved:
     weights = dict(layer.experts.named_parameters())
     one = sum(p.numel() for p in weights.values()) / layer.num_experts
     inner, width = _inner(layer.experts.ffn), weights["up"].shape[1]
-    products = compute * (d + inner * width)
-    slot = Saved(2 * one, products + 8 * d + 40)
-    if tokens and compute < FP32:
-        filled = layer.num_experts * size_step(tokens * layer.top_k, layer.num_experts) / 2
-        slot += Saved(0, products * filled / (tokens * layer.top_k) + compute * d + 16)
+    saved: float = compute * (d + inner * width) + 8 * d
+    if tokens:
+        slots = tokens * layer.top_k
+        room = layer.num_experts * (size_step(slots, layer.num_experts) - 1) / slots if compute < FP32 else 0
+        place = compute * (2 * d + inner * width) + 8
+        saved = place * (1 + room) + compute * inner * width * STEP / slots
+    slot = Saved(2 * one, saved + 40)
     router = Saved(2 * d * layer.num_experts, FP32 * d * (2 if jitter else 1) + 8 * layer.num_experts)
     return dense + dropout + router + Saved(layer.top_k * slot.flops, layer.top_k * slot.saved)
 

@@ -94,13 +94,13 @@ def _sums(rows: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, where: Places) -> Tensor:
-        ctx.where = where
+        ctx.save_for_backward(where.of_token, where.served)
         return rows.index_select(0, where.token)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _sums(grad.contiguous(), ctx.where.of_token, ctx.where.served), None
+        return _sums(grad.contiguous(), *ctx.saved_tensors), None
 
 
 class _Combine(torch.autograd.Function):
@@ -108,15 +108,14 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, outputs: Tensor, weights: Tensor, where: Places) -> Tensor:
-        ctx.save_for_backward(outputs, weights)
-        ctx.where = where
+        ctx.save_for_backward(outputs, weights, *where)
         return _sums(outputs.to(weights.dtype), where.of_token, weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        outputs, weights = ctx.saved_tensors
-        where, grad = ctx.where, grad.contiguous()
+        outputs, weights, *saved = ctx.saved_tensors
+        where, grad = Places(*saved), grad.contiguous()
         scale = weights.new_zeros(len(outputs) + 1).index_copy_(0, where.at, weights.flatten()[where.order])[:-1]
         by_output = _sums(grad.to(outputs.dtype), where.token.unsqueeze(1), scale.unsqueeze(1))
         slots = torch.arange(weights.numel())
@@ -136,9 +135,10 @@ class Activation(NamedTuple):
 
     Attributes:
         kept: how many tensors ``forward`` writes for ``backward``, beside its result.
-        forward: takes what the products gave (up, or up and gate), the kept tensors, and one for the result.
+        forward: takes what the products gave (up, or up and gate), the kept tensors, and one for the result; it may
+            overwrite the first.
         backward: takes tensors for the gradients of what the products gave, of which the last one holds the gradient of
-            the result, what the products gave, and the kept tensors.
+            the result, and what ``forward`` left in the others.
     """
 
     kept: int
@@ -165,19 +165,19 @@ def _gelu_backward(grad: Tensor, up: Tensor) -> None:
     aten.gelu_backward.grad_input(grad, up, grad_input=grad)
 
 
-def _relu2(up: Tensor, positive: Tensor, hidden: Tensor) -> None:
-    torch.clamp(up, min=0, out=positive)
-    torch.mul(positive, positive, out=hidden)
+def _relu2(up: Tensor, hidden: Tensor) -> None:
+    up.clamp_(min=0)
+    torch.mul(up, up, out=hidden)
 
 
-def _relu2_backward(grad: Tensor, up: Tensor, positive: Tensor) -> None:
+def _relu2_backward(grad: Tensor, positive: Tensor) -> None:
     grad.mul_(positive).mul_(2.0)
 
 
 ACTIVATIONS = {
     "swiglu": Activation(1, _swiglu, _swiglu_backward),
     "gelu": Activation(0, _gelu, _gelu_backward),
-    "relu2": Activation(1, _relu2, _relu2_backward),
+    "relu2": Activation(0, _relu2, _relu2_backward),
 }
 
 
