@@ -230,9 +230,7 @@ class MoE(nn.Module):
         """Compute slots in their order and add each token's, weighted: (tokens, d_model)."""
         assert self.experts is not None
         weights = dispatch.weights * self.granularity if self.granularity > 1 else dispatch.weights
-        if (
-            rows.device.type == "cpu" and not torch.compiler.is_compiling()
-        ):  # no device to wait for: as many as there are
+        if rows.device.type == "cpu" and not torch.compiler.is_compiling():
             rows = rows.to(computing_dtype(rows))
             where = blocks.places(dispatch, rows.dtype)
             return blocks.combine(self.experts(blocks.gather(rows, where), where.ends), weights, where)
