@@ -19,6 +19,9 @@ from apt_model.layers.router import Dispatch
 BLOCK_SIZE = 1 << 20
 """What is computed at a time: so many numbers of one tensor of width d_ff."""
 
+STEP = 64
+"""Of this many rows lengths of blocks are multiples where activations work: they, too, may be compiled for each new size."""
+
 aten = torch.ops.aten
 
 
@@ -42,6 +45,11 @@ def size_step(rows: int, groups: int) -> int:
     return 1 << min(6, max(3, (rows // groups // 16).bit_length() - 1))
 
 
+def num_places(slots: int, num_experts: int, itemsize: int) -> int:
+    """Return how many places there are for slots, whatever the routing; ``itemsize``: bytes of a number in products."""
+    return slots + (num_experts * (size_step(slots, num_experts) - 1) if itemsize == 2 else 0)
+
+
 def places(dispatch: Dispatch, dtype: torch.dtype) -> Places:
     """Give each slot of ``dispatch`` its place for products in ``dtype``.
 
@@ -50,15 +58,15 @@ def places(dispatch: Dispatch, dtype: torch.dtype) -> Places:
     """
     tokens, top_k = dispatch.kept.shape
     order, ends = dispatch.order, dispatch.ends
-    at, most = torch.arange(len(order)), len(order)
+    at, most = torch.arange(len(order)), num_places(len(order), len(ends), dtype.itemsize)
     computed = at < ends[-1]
     if dtype.itemsize == 2:
-        multiple = size_step(most, len(ends))
+        multiple = size_step(len(order), len(ends))
         counts = ends.diff(prepend=ends.new_zeros(1))
         sizes = (counts + multiple - 1) // multiple * multiple
         expert = torch.searchsorted(ends, at, right=True).clamp_(max=len(ends) - 1)
         at += (sizes.cumsum(0) - sizes - ends + counts).index_select(0, expert)
-        most, ends = most + len(ends) * (multiple - 1), sizes.cumsum(0).int()
+        ends = sizes.cumsum(0).int()
     at = torch.where(computed, at, most)
     token = torch.zeros(most + 1, dtype=torch.int64).index_copy_(0, at, order // top_k)[:-1]
     of_token = torch.empty_like(order).index_copy_(0, order, torch.where(computed, at, 0))
@@ -181,19 +189,20 @@ ACTIVATIONS = {
 }
 
 
-def compute(x: Tensor, ends: Tensor, ffn: str, into: Sequence[Tensor], down: Tensor) -> Tensor:
+def compute(x: Tensor, ends: Tensor, ffn: str, *, up: Tensor, down: Tensor, gate: Tensor | None = None) -> Tensor:
     """Do what :class:`~apt_model.layers.feed_forward.Experts` does.
 
     Args:
         x: (rows, d_model), sorted by expert.
         ends: (num_experts,) int32; the rows of expert e end before ``ends[e]``; past the last one nothing is computed.
         ffn: a name of :data:`ACTIVATIONS`.
-        into: ``up``, or ``up`` and ``gate``, each (num_experts, d_ff, d_model), of the dtype of ``x``.
+        up, gate: (num_experts, d_ff, d_model), of the dtype of ``x``.
         down: (num_experts, d_model, d_ff).
 
     Returns:
         (rows, d_model).
     """
+    into = (up,) if gate is None else (up, gate)
     output: Tensor = _Experts.apply(x, ends, ffn, *into, down)  # type: ignore[no-untyped-call]
     return output
 
@@ -232,8 +241,8 @@ class _Experts(torch.autograd.Function):
         width = inner[-1].shape[1]
         spare = [x.new_empty(block_rows(width), width) for _ in into]
         for block in ctx.blocks:
-            around = [tensor[: block.around.stop - block.around.start] for tensor in spare]
-            by_inner = [tensor[: block.rows.stop - block.rows.start] for tensor in spare]
+            around = [tensor[: block.length_around] for tensor in spare]
+            by_inner = [tensor[: block.length] for tensor in spare]
             block.multiply(grad[block.rows], down, by_inner[-1])
             block.products(grad[block.rows], inner[-1][block.rows], by_down)
             ctx.activation.backward(*around, *(tensor[block.around] for tensor in inner[:-1]))
@@ -244,10 +253,6 @@ class _Experts(torch.autograd.Function):
         return by_x, None, None, *by_weights
 
 
-STEP = 64
-"""Of this many rows lengths of blocks are multiples where activations work: they, too, may be compiled for each new size."""
-
-
 def block_rows(width: int) -> int:
     """Return how many rows of ``width`` numbers are computed at a time: a multiple of :data:`STEP`."""
     return max(STEP, BLOCK_SIZE // width // STEP * STEP)
@@ -256,11 +261,35 @@ def block_rows(width: int) -> int:
 class _Block(NamedTuple):
     """Rows that are computed together; the first expert may have begun in the block before, the last may go on."""
 
-    rows: slice
-    around: slice  # the same, and as many of those that follow as make it a multiple of STEP
-    experts: slice
+    begin: int
+    first: int  # expert
     sizes: list[int]  # rows of each expert here
     goes_on: bool  # whether the first expert had rows before
+
+    @property
+    def length(self) -> int:
+        """Rows of all experts here."""
+        return sum(self.sizes)
+
+    @property
+    def length_around(self) -> int:
+        """The same, and as many of the rows that follow as make it a multiple of :data:`STEP`."""
+        return (self.length + STEP - 1) // STEP * STEP
+
+    @property
+    def rows(self) -> slice:
+        """Where the rows are."""
+        return slice(self.begin, self.begin + self.length)
+
+    @property
+    def around(self) -> slice:
+        """Where they and those that follow are."""
+        return slice(self.begin, self.begin + self.length_around)
+
+    @property
+    def experts(self) -> slice:
+        """Which experts they belong to."""
+        return slice(self.first, self.first + len(self.sizes))
 
     def multiply(self, rows: Tensor, matrices: Sequence[Tensor], out: Tensor, add: bool = False) -> None:
         """Write each expert's rows times its matrix to ``out``, or add them to what is there."""
@@ -290,21 +319,14 @@ def _blocks(ends: Tensor, most: int) -> Iterator[_Block]:
 
     Every expert is in one block at least.
     """
-    begin, first, goes_on, sizes = 0, 0, False, list[int]()
-
-    def block() -> _Block:
-        rows = sum(sizes)
-        around = begin + (rows + STEP - 1) // STEP * STEP
-        experts = slice(first, first + len(sizes))
-        return _Block(slice(begin, begin + rows), slice(begin, around), experts, sizes, goes_on)
-
+    block = _Block(0, 0, [], goes_on=False)
     for expert, size in enumerate(ends.diff(prepend=ends.new_zeros(1)).tolist()):
-        if sum(sizes) and sum(sizes) + size > most:
-            yield block()
-            begin, first, goes_on, sizes = begin + sum(sizes), expert, False, []
+        if block.length and block.length + size > most:
+            yield block
+            block = _Block(block.begin + block.length, expert, [], goes_on=False)
         for _ in range((size - 1) // most):
-            sizes.append(most)
-            yield block()
-            begin, first, goes_on, sizes, size = begin + most, expert, True, [], size - most
-        sizes.append(size)
-    yield block()
+            block.sizes.append(most)
+            yield block
+            block, size = _Block(block.begin + block.length, expert, [], goes_on=True), size - most
+        block.sizes.append(size)
+    yield block

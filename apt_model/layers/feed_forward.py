@@ -124,8 +124,7 @@ class Experts(nn.Module):
             weights = {name: weight.to_local() for name, weight in weights.items()}  # type: ignore[attr-defined]
         weights = {name: weight.to(x.dtype) for name, weight in weights.items()}
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            down = weights.pop("down")
-            return blocks.compute(x, ends, self.ffn, list(weights.values()), down)
+            return blocks.compute(x, ends, self.ffn, **weights)
         return FFN[self.ffn](x, partial(grouped_linear, ends=ends), **weights)
 
     @torch.no_grad()

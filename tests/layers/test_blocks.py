@@ -94,7 +94,8 @@ def test_blocks_compute_what_each_expert_alone_does(
     values = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in [(sum(sizes), 4), *shapes]]
     x, *into, down = values
     beyond = torch.randn(9, 4, dtype=torch.float64)  # rows past the last end
-    ours = compute(torch.cat((x, beyond)), ends, ffn, into, down)[: len(x)]
+    gate = into[1] if ffn == "swiglu" else None
+    ours = compute(torch.cat((x, beyond)), ends, ffn, up=into[0], down=down, gate=gate)[: len(x)]
     plain = alone(x, sizes, ffn, into, down)
     assert torch.allclose(ours, plain)
     grad = torch.randn_like(plain)
@@ -111,7 +112,7 @@ def test_blocks_compute_what_each_expert_alone_does(
 def test_nobody_computes_gradients_of_frozen_experts() -> None:
     up, down = torch.randn(2, 6, 4), torch.randn(2, 4, 6, requires_grad=True)
     x = torch.randn(5, 4, requires_grad=True)
-    compute(x, torch.tensor([2, 5], dtype=torch.int32), "gelu", [up], down).sum().backward()
+    compute(x, torch.tensor([2, 5], dtype=torch.int32), "gelu", up=up, down=down).sum().backward()
     assert up.grad is None
     assert down.grad is not None
     assert x.grad is not None
