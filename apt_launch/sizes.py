@@ -8,7 +8,8 @@ Memory of one device, in bytes:
 - weights: 4 a parameter. Weights are float32 and autocast computes in 16 bits, so no master copies come on top.
 - gradients: 4 a parameter that is not frozen.
 - optimizer: 8 a parameter that was ever trained: AdamW's two moments (arXiv:1711.05101), float32.
-- casts: 2 an entry of each matrix that autocast multiplies with; it keeps those copies until the backward pass. None in fp32.
+- casts: 2 an entry of each matrix that autocast multiplies with; it keeps those copies until the backward pass. None in fp32,
+  and none of experts on the CPU.
 - activations: what autograd saves for the backward pass, for one batch (:class:`Saved` has the formula).
 - workspace: the logits and their gradient, when the backward pass begins; with model.loss_chunk those of a chunk, and what is
   saved for its backward pass.
@@ -163,7 +164,7 @@ def sizes(config: RunConfig, *, on_gpu: bool | None = None) -> list[Phase]:
                 weights=FP32 * total,
                 gradients=FP32 * sum(p.numel() for p in parameters if p.requires_grad),
                 optimizer=2 * FP32 * sum(p.numel() for p in parameters if p in trained),
-                casts=0 if compute == FP32 else compute * _multiplied(model),
+                casts=0 if compute == FP32 else compute * _multiplied(model, on_gpu),
                 activations=round(batch * length * token.saved),
                 workspace=round(_at_once(model, batch * length) * (vocabulary * (compute + 2 * FP32) + again.saved)),
                 forward_flops=round(token.flops),
@@ -217,9 +218,12 @@ def _idle(model: GPT) -> float:
     )
 
 
-def _multiplied(model: GPT) -> int:
+def _multiplied(model: GPT, on_gpu: bool) -> int:
     """Return the entries of all matrices of which autocast keeps copies; the router computes in float32."""
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() >= 2 and ".router." not in name)
+    others = (".router.",) if on_gpu else (".router.", ".experts.")
+    matrices = sum(
+        p.numel() for name, p in model.named_parameters() if p.dim() >= 2 and not any(part in name for part in others)
+    )
     return matrices - (model.embedding.weight.numel() if model.loss_chunk else 0)  # the head's is made anew a chunk
 
 

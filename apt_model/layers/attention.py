@@ -9,9 +9,18 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from apt_model.layers.scheduled import dropout
 from apt_model.schedule.targets import BELOW_ONE, Domain
+
+aten = torch.ops.aten
+
+QUERIES = 128
+"""Of one sequence, whose scores :class:`_OnCPU` holds at a time."""
+
+ROWS = 4096
+"""Queries of all sequences and heads, whose scores it holds at a time."""
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -25,8 +34,69 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         The shape of ``query``.
     """
     if query.shape[-2] == key.shape[-2]:
+        if _on_cpu_in_bf16(query) and not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            output: Tensor = _OnCPU.apply(query, key, value)  # type: ignore[no-untyped-call]
+            return output
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=~_future(query, key))
+
+
+def _on_cpu_in_bf16(query: Tensor) -> bool:
+    supported: Callable[[], bool] = torch.ops.mkldnn._is_mkldnn_bf16_supported
+    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and supported()
+
+
+class _OnCPU(torch.autograd.Function):
+    """Torch's fused kernel with a backward pass of its own: in bf16 on the CPU that one's takes twice as long.
+
+    Scores are computed again, a block of queries at a time, against the keys that it sees.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, is_causal=True)
+        ctx.save_for_backward(query, key, value, log_sum)
+        mixed: Tensor = output
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query = ctx.saved_tensors[0]
+        batch, heads, length, _ = query.shape
+        grads = tuple(torch.empty(query.shape, dtype=query.dtype) for _ in range(3))
+        at_once = max(1, ROWS // (heads * min(QUERIES, length)))
+        for begin in range(0, batch, at_once):
+            some = slice(begin, begin + at_once)
+            _attention_backward(
+                *(tensor[some].flatten(0, 1) for tensor in (grad, *ctx.saved_tensors)),
+                *(tensor[some].flatten(0, 1) for tensor in grads),
+            )
+        return grads  # type: ignore[return-value]
+
+
+def _attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, log_sum: Tensor, by_q: Tensor, by_k: Tensor, by_v: Tensor
+) -> None:
+    """Write the gradients of causal attention to the last three; all are (sequences, length, head_dim), contiguous.
+
+    Args:
+        log_sum: (sequences, length): of the exponentials of each query's scores.
+    """
+    length, scale = q.shape[1], 1 / math.sqrt(q.shape[2])
+    less = log_sum.to(q.dtype).neg_().unsqueeze(2)  # scores near 0, where 16 bits are most exact
+    for begin in reversed(range(0, length, QUERIES)):  # the last queries see all keys: they write, the others add
+        here, seen = slice(begin, begin + QUERIES), slice(0, begin + QUERIES)
+        beta = 0 if begin + QUERIES >= length else 1
+        q_here, grad_here, k_seen, v_seen = q[:, here], grad[:, here], k[:, seen], v[:, seen]
+        scores = torch.baddbmm(less[:, here], q_here, k_seen.transpose(1, 2), alpha=scale)
+        scores[:, :, begin:].masked_fill_(_future(q_here, q_here), -math.inf)
+        shares = scores.softmax(dim=2)
+        by_v[:, seen].baddbmm_(shares.transpose(1, 2), grad_here, beta=beta)
+        by_shares = torch.bmm(grad_here, v_seen.transpose(1, 2))
+        by_scores = aten._softmax_backward_data(by_shares, shares, 2, shares.dtype)
+        by_q[:, here].baddbmm_(by_scores, k_seen, beta=0, alpha=scale)
+        by_k[:, seen].baddbmm_(by_scores.transpose(1, 2), q_here, beta=beta, alpha=scale)
 
 
 def eager(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -87,41 +157,44 @@ class RotaryEmbedding(nn.Module):
             Queries, keys and values, each (batch, heads, seq, head_dim).
         """
         here = slice(start, start + qkv.shape[1])
-        cos, sin = (angles[here].to(qkv.dtype)[:, None, None] for angles in (self.cos, self.sin))
+        cos, sin = (angles[here].to(qkv.dtype)[:, None] for angles in (self.cos, self.sin))
         if torch.compiler.is_compiling():
-            first, second = qkv[:, :, :2].chunk(2, dim=-1)
-            turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-            value = qkv[:, :, 2]
+            query, key, value = qkv.unbind(2)
+            query, key = (
+                torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+                for first, second in (query.chunk(2, dim=-1), key.chunk(2, dim=-1))
+            )
         else:
-            turned, value = _Turn.apply(qkv, cos, sin)  # type: ignore[no-untyped-call]
-        query, key = turned.permute(2, 0, 3, 1, 4)
-        return query, key, value.transpose(1, 2)
+            query, key, value = _Turn.apply(qkv, cos, sin)  # type: ignore[no-untyped-call]
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
 class _Turn(torch.autograd.Function):
     """Turns pairs (channel i, channel i + half) of queries and keys by angles, and gradients back; only angles are kept."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        turned = qkv.new_empty(*qkv.shape[:2], 2, *qkv.shape[3:])
-        _turn(qkv[:, :, :2], cos, sin, out=turned)
-        return turned, qkv[:, :, 2]
+        query, key = torch.empty_like(qkv[:, :, 0]), torch.empty_like(qkv[:, :, 1])
+        _turn(qkv[:, :, 0], cos, sin, out=query)
+        _turn(qkv[:, :, 1], cos, sin, out=key)
+        return query, key, qkv[:, :, 2]
 
     @staticmethod
-    def backward(ctx: Any, turned: Tensor, value: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        grad = turned.new_empty(*turned.shape[:2], 3, *turned.shape[3:])
-        _turn(turned, cos, -sin, out=grad[:, :, :2])
+        grad = query.new_empty(*query.shape[:2], 3, *query.shape[2:])
+        _turn(query, cos, -sin, out=grad[:, :, 0])
+        _turn(key, cos, -sin, out=grad[:, :, 1])
         grad[:, :, 2] = value
         return grad, None, None
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    first, second = x.chunk(2, dim=-1)
-    for place, one, other, sign in zip(out.chunk(2, dim=-1), (first, second), (second, first), (-1, 1), strict=True):
-        torch.mul(one, cos, out=place)
-        place.addcmul_(other, sin, value=sign)
+    torch.mul(x, torch.cat((cos, cos), dim=-1), out=out)
+    (first, second), (one, other) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    one.addcmul_(second, sin, value=-1)
+    other.addcmul_(first, sin)
 
 
 class SelfAttention(nn.Module):

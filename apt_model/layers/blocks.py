@@ -1,6 +1,7 @@
 """Experts on the CPU, in eager mode: where slots stand, how rows come and go, and products a few experts at a time.
 
-Rows are moved by one pass each way, and what an expert computes is used again while it is in the cache. Elsewhere,
+Rows are moved by one pass each way, and what an expert computes is used again while it is in the cache: its weights in
+16 bits, too, which are made when a product needs them and not kept. Elsewhere,
 :func:`apt_model.layers.feed_forward.grouped_linear` computes all experts at once.
 """
 
@@ -37,12 +38,12 @@ class Places(NamedTuple):
 
 
 def size_step(rows: int, groups: int) -> int:
-    """Return of what sizes of groups are to be multiples: a power of two, 8 to 64, of about a 16th of their mean.
+    """Return of what sizes of groups are to be multiples: a power of two, 8 to 64, of about a 32nd of their mean.
 
     In 16 bits products go through oneDNN, which compiles a kernel for each new size, in ten times as long as the product
     takes. Routing gives new sizes at each step; few different ones are left of them.
     """
-    return 1 << min(6, max(3, (rows // groups // 16).bit_length() - 1))
+    return 1 << min(6, max(3, (rows // groups // 32).bit_length() - 1))
 
 
 def num_places(slots: int, num_experts: int, itemsize: int) -> int:
@@ -196,7 +197,7 @@ def compute(x: Tensor, ends: Tensor, ffn: str, *, up: Tensor, down: Tensor, gate
         x: (rows, d_model), sorted by expert.
         ends: (num_experts,) int32; the rows of expert e end before ``ends[e]``; past the last one nothing is computed.
         ffn: a name of :data:`ACTIVATIONS`.
-        up, gate: (num_experts, d_ff, d_model), of the dtype of ``x``.
+        up, gate: (num_experts, d_ff, d_model), of the dtype of ``x`` or wider; products are in that of ``x``.
         down: (num_experts, d_model, d_ff).
 
     Returns:
@@ -296,9 +297,9 @@ class _Block(NamedTuple):
         parts = zip(torch.split(rows, self.sizes), matrices[self.experts], torch.split(out, self.sizes), strict=True)
         for some, matrix, result in parts:
             if add and len(some):
-                result.addmm_(some, matrix)
+                result.addmm_(some, matrix.to(some.dtype))
             elif len(some):
-                torch.mm(some, matrix, out=result)
+                torch.mm(some, matrix.to(some.dtype), out=result)
 
     def products(self, left: Tensor, right: Tensor, out: Sequence[Tensor] | None) -> None:
         """Write for each expert the rows of ``left``, transposed, times those of ``right`` to ``out``, if there is one."""
@@ -307,10 +308,12 @@ class _Block(NamedTuple):
         add = self.goes_on
         parts = zip(torch.split(left, self.sizes), torch.split(right, self.sizes), out[self.experts], strict=True)
         for one, other, result in parts:
-            if add:
-                result.addmm_(one.t(), other)
+            if result.dtype == one.dtype:
+                (result if add else result.zero_()).addmm_(one.t(), other)  # zeros bring it into the cache
+            elif add:
+                result.add_(torch.mm(one.t(), other))
             else:
-                torch.mm(one.t(), other, out=result)  # zeros where there are no rows
+                result.copy_(torch.mm(one.t(), other))
             add = False
 
 

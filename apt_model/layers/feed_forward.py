@@ -122,9 +122,9 @@ class Experts(nn.Module):
         weights: dict[str, Tensor] = dict(self.named_parameters())
         if self.exchange is not None:
             weights = {name: weight.to_local() for name, weight in weights.items()}  # type: ignore[attr-defined]
-        weights = {name: weight.to(x.dtype) for name, weight in weights.items()}
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             return blocks.compute(x, ends, self.ffn, **weights)
+        weights = {name: weight.to(x.dtype) for name, weight in weights.items()}
         return FFN[self.ffn](x, partial(grouped_linear, ends=ends), **weights)
 
     @torch.no_grad()

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
+import pytest
 import torch
 
-from apt_model.layers.attention import RotaryEmbedding, SelfAttention
+from apt_model.layers.attention import QUERIES, ROWS, RotaryEmbedding, SelfAttention, eager, sdpa
 
 
 def test_the_fused_kernel_equals_attention_written_out() -> None:
@@ -13,6 +15,31 @@ def test_the_fused_kernel_equals_attention_written_out() -> None:
     plain.load_state_dict(fused.state_dict())
     x = torch.randn(3, 12, 16)
     assert torch.allclose(fused(x), plain(x), atol=1e-6)
+
+
+@pytest.fixture
+def filled_memory() -> Iterator[None]:
+    """Fill memory that nobody has initialised with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("filled_memory")
+@pytest.mark.parametrize("length", [5, QUERIES, 2 * QUERIES + 44])
+def test_gradients_in_bf16_are_those_of_attention_written_out(length: int) -> None:
+    torch.manual_seed(0)
+    heads, at_once = 2, ROWS // (2 * min(QUERIES, length))
+    *own, grad = (
+        torch.randn(at_once + 1, heads, length, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(4)
+    )
+    exact = [x.detach().double().requires_grad_() for x in own]
+    for ours, theirs in zip(
+        torch.autograd.grad(sdpa(*own), own, grad),
+        torch.autograd.grad(eager(*exact), exact, grad.double()),
+        strict=True,
+    ):
+        assert (ours - theirs).norm() < 0.01 * theirs.norm()
 
 
 def test_a_position_does_not_see_later_ones() -> None:

@@ -109,6 +109,26 @@ def test_blocks_compute_what_each_expert_alone_does(
     assert all(torch.isfinite(value).all() for value in again)
 
 
+def test_in_16_bits_weights_and_their_gradients_stay_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_SIZE", 64 * 6)
+    torch.manual_seed(0)
+    sizes = [200, 0, 24]
+    ends = torch.tensor(sizes).cumsum(0).int()
+    up, down = (torch.randn(shape, requires_grad=True) for shape in ((3, 6, 4), (3, 4, 6)))
+    x = torch.randn(sum(sizes), 4, dtype=torch.bfloat16)
+    ours = compute(x, ends, "relu2", up=up, down=down)
+    plain = alone(x.float(), sizes, "relu2", [up.bfloat16().float()], down.bfloat16().float())
+    assert ours.dtype == torch.bfloat16
+    assert (ours - plain).norm() < 0.01 * plain.norm()
+    grad = torch.randn_like(plain).bfloat16()
+    for one, other in zip(
+        torch.autograd.grad(ours, (up, down), grad), torch.autograd.grad(plain, (up, down), grad.float()), strict=True
+    ):
+        assert one.dtype == torch.float32
+        assert (one - other).norm() < 0.01 * other.norm()
+        assert (one[1] == 0).all()
+
+
 def test_nobody_computes_gradients_of_frozen_experts() -> None:
     up, down = torch.randn(2, 6, 4), torch.randn(2, 4, 6, requires_grad=True)
     x = torch.randn(5, 4, requires_grad=True)
