@@ -4,9 +4,10 @@
 
 A report, no test. Everybody trains a byte-level GPT (d_model 256, 4 layers, 4 heads, sequence 256, batch 16) with fused AdamW.
 The plain loop is what one would write: a decoder with learned positions, LayerNorm, GELU of 4 d_model and tied embeddings in
-the manner of nanoGPT, a forward pass, a backward pass, a clipped step. Ours does all that training does: the curriculum, the
-metrics, the rows. The experts' layers have two experts a token of half the width, so that a token meets equal FLOPs. All take
-turns; a ratio is the median over rounds of the speed over that of the plain loop in the same round.
+the manner of nanoGPT, a forward pass, a backward pass, a clipped step. A second one has ours: RMSNorm and rotary positions.
+Ours does all that training does: the curriculum, the metrics, the rows. The experts' layers have two experts a token of half
+the width, so that a token meets equal FLOPs. All take turns; a ratio is the median over rounds of the speed over that of the
+plain loop in the same round.
 """
 
 from __future__ import annotations
@@ -43,12 +44,22 @@ CONFIG = (
 )
 
 
-class PlainBlock(nn.Module):
-    """Attention and a GELU layer, each after a LayerNorm."""
+def rotary(x: Tensor) -> Tensor:
+    """Turn pairs of channels of (batch, heads, seq, head_dim) by their positions, as one would write it."""
+    half = x.shape[-1] // 2
+    angles = torch.outer(torch.arange(x.shape[-2]), 10_000.0 ** (-torch.arange(half) / half))
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
-    def __init__(self) -> None:
+
+class PlainBlock(nn.Module):
+    """Attention and a GELU layer, each after a norm."""
+
+    def __init__(self, as_ours: bool) -> None:
         super().__init__()
-        self.norms = nn.ModuleList([nn.LayerNorm(D, bias=False) for _ in range(2)])
+        self.as_ours = as_ours
+        self.norms = nn.ModuleList([norm(as_ours) for _ in range(2)])
         self.qkv, self.out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
         self.up, self.down = nn.Linear(D, 4 * D, bias=False), nn.Linear(4 * D, D, bias=False)
 
@@ -57,33 +68,43 @@ class PlainBlock(nn.Module):
         query, key, value = (
             part.view(batch, length, HEADS, -1).transpose(1, 2) for part in self.qkv(self.norms[0](x)).split(D, dim=2)
         )
+        if self.as_ours:
+            query, key = rotary(query), rotary(key)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, D))
         return x + self.down(F.gelu(self.up(self.norms[1](x))))
 
 
+def norm(as_ours: bool) -> nn.Module:
+    """Return the layer between others."""
+    return nn.RMSNorm(D) if as_ours else nn.LayerNorm(D, bias=False)
+
+
 class PlainGPT(nn.Module):
     """A decoder without anything to switch."""
 
-    def __init__(self) -> None:
+    def __init__(self, as_ours: bool) -> None:
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(VOCABULARY, D), nn.Embedding(LENGTH, D)
-        self.blocks = nn.Sequential(*(PlainBlock() for _ in range(LAYERS)))
-        self.norm = nn.LayerNorm(D, bias=False)
+        self.tokens = nn.Embedding(VOCABULARY, D)
+        self.positions = None if as_ours else nn.Embedding(LENGTH, D)
+        self.blocks = nn.Sequential(*(PlainBlock(as_ours) for _ in range(LAYERS)))
+        self.norm = norm(as_ours)
         for parameter in self.parameters():
             if parameter.dim() >= 2:
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        x = self.tokens(tokens) + self.positions.weight
+        x = self.tokens(tokens)
+        if self.positions is not None:
+            x = x + self.positions.weight
         logits = F.linear(self.norm(self.blocks(x)), self.tokens.weight)
         return F.cross_entropy(logits.view(-1, VOCABULARY), targets.reshape(-1))
 
 
-def plain(corpus: Tensor, dtype: torch.dtype) -> Iterator[None]:
+def plain(corpus: Tensor, dtype: torch.dtype, as_ours: bool) -> Iterator[None]:
     """Make one update after another."""
     torch.manual_seed(0)
-    model = PlainGPT()
+    model = PlainGPT(as_ours)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     while True:
         begins = torch.randint(len(corpus) - LENGTH - 1, (BATCH,))
@@ -119,7 +140,8 @@ def contenders(precision: str) -> dict[str, Callable[[], Iterator[None]]]:
     given = f"trainer.precision={precision}"
     experts = ("schedule=none", "schedule.enable_moe_at_epoch=0", f"model.d_ff={2 * D}", "moe.top_k=2")
     return {
-        "plain loop": lambda: plain(corpus, dtype),
+        "plain loop": lambda: plain(corpus, dtype, as_ours=False),
+        "plain loop, our layers": lambda: plain(corpus, dtype, as_ours=True),
         "ours, dense": lambda: ours(given, "schedule=none", f"model.d_ff={4 * D}"),
         "ours, 8 experts, dropless": lambda: ours(given, *experts, "moe.capacity_factor=null"),
         "ours, 8 experts, capacity 1.25": lambda: ours(given, *experts),
