@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from apt_model.layers.backend import eager_on_cpu
 from apt_model.layers.scheduled import dropout
 from apt_model.schedule.targets import BELOW_ONE, Domain
 
@@ -34,16 +35,17 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         The shape of ``query``.
     """
     if query.shape[-2] == key.shape[-2]:
-        if _on_cpu_in_bf16(query) and not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        if eager_on_cpu(query) and query.dtype == torch.bfloat16 and _fast_in_bf16() and torch.is_grad_enabled():
             output: Tensor = _OnCPU.apply(query, key, value)  # type: ignore[no-untyped-call]
             return output
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=~_future(query, key))
 
 
-def _on_cpu_in_bf16(query: Tensor) -> bool:
-    supported: Callable[[], bool] = torch.ops.mkldnn._is_mkldnn_bf16_supported
-    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and supported()
+def _fast_in_bf16() -> bool:
+    """Return whether the processor has instructions for products in bf16, so that they are faster than in float32."""
+    there: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class _OnCPU(torch.autograd.Function):

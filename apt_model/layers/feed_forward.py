@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt_model.layers import blocks
+from apt_model.layers.backend import computing_dtype, eager_on_cpu
 
 Compute = Callable[[Tensor, Tensor], Tensor]
 """Maps rows (n, d_model), sorted by expert, and the ends of each expert's rows to (n, d_model)."""
@@ -57,11 +58,6 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d_model) to the same shape."""
         return FFN[self.ffn](x, F.linear, **dict(self.named_parameters()))
-
-
-def computing_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that autocast asks for, else that of ``x``."""
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 def channel_dim(name: str) -> int:
@@ -122,7 +118,7 @@ class Experts(nn.Module):
         weights: dict[str, Tensor] = dict(self.named_parameters())
         if self.exchange is not None:
             weights = {name: weight.to_local() for name, weight in weights.items()}  # type: ignore[attr-defined]
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if eager_on_cpu(x):
             return blocks.compute(x, ends, self.ffn, **weights)
         weights = {name: weight.to(x.dtype) for name, weight in weights.items()}
         return FFN[self.ffn](x, partial(grouped_linear, ends=ends), **weights)

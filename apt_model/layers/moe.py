@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from apt_model.layers import blocks
-from apt_model.layers.feed_forward import Experts, FeedForward, as_dense, as_experts, computing_dtype
+from apt_model.layers.backend import computing_dtype, eager_on_cpu
+from apt_model.layers.feed_forward import Experts, FeedForward, as_dense, as_experts
 from apt_model.layers.router import (
     Dispatch,
     Router,
@@ -230,7 +231,7 @@ class MoE(nn.Module):
         """Compute slots in their order and add each token's, weighted: (tokens, d_model)."""
         assert self.experts is not None
         weights = dispatch.weights * self.granularity if self.granularity > 1 else dispatch.weights
-        if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+        if eager_on_cpu(rows):
             rows = rows.to(computing_dtype(rows))
             where = blocks.places(dispatch, rows.dtype)
             return blocks.combine(self.experts(blocks.gather(rows, where), where.ends), weights, where)

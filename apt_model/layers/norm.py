@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apt_model.layers.backend import eager_on_cpu
+
 
 class RMSNorm(nn.Module):
     """Divides each vector by its root mean square and scales its channels. Source: arXiv:1910.07467.
@@ -21,7 +23,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d_model) to the same shape."""
-        if x.device.type == "cpu" and x.dtype == self.weight.dtype and not torch.compiler.is_compiling():
+        if eager_on_cpu(x) and x.dtype == self.weight.dtype:
             output: Tensor = _OnCPU.apply(x, self.weight)  # type: ignore[no-untyped-call]
             return output
         return F.rms_norm(x, self.weight.shape, self.weight)

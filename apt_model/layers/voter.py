@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apt_model.layers.backend import eager_on_cpu
 from apt_model.schedule.targets import NOT_NEGATIVE, Domain
 
 
@@ -60,7 +61,7 @@ class EntropyVoter(nn.Module):
         if not self.enabled:
             return logits, metrics
         metrics["voter/voted_fraction"] = uncertain.float().mean()
-        if hidden.device.type != "cpu" or torch.compiler.is_compiling():
+        if not eager_on_cpu(hidden):
             # shapes that depend on the data would have the host wait for the device, or break the graph: all positions vote
             return torch.where(uncertain.unsqueeze(-1), self._votes(hidden, head), logits.float()), metrics
         votes = self._votes(hidden[uncertain], head)
