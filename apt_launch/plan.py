@@ -361,11 +361,14 @@ def _check_cost(plan: Plan) -> None:
         )
 
 
-def gather(arguments: Sequence[str]) -> Plan:
+def gather(arguments: Sequence[str], own_options: Path | None = None) -> Plan:
     """Plan what ``python -m apt_launch --multirun ARGUMENTS`` would send, outside of Hydra's command.
 
+    Args:
+        own_options: a folder of groups and options, as ``--config-dir`` gives it.
+
     Raises:
-        ConfigError: as :func:`make` does.
+        ConfigError: as :func:`make` does, and where there is no such folder.
         HydraException: an override that means nothing; see :func:`apt_launch.explain.explained`.
     """
     from hydra import compose, initialize_config_dir
@@ -374,12 +377,15 @@ def gather(arguments: Sequence[str]) -> Plan:
     from omegaconf import OmegaConf
 
     from apt_launch.config import CONF
-    from apt_launch.dispatch import place
-    from apt_launch.plugins import register
+    from apt_launch.plugins import OwnOptions, place_of, register
 
+    if own_options is not None and not own_options.is_dir():
+        raise ConfigError(f"--config-dir: there is no folder {str(own_options)!r} (looked in {Path.cwd()}).")
     register()
+    OwnOptions.folder = own_options and own_options.absolute()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
+        OwnOptions.folder = None
         loader = GlobalHydra.instance().config_loader()
         parser = OverridesParser.create(config_loader=loader)
         parsed = parser.parse_overrides(list(arguments))
@@ -391,7 +397,7 @@ def gather(arguments: Sequence[str]) -> Plan:
         assert isinstance(launcher, dict)
         return make(
             [str(o.input_line) for o in parsed if not o.key_or_group.startswith(("hydra.", "hydra/"))],
-            place=place(hydra.runtime.choices["hydra/launcher"], {str(key): launcher[key] for key in launcher}),
+            place=place_of(hydra.runtime.choices["hydra/launcher"], {str(key): launcher[key] for key in launcher}),
             composer=Composer(lambda chosen: compose("config", overrides=chosen), groups_of(loader)),
             parse=parser.parse_overrides,
             params=sweeper.get("params"),

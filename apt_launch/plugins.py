@@ -1,15 +1,17 @@
-"""What Hydra finds: the sweeper ``plan``, the launchers ``local`` and ``slurm``."""
+"""What Hydra finds: the sweeper ``plan``, the launchers ``local`` and ``slurm``, and a folder of one's own options."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hydra.plugins.launcher import Launcher
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.plugins.sweeper import Sweeper
 
 if TYPE_CHECKING:
+    from hydra.core.config_search_path import ConfigSearchPath
     from hydra.core.utils import JobReturn
     from hydra.types import HydraContext, TaskFunction
     from omegaconf import DictConfig
@@ -38,9 +40,21 @@ def register() -> None:
         package = sys.modules["hydra_plugins"] = ModuleType("hydra_plugins")
         package.__path__ = []
     sys.modules["hydra_plugins.apt_launch"] = package.apt_launch = sys.modules[__name__]  # type: ignore[attr-defined]
-    for plugin in (PlanSweeper, LocalLauncher, SlurmLauncher):
+    for plugin in (OwnOptions, PlanSweeper, LocalLauncher, SlurmLauncher):
         Plugins.instance().register(plugin)
     guard.install()
+
+
+class OwnOptions(SearchPathPlugin):
+    """Looks for groups and options in ``folder``, too: for commands whose line Hydra does not read itself."""
+
+    __module__ = "hydra_plugins.apt_launch"
+    folder: ClassVar[Path | None] = None
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Put the folder behind those of the product."""
+        if self.folder is not None:
+            search_path.append("command-line", f"file://{self.folder}")
 
 
 class PlanSweeper(Sweeper):
@@ -114,9 +128,10 @@ class _PlannedLauncher(Launcher):
 
     __module__ = "hydra_plugins.apt_launch"
 
-    def __init__(self, name: str, values: Mapping[str, Any]) -> None:
-        self.name = name
-        self.values = dict(values)
+    name: ClassVar[str]
+
+    def __init__(self, **values: Any) -> None:
+        self.values = values
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Take note of where Hydra stands.
@@ -175,15 +190,26 @@ class LocalLauncher(_PlannedLauncher):
     """``hydra/launcher=local``: this machine's cores and GPUs."""
 
     __module__ = "hydra_plugins.apt_launch"
-
-    def __init__(self, **values: Any) -> None:
-        super().__init__("local", values)
+    name = "local"
 
 
 class SlurmLauncher(_PlannedLauncher):
     """``hydra/launcher=slurm``: job arrays on a cluster."""
 
     __module__ = "hydra_plugins.apt_launch"
+    name = "slurm"
 
-    def __init__(self, **values: Any) -> None:
-        super().__init__("slurm", values)
+
+def place_of(chosen: str, values: Mapping[str, Any]) -> Place:
+    """Return the place that a launcher's config stands for, whatever the option is called that has it.
+
+    Args:
+        chosen: that option, of ``hydra/launcher``.
+
+    Raises:
+        ConfigError: it is no launcher of ours, or a value is wrong.
+    """
+    from apt_launch.dispatch import place
+
+    ours = {f"{launcher.__module__}.{launcher.__name__}": launcher.name for launcher in (LocalLauncher, SlurmLauncher)}
+    return place(ours.get(str(values.get("_target_")), chosen), values)

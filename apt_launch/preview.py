@@ -44,7 +44,7 @@ def _preview(arguments: argparse.Namespace, overrides: list[str], painter: Paint
     from apt_launch.plan import gather
     from apt_launch.profile_file import with_profile_file
 
-    plan = gather(with_profile_file(overrides))
+    plan = gather(with_profile_file(overrides), arguments.config_dir)
     jobs = plan.jobs[:MOST_OVERLAID]
     folder: Path = arguments.out
     refuse_place(folder, "--out")
@@ -99,6 +99,7 @@ examples:
     add("--sizes", action="store_true", help="tell parameters, memory and FLOPs, too (loads torch)")
     add("--gpu", metavar="KIND", help="sizes, with hours and what fits on a kind of GPU: a100, h100, ...")
     add("--gpus", type=int, metavar="N", help="sizes, with what each of N GPUs needs that share the model")
+    add("--config-dir", "-cd", type=Path, metavar="DIR", help="a folder of your own groups and options")
     add("--multirun", "-m", action="store_true", help="taken for granted: several values always expand")
     add("--dry-run", action="store_true", help="taken for granted")
     return parser

@@ -79,6 +79,25 @@ def test_a_kept_sweep_gives_values_and_the_command_line_wins(base: list[str]) ->
     assert [job.differs["schedule.route_temp.end"] for job in narrowed.jobs] == [0.5, 0.9]
 
 
+def test_a_folder_of_ones_own_adds_options_and_groups(base: list[str], tmp_path: Path) -> None:
+    for path, text in {
+        "schedule/mine.yaml": "defaults: [none]\nenable_moe_at_epoch: 2\n",
+        "job/short.yaml": "# @package _global_\nlaunch:\n  hours: 2\n",
+        "hydra/launcher/night.yaml": "defaults: [local]\nmax_parallel: 3\n",
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text, encoding="utf-8")
+    plan = gather([*base, "hydra/launcher=night", "+job=short", "schedule=mine,none"], tmp_path)
+    assert [plan.values(job)["schedule"]["enable_moe_at_epoch"] for job in plan.jobs] == [2, None]
+    assert [job.resources.hours for job in plan.jobs] == [2, 2]
+    assert (plan.launcher, plan.launcher_values["max_parallel"]) == ("local", 3)
+    with pytest.raises(ConfigError, match=r"--config-dir: there is no folder '\S+nowhere'"):
+        gather(base, tmp_path / "nowhere")
+    GlobalHydra.instance().clear()
+    with pytest.raises(Exception, match="Could not find 'schedule/mine'"):
+        gather([*base, "schedule=mine"])
+
+
 @pytest.mark.parametrize(
     "varying",
     [
