@@ -219,10 +219,13 @@ class _Experts(torch.autograd.Function):
         output = torch.empty_like(x)
         ctx.blocks = list(_blocks(ends, block_rows(width)))
         for block in ctx.blocks:
-            for matrices, result in zip(into, inner, strict=False):
-                block.multiply(x[block.rows], matrices, result[block.rows])
+            for part in block.parts():
+                some = x[part.rows]
+                for matrices, result in zip(into, inner, strict=False):
+                    _multiply(some, matrices[part.expert], result[part.rows])
             activation.forward(*(tensor[block.around] for tensor in inner))
-            block.multiply(inner[-1][block.rows], down, output[block.rows])
+            for part in block.parts():
+                _multiply(inner[-1][part.rows], down[part.expert], output[part.rows])
         ctx.save_for_backward(x, *weights, *inner)
         ctx.activation, ctx.num_weights = activation, len(weights)
         return output
@@ -242,14 +245,18 @@ class _Experts(torch.autograd.Function):
         width = inner[-1].shape[1]
         spare = [x.new_empty(block_rows(width), width) for _ in into]
         for block in ctx.blocks:
+            for part in block.parts():
+                some = grad[part.rows]
+                _multiply(some, down[part.expert], spare[-1][part.here])
+                _products(some, inner[-1][part.rows], by_down, part)
             around = [tensor[: block.length_around] for tensor in spare]
-            by_inner = [tensor[: block.length] for tensor in spare]
-            block.multiply(grad[block.rows], down, by_inner[-1])
-            block.products(grad[block.rows], inner[-1][block.rows], by_down)
             ctx.activation.backward(*around, *(tensor[block.around] for tensor in inner[:-1]))
-            for number, by in enumerate(by_inner):
-                block.multiply(by, into[number], by_x[block.rows], add=number > 0)
-                block.products(by, x[block.rows], by_into[number])
+            for part in block.parts():
+                some, by_some = x[part.rows], by_x[part.rows]
+                for number, tensor in enumerate(spare):
+                    by = tensor[part.here]
+                    _multiply(by, into[number][part.expert], by_some, add=number > 0)
+                    _products(by, some, by_into[number], part)
         by_x[block.rows.stop :].zero_()
         return by_x, None, None, *by_weights
 
@@ -287,34 +294,45 @@ class _Block(NamedTuple):
         """Where they and those that follow are."""
         return slice(self.begin, self.begin + self.length_around)
 
-    @property
-    def experts(self) -> slice:
-        """Which experts they belong to."""
-        return slice(self.first, self.first + len(self.sizes))
+    def parts(self) -> Iterator[_Part]:
+        """Yield what each expert has here."""
+        here, add = 0, self.goes_on
+        for expert, size in enumerate(self.sizes, self.first):
+            begin = self.begin + here
+            yield _Part(expert, slice(begin, begin + size), slice(here, here + size), add)
+            here, add = here + size, False
 
-    def multiply(self, rows: Tensor, matrices: Sequence[Tensor], out: Tensor, add: bool = False) -> None:
-        """Write each expert's rows times its matrix to ``out``, or add them to what is there."""
-        parts = zip(torch.split(rows, self.sizes), matrices[self.experts], torch.split(out, self.sizes), strict=True)
-        for some, matrix, result in parts:
-            if add and len(some):
-                result.addmm_(some, matrix.to(some.dtype))
-            elif len(some):
-                torch.mm(some, matrix.to(some.dtype), out=result)
 
-    def products(self, left: Tensor, right: Tensor, out: Sequence[Tensor] | None) -> None:
-        """Write for each expert the rows of ``left``, transposed, times those of ``right`` to ``out``, if there is one."""
-        if out is None:
-            return
-        add = self.goes_on
-        parts = zip(torch.split(left, self.sizes), torch.split(right, self.sizes), out[self.experts], strict=True)
-        for one, other, result in parts:
-            if result.dtype == one.dtype:
-                (result if add else result.zero_()).addmm_(one.t(), other)  # zeros bring it into the cache
-            elif add:
-                result.add_(torch.mm(one.t(), other))
-            else:
-                result.copy_(torch.mm(one.t(), other))
-            add = False
+class _Part(NamedTuple):
+    """Rows of one expert in a block."""
+
+    expert: int
+    rows: slice  # of all rows
+    here: slice  # of the block's
+    goes_on: bool  # whether the expert had rows before
+
+
+def _multiply(rows: Tensor, matrix: Tensor, out: Tensor, add: bool = False) -> None:
+    """Write ``rows`` times ``matrix`` to ``out``, or add them to what is there."""
+    if not len(rows):
+        return
+    if add:
+        out.addmm_(rows, matrix.to(rows.dtype))
+    else:
+        torch.mm(rows, matrix.to(rows.dtype), out=out)
+
+
+def _products(left: Tensor, right: Tensor, by_weight: Sequence[Tensor] | None, part: _Part) -> None:
+    """Write the rows of ``left``, transposed, times those of ``right`` as the expert's gradient, if somebody wants it."""
+    if by_weight is None:
+        return
+    out = by_weight[part.expert]
+    if out.dtype == left.dtype:
+        (out if part.goes_on else out.zero_()).addmm_(left.t(), right)  # zeros bring it into the cache
+    elif part.goes_on:
+        out.add_(torch.mm(left.t(), right))
+    else:
+        out.copy_(torch.mm(left.t(), right))
 
 
 def _blocks(ends: Tensor, most: int) -> Iterator[_Block]:
