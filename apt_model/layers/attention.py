@@ -49,7 +49,7 @@ def _fast_in_bf16() -> bool:
 
 
 class _OnCPU(torch.autograd.Function):
-    """Torch's fused kernel with a backward pass of its own: in bf16 on the CPU that one's takes twice as long.
+    """Torch's fused kernel with a backward pass of its own: that one's is slow in bf16 on the CPU.
 
     Scores are computed again, a block of queries at a time, against the keys that it sees.
     """
@@ -167,7 +167,7 @@ class RotaryEmbedding(nn.Module):
                 for first, second in (query.chunk(2, dim=-1), key.chunk(2, dim=-1))
             )
         else:
-            query, key, value = _Turn.apply(qkv, cos, sin)  # type: ignore[no-untyped-call]
+            query, key, value = _Turn.apply(qkv, torch.cat((cos, cos), dim=-1), sin)  # type: ignore[no-untyped-call]
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
@@ -185,15 +185,17 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
+        back = -sin
         grad = query.new_empty(*query.shape[:2], 3, *query.shape[2:])
-        _turn(query, cos, -sin, out=grad[:, :, 0])
-        _turn(key, cos, -sin, out=grad[:, :, 1])
+        _turn(query, cos, back, out=grad[:, :, 0])
+        _turn(key, cos, back, out=grad[:, :, 1])
         grad[:, :, 2] = value
         return grad, None, None
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    torch.mul(x, torch.cat((cos, cos), dim=-1), out=out)
+    """Write ``x`` (batch, seq, heads, head_dim), turned; ``cos`` is of all channels, ``sin`` of a half."""
+    torch.mul(x, cos, out=out)
     (first, second), (one, other) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
     one.addcmul_(second, sin, value=-1)
     other.addcmul_(first, sin)
