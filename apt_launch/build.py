@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 
 ALLOWED = frozenset(target for targets in schema.GROUPS.values() for target in targets if target)
 
-OF_THE_PROCESS = ("resume", "keep_last", "keep_best", "keep_every", "stall_minutes", "keep_freed_memory")
+OF_THE_PROCESS = (
+    "resume",
+    "keep_last",
+    "keep_best",
+    "keep_every",
+    "stall_minutes",
+    "keep_freed_memory",
+    "onednn_products",
+)
 """Keys of ``trainer`` that whoever owns the process and the run's folder reads, not the trainer."""
 
 

@@ -44,6 +44,7 @@ NEUTRAL = (
     "trainer.keep_every",
     "trainer.stall_minutes",
     "trainer.keep_freed_memory",
+    "trainer.onednn_products",
 )
 """Keys that cannot change what a run computes: no part of its identity."""
 

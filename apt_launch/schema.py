@@ -173,6 +173,7 @@ class TrainerConfig(Group):
     on_nonfinite: Literal["stop", "skip", "rollback"]
     stall_minutes: PositiveNumber | None
     keep_freed_memory: bool
+    onednn_products: bool
 
 
 class LightningConfig(TrainerConfig):

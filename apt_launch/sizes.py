@@ -273,6 +273,8 @@ def _attention(layer: SelfAttention, length: int, compute: int, on_gpu: bool) ->
 
 def _feed_forward(layer: MoE, d: int, compute: int, tokens: int) -> Saved:
     """``tokens``: of a batch on the CPU; else 0."""
+    import torch
+
     from apt_model.layers.blocks import STEP, num_places
 
     dropout = Saved(0, d if "dropout" in layer.expected else 0)
@@ -287,9 +289,9 @@ def _feed_forward(layer: MoE, d: int, compute: int, tokens: int) -> Saved:
     inner, width = _inner(layer.experts.ffn), weights["up"].shape[1]
     saved: float = compute * (d + inner * width) + 8 * d
     if tokens:
-        slots = tokens * layer.top_k
+        slots, dtype = tokens * layer.top_k, torch.float32 if compute == FP32 else torch.bfloat16
         place = compute * (2 * d + inner * width) + 8
-        saved = (place * num_places(slots, layer.num_experts, compute) + compute * inner * width * STEP) / slots
+        saved = (place * num_places(slots, layer.num_experts, dtype) + compute * inner * width * STEP) / slots
     slot = Saved(2 * one, saved + 40)
     router = Saved(2 * d * layer.num_experts, FP32 * d * (2 if jitter else 1) + 8 * layer.num_experts)
     return dense + dropout + router + Saved(layer.top_k * slot.flops, layer.top_k * slot.saved)

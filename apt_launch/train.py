@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -94,13 +94,15 @@ def train(config: RunConfig, path: Path, member: Membership | None = None, *, ow
         logger.info("%s: the config is right. Loading torch ...", config.horizon)
     stop = StopRequest(own_process=own_process)
     with stop.listening():
+        from apt_model.layers.backend import onednn_products
         from apt_model.training.distributed import gathered, process_group
         from apt_model.training.memory import keep_freed_memory
 
         if config.trainer.keep_freed_memory:
             keep_freed_memory()
 
-        with process_group(config.trainer.device) as ranks:
+        products = onednn_products if config.trainer.onednn_products else nullcontext
+        with products(), process_group(config.trainer.device) as ranks:
             folders = sorted(set(gathered(str(path.absolute()))))
             if len(folders) > 1:
                 raise ConfigError(

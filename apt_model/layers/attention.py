@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from apt_model.layers.backend import eager_on_cpu
+from apt_model.layers.backend import eager_on_cpu, mkl_products, onednn_multiplies
 from apt_model.layers.scheduled import dropout
 from apt_model.schedule.targets import BELOW_ONE, Domain
 
@@ -35,28 +35,31 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         The shape of ``query``.
     """
     if query.shape[-2] == key.shape[-2]:
-        if eager_on_cpu(query) and query.dtype == torch.bfloat16 and _fast_in_bf16() and torch.is_grad_enabled():
+        if eager_on_cpu(query) and torch.is_grad_enabled() and _products_are_fast(query.dtype):
             output: Tensor = _OnCPU.apply(query, key, value)  # type: ignore[no-untyped-call]
             return output
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=~_future(query, key))
 
 
-def _fast_in_bf16() -> bool:
-    """Return whether the processor has instructions for products in bf16, so that they are faster than in float32."""
-    there: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def _products_are_fast(dtype: torch.dtype) -> bool:
+    """Return whether oneDNN does products in ``dtype``, in bf16 by the processor's instructions for it."""
+    if dtype == torch.bfloat16:
+        there: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        return there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32 and onednn_multiplies(dtype)
 
 
 class _OnCPU(torch.autograd.Function):
-    """Torch's fused kernel with a backward pass of its own: that one's is slow in bf16 on the CPU.
+    """Torch's fused kernel with a backward pass of its own: that one's is slow where oneDNN does products on the CPU.
 
     Scores are computed again, a block of queries at a time, against the keys that it sees.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, is_causal=True)
+        with mkl_products():
+            output, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, is_causal=True)
         ctx.save_for_backward(query, key, value, log_sum)
         mixed: Tensor = output
         return mixed

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from apt_model.layers.backend import onednn_multiplies
 from apt_model.layers.router import Dispatch
 
 BLOCK_SIZE = 1 << 20
@@ -27,7 +28,7 @@ aten = torch.ops.aten
 
 
 class Places(NamedTuple):
-    """Where slots stand: sorted by expert, with room at the end and, in 16 bits, after each expert's."""
+    """Where slots stand: sorted by expert, with room at the end and, for oneDNN, after each expert's."""
 
     order: Tensor  # (slots,) int64: slots by expert, then those that nobody computes
     at: Tensor  # (slots,) int64: where they stand; those that nobody computes past the last place
@@ -40,15 +41,15 @@ class Places(NamedTuple):
 def size_step(rows: int, groups: int) -> int:
     """Return of what sizes of groups are to be multiples: a power of two, 8 to 64, of about a 32nd of their mean.
 
-    In 16 bits products go through oneDNN, which compiles a kernel for each new size, in ten times as long as the product
-    takes. Routing gives new sizes at each step; few different ones are left of them.
+    oneDNN compiles a kernel for each new size, in ten times as long as the product takes. Routing gives new sizes at each
+    step; few different ones are left of them.
     """
     return 1 << min(6, max(3, (rows // groups // 32).bit_length() - 1))
 
 
-def num_places(slots: int, num_experts: int, itemsize: int) -> int:
-    """Return how many places there are for slots, whatever the routing; ``itemsize``: bytes of a number in products."""
-    return slots + (num_experts * (size_step(slots, num_experts) - 1) if itemsize == 2 else 0)
+def num_places(slots: int, num_experts: int, dtype: torch.dtype) -> int:
+    """Return how many places there are for slots, whatever the routing; ``dtype``: that of products."""
+    return slots + (num_experts * (size_step(slots, num_experts) - 1) if onednn_multiplies(dtype) else 0)
 
 
 def places(dispatch: Dispatch, dtype: torch.dtype) -> Places:
@@ -59,9 +60,9 @@ def places(dispatch: Dispatch, dtype: torch.dtype) -> Places:
     """
     tokens, top_k = dispatch.kept.shape
     order, ends = dispatch.order, dispatch.ends
-    at, most = torch.arange(len(order)), num_places(len(order), len(ends), dtype.itemsize)
+    at, most = torch.arange(len(order)), num_places(len(order), len(ends), dtype)
     computed = at < ends[-1]
-    if dtype.itemsize == 2:
+    if onednn_multiplies(dtype):
         multiple = size_step(len(order), len(ends))
         counts = ends.diff(prepend=ends.new_zeros(1))
         sizes = (counts + multiple - 1) // multiple * multiple

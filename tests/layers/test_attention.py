@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
 
 from apt_model.layers.attention import QUERIES, ROWS, RotaryEmbedding, SelfAttention, eager, sdpa
+from apt_model.layers.backend import onednn_products
 
 
 def test_the_fused_kernel_equals_attention_written_out() -> None:
@@ -27,19 +29,22 @@ def filled_memory() -> Iterator[None]:
 
 @pytest.mark.usefixtures("filled_memory")
 @pytest.mark.parametrize("length", [5, QUERIES, 2 * QUERIES + 44])
-def test_gradients_in_bf16_are_those_of_attention_written_out(length: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "by", "error"),
+    [(torch.bfloat16, nullcontext, 0.01), (torch.float32, onednn_products, 1e-6)],
+    ids=["bf16", "float32"],
+)
+def test_gradients_are_those_of_attention_written_out(
+    length: int, dtype: torch.dtype, by: Callable[[], AbstractContextManager[object]], error: float
+) -> None:
     torch.manual_seed(0)
     heads, at_once = 2, ROWS // (2 * min(QUERIES, length))
-    *own, grad = (
-        torch.randn(at_once + 1, heads, length, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(4)
-    )
+    *own, grad = (torch.randn(at_once + 1, heads, length, 8, dtype=dtype, requires_grad=True) for _ in range(4))
     exact = [x.detach().double().requires_grad_() for x in own]
-    for ours, theirs in zip(
-        torch.autograd.grad(sdpa(*own), own, grad),
-        torch.autograd.grad(eager(*exact), exact, grad.double()),
-        strict=True,
-    ):
-        assert (ours - theirs).norm() < 0.01 * theirs.norm()
+    with by():
+        found = torch.autograd.grad(sdpa(*own), own, grad)
+    for ours, theirs in zip(found, torch.autograd.grad(eager(*exact), exact, grad.double()), strict=True):
+        assert (ours - theirs).norm() < error * theirs.norm()
 
 
 def test_a_position_does_not_see_later_ones() -> None:

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from apt_model.layers.attention import SelfAttention
+from apt_model.layers.backend import mkl_products, onednn_products
+from apt_model.layers.blocks import places
+from apt_model.layers.feed_forward import FeedForward
+from apt_model.layers.moe import MoE
+from apt_model.layers.router import plan_dispatch
+
+CPUINFO = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
+
+on_amd = pytest.mark.skipif(
+    not ("AuthenticAMD" in CPUINFO and "avx512f" in CPUINFO), reason="oneDNN is for AMD's processors with AVX-512"
+)
+
+
+def setting() -> str:
+    how: str = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    return how
+
+
+def error(product: Callable[[], Tensor], exact: Tensor) -> float:
+    return float((product() - exact).norm() / exact.norm())
+
+
+def test_products_stay_in_float32_whoever_does_them() -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(300, 200), torch.randn(200, 100)
+    exact = a.double() @ b.double()
+    assert error(lambda: (a.bfloat16() @ b.bfloat16()).float(), exact) > 1e-3
+    with onednn_products():
+        assert error(lambda: a @ b, exact) < 1e-6
+        with mkl_products():
+            assert error(lambda: a @ b, exact) < 1e-6
+
+
+def test_the_setting_is_what_it_was_also_after_an_error() -> None:
+    before = setting()
+    with pytest.raises(RuntimeError), onednn_products():
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    with onednn_products():
+        within = setting()
+        with mkl_products():
+            assert setting() == ("ieee" if within != before else before)
+        assert setting() == within
+    assert setting() == before
+
+
+@on_amd
+def test_amd_has_onednn() -> None:
+    with onednn_products() as there:
+        assert there
+        assert setting() != "ieee"
+
+
+@on_amd
+def test_groups_have_round_sizes_where_onednn_multiplies() -> None:
+    moe = MoE(FeedForward(d_model=8, d_ff=16), num_experts=4)
+    moe.enable(True)
+    assert moe.router is not None
+    dispatch = plan_dispatch(moe.router(torch.randn(50, 8), moe.temperature), 4)
+    with onednn_products():
+        ends = places(dispatch, torch.float32).ends
+    assert not (ends % 8).any()
+    assert ends.diff(prepend=ends.new_zeros(1)).sub(dispatch.counts).ge(0).all()
+
+
+@pytest.mark.parametrize("capacity_factor", [None, 1.1])
+def test_a_layer_computes_the_same_with_onednn(capacity_factor: float | None) -> None:
+    torch.manual_seed(0)
+    moe = MoE(FeedForward(d_model=16, d_ff=32), num_experts=4, capacity_factor=capacity_factor, upcycling="noise")
+    moe.enable(True)
+    attention = SelfAttention(d_model=16, num_heads=2, seq_len=300)
+    x = torch.randn(2, 300, 16, requires_grad=True)
+    parameters = [x, *moe.parameters(), *attention.parameters()]
+
+    def gradients() -> list[Tensor]:
+        output, report = moe(attention(x))
+        assert report is not None
+        return [output, *torch.autograd.grad(output.square().mean() + report.loss, parameters)]
+
+    here = gradients()
+    with onednn_products():
+        there = gradients()
+    for ours, theirs in zip(there, here, strict=True):
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
