@@ -5,9 +5,10 @@
 A report, no test. Everybody trains a byte-level GPT (d_model 256, 4 layers, 4 heads, sequence 256, batch 16) with fused AdamW.
 The plain loop is what one would write: a decoder with learned positions, LayerNorm, GELU of 4 d_model and tied embeddings in
 the manner of nanoGPT, a forward pass, a backward pass, a clipped step. A second one has ours: RMSNorm and rotary positions.
-Ours does all that training does: the curriculum, the metrics, the rows. The experts' layers have two experts a token of half
-the width, so that a token meets equal FLOPs. All take turns; a ratio is the median over rounds of the speed over that of the
-plain loop in the same round.
+Ours does all that training does: the curriculum, the metrics, the rows, and by default it has oneDNN multiply in float32 on
+AMD's processors (trainer.onednn_products), which a plain loop is asked to do in a row of its own. The experts' layers have two
+experts a token of half the width, so that a token meets equal FLOPs. All take turns; a ratio is the median over rounds of the
+speed over that of the plain loop in the same round.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from apt_launch.build import build_trainer
 from apt_launch.config import composed
+from apt_model.layers.backend import onednn_products
 from apt_model.training.memory import keep_freed_memory
 from apt_model.training.trainer import Trainer
 
@@ -101,7 +103,7 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(logits.view(-1, VOCABULARY), targets.reshape(-1))
 
 
-def plain(corpus: Tensor, dtype: torch.dtype, as_ours: bool) -> Iterator[None]:
+def plain(corpus: Tensor, dtype: torch.dtype, *, as_ours: bool = False, by_onednn: bool = False) -> Iterator[None]:
     """Make one update after another."""
     torch.manual_seed(0)
     model = PlainGPT(as_ours)
@@ -109,9 +111,10 @@ def plain(corpus: Tensor, dtype: torch.dtype, as_ours: bool) -> Iterator[None]:
     while True:
         begins = torch.randint(len(corpus) - LENGTH - 1, (BATCH,))
         window = torch.stack([corpus[begin : begin + LENGTH + 1] for begin in begins]).long()
-        with torch.autocast("cpu", dtype=dtype) if dtype != torch.float32 else contextlib.nullcontext():
-            loss = model(window[:, :-1], window[:, 1:])
-        loss.backward()
+        with onednn_products() if by_onednn else contextlib.nullcontext():
+            with torch.autocast("cpu", dtype=dtype) if dtype != torch.float32 else contextlib.nullcontext():
+                loss = model(window[:, :-1], window[:, 1:])
+            loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -125,9 +128,10 @@ def ours(*overrides: str) -> Iterator[None]:
     trainer: Trainer = build_trainer(composed([*CONFIG, *overrides]), log=rows.append)
     GlobalHydra.instance().clear()
     for batches in trainer._updates(0):
-        trainer.begin_update()
-        trainer.step(batches)
-        trainer.end_update()
+        with onednn_products():
+            trainer.begin_update()
+            trainer.step(batches)
+            trainer.end_update()
         yield
 
 
@@ -140,7 +144,8 @@ def contenders(precision: str) -> dict[str, Callable[[], Iterator[None]]]:
     given = f"trainer.precision={precision}"
     experts = ("schedule=none", "schedule.enable_moe_at_epoch=0", f"model.d_ff={2 * D}", "moe.top_k=2")
     return {
-        "plain loop": lambda: plain(corpus, dtype, as_ours=False),
+        "plain loop": lambda: plain(corpus, dtype),
+        "plain loop, oneDNN": lambda: plain(corpus, dtype, by_onednn=True),
         "plain loop, our layers": lambda: plain(corpus, dtype, as_ours=True),
         "ours, dense": lambda: ours(given, "schedule=none", f"model.d_ff={4 * D}"),
         "ours, 8 experts, dropless": lambda: ours(given, *experts, "moe.capacity_factor=null"),

@@ -1,6 +1,6 @@
 """What a mixture of experts costs over a dense layer of equal active FLOPs: ours and others', side by side in one run.
 
-    python -m tests.bench.bench_moe [--rounds 15] [--configs A B C] [--dtypes fp32 bf16] [--threads 1]
+    python -m tests.bench.bench_moe [--rounds 15] [--configs A B C] [--dtypes fp32 bf16] [--threads 1] [--onednn]
 
 A report, no test: times depend on the machine, so only ratios of one run mean something. All contenders take turns within
 each round, forward and backward; a ratio is the median over rounds of its time over that of the dense layer in the same
@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from apt_model.layers.backend import onednn_products
 from apt_model.layers.feed_forward import FeedForward
 from apt_model.layers.moe import MoE
 from apt_model.training.memory import keep_freed_memory
@@ -180,6 +181,9 @@ def main() -> None:
     parser.add_argument("--configs", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--onednn", action="store_true", help="float32 products of all by oneDNN, as in training on AMD"
+    )
     parser.add_argument("--no-memory-settings", action="store_true", help="leave malloc as the system has it")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
@@ -194,7 +198,9 @@ def main() -> None:
     for dtype in asked.dtypes:
         for config in asked.configs:
             column = f"{config} {dtype}"
-            for name, values in ratios(CONFIGS[config], dtype, asked.rounds).items():
+            with onednn_products() if asked.onednn else contextlib.nullcontext():
+                found = ratios(CONFIGS[config], dtype, asked.rounds)
+            for name, values in found.items():
                 unit = " ms" if name == "dense" else ""
                 rows.setdefault(name, {})[column] = f"{statistics.median(values):.{1 if unit else 2}f}{unit}"
             rows.setdefault("target", {})[column] = f"{TARGETS[dtype][config]:.2f}"

@@ -20,6 +20,7 @@ import torch
 from omegaconf import OmegaConf
 
 from apt_launch.tracking import read_rows
+from apt_model.layers.backend import onednn_products
 from apt_model.training.checkpoint import load, newest_intact
 from tests.conftest import SMALL, environment, wandb_records, wandb_rows
 
@@ -33,6 +34,20 @@ def small(text_file: Path, *more: str) -> list[str]:
 def told(folder: Path) -> list[dict[str, float]]:
     rows = read_rows(folder / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k not in ("time", "tokens_per_second")} for row in rows]
+
+
+def test_who_multiplies_changes_a_result_by_its_last_digits_only(cli: Cli, text_file: Path, tmp_path: Path) -> None:
+    found = []
+    for folder, by_onednn in (("ours", "true"), ("theirs", "false")):
+        result = cli(*small(text_file, f"trainer.onednn_products={by_onednn}", f"hydra.run.dir={folder}"))
+        assert result.returncode == 0, result.stderr
+        found.append((told(tmp_path / folder), json.loads((tmp_path / folder / "summary.json").read_text())))
+    (ours, summary), (theirs, same) = found
+    assert summary["identity"] == same["identity"]
+    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    assert summary["val/loss"] == pytest.approx(same["val/loss"], rel=1e-3)
+    with onednn_products() as there:
+        assert there == (ours != theirs)
 
 
 def test_a_run_leaves_a_whole_folder_and_wandb_has_every_row(cli: Cli, text_file: Path, tmp_path: Path) -> None:
