@@ -8,6 +8,7 @@ Rows are moved by one pass each way, and what an expert computes is used again w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from apt_model.layers.backend import onednn_multiplies
+from apt_model.layers.backend import mkl_products, onednn_multiplies
 from apt_model.layers.router import Dispatch
 
 BLOCK_SIZE = 1 << 20
@@ -23,6 +24,9 @@ BLOCK_SIZE = 1 << 20
 
 STEP = 64
 """Of this many rows lengths of blocks are multiples where activations work: they, too, may be compiled for each new size."""
+
+FEW = 256
+"""Rows of an expert, on average; with fewer, MKL does products in float32: new sizes cost oneDNN more than it gains."""
 
 aten = torch.ops.aten
 
@@ -47,9 +51,14 @@ def size_step(rows: int, groups: int) -> int:
     return 1 << min(6, max(3, (rows // groups // 32).bit_length() - 1))
 
 
+def by_onednn(rows: int, num_experts: int, dtype: torch.dtype) -> bool:
+    """Return whether oneDNN multiplies rows of experts, so that each expert's are to be of a round number."""
+    return onednn_multiplies(dtype) and (dtype.itemsize == 2 or rows >= FEW * num_experts)
+
+
 def num_places(slots: int, num_experts: int, dtype: torch.dtype) -> int:
     """Return how many places there are for slots, whatever the routing; ``dtype``: that of products."""
-    return slots + (num_experts * (size_step(slots, num_experts) - 1) if onednn_multiplies(dtype) else 0)
+    return slots + (num_experts * (size_step(slots, num_experts) - 1) if by_onednn(slots, num_experts, dtype) else 0)
 
 
 def places(dispatch: Dispatch, dtype: torch.dtype) -> Places:
@@ -62,7 +71,7 @@ def places(dispatch: Dispatch, dtype: torch.dtype) -> Places:
     order, ends = dispatch.order, dispatch.ends
     at, most = torch.arange(len(order)), num_places(len(order), len(ends), dtype)
     computed = at < ends[-1]
-    if onednn_multiplies(dtype):
+    if by_onednn(len(order), len(ends), dtype):
         multiple = size_step(len(order), len(ends))
         counts = ends.diff(prepend=ends.new_zeros(1))
         sizes = (counts + multiple - 1) // multiple * multiple
@@ -219,14 +228,16 @@ class _Experts(torch.autograd.Function):
         inner = [x.new_empty(len(x) + STEP, width) for _ in range(len(into) + activation.kept + 1)]
         output = torch.empty_like(x)
         ctx.blocks = list(_blocks(ends, block_rows(width)))
-        for block in ctx.blocks:
-            for part in block.parts():
-                some = x[part.rows]
-                for matrices, result in zip(into, inner, strict=False):
-                    _multiply(some, matrices[part.expert], result[part.rows])
-            activation.forward(*(tensor[block.around] for tensor in inner))
-            for part in block.parts():
-                _multiply(inner[-1][part.rows], down[part.expert], output[part.rows])
+        ctx.products = nullcontext if by_onednn(len(x), len(ends), x.dtype) else mkl_products
+        with ctx.products():
+            for block in ctx.blocks:
+                for part in block.parts():
+                    some = x[part.rows]
+                    for matrices, result in zip(into, inner, strict=False):
+                        _multiply(some, matrices[part.expert], result[part.rows])
+                activation.forward(*(tensor[block.around] for tensor in inner))
+                for part in block.parts():
+                    _multiply(inner[-1][part.rows], down[part.expert], output[part.rows])
         ctx.save_for_backward(x, *weights, *inner)
         ctx.activation, ctx.num_weights = activation, len(weights)
         return output
@@ -245,19 +256,20 @@ class _Experts(torch.autograd.Function):
         *by_into, by_down = (weight.unbind() if weight is not None else None for weight in by_weights)
         width = inner[-1].shape[1]
         spare = [x.new_empty(block_rows(width), width) for _ in into]
-        for block in ctx.blocks:
-            for part in block.parts():
-                some = grad[part.rows]
-                _multiply(some, down[part.expert], spare[-1][part.here])
-                _products(some, inner[-1][part.rows], by_down, part)
-            around = [tensor[: block.length_around] for tensor in spare]
-            ctx.activation.backward(*around, *(tensor[block.around] for tensor in inner[:-1]))
-            for part in block.parts():
-                some, by_some = x[part.rows], by_x[part.rows]
-                for number, tensor in enumerate(spare):
-                    by = tensor[part.here]
-                    _multiply(by, into[number][part.expert], by_some, add=number > 0)
-                    _products(by, some, by_into[number], part)
+        with ctx.products():
+            for block in ctx.blocks:
+                for part in block.parts():
+                    some = grad[part.rows]
+                    _multiply(some, down[part.expert], spare[-1][part.here])
+                    _products(some, inner[-1][part.rows], by_down, part)
+                around = [tensor[: block.length_around] for tensor in spare]
+                ctx.activation.backward(*around, *(tensor[block.around] for tensor in inner[:-1]))
+                for part in block.parts():
+                    some, by_some = x[part.rows], by_x[part.rows]
+                    for number, tensor in enumerate(spare):
+                        by = tensor[part.here]
+                        _multiply(by, into[number][part.expert], by_some, add=number > 0)
+                        _products(by, some, by_into[number], part)
         by_x[block.rows.stop :].zero_()
         return by_x, None, None, *by_weights
 
