@@ -46,7 +46,7 @@ NEUTRAL = (
     "trainer.keep_freed_memory",
     "trainer.onednn_products",
 )
-"""Keys that cannot change what a run computes: no part of its identity."""
+"""Keys that cannot change what a run computes, but for last digits: no part of its identity."""
 
 
 @dataclass(frozen=True)

@@ -48,13 +48,11 @@ def onednn_products() -> Iterator[bool]:
 def mkl_products() -> Iterator[None]:
     """Within :func:`onednn_products`, leave many small products to MKL."""
     before = _float32_products()
-    if before == _ONEDNN:
-        _have_float32_products(_MKL)
+    _have_float32_products(_MKL if before == _ONEDNN else before)
     try:
         yield
     finally:
-        if before == _ONEDNN:
-            _have_float32_products(before)
+        _have_float32_products(before)
 
 
 def _amd_with_avx512() -> bool:
