@@ -155,6 +155,7 @@ class TrainerConfig(Group):
     max_epochs: Positive
     max_batches_per_epoch: Positive | None
     batch_size: Positive
+    compile: bool = False
     accumulate: Positive
     parallel: Literal["ddp", "fsdp"]
     expert_parallel: Positive

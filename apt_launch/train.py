@@ -240,12 +240,13 @@ def _run(
         for note in (*(resume.notes if resume else ()), *config.program.notes()):
             logger.warning("note: %s", note)
         logger.info(
-            "%s%s: %s parameters on %s in %s, %s. Folder: %s",
+            "%s%s: %s parameters on %s in %s%s, %s. Folder: %s",
             "resuming " if resume else "",
             config.identity[:8],
             f"{sum(p.numel() for p in trainer.model.parameters()):,}",
             trainer.device,
             str(trainer.autocast_dtype).removeprefix("torch."),
+            ", compiled (the first updates of each phase wait for that)" if trainer.compiled else "",
             config.horizon,
             folder.path,
         )

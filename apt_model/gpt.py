@@ -149,8 +149,7 @@ class GPT(nn.Module):
         if targets is None:
             logits, votes = self.voter(hidden, self.head(hidden), self.head)
         elif self.loss_chunk is None:
-            logits, loss, votes = self._predict(hidden.flatten(0, 1), targets.flatten())
-            logits = logits.view(*targets.shape, -1)
+            logits, loss, votes = self._predict(hidden, targets)
         else:
             loss, votes = self._loss_in_chunks(hidden.flatten(0, 1), targets.flatten(), self.loss_chunk)
         auxiliary = torch.zeros((), device=hidden.device)
@@ -191,9 +190,9 @@ class GPT(nn.Module):
         return logits[:, 0].float(), votes
 
     def _predict(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return logits (tokens, vocab_size), their mean loss, and the voter's metrics; hidden: (tokens, d_model)."""
+        """Return logits (..., vocab_size), their mean loss, and the voter's metrics; hidden: (..., d_model), targets: (...)."""
         logits, votes = self.voter(hidden, self.head(hidden), self.head)
-        return logits, self._loss(logits.float(), targets), votes
+        return logits, self._loss(logits.float().flatten(0, -2), targets.flatten()), votes
 
     def _loss_in_chunks(self, hidden: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Do what :meth:`_predict` does, a few tokens at a time; the backward pass computes their logits again."""
@@ -221,6 +220,18 @@ class GPT(nn.Module):
     def expert_cosines(self) -> Tensor:
         """Return :meth:`Experts.cosine` of each layer whose experts are on, (num_layers,)."""
         return torch.stack([layer.experts.cosine() for layer in self.moe_layers if layer.experts is not None])
+
+    def compile_parts(self, *, whole: bool = True) -> None:
+        """Have torch.compile make graphs of the blocks, of the alignment and of the loss, when each is met in a new state.
+
+        Blocks that are in one state share a graph, so that a deep model takes no longer than a flat one.
+
+        Args:
+            whole: each is one graph, or an error; False: hooks, which FSDP has within a block, may part it.
+        """
+        for part in (*self.blocks, self.align):
+            part.compile(fullgraph=whole, dynamic=False)
+        self._predict = torch.compile(self._predict, fullgraph=whole, dynamic=False)  # type: ignore[method-assign]
 
     def freeze(self, pattern: str, on: bool) -> None:
         """Stop or resume training what ``pattern`` means: modules or parameters by path, ``*`` within one part."""

@@ -24,6 +24,7 @@ from apt_model.schedule.clock import Unit
 from apt_model.schedule.targets import OF_OPTIMIZER
 from apt_model.training.callbacks import Callback, Callbacks
 from apt_model.training.checkpoint import Checkpoints
+from apt_model.training.compiling import compile_model, compiling, eagerly
 from apt_model.training.device import Precision, choose_device, choose_dtype
 from apt_model.training.distributed import Ranks, any_rank, barrier, gathered, mean_of
 from apt_model.training.follower import Follower, bind
@@ -70,6 +71,7 @@ class BaseTrainer(Follower):
         max_epochs: epochs to train.
         max_batches_per_epoch: None: all that the corpus gives.
         batch_size: sequences a batch.
+        compile: whether torch.compile makes graphs of the model's parts for training; validation goes without.
         accumulate: batches an update.
         parallel: how ranks share the model: ``ddp``, each has all of it, or ``fsdp``, each has a part of every layer.
         expert_parallel: ranks that share one set of experts, with ``fsdp``.
@@ -114,6 +116,7 @@ class BaseTrainer(Follower):
         weight_decay: float = 0.0,
         seed: int = 0,
         max_batches_per_epoch: int | None = None,
+        compile: bool = False,
         accumulate: int = 1,
         parallel: Parallel = "ddp",
         expert_parallel: int = 1,
@@ -155,6 +158,9 @@ class BaseTrainer(Follower):
             dtype=self.autocast_dtype,
             device_type=self.device.type,
         )
+        self.compiled = compile
+        if compile:
+            compile_model(self.model, self.device, whole=self.engine.whole_blocks)
         self.optimizer = optimizer(parameter_groups(model, weight_decay))
         self.base_lr: float = self.optimizer.param_groups[0]["lr"]
         self.lr_curve = Anneal.model_validate(lr_schedule).curve(schedule.planned) if lr_schedule else None
@@ -264,7 +270,7 @@ class BaseTrainer(Follower):
             TrainingError: the curriculum has frozen every parameter.
         """
         self.callbacks.notify("on_batch_begin", self)
-        with self._autocast():
+        with self._autocast(), compiling() if self.compiled else nullcontext():
             output = self.engine.forward(tokens, targets, telling=self._telling)
         assert output.language_loss is not None
         loss: Tensor = output.language_loss + output.auxiliary_loss
@@ -408,7 +414,8 @@ class BaseTrainer(Follower):
         self.model.eval()
         losses = []
         loads = self._loads_by_source()
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), eagerly() if self.compiled else nullcontext():
             torch.manual_seed(self.seed)  # the voter draws: the same draws each time, and none from training
             for number, (tokens, targets) in enumerate(self.val_batches.epoch(0, device=self.device)):
                 with self._autocast(), loads.counting(number, tokens) if loads else nullcontext():

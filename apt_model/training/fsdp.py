@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,8 @@ class Sharded(Engine):
 
     A switch of experts gathers one layer at a time, switches it as a process alone would, and shards it again.
     """
+
+    whole_blocks: ClassVar[bool] = False
 
     def __init__(
         self, model: GPT, world: int, *, expert_parallel: int = 1, dtype: torch.dtype = torch.float32, device_type: str

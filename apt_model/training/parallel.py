@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,8 @@ def engine(
 
 class Engine:
     """A model on one rank, alone; what the others are more than that is theirs."""
+
+    whole_blocks: ClassVar[bool] = True  # whether a compiler can take a block in one piece
 
     def __init__(self, model: GPT) -> None:
         self.model = model

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from apt_model.errors import ConfigError
+from apt_launch.build import build_trainer
+from apt_launch.config import RunConfig
+from apt_model.errors import ConfigError, Interrupted, TrainingError
 from apt_model.gpt import GPT
 from apt_model.layers import scheduled
 from apt_model.layers.moe import MoE
 from apt_model.schedule import Clock, Horizon, ScheduleRunner
 from apt_model.schedule.targets import matching
+from apt_model.training.callbacks import Callback
+from apt_model.training.checkpoint import Checkpoints, newest_intact
+from apt_model.training.trainer import Trainer
 
 STEPS = 50
 
@@ -200,3 +206,71 @@ def test_a_pattern_reaches_one_layer_or_all() -> None:
     assert [layer.temperature.item() for layer in model.moe_layers] == [1.0, 2.0]
     assert [layer.dropout.item() for layer in model.moe_layers] == [0.5, 0.5]
     assert matching("blocks.*.ffn.dropout", schedule.targets) == ["blocks.0.ffn.dropout", "blocks.1.ffn.dropout"]
+
+
+# --- trainer.compile --------------------------------------------------------------------------------------------------
+
+COMPILED = ("trainer.compile=true", "trainer.max_batches_per_epoch=2", "voter.dropout=0")
+
+
+class Graphs(Callback):
+    """How many there are after each update."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def on_step(self, trainer: Trainer) -> None:
+        self.counts.append(graphs())
+
+
+def run(config: RunConfig, **options) -> tuple[Trainer, list[dict[str, float]]]:
+    rows: list[dict[str, float]] = []
+    return build_trainer(config, log=rows.append, **options), rows
+
+
+def told(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Rows without what differs between equal runs."""
+    return [{k: v for k, v in row.items() if k not in ("time", "tokens_per_second")} for row in rows]
+
+
+def test_a_compiled_run_is_the_eager_one_and_each_switch_costs_one_graph(small: Callable[..., RunConfig]) -> None:
+    eager, expected = run(small(*COMPILED, "trainer.compile=false"))
+    eager.fit()
+    seen = Graphs()
+    compiled, rows = run(small(*COMPILED), callbacks=[seen])
+    compiled.fit()
+    for row, other in zip(told(rows), told(expected), strict=True):
+        assert row == pytest.approx(other, rel=1e-3, abs=1e-4)
+    # whether it works at all, blocks, loss; experts at epoch 2, alignment at 3, votes at 5
+    assert seen.counts == [3, 3, 3, 3, 4, 4, 5, 5, 5, 5, 6, 6]
+
+
+def test_a_compiled_run_that_is_interrupted_goes_on_to_the_same_weights(
+    small: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = small(*COMPILED, "trainer.precision=bf16", "model.loss_chunk=24", "trainer.accumulate=2", "seed=3")
+    whole, expected = run(config)
+    whole.fit()
+    before, rows = run(config, checkpoints=Checkpoints(tmp_path))
+    before.stop_requested = lambda: before.clock.step == 3  # experts are on, alignment is not
+    with pytest.raises(Interrupted):
+        before.fit()
+    after, more = run(config, resume=newest_intact(tmp_path)[0])
+    after.fit()
+    assert told(rows) + told(more) == told(expected)
+    weights = after.model.state_dict()
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+
+
+def test_a_compiler_that_is_not_there_or_fails_is_told_with_the_remedy(small: Callable[..., RunConfig]) -> None:
+    without = torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/g++")})
+    with torch._inductor.utils.fresh_cache(), without, pytest.raises(ConfigError, match=r"^trainer\.compile: .*=false"):
+        run(small(*COMPILED))
+    compiled, _ = run(small(*COMPILED))
+    with (
+        torch._inductor.utils.fresh_cache(),
+        without,
+        pytest.raises(TrainingError, match=r"^torch\.compile has failed.*trainer\.compile=false.*No working C\+\+"),
+    ):
+        compiled.fit()

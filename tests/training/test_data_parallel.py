@@ -209,3 +209,15 @@ def test_ranks_that_would_write_to_different_folders_are_refused(data: tuple[str
     )
     assert told.returncode == 1  # torch's launcher knows no other
     assert "error: hydra.run.dir: 2 ranks train one model, and want 2 folders" in told.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["2 replicas", "2 shards, experts over 2"])
+def test_ranks_train_compiled_as_one_process_does(
+    name: str, group: Ranks, data: tuple[str, str], tmp_path: Path
+) -> None:
+    world, engine = ENGINES[name]
+    short = (*PLAIN, "model.num_layers=1", "schedule=none", "schedule.enable_moe_at_epoch=1", "trainer.max_epochs=2")
+    alone = group.train(1, tmp_path / "alone", *data, *short)
+    assert any("moe/router_entropy" in row for row in alone)
+    same(group.train(world, tmp_path / "out", *data, *short, *engine, "trainer.compile=true"), alone)
