@@ -36,6 +36,7 @@ NEUTRAL = (
     "trainer.resume",
     "trainer.parallel",
     "trainer.expert_parallel",
+    "trainer.activation_checkpointing",
     "trainer.log_every",
     "trainer.checkpoint_every_epochs",
     "trainer.checkpoint_every_minutes",

@@ -153,26 +153,25 @@ def device_bytes(phase: Phase, config: RunConfig, num_gpus: int) -> int:
 
 def batch_bytes(phase: Phase, config: RunConfig, share: int) -> int:
     """Return the bytes of activations and workspace for ``share`` sequences."""
-    activations, workspace = _growth(phase, config)
-    return math.ceil(
-        share * activations + min(share * config.model.seq_len, config.model.loss_chunk or math.inf) * workspace
-    )
+    activations, recomputed, workspace = _growth(phase, config)
+    at_once = min(share * config.model.seq_len, config.model.loss_chunk or math.inf)
+    return math.ceil(share * activations + max(share * recomputed, at_once * workspace))
 
 
-def _growth(phase: Phase, config: RunConfig) -> tuple[float, float]:
-    """Return the bytes of activations for a sequence, and of workspace for a token."""
+def _growth(phase: Phase, config: RunConfig) -> tuple[float, float, float]:
+    """Return the bytes of activations and of what is recomputed for a sequence, and of workspace for a token."""
     at_once = min(phase.batch_size * config.model.seq_len, config.model.loss_chunk or math.inf)
-    return phase.activations / phase.batch_size, phase.workspace / at_once
+    return phase.activations / phase.batch_size, phase.recomputed / phase.batch_size, phase.workspace / at_once
 
 
 def _room(config: RunConfig, phase: Phase, free: float) -> float:
     """Return how many sequences' activations and workspace take ``free`` bytes; the workspace ends to grow with a chunk."""
     length, chunk = config.model.seq_len, config.model.loss_chunk
-    activations, workspace = _growth(phase, config)
+    activations, recomputed, workspace = _growth(phase, config)
     sequences = free / (activations + workspace * length)
-    if chunk is None or sequences * length <= chunk:
-        return sequences
-    return (free - workspace * chunk) / activations
+    if chunk is not None and sequences * length > chunk:
+        sequences = (free - workspace * chunk) / activations
+    return min(sequences, free / (activations + recomputed))
 
 
 def table(
@@ -224,6 +223,7 @@ def _drawn(
         "optimizer": [_bytes(phase.optimizer) for phase in phases],
         "16-bit copies": [_bytes(phase.casts) for phase in phases],
         f"activations, {phases[0].batch_size} sequences": [_bytes(phase.activations) for phase in phases],
+        "a block again": [_bytes(phase.recomputed) for phase in phases],
         "logits and gradient": [_bytes(phase.workspace) for phase in phases],
         "all on one device": [_bytes(phase.total) for phase in phases],
         "forward FLOPs a token": [_count(phase.forward_flops) for phase in phases],
@@ -233,6 +233,8 @@ def _drawn(
         rows["frozen"] = [" ".join(phase.frozen) or "none" for phase in phases]
     if phases[0].compute_bytes == FP32:
         del rows["16-bit copies"]
+    if not phases[0].recomputed:
+        del rows["a block again"]
     if per_device:
         rows[f"a device of {num_gpus}, {_sequences(share)}"] = [_bytes(n) for n in per_device]
     if cost is not None:
@@ -243,10 +245,16 @@ def _drawn(
         return drawn
     verdict = "fits" if cost.fits else "does not fit"
     room = _sequences(cost.largest_batch) if cost.largest_batch else "not even one sequence"
+    remedies = ["more GPUs"]
+    if max(cost.fixed) < cost.spec.usable_bytes:
+        remedies.insert(0, "a smaller trainer.batch_size with a larger trainer.accumulate")
+        if not phases[0].recomputed:
+            remedies.insert(0, "trainer.activation_checkpointing=true")
     return Group(
         drawn,
         f"{cost.num_gpus} x {cost.kind} at an MFU of {cost.mfu:g}: {cost.hours:,.2f} hours, {cost.gpu_hours:,.2f} GPU-hours",
         f"{_sequences(share)} a device: {verdict} in {USABLE:.0%} of {cost.spec.memory_gb:g} GB; there is room for {room}",
+        *([] if cost.fits else [f"less a device: {', '.join(remedies)}"]),
         f"peak {cost.spec.bf16_tflops:g} TFLOP/s in bf16, dense ({cost.spec.source})",
     )
 

@@ -156,6 +156,7 @@ class TrainerConfig(Group):
     max_batches_per_epoch: Positive | None
     batch_size: Positive
     compile: bool = False
+    activation_checkpointing: bool = False
     accumulate: Positive
     parallel: Literal["ddp", "fsdp"]
     expert_parallel: Positive

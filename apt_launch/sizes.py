@@ -9,14 +9,16 @@ Memory of one device, in bytes:
 - gradients: 4 a parameter that is not frozen.
 - optimizer: 8 a parameter that was ever trained: AdamW's two moments (arXiv:1711.05101), float32.
 - casts: 2 an entry of each matrix that autocast multiplies with; it keeps those copies until the backward pass. None in fp32,
-  and none of experts on the CPU.
+  none of experts on the CPU, and of one layer's experts at a time where blocks are computed again.
 - activations: what autograd saves for the backward pass, for one batch (:class:`Saved` has the formula).
+- recomputed: with trainer.activation_checkpointing, what one block saves while the backward pass computes it again; activations
+  are then the inputs of blocks and what is saved outside of them.
 - workspace: the logits and their gradient, when the backward pass begins; with model.loss_chunk those of a chunk, and what is
   saved for its backward pass.
 
 FLOPs are those of matrix products, 2 a multiply-add. The backward pass takes twice the forward pass (arXiv:2001.08361);
-attention scores are counted without their causal half, and what is computed again in the backward pass (model.loss_chunk)
-is not counted, as is usual where MFU is told (PaLM, arXiv:2204.02311).
+attention scores are counted without their causal half, and what is computed again in the backward pass (model.loss_chunk,
+trainer.activation_checkpointing) is not counted, as is usual where MFU is told (PaLM, arXiv:2204.02311).
 """
 
 from __future__ import annotations
@@ -62,6 +64,7 @@ class Phase:
     optimizer: int
     casts: int
     activations: int
+    recomputed: int
     workspace: int
     forward_flops: int  # a token
 
@@ -73,30 +76,32 @@ class Phase:
     @property
     def total(self) -> int:
         """Bytes on a device that holds everything."""
-        return self.weights + self.gradients + self.optimizer + self.casts + self.activations + self.workspace
+        kept = self.weights + self.gradients + self.optimizer + self.casts + self.activations
+        return kept + max(self.workspace, self.recomputed)
 
 
 @dataclass(frozen=True)
 class Saved:
     """What one token costs in a part of the model: FLOPs forward, and bytes that autograd saves for the backward pass.
 
-    With c bytes a number in matrix products, d = d_model, f = d_ff, h heads, E experts, k of them a token, v the
-    vocabulary, B sequences of S tokens:
+        With c bytes a number in matrix products, d = d_model, f = d_ff, h heads, E experts, k of them a token, v the
+        vocabulary, B sequences of S tokens:
 
+        - a block that is computed again: 4 d (its input)
     - a norm: 4 d + 4 (its input over the root mean square, and the latter)
-    - attention: 7 c d + 4 h (input, query-key-value, rotated query and key, output, and the normaliser);
-      written out (``eager``) 5 c d + h S c, and 4 h S more under autocast on a GPU, whose softmax works in float32
-    - a dense feed-forward layer: c d (twice under autocast with swiglu) + 4 c f; 2 c f with gelu and relu2
-    - experts: 4 d + 8 E + k (c d + 4 c f / g + 8 d + 40) with a granularity of g; on the CPU k (2 c d + 4 c f / g + 48); a
-      shared expert 4 c f (+ 2 c d under autocast) more; jitter 4 d more (and c d beside a shared expert in fp32)
-    - alignment: 2 c d + 4 B + 40 rank
-    - head and loss: c d + 4 v + 16; 4 v more with label smoothing; c d alone where the loss is computed in chunks
-    - the voter: votes (8 v + 4 d + c d) + 4 v, if every position votes: the most that can happen
-    - dropout: d for each layer that has it
+        - attention: 7 c d + 4 h (input, query-key-value, rotated query and key, output, and the normaliser);
+          written out (``eager``) 5 c d + h S c, and 4 h S more under autocast on a GPU, whose softmax works in float32
+        - a dense feed-forward layer: c d (twice under autocast with swiglu) + 4 c f; 2 c f with gelu and relu2
+        - experts: 4 d + 8 E + k (c d + 4 c f / g + 8 d + 40) with a granularity of g; on the CPU k (2 c d + 4 c f / g + 48); a
+          shared expert 4 c f (+ 2 c d under autocast) more; jitter 4 d more (and c d beside a shared expert in fp32)
+        - alignment: 2 c d + 4 B + 40 rank
+        - head and loss: c d + 4 v + 16; 4 v more with label smoothing; c d alone where the loss is computed in chunks
+        - the voter: votes (8 v + 4 d + c d) + 4 v, if every position votes: the most that can happen
+        - dropout: d for each layer that has it
 
-    On the CPU there is room for a few rows more: see :mod:`apt_model.layers.blocks`.
+        On the CPU there is room for a few rows more: see :mod:`apt_model.layers.blocks`.
 
-    Measured on the CPU. CUDA's fused kernels save d numbers less an attention layer.
+        Measured on the CPU. CUDA's fused kernels save d numbers less an attention layer.
     """
 
     flops: float
@@ -128,6 +133,7 @@ def sizes(config: RunConfig, *, on_gpu: bool | None = None) -> list[Phase]:
     compute = 2 if half else FP32
     with torch.device("meta"):
         model = build_model(config.values)
+    model.activation_checkpointing = config.trainer.activation_checkpointing
     curriculum = config.program.curriculum
     for name in curriculum.all_anneals:
         scheduled.expect(model, matching(curriculum.target_of(name), scheduled.targets(model)))
@@ -146,7 +152,7 @@ def sizes(config: RunConfig, *, on_gpu: bool | None = None) -> list[Phase]:
         trained |= {parameter for parameter in parameters if parameter.requires_grad}
         total = sum(parameter.numel() for parameter in parameters)
         batch, length = config.trainer.batch_size, config.model.seq_len
-        token, again = _token(model, batch=batch, length=length, compute=compute, on_gpu=on_gpu)
+        token, predicted_again, block_again = _token(model, batch=batch, length=length, compute=compute, on_gpu=on_gpu)
         vocabulary = model.embedding.num_embeddings
         found.append(
             Phase(
@@ -166,7 +172,10 @@ def sizes(config: RunConfig, *, on_gpu: bool | None = None) -> list[Phase]:
                 optimizer=2 * FP32 * sum(p.numel() for p in parameters if p in trained),
                 casts=0 if compute == FP32 else compute * _multiplied(model, on_gpu),
                 activations=round(batch * length * token.saved),
-                workspace=round(_at_once(model, batch * length) * (vocabulary * (compute + 2 * FP32) + again.saved)),
+                recomputed=round(batch * length * block_again.saved),
+                workspace=round(
+                    _at_once(model, batch * length) * (vocabulary * (compute + 2 * FP32) + predicted_again.saved)
+                ),
                 forward_flops=round(token.flops),
             )
         )
@@ -219,11 +228,14 @@ def _idle(model: GPT) -> float:
 
 
 def _multiplied(model: GPT, on_gpu: bool) -> int:
-    """Return the entries of all matrices of which autocast keeps copies; the router computes in float32."""
-    others = (".router.",) if on_gpu else (".router.", ".experts.")
+    """Return the entries of all matrices of which copies are kept; the router computes in float32."""
+    others = (".router.", ".experts.")
     matrices = sum(
         p.numel() for name, p in model.named_parameters() if p.dim() >= 2 and not any(part in name for part in others)
     )
+    if on_gpu:
+        experts = [_numel(layer.experts) for layer in model.moe_layers if layer.experts is not None]
+        matrices += max(experts, default=0) if model.activation_checkpointing else sum(experts)
     return matrices - (model.embedding.weight.numel() if model.loss_chunk else 0)  # the head's is made anew a chunk
 
 
@@ -232,15 +244,22 @@ def _at_once(model: GPT, tokens: int) -> int:
     return min(tokens, model.loss_chunk or tokens)
 
 
-def _token(model: GPT, *, batch: int, length: int, compute: int, on_gpu: bool) -> tuple[Saved, Saved]:
-    """Return what a token costs in the whole model, and what is saved once it is computed again in the backward pass."""
+def _token(model: GPT, *, batch: int, length: int, compute: int, on_gpu: bool) -> tuple[Saved, Saved, Saved]:
+    """Return what a token costs in the whole model.
+
+    Also what is saved once its loss, and once a block, is computed again in the backward pass: nothing, if it is not.
+    """
     d, vocabulary = model.embedding.embedding_dim, model.embedding.num_embeddings
     norm = Saved(0, 4 * d + 4)
-    total = norm
+    total, block_again = norm, Saved(0, 0)
     for block in model.blocks:
-        total += norm + norm
-        total += _attention(block.attention, length, compute, on_gpu)  # type: ignore[arg-type]
-        total += _feed_forward(block.ffn, d, compute, 0 if on_gpu else batch * length)  # type: ignore[arg-type]
+        whole = norm + norm
+        whole += _attention(block.attention, length, compute, on_gpu)  # type: ignore[arg-type]
+        whole += _feed_forward(block.ffn, d, compute, 0 if on_gpu else batch * length)  # type: ignore[arg-type]
+        if model.activation_checkpointing:
+            block_again = max(block_again, whole, key=lambda saved: saved.saved)
+            whole = Saved(whole.flops, FP32 * d)
+        total += whole
     if model.align.enabled:
         rank = model.align.rank
         total += Saved(6 * d * rank + 2 * batch * rank, 2 * compute * d + 4 * batch + 40 * rank)
@@ -253,8 +272,8 @@ def _token(model: GPT, *, batch: int, length: int, compute: int, on_gpu: bool) -
         predicted += Saved(2 * d * vocabulary * votes, saved)
     total += Saved(predicted.flops, compute * d)
     if model.loss_chunk is None:
-        return total + Saved(0, predicted.saved), Saved(0, 0)
-    return total, predicted
+        return total + Saved(0, predicted.saved), Saved(0, 0), block_again
+    return total, predicted, block_again
 
 
 def _attention(layer: SelfAttention, length: int, compute: int, on_gpu: bool) -> Saved:

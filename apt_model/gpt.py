@@ -105,6 +105,7 @@ class GPT(nn.Module):
         super().__init__()
         self.seq_len = seq_len
         self.loss_chunk = loss_chunk
+        self.activation_checkpointing = False  # whether the backward pass computes blocks again instead of keeping them
         self.register_buffer("label_smoothing", torch.tensor(float(label_smoothing)), persistent=False)
         self.expected = {"label_smoothing"} if label_smoothing else set[str]()
         self.embedding = nn.Embedding(vocab_size, d_model)
@@ -173,7 +174,10 @@ class GPT(nn.Module):
         hidden = self.embedding(tokens)
         reports = []
         for block, seen in zip(self.blocks, cache.blocks if cache else [None] * len(self.blocks), strict=True):
-            hidden, report = block(hidden, seen, telling)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                hidden, report = checkpoint(block, hidden, seen, telling, use_reentrant=False)
+            else:
+                hidden, report = block(hidden, seen, telling)
             if report is not None:
                 reports.append(report)
         hidden, alignment = self.align(hidden, cache.align if cache else None)

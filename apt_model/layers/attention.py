@@ -67,14 +67,15 @@ class _OnCPU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query = ctx.saved_tensors[0]
+        saved = ctx.saved_tensors  # once: reading them may compute them again
+        query = saved[0]
         batch, heads, length, _ = query.shape
         grads = tuple(torch.empty(query.shape, dtype=query.dtype) for _ in range(3))
         at_once = max(1, ROWS // (heads * min(QUERIES, length)))
         for begin in range(0, batch, at_once):
             some = slice(begin, begin + at_once)
             _attention_backward(
-                *(tensor[some].flatten(0, 1) for tensor in (grad, *ctx.saved_tensors)),
+                *(tensor[some].flatten(0, 1) for tensor in (grad, *saved)),
                 *(tensor[some].flatten(0, 1) for tensor in grads),
             )
         return grads  # type: ignore[return-value]

@@ -72,6 +72,7 @@ class BaseTrainer(Follower):
         max_batches_per_epoch: None: all that the corpus gives.
         batch_size: sequences a batch.
         compile: whether torch.compile makes graphs of the model's parts for training; validation goes without.
+        activation_checkpointing: whether the backward pass computes blocks again, so that only their inputs are kept.
         accumulate: batches an update.
         parallel: how ranks share the model: ``ddp``, each has all of it, or ``fsdp``, each has a part of every layer.
         expert_parallel: ranks that share one set of experts, with ``fsdp``.
@@ -117,6 +118,7 @@ class BaseTrainer(Follower):
         seed: int = 0,
         max_batches_per_epoch: int | None = None,
         compile: bool = False,
+        activation_checkpointing: bool = False,
         accumulate: int = 1,
         parallel: Parallel = "ddp",
         expert_parallel: int = 1,
@@ -150,6 +152,7 @@ class BaseTrainer(Follower):
                 f"{self.ranks.world}."
             )
         self.model: GPT = model.to(self.device)
+        self.model.activation_checkpointing = activation_checkpointing
         self.engine = engine(
             parallel,
             self.model,

@@ -114,6 +114,23 @@ def test_the_clock_counts_updates_and_not_batches(small: Small) -> None:
     assert watch.temperatures[-1] == pytest.approx(0.8)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_blocks_that_are_computed_again_train_to_the_same_weights(small: Small, precision: str) -> None:
+    given = ("model.dropout=0.1", "moe.jitter=0.1", "moe.router=sigmoid", f"trainer.precision={precision}")
+    plain = Run(small(*given))
+    plain.trainer.fit()
+    config = small(*given, "trainer.activation_checkpointing=true")
+    again = Run(config)
+    calls = []
+    again.trainer.model.blocks[1].attention.register_forward_hook(lambda *_: calls.append(again.trainer.clock.step))
+    again.trainer.fit()
+    assert calls.count(0) == 2, "forward, and again"
+    assert again.told() == plain.told()
+    for name, weight in plain.weights().items():
+        assert torch.equal(weight, again.weights()[name]), name
+    assert config.identity == small(*given).identity
+
+
 def test_accumulating_batches_equals_one_larger_batch(small: Small) -> None:
     plain = ("schedule=none", "trainer.max_epochs=2", "trainer.grad_clip=null", "trainer.lr_schedule.warmup=0")
     one = Run(small(*plain, "trainer.batch_size=4", "trainer.max_batches_per_epoch=2"))
