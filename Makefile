@@ -7,7 +7,7 @@ ARGS ?= schedule=gpt5_moe
 KILLS ?= 200
 TESTS ?= tests
 
-.PHONY: help run test coverage soak lint docs wheel clean
+.PHONY: help run test coverage soak gpu lint docs wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -27,6 +27,9 @@ coverage: $(VENV)/.installed ## count what tests run, in all processes, and slow
 
 soak: $(VENV)/.installed ## kill training 200 times and compare what comes out: make soak KILLS=1000
 	APT_KILLS=$(KILLS) $(BIN)/python -m pytest -s tests/reliability/test_kills.py
+
+gpu: $(VENV)/.installed ## on a machine with a GPU: its tests, benchmarks and a run, told in build/gpu
+	PYTHON=$(BIN)/python sh tests/bench/on_gpu.sh build/gpu
 
 lint: $(VENV)/.installed ## ruff and mypy
 	$(BIN)/ruff check .

@@ -67,6 +67,14 @@ def test_prompts_of_different_lengths_go_on_as_each_would_alone() -> None:
     assert generate(model, prompts, max_new_tokens=5, sampling=GREEDY).tokens == expected
 
 
+@pytest.mark.gpu
+def test_a_gpu_makes_the_text_that_the_cpu_makes() -> None:
+    model = model_with("moe", "align", "voter")
+    asked = {"max_new_tokens": 20, "sampling": GREEDY}  # past the window of 12
+    expected = generate(model, [[3, 1, 4, 1, 5, 9], [2]], **asked).tokens
+    assert generate(model.cuda(), [[3, 1, 4, 1, 5, 9], [2]], **asked).tokens == expected
+
+
 def test_a_capacity_of_the_training_batches_drops_nothing_while_text_is_made_and_is_there_again_after() -> None:
     prompts = [[3, 1, 4], [1, 5, 9], [2, 6, 5]]
     tight, free = model_with("moe", capacity=0.25), model_with("moe", capacity=None)

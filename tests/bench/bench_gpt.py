@@ -1,6 +1,7 @@
 """Training speed of the whole model beside a plain loop of equal size, and with experts at equal active FLOPs, in one run.
 
     python -m tests.bench.bench_gpt [--rounds 8] [--updates 4] [--precision fp32 bf16] [--threads 2]
+    python -m tests.bench.bench_gpt --device cuda [--rounds 8] [--updates 10] [--precision bf16] [--peak-tflops 989.5]
 
 A report, no test. Everybody trains a byte-level GPT (d_model 256, 4 layers, 4 heads, sequence 256, batch 16) with fused AdamW.
 The plain loop is what one would write: a decoder with learned positions, LayerNorm, GELU of 4 d_model and tied embeddings in
@@ -9,15 +10,22 @@ Ours does all that training does: the curriculum, the metrics, the rows, and by 
 AMD's processors (trainer.onednn_products), which a plain loop is asked to do in a row of its own. The experts' layers have two
 experts a token of half the width, so that a token meets equal FLOPs. All take turns; a ratio is the median over rounds of the
 speed over that of the plain loop in the same round.
+
+On a GPU the model is as large as GPT-2's smallest (768, 12 layers, 12 heads, sequence 1024, batch 32, a vocabulary of 50304 of
+which bytes use 256), and a plain loop under torch.compile takes part. Told besides are the FLOPs that apt_launch.sizes counts,
+MFU, their share of the card's dense bf16 peak (that of apt_launch.gpus for the card's name, or --peak-tflops), the most memory
+that an update takes beside what the preview reckons, and how often the host waits for the device in an update without a row.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,28 +36,35 @@ from torch import Tensor, nn
 
 from apt_launch.build import build_trainer
 from apt_launch.config import composed
+from apt_launch.gpus import GPUS
+from apt_launch.sizes import Phase, sizes
 from apt_model.layers.backend import onednn_products
 from apt_model.training.memory import keep_freed_memory
 from apt_model.training.trainer import Trainer
+from tests.bench.device import peak_bytes, seconds, waits
 
-D, LAYERS, HEADS, LENGTH, BATCH, VOCABULARY = 256, 4, 4, 256, 16, 256
-CONFIG = (
-    f"model.d_model={D}",
-    f"model.num_layers={LAYERS}",
-    f"model.num_heads={HEADS}",
-    f"model.seq_len={LENGTH}",
-    "model.ffn=gelu",
-    f"trainer.batch_size={BATCH}",
-    "trainer.max_batches_per_epoch=null",
-    "trainer.device=cpu",
-    "logger.mode=disabled",
-)
+
+class Shape(NamedTuple):
+    """Of the model and its batches."""
+
+    d_model: int
+    num_layers: int
+    num_heads: int
+    seq_len: int
+    vocab_size: int
+    batch_size: int
+
+
+SHAPES = {"cpu": Shape(256, 4, 4, 256, 256, 16), "cuda": Shape(768, 12, 12, 1024, 50304, 32)}
+PRECISIONS = {"cpu": ["fp32", "bf16"], "cuda": ["bf16"]}
+UPDATES = {"cpu": 4, "cuda": 10}
 
 
 def rotary(x: Tensor) -> Tensor:
     """Turn pairs of channels of (batch, heads, seq, head_dim) by their positions, as one would write it."""
     half = x.shape[-1] // 2
-    angles = torch.outer(torch.arange(x.shape[-2]), 10_000.0 ** (-torch.arange(half) / half))
+    positions, channels = (torch.arange(n, device=x.device) for n in (x.shape[-2], half))
+    angles = torch.outer(positions, 10_000.0 ** (-channels / half))
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -58,39 +73,41 @@ def rotary(x: Tensor) -> Tensor:
 class PlainBlock(nn.Module):
     """Attention and a GELU layer, each after a norm."""
 
-    def __init__(self, as_ours: bool) -> None:
+    def __init__(self, shape: Shape, as_ours: bool) -> None:
         super().__init__()
-        self.as_ours = as_ours
-        self.norms = nn.ModuleList([norm(as_ours) for _ in range(2)])
-        self.qkv, self.out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
-        self.up, self.down = nn.Linear(D, 4 * D, bias=False), nn.Linear(4 * D, D, bias=False)
+        d = shape.d_model
+        self.as_ours, self.num_heads = as_ours, shape.num_heads
+        self.norms = nn.ModuleList([norm(d, as_ours) for _ in range(2)])
+        self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
+        self.up, self.down = nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, length, _ = x.shape
+        batch, length, d = x.shape
         query, key, value = (
-            part.view(batch, length, HEADS, -1).transpose(1, 2) for part in self.qkv(self.norms[0](x)).split(D, dim=2)
+            part.view(batch, length, self.num_heads, -1).transpose(1, 2)
+            for part in self.qkv(self.norms[0](x)).split(d, dim=2)
         )
         if self.as_ours:
             query, key = rotary(query), rotary(key)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, D))
+        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, d))
         return x + self.down(F.gelu(self.up(self.norms[1](x))))
 
 
-def norm(as_ours: bool) -> nn.Module:
+def norm(d_model: int, as_ours: bool) -> nn.Module:
     """Return the layer between others."""
-    return nn.RMSNorm(D) if as_ours else nn.LayerNorm(D, bias=False)
+    return nn.RMSNorm(d_model) if as_ours else nn.LayerNorm(d_model, bias=False)
 
 
 class PlainGPT(nn.Module):
     """A decoder without anything to switch."""
 
-    def __init__(self, as_ours: bool) -> None:
+    def __init__(self, shape: Shape, as_ours: bool) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(VOCABULARY, D)
-        self.positions = None if as_ours else nn.Embedding(LENGTH, D)
-        self.blocks = nn.Sequential(*(PlainBlock(as_ours) for _ in range(LAYERS)))
-        self.norm = norm(as_ours)
+        self.tokens = nn.Embedding(shape.vocab_size, shape.d_model)
+        self.positions = None if as_ours else nn.Embedding(shape.seq_len, shape.d_model)
+        self.blocks = nn.Sequential(*(PlainBlock(shape, as_ours) for _ in range(shape.num_layers)))
+        self.norm = norm(shape.d_model, as_ours)
         for parameter in self.parameters():
             if parameter.dim() >= 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -100,32 +117,46 @@ class PlainGPT(nn.Module):
         if self.positions is not None:
             x = x + self.positions.weight
         logits = F.linear(self.norm(self.blocks(x)), self.tokens.weight)
-        return F.cross_entropy(logits.view(-1, VOCABULARY), targets.reshape(-1))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def plain(corpus: Tensor, dtype: torch.dtype, *, as_ours: bool = False, by_onednn: bool = False) -> Iterator[None]:
+def plain(
+    corpus: Tensor,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    as_ours: bool = False,
+    by_onednn: bool = False,
+    compiled: bool = False,
+) -> Iterator[None]:
     """Make one update after another."""
     torch.manual_seed(0)
-    model = PlainGPT(as_ours)
+    with device:
+        model = PlainGPT(shape, as_ours)
+    called = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    while True:
-        begins = torch.randint(len(corpus) - LENGTH - 1, (BATCH,))
-        window = torch.stack([corpus[begin : begin + LENGTH + 1] for begin in begins]).long()
+    for update in itertools.count():
+        begins = torch.randint(len(corpus) - shape.seq_len - 1, (shape.batch_size,))
+        window = torch.stack([corpus[begin : begin + shape.seq_len + 1] for begin in begins]).long()
+        if device.type == "cuda":
+            window = window.pin_memory().to(device, non_blocking=True)
         with onednn_products() if by_onednn else contextlib.nullcontext():
-            with torch.autocast("cpu", dtype=dtype) if dtype != torch.float32 else contextlib.nullcontext():
-                loss = model(window[:, :-1], window[:, 1:])
+            with torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else contextlib.nullcontext():
+                loss = called(window[:, :-1], window[:, 1:])
             loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        loss.item()
+        if update % 10 == 0:
+            loss.item()
         yield
 
 
-def ours(*overrides: str) -> Iterator[None]:
+def ours(overrides: list[str]) -> Iterator[None]:
     """Make one update after another, as :meth:`Trainer.fit` does."""
     rows: list[dict[str, float]] = []
-    trainer: Trainer = build_trainer(composed([*CONFIG, *overrides]), log=rows.append)
+    trainer: Trainer = build_trainer(composed(overrides), log=rows.append)
     GlobalHydra.instance().clear()
     for batches in trainer._updates(0):
         with onednn_products():
@@ -135,55 +166,132 @@ def ours(*overrides: str) -> Iterator[None]:
         yield
 
 
-def contenders(precision: str) -> dict[str, Callable[[], Iterator[None]]]:
+class Contender(NamedTuple):
+    """Who takes part."""
+
+    start: Callable[[], Iterator[None]]
+    overrides: list[str]  # of our model, if it is not ours of the one that does the same
+
+
+def contenders(precision: str, device: torch.device) -> dict[str, Contender]:
     """Return what takes part, by name; the plain loop is first."""
     from apt_model.data import StdlibCorpus
 
     corpus = torch.from_numpy(StdlibCorpus().read("train").array().copy())
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    given = f"trainer.precision={precision}"
-    experts = ("schedule=none", "schedule.enable_moe_at_epoch=0", f"model.d_ff={2 * D}", "moe.top_k=2")
+    shape = SHAPES[device.type]
+    given = [
+        *(f"model.{name}={value}" for name, value in shape._asdict().items() if name != "batch_size"),
+        "model.ffn=gelu",
+        f"trainer.batch_size={shape.batch_size}",
+        "trainer.max_batches_per_epoch=null",
+        f"trainer.device={device}",
+        f"trainer.precision={precision}",
+        "logger.mode=disabled",
+        "schedule=none",
+    ]
+    dense = [*given, f"model.d_ff={4 * shape.d_model}"]
+    experts = [*given, "schedule.enable_moe_at_epoch=0", f"model.d_ff={2 * shape.d_model}", "moe.top_k=2"]
+    dropless = [*experts, "moe.capacity_factor=null"]
+    by = "oneDNN" if device.type == "cpu" else "compiled"
     return {
-        "plain loop": lambda: plain(corpus, dtype),
-        "plain loop, oneDNN": lambda: plain(corpus, dtype, by_onednn=True),
-        "plain loop, our layers": lambda: plain(corpus, dtype, as_ours=True),
-        "ours, dense": lambda: ours(given, "schedule=none", f"model.d_ff={4 * D}"),
-        "ours, 8 experts, dropless": lambda: ours(given, *experts, "moe.capacity_factor=null"),
-        "ours, 8 experts, capacity 1.25": lambda: ours(given, *experts),
+        "plain loop": Contender(lambda: plain(corpus, shape, dtype, device), dense),
+        f"plain loop, {by}": Contender(
+            lambda: plain(corpus, shape, dtype, device, by_onednn=by == "oneDNN", compiled=by == "compiled"), dense
+        ),
+        "plain loop, our layers": Contender(lambda: plain(corpus, shape, dtype, device, as_ours=True), dense),
+        "ours, dense": Contender(lambda: ours(dense), dense),
+        "ours, 8 experts, dropless": Contender(lambda: ours(dropless), dropless),
+        "ours, 8 experts, capacity 1.25": Contender(lambda: ours(experts), experts),
     }
+
+
+def go_on(steps: Iterator[None], updates: int = 1) -> None:
+    """Make the next updates."""
+    for _ in range(updates):
+        next(steps)
+
+
+class OnGPU(NamedTuple):
+    """What is told of a contender on a GPU."""
+
+    phase: Phase  # what the preview says of it
+    peak_bytes: int
+    waits: int  # of the host, in an update without a row
+
+    def cells(self, speed: float, peak_tflops: float | None) -> list[str]:
+        """Return what the table has of it at ``speed`` tokens/s."""
+        tflops = speed * self.phase.training_flops / 1e12
+        return [
+            f"{tflops:.0f}",
+            f"{tflops / peak_tflops:.1%}" if peak_tflops and self.phase.compute_bytes == 2 else "",
+            f"{self.peak_bytes / 1e9:.1f}",
+            f"{self.phase.total / 1e9:.1f}",
+            str(self.waits),
+        ]
+
+
+HEADS = ["", "precision", "tokens/s", "of the plain loop", "of ours, dense"]
+HEADS_ON_GPU = ["TFLOP/s", "MFU", "peak GB", "reckoned GB", "waits"]
+
+
+def on_gpu(steps: Iterator[None], overrides: list[str]) -> OnGPU:
+    """Take the first updates, of which the very first has a row."""
+    before = torch.cuda.memory_allocated()
+    go_on(steps, 2)
+    waited = waits(lambda: go_on(steps))
+    peak = peak_bytes(lambda: go_on(steps)) - before
+    phase = sizes(composed(overrides))[0]
+    GlobalHydra.instance().clear()
+    return OnGPU(phase, peak, waited)
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--updates", type=int, default=4, help="a round")
-    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--updates", type=int, help="a round")
+    parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peak-tflops", type=float, help="of the GPU, dense, in bf16")
     asked = parser.parse_args()
+    device = torch.device(asked.device)
+    shape, updates = SHAPES[asked.device], asked.updates or UPDATES[asked.device]
     torch.set_num_threads(asked.threads)
     keep_freed_memory()
-    table = Table("", "precision", "tokens/s", "of the plain loop", "of ours, dense")
-    for precision in asked.precision:
-        running = {name: start() for name, start in contenders(precision).items()}
-        for steps in running.values():
-            next(steps)
+    console = Console()
+    if device.type == "cuda":
+        card = torch.cuda.get_device_name()
+        known = {gpu.bf16_tflops: gpu.source for kind, gpu in GPUS.items() if kind in card.lower().replace(" ", "")}
+        peak = asked.peak_tflops or next(iter(known), None)
+        told_of_peak = (
+            f"peak {peak:g} TFLOP/s ({known.get(peak, 'as given')})" if peak else "no MFU without --peak-tflops"
+        )
+        console.print(f"torch {torch.__version__}, {card}, {told_of_peak}")
+    else:
+        console.print(f"torch {torch.__version__}, {asked.threads} threads")
+    table = Table(*HEADS, *(HEADS_ON_GPU if device.type == "cuda" else []))
+    for precision in asked.precision or PRECISIONS[asked.device]:
+        running, told = {}, {}
+        for name, contender in contenders(precision, device).items():
+            running[name] = contender.start()
+            if device.type == "cuda":
+                told[name] = on_gpu(running[name], contender.overrides)
+            else:
+                go_on(running[name])
         took: dict[str, list[float]] = {name: [] for name in running}
         for _ in range(asked.rounds):
             for name, steps in running.items():
-                began = time.perf_counter()
-                for _ in range(asked.updates):
-                    next(steps)
-                took[name].append(time.perf_counter() - began)
+                took[name].append(seconds(functools.partial(go_on, steps, updates), device))
         bases = took["plain loop"], took["ours, dense"]
-        for name, seconds in took.items():
-            speed = asked.updates * BATCH * LENGTH / statistics.median(seconds)
+        for name, times in took.items():
+            speed = updates * shape.batch_size * shape.seq_len / statistics.median(times)
             ratios = [
-                statistics.median(base / own for base, own in zip(bases_of, seconds, strict=True)) for bases_of in bases
+                statistics.median(base / own for base, own in zip(bases_of, times, strict=True)) for bases_of in bases
             ]
-            table.add_row(name, precision, f"{speed:,.0f}", *(f"{ratio:.2f}" for ratio in ratios))
-    console = Console()
-    console.print(f"torch {torch.__version__}, {asked.threads} threads")
+            more = told[name].cells(speed, peak) if name in told else []
+            table.add_row(name, precision, f"{speed:,.0f}", *(f"{ratio:.2f}" for ratio in ratios), *more)
     console.print(table)
 
 

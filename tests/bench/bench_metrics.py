@@ -3,9 +3,9 @@
     python -m tests.bench.bench_metrics [--rounds 30] [overrides]
 
 A report, no test: everything takes turns, on one model and one batch. An update is a forward pass, a backward pass and the
-optimizer's step. Whole updates that tell and that do not stand side by side, too; their difference is smaller than what
-neighbours on the machine make of it, so the verdict is by the parts. Overrides are those of the command:
-``model.d_model=256 moe.num_experts=64``.
+optimizer's step, in the precision of training. Whole updates that tell and that do not stand side by side, too; their
+difference is smaller than what neighbours on the machine make of it, so the verdict is by the parts. Overrides are those of
+the command: ``model.d_model=256 moe.num_experts=64``, ``trainer.device=cuda``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,21 +23,11 @@ from apt_launch.config import composed
 from apt_launch.tracking import Record
 from apt_model.layers.router import plan_dispatch
 from apt_model.layers.tally import layer_metrics, model_metrics, routing_metrics, tally
-from apt_model.training.device import choose_device
+from apt_model.training.device import choose_device, choose_dtype
+from tests.bench.device import seconds
 
 TARGET = 0.02
 """Share of a run's updates that its metrics may cost."""
-
-
-def milliseconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return how long ``work`` takes, the device's part included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - began)
 
 
 def main() -> None:
@@ -48,6 +37,7 @@ def main() -> None:
     arguments, overrides = parser.parse_known_args()
     config = composed(overrides)
     device = choose_device(config.trainer.device)
+    dtype = choose_dtype(config.trainer.precision, device)
     torch.manual_seed(0)
     model = build_model(config.values).to(device)
     model.enable_moe(True)
@@ -58,7 +48,8 @@ def main() -> None:
     batch = torch.randint(0, 256, (config.trainer.batch_size, config.model.seq_len + 1), device=device)
 
     def update(telling: bool) -> dict[str, float]:
-        output = model(batch[:, :-1], batch[:, 1:], telling=telling)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            output = model(batch[:, :-1], batch[:, 1:], telling=telling)
         (output.language_loss + output.auxiliary_loss).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -90,7 +81,7 @@ def main() -> None:
     times: dict[str, list[float]] = {name: [] for name in parts}
     for _ in range(arguments.rounds):
         for name, work in parts.items():
-            times[name].append(milliseconds(work, device))
+            times[name].append(1e3 * seconds(work, device))
     medians = {name: statistics.median(found) for name, found in times.items()}
     silent, _, *added = medians.values()
     print(f"{config.trainer.batch_size} sequences, {len(layers)} layers, {config.moe.num_experts} experts, {device}")

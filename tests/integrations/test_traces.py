@@ -198,7 +198,6 @@ def test_a_resume_is_refused_with_the_remedy(small: Small, tmp_path: Path, other
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("other", OTHERS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_the_trace_is_identical_on_cuda(small: Small, other: str, precision: str) -> None:

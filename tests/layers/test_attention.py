@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from apt_model.layers.attention import QUERIES, ROWS, RotaryEmbedding, SelfAttention, eager, sdpa
 from apt_model.layers.backend import onednn_products
@@ -17,6 +18,24 @@ def test_the_fused_kernel_equals_attention_written_out() -> None:
     plain.load_state_dict(fused.state_dict())
     x = torch.randn(3, 12, 16)
     assert torch.allclose(fused(x), plain(x), atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-4), (torch.bfloat16, 0.02)])
+def test_a_gpu_takes_a_fused_kernel(dtype: torch.dtype, error: float) -> None:
+    fused = SelfAttention(d_model=128, num_heads=2, seq_len=300, attention="sdpa").cuda()
+    plain = SelfAttention(d_model=128, num_heads=2, seq_len=300, attention="eager").cuda()
+    plain.load_state_dict(fused.state_dict())
+    x, direction = torch.randn(2, 3, 300, 128, device="cuda")
+    with (
+        sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]),
+        torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32),
+    ):
+        out = fused(x)  # an error where only the kernel that is not fused could be taken
+    found = torch.autograd.grad(out, list(fused.parameters()), direction.to(out.dtype))
+    expected = torch.autograd.grad(plain(x), list(plain.parameters()), direction)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).norm() < error * theirs.norm()
 
 
 @pytest.fixture

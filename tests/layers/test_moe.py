@@ -29,6 +29,11 @@ def apart(moe: MoE) -> MoE:
     return moe
 
 
+def spoil_free_memory(device: str) -> None:
+    """Leave NaN where tensors will be, so that what nobody has written is seen."""
+    _ = [torch.full((1000,), math.nan, device=device) for _ in range(1000)]
+
+
 def metric(report: MoEReport | None, name: str) -> float:
     assert report is not None
     assert report.sums is not None
@@ -410,13 +415,43 @@ def test_a_sigmoid_router_balances_itself_in_training_only() -> None:
     assert "router.bias" in moe.state_dict()
 
 
-def test_experts_in_16_bits_compute_what_each_alone_does() -> None:
-    experts = apart(layer()).experts
-    x = torch.randn(74, 16).bfloat16()
-    ends = torch.tensor([30, 30, 70, 71], dtype=torch.int32)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_experts_in_16_bits_compute_what_each_alone_does(device: str) -> None:
+    experts = apart(layer()).experts.to(device)
+    x = torch.randn(74, 16).bfloat16().to(device)
+    ends = torch.tensor([30, 30, 70, 71], dtype=torch.int32, device=device)
     weights = {name: weight.bfloat16() for name, weight in experts.named_parameters()}
     alone = []
     for expert, rows in enumerate((x[:30], x[30:30], x[30:70], x[70:71])):
         up, down, gate = (weights[name][expert] for name in ("up", "down", "gate"))
         alone.append((torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)) @ down.T)
-    assert torch.allclose(experts(x, ends)[:71].float(), torch.cat(alone).float(), rtol=0.02, atol=0.02)
+    spoil_free_memory(device)
+    found, expected = experts(x, ends)[:71], torch.cat(alone)
+    assert torch.allclose(found.float(), expected.float(), rtol=0.02, atol=0.02)
+    direction = torch.randn_like(found)
+    for ours, theirs in zip(
+        *(torch.autograd.grad(out, list(experts.parameters()), direction) for out in (found, expected)), strict=True
+    ):
+        assert torch.count_nonzero(ours[1]) == 0, "nobody came to the second expert"
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("capacity_factor", [None, 0.5])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-4), (torch.bfloat16, 0.02)])
+def test_a_gpu_gives_the_output_and_the_gradients_of_the_cpu(
+    capacity_factor: float | None, dtype: torch.dtype, error: float
+) -> None:
+    moe = apart(layer(capacity_factor=capacity_factor, overflow="drop"))
+    x, direction = torch.randn(2, 3, 40, 16)
+    found = []
+    for device in ("cpu", "cuda"):
+        moe.to(device).zero_grad()
+        given = x.detach().to(device).requires_grad_()
+        spoil_free_memory(device)
+        with torch.autocast(device, dtype=dtype, enabled=device == "cuda" and dtype != torch.float32):
+            out = moe(given)[0]
+        (out * direction.to(device)).sum().backward()
+        found.append([tensor.cpu() for tensor in (out, given.grad, *(p.grad for p in moe.parameters()))])
+    for exact, own in zip(*found, strict=True):
+        assert (own - exact).norm() < error * exact.norm()

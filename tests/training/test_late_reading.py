@@ -68,7 +68,8 @@ def test_nothing_is_read_in_an_update_without_a_row(small: Small) -> None:
     assert logged.found  # the mode sees what it looks for
 
 
-def test_what_was_not_finite_left_the_weights_and_is_told_with_its_own_clock(small: Small) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_was_not_finite_left_the_weights_and_is_told_with_its_own_clock(small: Small, device: str) -> None:
     class Poison(Callback):
         def on_batch_end(self, trainer: Trainer) -> None:
             if trainer.clock.step == 1:
@@ -81,7 +82,7 @@ def test_what_was_not_finite_left_the_weights_and_is_told_with_its_own_clock(sma
 
     before: list[dict[str, torch.Tensor]] = []
     after: list[dict[str, torch.Tensor]] = []
-    run = Run(small("schedule=none", "trainer.log_every=3"), callbacks=[Poison()])
+    run = Run(small("schedule=none", "trainer.log_every=3", f"trainer.device={device}"), callbacks=[Poison()])
     run.trainer.reads_every_update = False
     with pytest.raises(NonFiniteError, match=r"the gradient's norm is nan at epoch 0, step 1"):
         run.trainer.fit()
@@ -91,7 +92,7 @@ def test_what_was_not_finite_left_the_weights_and_is_told_with_its_own_clock(sma
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("router", ["softmax", "sigmoid"])
 def test_no_update_without_a_row_waits_for_the_gpu(small: Small, router: str) -> None:
     given = ("schedule=none", "schedule.enable_moe_at_epoch=0", "schedule.enable_voter_at_epoch=0")
@@ -101,10 +102,9 @@ def test_no_update_without_a_row_waits_for_the_gpu(small: Small, router: str) ->
     assert not trainer.reads_every_update
     updates = trainer._updates(0)
     make_update(trainer, next(updates))
-    batches = next(updates)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
-        make_update(trainer, batches)
+        torch.cuda.set_sync_debug_mode("error")
+        make_update(trainer, next(updates))
     finally:
         torch.cuda.set_sync_debug_mode("default")

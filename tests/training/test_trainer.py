@@ -225,6 +225,7 @@ FINE = ("moe.num_experts=8", "moe.top_k=4", "moe.granularity=2", "moe.upcycling=
         (),
         ("trainer.accumulate=2", "trainer.max_batches_per_epoch=5"),
         (*FINE, "moe.router=sigmoid", "moe.bias_update_rate=0.01"),  # all about experts that draws or remembers
+        pytest.param(("trainer.device=cuda", "moe.upcycling=drop", "moe.jitter=0.1"), marks=pytest.mark.gpu),
     ],
 )
 @pytest.mark.parametrize("stop_after", [1, 4, 8, 9, 13, 17, 18])
@@ -439,7 +440,6 @@ def test_devices_and_precisions_that_are_not_there_are_told(small: Small) -> Non
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_the_curriculum_trains_on_cuda(small: Small, precision: str) -> None:
     run = Run(small("trainer.device=cuda", f"trainer.precision={precision}"))
