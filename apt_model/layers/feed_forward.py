@@ -156,8 +156,8 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """
     row_bytes = (x.shape[-1] * x.element_size(), weight.shape[1] * x.element_size())
     native = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and all(size % 16 == 0 for size in row_bytes)
-    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype == torch.float32:
-        native = False  # inductor has no lowering for it (torch 2.13)
+    if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
+        native = False  # inductor has no lowering for others (torch 2.13)
     if native:
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     output: Tensor = _grouped_loop(x, weight, ends)
@@ -166,7 +166,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 @torch.library.custom_op("apt_model::grouped_loop", mutates_args=())
 def _grouped_loop(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Do what ``F.grouped_mm`` does, for float64, odd sizes and float32 under torch.compile; opaque to compilers."""
+    """Do what ``F.grouped_mm`` does, for float64, odd sizes and, under torch.compile, all but bf16; opaque to compilers."""
     edges = [0, *ends.tolist()]
     output = x.new_zeros(x.shape[0], weight.shape[1])
     for group in range(weight.shape[0]):

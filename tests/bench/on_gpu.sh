@@ -29,7 +29,9 @@ step moe "$python" -m tests.bench.bench_moe --device cuda
 step gpt "$python" -m tests.bench.bench_gpt --device cuda
 step metrics "$python" -m tests.bench.bench_metrics trainer.device=cuda trainer.batch_size=32 \
     model.d_model=768 model.num_layers=12 model.num_heads=12 model.d_ff=1536 model.seq_len=1024
-rm -rf "$folder/run"
+rm -rf "$folder/run" "$folder/run_compiled"
+step compiled "$python" -m apt_launch schedule=gpt5_moe trainer.device=cuda trainer.compile=true logger=none \
+    hydra.run.dir="$folder/run_compiled"
 step run "$python" -m apt_launch schedule=gpt5_moe trainer.device=cuda logger=none hydra.run.dir="$folder/run"
 
 [ -z "$failed" ] || {

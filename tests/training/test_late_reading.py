@@ -92,16 +92,18 @@ def test_what_was_not_finite_left_the_weights_and_is_told_with_its_own_clock(sma
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
-def test_no_update_without_a_row_waits_for_the_gpu(small: Small, router: str) -> None:
+@pytest.mark.filterwarnings("ignore")  # of the debug mode, and the compiler's own
+@pytest.mark.parametrize(
+    "more",
+    ["moe.router=softmax", "moe.router=sigmoid", "trainer.activation_checkpointing=true", "trainer.compile=true"],
+)
+def test_no_update_without_a_row_waits_for_the_gpu(small: Small, more: str) -> None:
     given = ("schedule=none", "schedule.enable_moe_at_epoch=0", "schedule.enable_voter_at_epoch=0")
-    trainer = Run(
-        small(*given, f"moe.router={router}", "trainer.log_every=3", "trainer.device=cuda", "trainer.precision=bf16")
-    ).trainer
+    trainer = Run(small(*given, more, "trainer.log_every=4", "trainer.device=cuda", "trainer.precision=bf16")).trainer
     assert not trainer.reads_every_update
     updates = trainer._updates(0)
-    make_update(trainer, next(updates))
+    make_update(trainer, next(updates))  # with a row
+    make_update(trainer, next(updates))  # without, which compiles another graph
     torch.cuda.synchronize()
     try:
         torch.cuda.set_sync_debug_mode("error")
