@@ -11,6 +11,10 @@ from torch import Tensor, nn
 Scoring = Literal["softmax", "sigmoid"]
 
 
+ONE, BITS = 0x3F800000, 30
+"""The bits of 1.0 in float32, and how many they are."""
+
+
 class Routing(NamedTuple):
     """Where tokens want to go. ``weights`` sum to 1 over each token's ``top_k`` experts."""
 
@@ -122,37 +126,42 @@ def plan_dispatch(
             without an expert.
     """
     tokens, top_k = routing.experts.shape
-    slots = tokens * top_k
-    experts = routing.experts.reshape(slots)
-    counts = torch.zeros(num_experts, dtype=torch.int64, device=experts.device)
-    counts = counts.scatter_add(0, experts, torch.ones_like(experts))
+    wanted = routing.experts.flatten()
+    every = torch.arange(num_experts, device=wanted.device)
+    kept = torch.ones_like(routing.experts, dtype=torch.bool)
     if capacity is None:
-        order = experts.argsort(stable=True)
-        kept = torch.ones_like(routing.experts, dtype=torch.bool)
-        return Dispatch(order, routing.weights, counts.cumsum(0).int(), counts, kept)
+        by_expert, order = wanted.sort(stable=True)
+        begins, ends = _edges(by_expert, every)
+        return Dispatch(order, routing.weights, ends.int(), ends - begins, kept)
 
-    by_weight = routing.weights.detach().reshape(slots).argsort(descending=True, stable=True)
-    order = by_weight[experts[by_weight].argsort(stable=True)]  # by expert, then by weight
-    rank = torch.arange(slots, device=experts.device) - (counts.cumsum(0) - counts)[experts[order]]
-    fits = rank < capacity
-    kept = torch.zeros_like(fits).scatter(0, order, fits).view(tokens, top_k)
+    # by expert, then by weight: the bits of numbers from 0 to 1 are in the order of the numbers, and fit below an expert's
+    below = (ONE - routing.weights.detach().flatten().float().view(torch.int32)).clamp(0, ONE)  # NaN, too
+    key, order = ((wanted << BITS) + below).sort(stable=True)
+    by_expert = key >> BITS
+    begins, ends = _edges(by_expert, every)
+    counts = ends - begins
+    fits = torch.arange(len(order), device=order.device) < (begins + capacity).index_select(0, by_expert)
+    kept = kept.flatten().scatter(0, order, fits).view(tokens, top_k)
     weights = routing.weights * kept
     weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-    served = counts.clamp(max=capacity)  # slots of each expert
     owner = torch.where(kept, routing.experts, num_experts)
     if reroute is not None:
         lost = ~kept.any(dim=-1)
-        room = (capacity - served).view(-1, reroute).amin(dim=1).cumsum(0)
+        room = (capacity - counts).clamp(min=0).view(-1, reroute).amin(dim=1).cumsum(0)
         place = torch.searchsorted(room, lost.cumsum(0) - 1, right=True)
         taken = (lost & (place < len(room))).unsqueeze(1)
-        there = place.unsqueeze(1) * reroute + torch.arange(reroute, device=experts.device)
+        there = place.unsqueeze(1) * reroute + torch.arange(reroute, device=order.device)
         first, rest = owner[:, :reroute], owner[:, reroute:]
         owner = torch.cat([torch.where(taken, there, first), rest], dim=1)
         weights = torch.cat([weights[:, :reroute].masked_fill(taken, 1.0 / reroute), weights[:, reroute:]], dim=1)
-        served = torch.zeros(num_experts + 1, dtype=torch.int64, device=experts.device)
-        served = served.scatter_add(0, owner.flatten(), torch.ones_like(experts))[:-1]
-    order = owner.flatten().argsort(stable=True)
-    return Dispatch(order, weights, served.cumsum(0).int(), counts, kept)
+    by_owner, order = owner.flatten().sort(stable=True)
+    return Dispatch(order, weights, torch.searchsorted(by_owner, every, right=True, out_int32=True), counts, kept)
+
+
+def _edges(ordered: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where each of ``values``, all that there may be, begins and ends in ``ordered``: two (values,) int64."""
+    ends = torch.searchsorted(ordered, values, right=True)
+    return F.pad(ends[:-1], (1, 0)), ends
 
 
 def balance_loss(probabilities: Tensor, counts: Tensor, top_k: int) -> Tensor:

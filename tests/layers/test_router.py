@@ -102,6 +102,16 @@ def test_a_full_expert_drops_its_least_weights_and_the_rest_is_renormalised() ->
     assert plan.order.tolist() == [1, 0, 4, 2, 5, 3]  # the dropped slot, token 1's second, stands at the end
 
 
+@pytest.mark.parametrize("weight", [math.nan, -math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers_leave_every_slot_its_place(weight: float) -> None:
+    experts = torch.tensor([[0, 3], [3, 1], [3, 2], [0, 3]])
+    weights = torch.full((4, 2), 0.5).masked_fill(experts == 3, weight)
+    dispatch = plan_dispatch(Routing(experts, weights, weights, weights), 4, torch.tensor(2), 1)
+    assert sorted(dispatch.order.tolist()) == list(range(8))
+    assert dispatch.counts.tolist() == [2, 1, 1, 4]
+    assert dispatch.kept.sum(dim=0).tolist() == [3, 3]  # all that two of the last expert's four leave
+
+
 def test_a_token_dropped_by_all_its_experts_has_no_weight() -> None:
     plan = plan_dispatch(routing([[0], [0], [0]], [[1.0], [1.0], [1.0]]), num_experts=2, capacity=torch.tensor(1))
     assert plan.kept.sum() == 1
