@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import traceback
@@ -24,11 +25,21 @@ class Ranks:
     def __init__(self, server: Server) -> None:
         self.server = server
 
-    def train(self, world: int, out: Path, *overrides: str, stop: Any = None, resume: Path | None = None) -> Rows:
+    def train(
+        self,
+        world: int,
+        out: Path,
+        *overrides: str,
+        stop: Any = None,
+        resume: Path | None = None,
+        overflow: Any = None,
+    ) -> Rows:
         """Train on ``world`` ranks into ``out``; return the rows of the first.
 
         Args:
             stop: a rank and a step: that rank is asked to stop there.
+            overflow: a rank, a step and a parameter: gradients are scaled as in fp16, and what that rank holds of the
+                parameter's gradient overflows there.
 
         Raises:
             AssertionError: with what a rank said when it failed.
@@ -40,6 +51,7 @@ class Ranks:
             overrides=[*SMALL, *overrides],
             stop=stop,
             resume=str(resume) if resume else None,
+            overflow=overflow,
         )
         codes = self.server.answer()
         assert not any(codes), "\n".join(path.read_text() for path in sorted(out.glob("error.*")))
@@ -101,8 +113,16 @@ def _train(rank: int, job: dict[str, Any], config: RunConfig) -> None:
 
     from apt_launch.build import build_trainer
     from apt_model.errors import Interrupted
+    from apt_model.training.callbacks import Callback
     from apt_model.training.checkpoint import Checkpoints
     from apt_model.training.distributed import process_group
+
+    class Overflow(Callback):
+        def on_batch_end(self, trainer: Any) -> None:
+            where, step, name = job["overflow"]
+            if (rank, trainer.clock.step) == (where, step) and not trainer.updates_skipped:
+                grad = trainer.model.get_parameter(name).grad
+                getattr(grad, "_local_tensor", grad).fill_(math.inf)
 
     out = Path(job["out"])
     rows: Rows = []
@@ -113,7 +133,10 @@ def _train(rank: int, job: dict[str, Any], config: RunConfig) -> None:
             checkpoints=Checkpoints(out / "checkpoints", keep_last=9),
             resume=Path(job["resume"]) if job["resume"] else None,
             stop_requested=lambda: job["stop"] == [rank, trainer.clock.step],
+            callbacks=[Overflow()] if job["overflow"] else [],
         )
+        if job["overflow"]:
+            trainer.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         with suppress(Interrupted):
             trainer.fit()
         state = trainer.state_dict()

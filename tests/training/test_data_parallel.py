@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -226,3 +227,19 @@ def test_ranks_train_compiled_as_one_process_does(
     alone = group.train(1, tmp_path / "alone", *data, *short)
     assert any("moe/router_entropy" in row for row in alone)
     same(group.train(world, tmp_path / "out", *data, *short, *engine, "trainer.compile=true"), alone)
+
+
+@pytest.mark.parametrize("parameter", ["embedding.weight", "blocks.1.ffn.experts.up"])
+@pytest.mark.parametrize("name", ["2 shards", "2 shards, experts over 2"])
+def test_a_gradient_that_overflows_on_one_rank_skips_the_update_on_all(
+    name: str, parameter: str, group: Ranks, data: tuple[str, str], tmp_path: Path
+) -> None:
+    world, engine = ENGINES[name]
+    short = (*PLAIN, "schedule=none", "schedule.enable_moe_at_epoch=0", "trainer.max_epochs=1", *engine)
+    out = tmp_path / "out"
+    group.train(world, out, *data, *short, "trainer.max_batches_per_epoch=4", overflow=[1, 2, parameter])
+    of_ranks = [json.loads((out / f"rows.{rank}").read_text()) for rank in range(world)]
+    for rows in of_ranks:
+        assert [row["step"] for row in rows if "train/loss" in row] == [0, 1, 2], "three of four updates"
+    assert of_ranks[0][-1]["val/loss"] == of_ranks[1][-1]["val/loss"]
+    assert all(torch.isfinite(value).all() for value in state(out)["model"].values())
