@@ -95,13 +95,15 @@ def train(config: RunConfig, path: Path, member: Membership | None = None, *, ow
     stop = StopRequest(own_process=own_process)
     with stop.listening():
         from apt_model.layers.backend import onednn_products
+        from apt_model.training.device import choose_device
         from apt_model.training.distributed import gathered, process_group
         from apt_model.training.memory import keep_freed_memory
 
         if config.trainer.keep_freed_memory:
             keep_freed_memory()
 
-        products = onednn_products if config.trainer.onednn_products else nullcontext
+        on_cpu = choose_device(config.trainer.device).type == "cpu"
+        products = onednn_products if config.trainer.onednn_products and on_cpu else nullcontext
         with products(), process_group(config.trainer.device) as ranks:
             folders = sorted(set(gathered(str(path.absolute()))))
             if len(folders) > 1:

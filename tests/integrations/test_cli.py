@@ -40,6 +40,16 @@ def test_a_run_leaves_the_same_folder_and_rows(cli: Cli, text_file: Path, tmp_pa
     assert len(lines[0]) == len(lines[1]) == 9  # 6 validations, 3 modules: the library says nothing itself
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("trainer", ["default", "lightning", "hf"])
+def test_a_run_on_a_gpu_comes_to_its_end(cli: Cli, text_file: Path, tmp_path: Path, trainer: str) -> None:
+    small = [*SMALL, "data=text", f"data.path={text_file}", "hydra.run.dir=run", "trainer.device=cuda"]
+    result = cli("schedule=gpt5_moe", f"trainer={trainer}", *small)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 24
+    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["device"] == "cuda"
+
+
 @pytest.mark.parametrize(
     ("other", "library"), [("lightning", "lightning"), ("hf", "transformers"), ("hf", "accelerate")]
 )
