@@ -5,7 +5,7 @@ set -u
 python=${PYTHON:-python}
 folder=${1:-build/gpu}
 failed=""
-export COLUMNS=160
+export COLUMNS=160 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # installed or not
 mkdir -p "$folder"
 
 step() { # NAME COMMAND ...
