@@ -155,13 +155,13 @@ class TrainerConfig(Group):
     max_epochs: Positive
     max_batches_per_epoch: Positive | None
     batch_size: Positive
-    compile: bool = False
-    activation_checkpointing: bool = False
     accumulate: Positive
     parallel: Literal["ddp", "fsdp"]
     expert_parallel: Positive
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    compile: bool = False
+    activation_checkpointing: bool = False
     grad_clip: PositiveNumber | None
     lr_schedule: Anneal | None
     resume: Text | None

@@ -84,24 +84,24 @@ class Phase:
 class Saved:
     """What one token costs in a part of the model: FLOPs forward, and bytes that autograd saves for the backward pass.
 
-        With c bytes a number in matrix products, d = d_model, f = d_ff, h heads, E experts, k of them a token, v the
-        vocabulary, B sequences of S tokens:
+    With c bytes a number in matrix products, d = d_model, f = d_ff, h heads, E experts, k of them a token, v the
+    vocabulary, B sequences of S tokens:
 
-        - a block that is computed again: 4 d (its input)
+    - a block that is computed again: 4 d (its input)
     - a norm: 4 d + 4 (its input over the root mean square, and the latter)
-        - attention: 7 c d + 4 h (input, query-key-value, rotated query and key, output, and the normaliser);
-          written out (``eager``) 5 c d + h S c, and 4 h S more under autocast on a GPU, whose softmax works in float32
-        - a dense feed-forward layer: c d (twice under autocast with swiglu) + 4 c f; 2 c f with gelu and relu2
-        - experts: 4 d + 8 E + k (c d + 4 c f / g + 8 d + 40) with a granularity of g; on the CPU k (2 c d + 4 c f / g + 48); a
-          shared expert 4 c f (+ 2 c d under autocast) more; jitter 4 d more (and c d beside a shared expert in fp32)
-        - alignment: 2 c d + 4 B + 40 rank
-        - head and loss: c d + 4 v + 16; 4 v more with label smoothing; c d alone where the loss is computed in chunks
-        - the voter: votes (8 v + 4 d + c d) + 4 v, if every position votes: the most that can happen
-        - dropout: d for each layer that has it
+    - attention: 7 c d + 4 h (input, query-key-value, rotated query and key, output, and the normaliser);
+      written out (``eager``) 5 c d + h S c, and 4 h S more under autocast on a GPU, whose softmax works in float32
+    - a dense feed-forward layer: c d (twice under autocast with swiglu) + 4 c f; 2 c f with gelu and relu2
+    - experts: 4 d + 8 E + k (c d + 4 c f / g + 8 d + 40) with a granularity of g; on the CPU k (2 c d + 4 c f / g + 48); a
+      shared expert 4 c f (+ 2 c d under autocast) more; jitter 4 d more (and c d beside a shared expert in fp32)
+    - alignment: 2 c d + 4 B + 40 rank
+    - head and loss: c d + 4 v + 16; 4 v more with label smoothing; c d alone where the loss is computed in chunks
+    - the voter: votes (8 v + 4 d + c d) + 4 v, if every position votes: the most that can happen
+    - dropout: d for each layer that has it
 
-        On the CPU there is room for a few rows more: see :mod:`apt_model.layers.blocks`.
+    On the CPU there is room for a few rows more: see :mod:`apt_model.layers.blocks`.
 
-        Measured on the CPU. CUDA's fused kernels save d numbers less an attention layer.
+    Measured on the CPU. CUDA's fused kernels save d numbers less an attention layer.
     """
 
     flops: float

@@ -71,13 +71,13 @@ class BaseTrainer(Follower):
         max_epochs: epochs to train.
         max_batches_per_epoch: None: all that the corpus gives.
         batch_size: sequences a batch.
-        compile: whether torch.compile makes graphs of the model's parts for training; validation goes without.
-        activation_checkpointing: whether the backward pass computes blocks again, so that only their inputs are kept.
         accumulate: batches an update.
         parallel: how ranks share the model: ``ddp``, each has all of it, or ``fsdp``, each has a part of every layer.
         expert_parallel: ranks that share one set of experts, with ``fsdp``.
         precision: ``auto`` is bf16 or, where the device has none, fp16 on CUDA, and fp32 on the CPU.
         device: ``auto`` is CUDA where there is a device.
+        compile: whether torch.compile makes graphs of the model's parts for training; validation goes without.
+        activation_checkpointing: whether the backward pass computes blocks again, so that only their inputs are kept.
         grad_clip: largest norm of the gradient; None: no limit.
         lr_schedule: an anneal of the factor on the optimizer's learning rate; None: the rate is that of the optimizer, or
             of a curriculum that writes ``optimizer.lr``.
@@ -117,13 +117,13 @@ class BaseTrainer(Follower):
         weight_decay: float = 0.0,
         seed: int = 0,
         max_batches_per_epoch: int | None = None,
-        compile: bool = False,
-        activation_checkpointing: bool = False,
         accumulate: int = 1,
         parallel: Parallel = "ddp",
         expert_parallel: int = 1,
         precision: Precision = "auto",
         device: str = "auto",
+        compile: bool = False,
+        activation_checkpointing: bool = False,
         grad_clip: float | None = 1.0,
         resume: Path | None = None,
         log_every: int = 10,
