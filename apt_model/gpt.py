@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -236,6 +236,12 @@ class GPT(nn.Module):
         for part in (*self.blocks, self.align):
             part.compile(fullgraph=whole, dynamic=False)
         self._predict = torch.compile(self._predict, fullgraph=whole, dynamic=False)  # type: ignore[method-assign]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is compiled: a copy would compute with the original's parts."""
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        state.pop("_predict", None)
+        return state
 
     def freeze(self, pattern: str, on: bool) -> None:
         """Stop or resume training what ``pattern`` means: modules or parameters by path, ``*`` within one part."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,11 +16,14 @@ from apt_model.gpt import GPT
 STATES = 256
 """In which a block may be compiled in one run: what is on, what is frozen, with metrics or without."""
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that terminals and clusters send to a whole process group, of which a compiler would die."""
+
 
 def compile_model(model: GPT, device: torch.device, *, whole: bool) -> None:
     """Have the parts of ``model`` compiled as they are needed; ``whole``: see :meth:`GPT.compile_parts`.
 
-    Graphs of models that this process has trained before are forgotten.
+    What this process has compiled before is forgotten, of whatever model.
 
     Raises:
         ConfigError: torch.compile does not work here.
@@ -27,8 +31,10 @@ def compile_model(model: GPT, device: torch.device, *, whole: bool) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\._inductor\.")  # the compiler's own affair
     torch.compiler.reset()
     torch._dynamo.config.recompile_limit = STATES
+    torch._functorch.config.force_non_lazy_backward_lowering = True  # all is compiled in the forward pass
     try:
-        torch.compile(torch.sin, fullgraph=True)(torch.zeros(8, device=device))
+        with _undisturbed():
+            torch.compile(torch.sin, fullgraph=True)(torch.zeros(8, device=device))
     except Exception as error:
         raise ConfigError(
             "trainer.compile: torch.compile does not work here. It needs a C++ compiler (g++, or what CXX names), for a GPU "
@@ -39,13 +45,14 @@ def compile_model(model: GPT, device: torch.device, *, whole: bool) -> None:
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Surround a forward pass in which something may be compiled.
+    """Surround a forward pass in which something may be compiled, for its backward pass, too.
 
     Raises:
         TrainingError: the compiler has failed.
     """
     try:
-        yield
+        with _undisturbed():
+            yield
     except torch._dynamo.exc.TorchDynamoException as error:
         raise TrainingError(
             f"torch.compile has failed. Train with trainer.compile=false. It said: {_short(error)}"
@@ -58,5 +65,16 @@ def eagerly() -> AbstractContextManager[Any]:
     return stance
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Keep signals that ask to stop from processes that are started within; this one hears them at the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _short(error: Exception) -> str:
-    return cause_of(error).strip().splitlines()[0]
+    lines = cause_of(error).strip().splitlines()
+    return next((line for line in lines if "error: " in line), lines[0])

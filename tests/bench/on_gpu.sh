@@ -1,5 +1,5 @@
 #!/bin/sh
-# On a machine with a GPU: tests marked gpu, the benchmarks and a run, in some five minutes. Ends with 1 if one of them failed.
+# On a machine with a GPU: tests marked gpu, the benchmarks and runs; five minutes each at most. Ends with 1 if one of them failed.
 # From the repository's root: sh tests/bench/on_gpu.sh [FOLDER]; FOLDER (build/gpu) gets what each of them prints.
 set -u
 python=${PYTHON:-python}

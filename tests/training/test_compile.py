@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -21,6 +29,7 @@ from apt_model.schedule.targets import matching
 from apt_model.training.callbacks import Callback
 from apt_model.training.checkpoint import Checkpoints, newest_intact
 from apt_model.training.trainer import Trainer
+from tests.conftest import SMALL, environment, until
 
 STEPS = 50
 
@@ -213,9 +222,6 @@ def test_a_pattern_reaches_one_layer_or_all() -> None:
 COMPILED = ("trainer.compile=true", "trainer.max_batches_per_epoch=2", "voter.dropout=0")
 
 
-AGAIN = "trainer.activation_checkpointing=true"
-
-
 class Graphs(Callback):
     """How many there are after each update."""
 
@@ -251,9 +257,11 @@ def test_a_compiled_run_is_the_eager_one_and_each_switch_costs_one_graph(small: 
 def test_a_compiled_run_that_is_interrupted_goes_on_to_the_same_weights(
     small: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    config = small(*COMPILED, "trainer.precision=bf16", "model.loss_chunk=24", "trainer.accumulate=2", AGAIN)
-    whole, expected = run(config)
+    random = ("model.dropout=0.1", "moe.jitter=0.1", "voter.dropout=0.1")
+    given = (*COMPILED, *random, "trainer.precision=bf16", "model.loss_chunk=24", "trainer.accumulate=2")
+    whole, expected = run(small(*given))
     whole.fit()
+    config = small(*given, "trainer.activation_checkpointing=true")
     before, rows = run(config, checkpoints=Checkpoints(tmp_path))
     before.stop_requested = lambda: before.clock.step == 3  # experts are on, alignment is not
     with pytest.raises(Interrupted):
@@ -266,14 +274,72 @@ def test_a_compiled_run_that_is_interrupted_goes_on_to_the_same_weights(
         assert torch.equal(weight, weights[name]), name
 
 
+@pytest.mark.parametrize("other", ["lightning", "hf"])
+def test_other_trainers_are_compiled_too(small: Callable[..., RunConfig], other: str) -> None:
+    short = ("schedule=none", "schedule.enable_moe_at_epoch=1", "trainer.max_epochs=2")
+    eager, expected = run(small(*COMPILED, *short, "trainer.compile=false"))
+    eager.fit()
+    compiled, rows = run(small(*COMPILED, *short, f"trainer={other}"))
+    compiled.fit()
+    assert graphs() == 4
+    for row, wanted in zip(told(rows), told(expected), strict=True):
+        assert row == pytest.approx(wanted, rel=1e-3, abs=1e-4)
+
+
+def without_compiler() -> ExitStack:
+    stack = ExitStack()
+    stack.enter_context(torch._inductor.utils.fresh_cache())
+    stack.enter_context(torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/g++")}))
+    return stack
+
+
 def test_a_compiler_that_is_not_there_or_fails_is_told_with_the_remedy(small: Callable[..., RunConfig]) -> None:
-    without = torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/g++")})
-    with torch._inductor.utils.fresh_cache(), without, pytest.raises(ConfigError, match=r"^trainer\.compile: .*=false"):
+    with without_compiler(), pytest.raises(ConfigError, match=r"^trainer\.compile: .*=false"):
         run(small(*COMPILED))
     compiled, _ = run(small(*COMPILED))
-    with (
-        torch._inductor.utils.fresh_cache(),
-        without,
-        pytest.raises(TrainingError, match=r"^torch\.compile has failed.*trainer\.compile=false.*No working C\+\+"),
-    ):
+    told = r"^torch\.compile has failed.*trainer\.compile=false.*No working C\+\+"
+    with without_compiler(), pytest.raises(TrainingError, match=told):
         compiled.fit()
+
+
+def test_the_backward_pass_is_compiled_with_the_forward_pass(small: Callable[..., RunConfig]) -> None:
+    compiled, _ = run(small(*COMPILED, "model.loss_chunk=24", "trainer.activation_checkpointing=true"))
+    compiled.begin_update()
+    loss = compiled.loss_of(*next(compiled._updates(0))[0])
+    with without_compiler():
+        loss.backward()
+    assert all(parameter.grad is not None for parameter in compiled.model.parameters())
+
+
+def test_a_copy_of_a_compiled_model_is_one_of_its_own(small: Callable[..., RunConfig]) -> None:
+    compiled, _ = run(small(*COMPILED))
+    tokens = torch.randint(0, 256, (2, 17))
+    copy = deepcopy(compiled.model)
+    with torch.no_grad():
+        copy.embedding.weight.zero_()
+    output = copy(tokens[:, :-1], tokens[:, 1:])
+    assert output.language_loss.item() == pytest.approx(math.log(256))
+    output.language_loss.backward()
+    assert copy.embedding.weight.grad is not None
+    assert compiled.model.embedding.weight.grad is None
+
+
+def test_a_signal_to_the_whole_group_leaves_the_compiler_at_work_and_a_checkpoint(
+    tmp_path: Path, text_file: Path
+) -> None:
+    given = [*SMALL, *COMPILED, "data=text", f"data.path={text_file}", "hydra.run.dir=run"]
+    command = [sys.executable, "-m", "apt_launch", "schedule=gpt5_moe", *given]
+    env = environment() | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    log = tmp_path / "run" / "train.log"
+    with subprocess.Popen(command, cwd=tmp_path, env=env, start_new_session=True, stderr=subprocess.PIPE) as process:
+
+        def compiles() -> bool:
+            with suppress(psutil.NoSuchProcess):  # one that has just ended
+                names = [child.name() for child in psutil.Process(process.pid).children(recursive=True)]
+                return "cc1plus" in names and log.is_file() and "compiled (" in log.read_text()
+            return False
+
+        until(compiles, "a block is compiled", timeout=120)
+        os.killpg(process.pid, signal.SIGUSR2)
+        assert process.wait(timeout=120) == 130, process.stderr.read().decode()
+    assert newest_intact(tmp_path / "run" / "checkpoints") is not None
