@@ -25,14 +25,10 @@ from apt_launch.folder import Resume, RunFolder
 from apt_launch.lease import Holder, Lease
 from apt_launch.tracking import Record, Tracking, read_rows
 from apt_launch.tracking.projections import Membership, project
-from apt_model.errors import ConfigError, Interrupted, NonFiniteError, cause_of
+from apt_model.errors import SIGNALS, ConfigError, Interrupted, NonFiniteError, cause_of
 from apt_model.files import write_json, write_whole
 
 logger = logging.getLogger(__name__)
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""What asks a run to stop: a person, and what clusters send before they take a node away."""
 
 
 class StopRequest:

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import difflib
 import re
+import signal
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Final, TypeVar, get_args
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -62,6 +63,10 @@ class CheckpointError(TrainingError):
 
 class Interrupted(KeyboardInterrupt):
     """The run stopped on request, after its checkpoint was written."""
+
+
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""What asks a run to stop: a person, and what clusters send before they take a node away, often to a whole process group."""
 
 
 def cause_of(error: BaseException) -> str:

@@ -10,14 +10,11 @@ from typing import Any
 
 import torch
 
-from apt_model.errors import ConfigError, TrainingError, cause_of
+from apt_model.errors import SIGNALS, ConfigError, TrainingError, cause_of
 from apt_model.gpt import GPT
 
 STATES = 256
 """In which a block may be compiled in one run: what is on, what is frozen, with metrics or without."""
-
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that terminals and clusters send to a whole process group, of which a compiler would die."""
 
 
 def compile_model(model: GPT, device: torch.device, *, whole: bool) -> None:
@@ -67,8 +64,11 @@ def eagerly() -> AbstractContextManager[Any]:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Keep signals that ask to stop from processes that are started within; this one hears them at the end."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    """Keep signals that ask to stop from processes that are started within: a compiler would die of them.
+
+    This process hears them at the end.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:

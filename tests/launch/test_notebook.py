@@ -21,8 +21,8 @@ from hydra.core.global_hydra import GlobalHydra
 import apt_launch
 from apt_launch.config import CONF
 from apt_launch.notebook import Run
-from apt_launch.train import SIGNALS, StopRequest
-from apt_model.errors import ConfigError
+from apt_launch.train import StopRequest
+from apt_model.errors import SIGNALS, ConfigError
 from tests.conftest import REPOSITORY, SMALL, environment, rows_in, until
 
 Train = Callable[..., Run]

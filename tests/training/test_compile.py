@@ -18,7 +18,6 @@ import pytest
 import torch
 from torch import nn
 
-from apt_launch.build import build_trainer
 from apt_launch.config import RunConfig
 from apt_model.errors import ConfigError, Interrupted, TrainingError
 from apt_model.gpt import GPT
@@ -30,6 +29,7 @@ from apt_model.training.callbacks import Callback
 from apt_model.training.checkpoint import Checkpoints, newest_intact
 from apt_model.training.trainer import Trainer
 from tests.conftest import SMALL, environment, until
+from tests.training.test_trainer import Run
 
 STEPS = 50
 
@@ -232,35 +232,25 @@ class Graphs(Callback):
         self.counts.append(graphs())
 
 
-def run(config: RunConfig, **options) -> tuple[Trainer, list[dict[str, float]]]:
-    rows: list[dict[str, float]] = []
-    return build_trainer(config, log=rows.append, **options), rows
-
-
-def told(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Rows without what differs between equal runs."""
-    return [{k: v for k, v in row.items() if k not in ("time", "tokens_per_second")} for row in rows]
-
-
 COUNTED = ("fraction", "tokens", "load", "load_entropy", "experts", "specialisation")
 """Ends of metrics that jump where rounding sends one token elsewhere."""
 
 
-def same(rows: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+def same(run: Run, expected: Run) -> None:
     """Compare what a run told with what it would have told uncompiled."""
-    for row, other in zip(told(rows), told(expected), strict=True):
+    for row, other in zip(run.told(), expected.told(), strict=True):
         assert row.keys() == other.keys()
         smooth = [name for name in row if not name.startswith(("moe/", "voter/", "val/")) or not name.endswith(COUNTED)]
         assert [row[name] for name in smooth] == pytest.approx([other[name] for name in smooth], rel=1e-3, abs=1e-4)
 
 
 def test_a_compiled_run_is_the_eager_one_and_each_switch_costs_one_graph(small: Callable[..., RunConfig]) -> None:
-    eager, expected = run(small(*COMPILED, "trainer.compile=false"))
-    eager.fit()
+    eager = Run(small(*COMPILED, "trainer.compile=false"))
+    eager.trainer.fit()
     seen = Graphs()
-    compiled, rows = run(small(*COMPILED), callbacks=[seen])
-    compiled.fit()
-    same(rows, expected)
+    compiled = Run(small(*COMPILED), callbacks=[seen])
+    compiled.trainer.fit()
+    same(compiled, eager)
     # whether it works at all, blocks, loss; experts at epoch 2, alignment at 3, votes at 5
     assert seen.counts == [3, 3, 3, 3, 4, 4, 5, 5, 5, 5, 6, 6]
 
@@ -270,30 +260,29 @@ def test_a_compiled_run_that_is_interrupted_goes_on_to_the_same_weights(
 ) -> None:
     random = ("model.dropout=0.1", "moe.jitter=0.1", "voter.dropout=0.1")
     given = (*COMPILED, *random, "trainer.precision=bf16", "model.loss_chunk=24", "trainer.accumulate=2")
-    whole, expected = run(small(*given))
-    whole.fit()
+    whole = Run(small(*given))
+    whole.trainer.fit()
     config = small(*given, "trainer.activation_checkpointing=true")
-    before, rows = run(config, checkpoints=Checkpoints(tmp_path))
-    before.stop_requested = lambda: before.clock.step == 3  # experts are on, alignment is not
+    before = Run(config, checkpoints=Checkpoints(tmp_path))
+    before.trainer.stop_requested = lambda: before.trainer.clock.step == 3  # experts are on, alignment is not
     with pytest.raises(Interrupted):
-        before.fit()
-    after, more = run(config, resume=newest_intact(tmp_path)[0])
-    after.fit()
-    assert told(rows) + told(more) == told(expected)
-    weights = after.model.state_dict()
-    for name, weight in whole.model.state_dict().items():
-        assert torch.equal(weight, weights[name]), name
+        before.trainer.fit()
+    after = Run(config, resume=newest_intact(tmp_path)[0])
+    after.trainer.fit()
+    assert before.told() + after.told() == whole.told()
+    for name, weight in whole.weights().items():
+        assert torch.equal(weight, after.weights()[name]), name
 
 
 @pytest.mark.parametrize("other", ["lightning", "hf"])
 def test_other_trainers_are_compiled_too(small: Callable[..., RunConfig], other: str) -> None:
     short = ("schedule=none", "schedule.enable_moe_at_epoch=1", "trainer.max_epochs=2")
-    eager, expected = run(small(*COMPILED, *short, "trainer.compile=false"))
-    eager.fit()
-    compiled, rows = run(small(*COMPILED, *short, f"trainer={other}"))
-    compiled.fit()
+    eager = Run(small(*COMPILED, *short, "trainer.compile=false"))
+    eager.trainer.fit()
+    compiled = Run(small(*COMPILED, *short, f"trainer={other}"))
+    compiled.trainer.fit()
     assert graphs() == 4
-    same(rows, expected)
+    same(compiled, eager)
 
 
 def without_compiler() -> ExitStack:
@@ -305,33 +294,33 @@ def without_compiler() -> ExitStack:
 
 def test_a_compiler_that_is_not_there_or_fails_is_told_with_the_remedy(small: Callable[..., RunConfig]) -> None:
     with without_compiler(), pytest.raises(ConfigError, match=r"^trainer\.compile: .*=false"):
-        run(small(*COMPILED))
-    compiled, _ = run(small(*COMPILED))
+        Run(small(*COMPILED))
+    compiled = Run(small(*COMPILED))
     told = r"^torch\.compile has failed.*trainer\.compile=false.*No working C\+\+"
     with without_compiler(), pytest.raises(TrainingError, match=told):
-        compiled.fit()
+        compiled.trainer.fit()
 
 
 def test_the_backward_pass_is_compiled_with_the_forward_pass(small: Callable[..., RunConfig]) -> None:
-    compiled, _ = run(small(*COMPILED, "model.loss_chunk=24", "trainer.activation_checkpointing=true"))
-    compiled.begin_update()
-    loss = compiled.loss_of(*next(compiled._updates(0))[0])
+    compiled = Run(small(*COMPILED, "model.loss_chunk=24", "trainer.activation_checkpointing=true"))
+    compiled.trainer.begin_update()
+    loss = compiled.trainer.loss_of(*next(compiled.trainer._updates(0))[0])
     with without_compiler():
         loss.backward()
-    assert all(parameter.grad is not None for parameter in compiled.model.parameters())
+    assert all(parameter.grad is not None for parameter in compiled.trainer.model.parameters())
 
 
 def test_a_copy_of_a_compiled_model_is_one_of_its_own(small: Callable[..., RunConfig]) -> None:
-    compiled, _ = run(small(*COMPILED))
+    compiled = Run(small(*COMPILED))
     tokens = torch.randint(0, 256, (2, 17))
-    copy = deepcopy(compiled.model)
+    copy = deepcopy(compiled.trainer.model)
     with torch.no_grad():
         copy.embedding.weight.zero_()
     output = copy(tokens[:, :-1], tokens[:, 1:])
     assert output.language_loss.item() == pytest.approx(math.log(256))
     output.language_loss.backward()
     assert copy.embedding.weight.grad is not None
-    assert compiled.model.embedding.weight.grad is None
+    assert compiled.trainer.model.embedding.weight.grad is None
 
 
 def test_a_signal_to_the_whole_group_leaves_the_compiler_at_work_and_a_checkpoint(
