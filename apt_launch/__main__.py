@@ -20,15 +20,15 @@ def run(cfg: DictConfig) -> float:
     """Train one composed config; return its final validation loss."""
     from hydra.core.hydra_config import HydraConfig
 
-    from apt_launch.config import load
-    from apt_launch.train import train
+    from apt_launch.config.load import load
+    from apt_launch.runs.train import train
     from apt_model.errors import ConfigError
 
     path = Path(HydraConfig.get().runtime.output_dir)
     try:
         return train(load(cfg), path)
     except ConfigError:  # what only torch or the whole text could tell
-        from apt_launch.folder import RunFolder
+        from apt_launch.runs.folder import RunFolder
 
         RunFolder(path).discard()
         raise
@@ -39,16 +39,16 @@ def main() -> None:
     if tell(sys.argv[1:]):
         return
     if "--dry-run" in sys.argv:
-        from apt_launch import preview
+        from apt_launch.preview import __main__ as preview
 
         preview.main()
         return
     import hydra
 
-    from apt_launch.config import CONF, show_error
-    from apt_launch.guard import keep_private
-    from apt_launch.plugins import register
-    from apt_launch.profile_file import with_profile_file
+    from apt_launch.config.guard import keep_private
+    from apt_launch.config.load import CONF, show_error
+    from apt_launch.config.profile_file import with_profile_file
+    from apt_launch.sweep.plugins import register
     from apt_model.errors import TrainingError
 
     keep_private()
@@ -65,7 +65,7 @@ def main() -> None:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
     except Exception as error:
-        from apt_launch.explain import understood
+        from apt_launch.config.explain import understood
 
         if wants_traceback:
             raise
@@ -84,15 +84,15 @@ def main() -> None:
 def tell(arguments: list[str]) -> bool:
     """Answer what needs no config: help, versions, a shell's completion. Say whether it was one of them."""
     if "--help" in arguments or "-h" in arguments:
-        from apt_launch.help import show
+        from apt_launch.cli.help import show
 
         show()
     elif "--version" in arguments:
-        from apt_launch.menu import version
+        from apt_launch.config.menu import version
 
         print(version())
     elif (flag := next((a for a in arguments[:-1] if a in ("-sc", "--shell-completion")), None)) is not None:
-        from apt_launch.completion import script
+        from apt_launch.cli.completion import script
 
         try:
             print(script(arguments[arguments.index(flag) + 1]))

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apt_launch.build import build, build_model
-from apt_launch.command import ending
-from apt_launch.config import parse_groups
-from apt_launch.folder import find_checkpoint
-from apt_launch.guard import keep_private
-from apt_launch.values import read_frozen
+from apt_launch.config.guard import keep_private
+from apt_launch.config.load import parse_groups
+from apt_launch.runs.build import build, build_model
+from apt_launch.runs.folder import find_checkpoint
+from apt_launch.sweep.command import ending
+from apt_launch.sweep.values import read_frozen
 from apt_model.data.tokenizer import ByteTokenizer, load_tokenizer
 from apt_model.errors import ConfigError
 from apt_model.schedule import Horizon

@@ -14,9 +14,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from apt_launch.config import RunConfig, composing, load
-from apt_launch.explain import understood
-from apt_launch.folder import RunFolder
+from apt_launch.config.explain import understood
+from apt_launch.config.load import RunConfig, composing, load
+from apt_launch.runs.folder import RunFolder
 from apt_launch.tracking import Row, read_rows
 from apt_model.errors import ConfigError, Interrupted
 from apt_model.files import write_whole
@@ -72,7 +72,7 @@ class Run:
 
 def run(overrides: Sequence[str]) -> Run:
     """Compose, check and train here; see :func:`apt_launch.run`."""
-    from apt_launch.train import train
+    from apt_launch.runs.train import train
 
     config, folder = _composed(overrides)
     RunFolder(folder).check_free(config)
@@ -97,7 +97,7 @@ def _composed(overrides: Sequence[str]) -> tuple[RunConfig, Path]:
     Raises:
         ConfigError: with every problem found.
     """
-    from apt_launch.profile_file import with_profile_file
+    from apt_launch.config.profile_file import with_profile_file
 
     if isinstance(overrides, str):
         raise ConfigError(f"overrides: {overrides!r} is a string. Give a list: apt_launch.run([{overrides!r}]).")
@@ -130,7 +130,7 @@ def _as_it_was() -> Iterator[None]:
 @contextmanager
 def _logging_to(folder: Path) -> Iterator[None]:
     """Log what this package says to standard output and ``train.log`` meanwhile, and nowhere else."""
-    from apt_launch.console import Stdout
+    from apt_launch.runs.console import Stdout
 
     folder.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(RunFolder(folder).log, encoding="utf-8")

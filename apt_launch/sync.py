@@ -12,11 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from apt_launch.command import ending
-from apt_launch.guard import keep_private
-from apt_launch.lease import read_holder
+from apt_launch.config.guard import keep_private
+from apt_launch.sweep.command import ending
+from apt_launch.sweep.lease import read_holder
+from apt_launch.sweep.values import read_frozen
 from apt_launch.tracking.projections import deliver
-from apt_launch.values import read_frozen
 from apt_model.errors import ConfigError
 
 

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apt_launch.checks import missing_library
-from apt_launch.command import ending, parsed
-from apt_launch.config import CONF, load_data
-from apt_launch.corpus import build_corpus, making_tokens
-from apt_launch.guard import keep_private
+from apt_launch.config.checks import missing_library
+from apt_launch.config.corpus import build_corpus, making_tokens
+from apt_launch.config.guard import keep_private
+from apt_launch.config.load import CONF, load_data
+from apt_launch.sweep.command import ending, parsed
 from apt_model.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ examples:
 
 
 def _tokenize(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from apt_launch.folder import refuse_place
+    from apt_launch.runs.folder import refuse_place
     from apt_model.data.shards import MANIFEST, SHARD_TOKENS, SPLITS, Shards, write
 
     out: Path = arguments.out

@@ -23,9 +23,9 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from apt_launch.config import CONF
-from apt_launch.menu import COMMANDS
-from apt_launch.schema import GROUPS, LaunchConfig, LocalLauncherConfig, SlurmLauncherConfig, TopLevel
+from apt_launch.config.load import CONF
+from apt_launch.config.menu import COMMANDS
+from apt_launch.config.schema import GROUPS, LaunchConfig, LocalLauncherConfig, SlurmLauncherConfig, TopLevel
 from apt_model.schedule.anneal import Anneal, Segment
 from apt_model.schedule.spec import Event, When
 
@@ -191,7 +191,7 @@ def config_page() -> str:
     """Return the reference of every key."""
     parts = [
         "# Config keys\n",
-        "Made from `conf/` and `apt_launch/schema.py` when these pages are built. A key is given on the command line as "
+        "Made from `conf/` and `apt_launch/config/schema.py` when these pages are built. A key is given on the command line as "
         "`key=value`; where `conf/` does not list it, as `+key=value`. Defaults are those of the option; `???` has to be "
         "given. What would run: `python -m apt_launch --cfg job --resolve`.\n",
         "## No group\n",

@@ -126,7 +126,15 @@ def _serve() -> None:
 
     for name in ("torch._dynamo", "wandb", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         importlib.import_module(name)
-    for name in ("__main__", "train", "summary", "plots", "preview", "sync", "plan", "console"):
+    for name in (
+        "__main__",
+        "runs.train",
+        "runs.summary",
+        "runs.console",
+        "preview.__main__",
+        "sync",
+        "sweep.plan.plan",
+    ):
         importlib.import_module(f"apt_launch.{name}")
     importlib.import_module("apt_model.training.trainer")
     for asked in requests():
@@ -139,7 +147,7 @@ def _serve() -> None:
 
 def _become(asked: dict[str, Any]) -> None:
     """Be ``python -m MODULE``, and never come back."""
-    import importlib
+    import importlib.util
     import traceback
 
     os.setsid()
@@ -150,7 +158,8 @@ def _become(asked: dict[str, Any]) -> None:
     for number, name in enumerate(asked["streams"], start=1):
         os.dup2(os.open(name, os.O_WRONLY), number)
     argv = asked["argv"]
-    module = argv[0] if "." in argv[0] else f"{argv[0]}.__main__"
+    found = importlib.util.find_spec(argv[0])
+    module = f"{argv[0]}.__main__" if found is not None and found.submodule_search_locations else argv[0]
     sys.argv = [f"python -m {argv[0]}", *argv[1:]]
     code = 0
     try:

@@ -21,10 +21,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from pydantic import Field
 
-from apt_launch import sweep
-from apt_launch.catalogue import metrics, parameters, targets
-from apt_launch.config import CONF, RunConfig
-from apt_launch.schema import GROUPS, Positive
+from apt_launch.config.catalogue import metrics, parameters, targets
+from apt_launch.config.load import CONF, RunConfig
+from apt_launch.config.schema import GROUPS, Positive
+from apt_launch.sweep import __main__ as sweep
 from apt_launch.tracking import read_rows
 from apt_model.schedule import Anneal, Curriculum, Program
 from docs import generated, pictures

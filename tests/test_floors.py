@@ -92,13 +92,13 @@ def test_composing_loads_neither_torch_nor_pydantic_nor_wandb() -> None:
 def test_checking_a_config_loads_no_torch() -> None:
     code = (
         "from hydra import compose, initialize_config_dir\n"
-        "from apt_launch.config import CONF, load\n"
+        "from apt_launch.config.load import CONF, load\n"
         "with initialize_config_dir(str(CONF), version_base='1.3'):\n"
         "    config = load(compose('config', overrides=['schedule=gpt5_moe']))\n"
         "    load(compose('config', overrides=['trainer=lightning']))\n"
         "    load(compose('config', overrides=['trainer=hf']))\n"
         "from pathlib import Path\n"
-        "from apt_launch.folder import RunFolder\n"
+        "from apt_launch.runs.folder import RunFolder\n"
         "RunFolder(Path('nowhere')).check_free(config)\n"
     )
     assert not loaded(code) & {"torch", *ONLY_IN}

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from apt_launch.build import build
-from apt_launch.config import RunConfig
-from apt_launch.schema import WandbConfig
+from apt_launch.config.load import RunConfig
+from apt_launch.config.schema import WandbConfig
+from apt_launch.runs.build import build
 from apt_launch.tracking import Tracking, read_rows
 from apt_model.errors import ConfigError
 from apt_model.files import write_json

@@ -12,8 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from apt_launch.build import build_trainer
-from apt_launch.config import composed
+from apt_launch.config.load import composed
+from apt_launch.runs.build import build_trainer
 from apt_model.training.checkpoint import Checkpoints
 from apt_model.training.trainer import Trainer
 

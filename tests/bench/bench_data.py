@@ -14,8 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from apt_launch.build import build_trainer
-from apt_launch.config import composed
+from apt_launch.config.load import composed
+from apt_launch.runs.build import build_trainer
 from apt_model.data import Sampler, StdlibCorpus, TextCorpus
 from apt_model.data.batches import Batches
 from apt_model.data.corpora import ByteCorpus

@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from apt_launch.plan import gather
+from apt_launch.sweep.plan.plan import gather
 from tests.conftest import SMALL, environment
 from tests.slurm.cluster import Cluster
 

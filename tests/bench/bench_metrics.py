@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from apt_launch.build import build_model
-from apt_launch.config import composed
+from apt_launch.config.load import composed
+from apt_launch.runs.build import build_model
 from apt_launch.tracking import Record
 from apt_model.layers.router import plan_dispatch
 from apt_model.layers.tally import layer_metrics, model_metrics, routing_metrics, tally

@@ -17,8 +17,8 @@ from hydra.core.global_hydra import GlobalHydra
 from rich.console import Console
 from rich.table import Table
 
-from apt_launch.build import build_trainer
-from apt_launch.config import composed
+from apt_launch.config.load import composed
+from apt_launch.runs.build import build_trainer
 from apt_model.errors import Interrupted
 from apt_model.schedule import Change
 from apt_model.training.base import BaseTrainer, Row

@@ -18,10 +18,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from apt_launch import schema
-from apt_launch.completion import answer, script
-from apt_launch.config import flatten
-from apt_launch.menu import CONF, groups, keys
+from apt_launch.cli.completion import answer, script
+from apt_launch.config import schema
+from apt_launch.config.load import flatten
+from apt_launch.config.menu import CONF, groups, keys
 from apt_model.schedule import Anneal
 from tests.conftest import environment, run_module
 from tests.packages import needed
@@ -113,7 +113,9 @@ def test_no_group_is_missing() -> None:
 
 
 def test_a_completion_is_quick_and_loads_no_library_that_is_not() -> None:
-    code = "import sys; from apt_launch.completion import answer; answer('apt-launch schedule.r'); print(*sys.modules)"
+    code = (
+        "import sys; from apt_launch.cli.completion import answer; answer('apt-launch schedule.r'); print(*sys.modules)"
+    )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
     assert not {"torch", "hydra", "omegaconf", "pydantic", "rich", "yaml"} & set(loaded.stdout.split())
 

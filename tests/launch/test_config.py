@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from hydra.utils import get_object
 
-from apt_launch import schema
-from apt_launch.build import OF_THE_PROCESS, build
-from apt_launch.config import CONF, RunConfig, parse
-from apt_launch.explain import explained
+from apt_launch.config import schema
+from apt_launch.config.explain import explained
+from apt_launch.config.load import CONF, RunConfig, parse
+from apt_launch.runs.build import OF_THE_PROCESS, build
 from apt_model.data.tokenizer import train_tokenizer
 from apt_model.errors import ConfigError
 
@@ -250,7 +250,7 @@ def test_a_key_of_another_option_is_told_as_such(composed: Composed) -> None:
         "torch.hub.load",
         "pytest.main",
         "apt_model.gpt.torch.load",
-        "apt_launch.build.instantiate",
+        "apt_launch.runs.build.instantiate",
         "apt_model.training.checkpoint.shutil.rmtree",
         "submitit.core.utils.DelayedSubmission.load",
     ],

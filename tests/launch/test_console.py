@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from apt_launch.console import PlainLines, ProgressBar, progress_callback
-from apt_launch.folder import RunFolder
-from apt_launch.summary import suggest
+from apt_launch.runs.console import PlainLines, ProgressBar, progress_callback
+from apt_launch.runs.folder import RunFolder
+from apt_launch.runs.summary import suggest
 from tests.conftest import environment
 from tests.launch.test_cli import on_terminal, small
 
-CHOICE = "from apt_launch.console import progress_callback; print(type(progress_callback()).__name__)"
+CHOICE = "from apt_launch.runs.console import progress_callback; print(type(progress_callback()).__name__)"
 
 
 @pytest.mark.parametrize("variable", ["FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE"])

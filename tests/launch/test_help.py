@@ -11,10 +11,10 @@ from importlib import metadata
 
 import pytest
 
-from apt_launch.completion import answer
-from apt_launch.config import composed as compose
-from apt_launch.help import COMMON, EXAMPLES, LESS_COMMON, show
-from apt_launch.menu import COMMANDS, groups, keys
+from apt_launch.cli.completion import answer
+from apt_launch.cli.help import COMMON, EXAMPLES, LESS_COMMON, show
+from apt_launch.config.load import composed as compose
+from apt_launch.config.menu import COMMANDS, groups, keys
 from tests.conftest import environment, run_module
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from apt_launch.catalogue import metrics, parameters, targets
-from apt_launch.config import RunConfig
-from apt_launch.plan import gather
-from apt_launch.preview import config_of, page, unread_sweeps
+from apt_launch.config.catalogue import metrics, parameters, targets
+from apt_launch.config.load import RunConfig
+from apt_launch.preview.__main__ import config_of, page, unread_sweeps
+from apt_launch.sweep.plan.plan import gather
 from apt_model.errors import ConfigError
 from apt_model.schedule.timeline import timeline
 from tests.conftest import environment
@@ -56,7 +56,7 @@ def test_the_command_prints_and_draws_without_torch(cli: Cli, tmp_path: Path) ->
     assert (folder / "preview.png").read_bytes().startswith(b"\x89PNG")
     code = (
         "import sys; sys.argv[1:] = ['schedule.route_temp.end=0.6,0.8']\n"
-        "from apt_launch.preview import main; main(); print('torch' in sys.modules)"
+        "from apt_launch.preview.__main__ import main; main(); print('torch' in sys.modules)"
     )
     fresh = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60
@@ -154,7 +154,7 @@ def test_a_swept_key_that_nothing_reads_is_noted() -> None:
 
 
 def test_the_catalogue_is_what_the_model_has(small: Callable[..., RunConfig]) -> None:
-    from apt_launch.build import build_trainer
+    from apt_launch.runs.build import build_trainer
     from apt_model.layers import scheduled
     from apt_model.schedule.targets import OF_OPTIMIZER
 

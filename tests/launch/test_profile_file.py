@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from apt_launch.config import RunConfig
-from apt_launch.profile_file import with_profile_file
+from apt_launch.config.load import RunConfig
+from apt_launch.config.profile_file import with_profile_file
 from apt_model.errors import ConfigError
 
 OLD = """

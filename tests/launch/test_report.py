@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from apt_launch.config import composed
-from apt_launch.plan import Plan, gather
-from apt_launch.report import find, group_table, headline, told_groups, write_report
+from apt_launch.config.load import composed
+from apt_launch.sweep.plan.plan import Plan, gather
+from apt_launch.sweep.report.report import find, group_table, headline, told_groups, write_report
 from apt_model.errors import ConfigError
 from tests.browser import QUIET, chromium
 from tests.conftest import SMALL
@@ -202,7 +202,7 @@ def test_a_browser_shows_the_page_and_asks_nobody_for_anything(planned: Sweep, b
 def test_reporting_loads_no_torch(planned: Sweep) -> None:
     folder, plan = planned(SIX, ENDS)
     code = (
-        "import sys; from pathlib import Path; from apt_launch.report import write_report; "
+        "import sys; from pathlib import Path; from apt_launch.sweep.report.report import write_report; "
         f"write_report(Path({str(folder)!r}), {states(plan, *['done'] * 6)!r}); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

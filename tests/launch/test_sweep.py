@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from apt_launch.dispatch import prepare
-from apt_launch.lease import LOST, read_holder
-from apt_launch.plan import gather
-from apt_launch.values import from_yaml
+from apt_launch.sweep.control.send import prepare
+from apt_launch.sweep.lease import LOST, read_holder
+from apt_launch.sweep.plan.plan import gather
+from apt_launch.sweep.values import from_yaml
 from tests.conftest import SMALL, environment, until, wandb_records
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -290,7 +290,7 @@ def test_a_folder_in_use_takes_no_second_writer(start: Start, sweep: Path) -> No
     until(lambda: trains(sweep, 0), "the job to train")
     own = folder(sweep, 0)
     config = (own / "config.yaml").read_text()
-    code = f"from apt_launch.job import perform; from pathlib import Path; perform(Path({str(own)!r}))"
+    code = f"from apt_launch.sweep.jobs.process import perform; from pathlib import Path; perform(Path({str(own)!r}))"
     second = subprocess.run([sys.executable, "-c", code], env=environment(), timeout=60, check=False)
     assert second.returncode == 1
     assert (own / "config.yaml").read_text() == config
@@ -308,7 +308,7 @@ def test_a_later_life_of_a_cluster_job_takes_the_folder_and_the_earlier_one_leav
 
     def life(restart: int) -> subprocess.Popen[bytes]:
         call = f"perform(Path({str(own)!r}), job_id='7', restart={restart})"
-        code = f"from apt_launch.job import perform; from pathlib import Path; {call}"
+        code = f"from apt_launch.sweep.jobs.process import perform; from pathlib import Path; {call}"
         return subprocess.Popen([sys.executable, "-c", code], env=environment())
 
     first = life(0)

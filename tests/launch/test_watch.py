@@ -23,13 +23,13 @@ from urllib.parse import urlsplit
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from apt_launch.folder import write_json
-from apt_launch.lease import Holder
-from apt_launch.ledger import State, write_state
-from apt_launch.live import MOST_POINTS, Curve, Watch
-from apt_launch.plan import Plan, gather
+from apt_launch.runs.folder import write_json
+from apt_launch.sweep.control.ledger import State, write_state
+from apt_launch.sweep.lease import Holder
+from apt_launch.sweep.plan.plan import Plan, gather
+from apt_launch.sweep.watch.live import MOST_POINTS, Curve, Watch
+from apt_launch.sweep.watch.watch import Server, frame
 from apt_launch.tracking.reader import RecordReader
-from apt_launch.watch import Server, frame
 from apt_model.errors import ConfigError
 from tests.browser import browsing
 from tests.conftest import SMALL, environment, run_module, until
@@ -264,7 +264,8 @@ def test_a_folder_that_vanishes_is_told_and_what_was_known_stays(planned: Any, t
 def test_watching_loads_no_torch(planned: Any) -> None:
     folder, _ = planned("seed=0,1")
     code = (
-        "import sys; from pathlib import Path; import apt_launch.watch; from apt_launch.live import Watch; "
+        "import sys; from pathlib import Path; import apt_launch.sweep.watch.watch; "
+        "from apt_launch.sweep.watch.live import Watch; "
         f"Watch(Path({str(folder)!r})).news(0); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

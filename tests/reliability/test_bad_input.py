@@ -17,8 +17,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from apt_launch.profile_file import KEYS
-from apt_launch.schema import all_keys
+from apt_launch.config.profile_file import KEYS
+from apt_launch.config.schema import all_keys
 from apt_model.data import TextCorpus
 from apt_model.data.shards import write
 from apt_model.data.tokenizer import FileTokenizer, train_tokenizer

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from apt_launch.lease import read_holder
+from apt_launch.sweep.lease import read_holder
 from tests.conftest import SMALL, environment, until
 from tests.slurm.cluster import NODES, Cluster
 

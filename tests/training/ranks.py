@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from apt_launch.config import RunConfig
+from apt_launch.config.load import RunConfig
 from tests.conftest import SMALL
 from tests.forks import Server, reply, requests, serving
 
@@ -71,7 +71,7 @@ def _serve() -> None:
 
     for name in ("torch._dynamo", "safetensors.torch", "apt_model.training.fsdp", "apt_model.training.trainer"):
         importlib.import_module(name)
-    from apt_launch.config import composed
+    from apt_launch.config.load import composed
     from apt_model.errors import ConfigError
 
     for job in requests():
@@ -111,7 +111,7 @@ def _be_rank(rank: int, job: dict[str, Any], config: RunConfig) -> None:
 def _train(rank: int, job: dict[str, Any], config: RunConfig) -> None:
     import torch
 
-    from apt_launch.build import build_trainer
+    from apt_launch.runs.build import build_trainer
     from apt_model.errors import Interrupted
     from apt_model.training.callbacks import Callback
     from apt_model.training.checkpoint import Checkpoints

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from apt_launch.build import build_trainer
-from apt_launch.config import RunConfig
+from apt_launch.config.load import RunConfig
+from apt_launch.runs.build import build_trainer
 from apt_model.data.sources import Run, Sources
 from apt_model.layers.feed_forward import FeedForward
 from apt_model.layers.moe import MoE

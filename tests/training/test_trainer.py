@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from apt_launch.build import build_trainer
-from apt_launch.config import RunConfig
+from apt_launch.config.load import RunConfig
+from apt_launch.runs.build import build_trainer
 from apt_model.errors import CallbackError, ConfigError, HorizonError, Interrupted, NonFiniteError
 from apt_model.schedule import Clock
 from apt_model.training.callbacks import Callback

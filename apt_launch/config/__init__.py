@@ -1,0 +1,1 @@
+"""A run's config: composed, resolved, checked, typed."""

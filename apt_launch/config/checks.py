@@ -1,0 +1,235 @@
+"""What is right by itself and wrong together: values of different groups, a curriculum in its run, what is not installed.
+
+Each check tells all that it finds. Torch stays unloaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from apt_launch.config.corpus import build_corpus
+from apt_model.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from apt_launch.config import schema
+    from apt_model.schedule import Horizon, Program
+
+
+def check_together(values: Mapping[str, Any], groups: Mapping[str, Any], launch: schema.LaunchConfig) -> None:
+    """Refuse values that are right each by itself and wrong together."""
+    from apt_launch.config.schema import EXTRAS
+
+    model, moe, schedule, optimizer = (groups[name] for name in ("model", "moe", "schedule", "optimizer"))
+    problems = []
+    if model.d_model % (2 * model.num_heads):
+        problems.append(
+            f"model.d_model = {model.d_model} does not give {model.num_heads} heads (model.num_heads) of an even width, "
+            f"which rotary positions need. Make it a multiple of {2 * model.num_heads}."
+        )
+    if moe.top_k > moe.num_experts:
+        problems.append(f"moe.top_k = {moe.top_k} is more than moe.num_experts = {moe.num_experts}.")
+    problems += _expert_problems(model, moe)
+    if moe.capacity_factor is None and schedule.moe_capacity is not None:
+        problems.append(
+            "moe.capacity_factor is null (dropless), but schedule.moe_capacity anneals it. Set schedule.moe_capacity=null, "
+            "or give moe.capacity_factor a number."
+        )
+    ranks = launch.nodes * launch.tasks_per_node
+    if groups["trainer"].batch_size % ranks:
+        problems.append(
+            f"trainer.batch_size = {groups['trainer'].batch_size} cannot be shared by {ranks} ranks (launch.nodes x "
+            f"launch.tasks_per_node). Make it a multiple of {ranks}."
+        )
+    if ranks > 1 and type(groups["trainer"]) in EXTRAS:
+        problems.append(
+            f"launch: {ranks} ranks share batches with trainer=default only. Choose it, or set launch.nodes=1 "
+            "launch.tasks_per_node=1."
+        )
+    problems += _sharing_problems(groups, ranks)
+    problems += schedule.contradictions()
+    problems += missing_libraries(groups) or _vocabulary_problems(values["data"], model.vocab_size)
+    problems += _trainer_problems(groups["trainer"])
+    if optimizer.weight_decay * optimizer.lr >= 1:
+        problems.append(
+            f"optimizer.weight_decay x optimizer.lr = {optimizer.weight_decay * optimizer.lr:g}: one update would erase the "
+            "weights. Their product must be below 1."
+        )
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _expert_problems(model: schema.GPTConfig, moe: schema.MoEConfig) -> list[str]:
+    """Say why experts could not begin as the dense layer that is to be cut into them."""
+    slices, problems = moe.granularity, []
+    if model.d_ff % slices:
+        problems.append(
+            f"moe.granularity = {slices} does not divide model.d_ff = {model.d_ff}. Choose a divisor of it, such as "
+            f"{math.gcd(slices, model.d_ff)}."
+        )
+    if moe.num_experts % slices or moe.num_experts < 2 * slices:
+        problems.append(
+            f"moe.num_experts = {moe.num_experts} is not two or more whole copies of the dense layer: with moe.granularity = "
+            f"{slices}, {slices} experts are one. Experts are counted singly: as many weights as {moe.num_experts} whole "
+            f"copies have moe.num_experts={moe.num_experts * slices}."
+        )
+    if moe.top_k % slices:
+        problems.append(
+            f"moe.top_k = {moe.top_k} does not reach whole copies of the dense layer: with moe.granularity = {slices}, "
+            f"{slices} experts are one. Experts are counted singly: a token costs what {moe.top_k} whole copies cost with "
+            f"moe.top_k={moe.top_k * slices}."
+        )
+    if moe.upcycling_share is not None and moe.upcycling == "copy":
+        problems.append(
+            f"moe.upcycling_share = {moe.upcycling_share:g} is read by moe.upcycling=noise and drop only. Choose one, or set it "
+            "to null."
+        )
+    if moe.upcycling_share is not None and moe.upcycling == "drop" and moe.upcycling_share > 1:
+        problems.append(f"moe.upcycling_share = {moe.upcycling_share:g} is no share of the channels. Give at most 1.")
+    return problems
+
+
+def _sharing_problems(groups: Mapping[str, Any], ranks: int) -> list[str]:
+    """Say why ``ranks`` cannot share the model as the config says; how many a lone process is one of is not known yet."""
+    from apt_launch.config.schema import EXTRAS
+
+    model, moe, trainer = groups["model"], groups["moe"], groups["trainer"]
+    experts = trainer.expert_parallel
+    slices = f" / moe.granularity = {moe.granularity}" if moe.granularity > 1 else ""
+    problems = []
+    if type(trainer) in EXTRAS and (trainer.parallel != "ddp" or experts > 1):
+        problems.append(
+            f"trainer.parallel = {trainer.parallel}, trainer.expert_parallel = {experts}: they are for trainer=default. Choose "
+            "it, or set trainer.parallel=ddp trainer.expert_parallel=1."
+        )
+    elif experts > 1 and trainer.parallel != "fsdp":
+        problems.append(f"trainer.expert_parallel = {experts} needs trainer.parallel=fsdp. Set it, or 1.")
+    if moe.num_experts % experts:
+        problems.append(
+            f"trainer.expert_parallel = {experts} does not divide moe.num_experts = {moe.num_experts}. Choose a divisor."
+        )
+    if ranks > 1 and ranks % experts:
+        problems.append(
+            f"trainer.expert_parallel = {experts} does not divide {ranks} ranks (launch.nodes x launch.tasks_per_node). "
+            "Choose a divisor."
+        )
+    elif (
+        ranks > 1
+        and experts > 1
+        and any(width % (ranks // experts) for width in (model.d_model, model.d_ff // moe.granularity))
+    ):
+        problems.append(
+            f"trainer.expert_parallel = {experts} leaves {ranks // experts} ranks to cut each expert, and model.d_model = "
+            f"{model.d_model} and model.d_ff = {model.d_ff}{slices} are not both multiples of that. Choose a larger one."
+        )
+    return problems
+
+
+def _trainer_problems(trainer: schema.TrainerConfig) -> list[str]:
+    """Say what the chosen trainer was asked for and cannot do."""
+    from apt_launch.config.schema import EXTRAS, HFConfig
+
+    problems = []
+    if trainer.resume is not None and type(trainer) in EXTRAS:
+        option, _ = EXTRAS[type(trainer)]
+        problems.append(
+            f"trainer.resume: trainer={option} cannot go on from a checkpoint. Choose trainer=default, which goes on from "
+            "those of every trainer, or set trainer.resume=null."
+        )
+    if trainer.on_nonfinite != "stop" and type(trainer) in EXTRAS:
+        problems.append(f"trainer.on_nonfinite: {trainer.on_nonfinite} is for trainer=default only. Set it to stop.")
+    if isinstance(trainer, HFConfig) and trainer.device.removeprefix("cuda:").strip("0").isdigit():
+        number = trainer.device.removeprefix("cuda:")
+        problems.append(
+            f"trainer.device: trainer=hf takes the first device that it sees, not {trainer.device}. Set "
+            f"trainer.device=cuda and the environment's CUDA_VISIBLE_DEVICES={number}."
+        )
+    return problems
+
+
+def _vocabulary_problems(data: Mapping[str, Any], vocab_size: int) -> list[str]:
+    """Say whether the corpus has tokens that the model has not."""
+    try:
+        corpus = build_corpus(data)
+        needed, place = corpus.vocab_size, corpus.tokenizer_file
+    except ConfigError as error:
+        return list(error.problems)
+    if needed <= vocab_size:
+        return []
+    return [
+        f"model.vocab_size = {vocab_size} is less than the {needed} tokens of {place or 'a corpus of bytes'}. Set "
+        f"model.vocab_size={needed}, or more."
+    ]
+
+
+def missing_libraries(groups: Mapping[str, Any]) -> list[str]:
+    """Say what chosen options need and is not installed."""
+    from apt_launch.config.schema import EXTRAS
+
+    needed = [
+        (name, *EXTRAS.get(type(groups[name]), ("", ())), f"choose {name}={default}")
+        for name, default in (("trainer", "default"), ("logger", "wandb"), ("data", "text"))
+        if name in groups
+    ]
+    if getattr(groups["data"], "tokenizer", None):
+        needed.append(("data.tokenizer", "tokenizers", ("tokenizers",), "set data.tokenizer=null"))
+    return [problem for choice in needed if (problem := missing_library(*choice))]
+
+
+def missing_library(key: str, option: str, libraries: Sequence[str], otherwise: str) -> str | None:
+    """Return what to tell if one of ``libraries``, which the extra ``option`` of this package brings, is not installed."""
+    from importlib.util import find_spec
+
+    missing = [library for library in libraries if find_spec(library) is None]
+    if not missing:
+        return None
+    return f"{key}: {' and '.join(missing)} cannot be found. Run: pip install 'apt-launch[{option}]', or {otherwise}."
+
+
+def check_curriculum(values: Mapping[str, Any], groups: Mapping[str, Any], horizon: Horizon) -> Program:
+    """Check that the curriculum and the learning rate's schedule can happen in this run.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    from apt_launch.config.catalogue import metrics, parameters, targets
+    from apt_model.schedule import Program
+    from apt_model.schedule.targets import NOT_NEGATIVE
+
+    problems: list[str] = []
+    lr_schedule = groups["trainer"].lr_schedule
+    if lr_schedule is not None:
+        problems += lr_schedule.problems("trainer.lr_schedule", horizon, NOT_NEGATIVE)
+        if lr_schedule.anchors():
+            problems.append(
+                "trainer.lr_schedule: it cannot wait for an event; write schedule.anneals with target: optimizer.lr, and "
+                "trainer.lr_schedule=null."
+            )
+        if lr_schedule.target is not None:
+            problems.append("trainer.lr_schedule.target: it always is the learning rate's factor. Set it to null.")
+    program = None
+    try:
+        program = Program(groups["schedule"], horizon)
+        program.check_targets(targets(values), parameters(values))
+        writes_lr = any(groups["schedule"].target_of(name) == "optimizer.lr" for name in groups["schedule"].all_anneals)
+        if writes_lr and lr_schedule is not None:
+            problems.append(
+                "schedule.anneals: optimizer.lr is written by trainer.lr_schedule already. Set trainer.lr_schedule=null."
+            )
+        known = metrics(values)
+        problems += [
+            f"schedule.events: there is no metric {metric!r}. {nearest(metric, known)}"
+            for metric in sorted(program.watched - known)
+        ]
+        problems += [
+            f"schedule.events: a latch turns {subject.name} on by {when.metric}, which comes only while {subject.name} is on. "
+            "Choose another metric, or give the latch a deadline."
+            for subject, when in program.latches.items()
+            if when.metric.startswith(f"{subject.name}/") and when.metric != "voter/entropy" and when.deadline is None
+        ]
+    except ConfigError as error:
+        problems += error.problems
+    if problems or program is None:
+        raise ConfigError(*problems)
+    return program

@@ -1,0 +1,82 @@
+"""The corpus that a config describes: built, counted to know a run's length, its tokens made under the user's eyes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from apt_model.data import Corpus
+    from apt_model.schedule import Horizon
+
+Counts = dict[str, int]
+"""Tokens of a corpus: its config and a split as JSON, to their number."""
+
+
+def build_corpus(values: Mapping[str, Any]) -> Corpus:
+    """Build the corpus that the ``data`` group describes; no text is read.
+
+    Raises:
+        ConfigError: its values make no sense together.
+    """
+    from apt_launch.runs.build import build
+
+    corpus: Corpus = build(values)
+    return corpus
+
+
+def plan_horizon(values: Mapping[str, Any], groups: Mapping[str, Any], counts: Counts) -> Horizon:
+    """Count the corpus, unless ``counts`` knows it, and plan the run's updates.
+
+    Raises:
+        ConfigError: a file is missing or wrong, or the text does not fill one batch.
+    """
+    from apt_model.data import Sampler
+    from apt_model.schedule import Horizon
+
+    trainer, model = groups["trainer"], groups["model"]
+    batches = {}
+    for split, limit in (("train", trainer.max_batches_per_epoch), ("val", trainer.validation_batches)):
+        counted = json.dumps([values["data"], split])
+        if counted not in counts:
+            with making_tokens(build_corpus(values["data"])) as corpus:
+                counts[counted] = corpus.count(split)  # type: ignore[arg-type]
+        sampler = Sampler(
+            num_tokens=counts[counted],
+            seq_len=model.seq_len,
+            batch_size=trainer.batch_size,
+            seed=values["seed"],
+            limit=limit,
+            name=split,
+        )
+        batches[split] = sampler.num_batches
+    return Horizon.plan(
+        epochs=trainer.max_epochs,
+        batches_per_epoch=batches["train"],
+        accumulate=trainer.accumulate,
+        batch_size=trainer.batch_size,
+        tokens_per_sample=model.seq_len,
+    )
+
+
+@contextmanager
+def making_tokens(corpus: Corpus) -> Iterator[Corpus]:
+    """Show how far the corpus' tokens are made, if they have to be made meanwhile."""
+    progress: Any = None
+
+    def told(split: str, done: float, tokens: int) -> None:
+        nonlocal progress
+        if progress is None:
+            from apt_launch.runs.console import TokenProgress
+
+            progress = TokenProgress()
+        progress.tell(split, done, tokens)
+
+    corpus.told = told
+    try:
+        yield corpus
+    finally:
+        if progress is not None:
+            progress.close()

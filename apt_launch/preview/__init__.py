@@ -1,0 +1,1 @@
+"""A curriculum before it runs."""

@@ -1,0 +1,168 @@
+"""``launch.drill``: interrupt a run on purpose, and prove that it continues exactly.
+
+Half-way the run stops as it would for a cluster's signal, with a checkpoint. The interrupted process then goes on a little
+by itself, in its memory only: what it computes there is what an uninterrupted run would have. The life that goes on from
+the checkpoint must give the same rows and the same weights, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apt_launch.config.load import RunConfig
+from apt_model.errors import Interrupted, TrainingError
+from apt_model.files import write_json
+
+if TYPE_CHECKING:
+    from apt_model.training.base import BaseTrainer
+    from apt_model.training.callbacks import Callback
+
+logger = logging.getLogger(__name__)
+
+LENGTH = 8
+"""Updates that are compared."""
+
+NOT_COMPARED = ("time", "tokens_per_second")
+
+
+class Drilled(Interrupted):
+    """The run was interrupted on purpose."""
+
+
+class Drill:
+    """The drill of the run in ``folder``, as far as it has come; without ``launch.drill`` it does nothing."""
+
+    def __init__(self, folder: Path, config: RunConfig) -> None:
+        self.path = folder / "drill.json"
+        self.wanted = config.launch.drill
+        self.half = config.horizon.steps // 2
+        self.last = config.horizon.steps
+        self.told: dict[str, Any] | None = None
+        if self.wanted and self.path.exists():
+            self.told = json.loads(self.path.read_text(encoding="utf-8"))
+        self._trainer: BaseTrainer | None = None
+
+    @property
+    def to_come(self) -> bool:
+        """Whether the interruption is still ahead."""
+        return self.wanted and self.told is None
+
+    def stop_or(self, stop: Callable[[], bool]) -> Callable[[], bool]:
+        """Return a request to stop when the drill wants it, or when ``stop`` says so."""
+
+        def asked() -> bool:
+            half_way = self.to_come and self._trainer is not None and self._trainer.clock.step >= self.half
+            return half_way or stop()
+
+        return asked
+
+    @property
+    def callbacks(self) -> list[Callback]:
+        """What compares, in the life after the interruption."""
+        from apt_model.training.callbacks import Callback
+
+        if self.told is None or self.told["verified"]:
+            return []
+
+        class Compare(Callback):
+            def __init__(self, path: Path, told: dict[str, Any]) -> None:
+                self.path, self.told = path, told
+                self.rows = {row["step"]: row for row in told["rows"]}
+
+            def on_step(self, trainer: BaseTrainer) -> None:
+                step = trainer.clock.step
+                if step in self.rows and trainer.last_row.get("step") == step and "train/loss" in trainer.last_row:
+                    _compare(self.rows[step], _comparable(trainer.last_row))
+                if step == self.told["until"] - 1:
+                    digest = weights(trainer)  # on every rank, one of which notes it
+                    if digest != self.told["weights"]:
+                        raise TrainingError(
+                            f"drill: the weights after step {step} are not those of the uninterrupted run."
+                        )
+                    if not _is_other_rank():
+                        write_json(self.path, self.told | {"verified": True})
+                    logger.info(
+                        "drill: interrupted before step %d, continued exactly: %d rows and all weights after step %d are "
+                        "those of the uninterrupted run, bit for bit",
+                        self.told["step"],
+                        len(self.rows),
+                        step,
+                    )
+
+        return [Compare(self.path, self.told)]
+
+    def fit(self, trainer: BaseTrainer) -> None:
+        """Train; where the drill stopped it, note what an uninterrupted run would have computed next.
+
+        Raises:
+            Drilled: the drill stopped it.
+            Interrupted: something else did.
+        """
+        self._trainer = trainer
+        try:
+            trainer.fit()
+        except Interrupted as interrupted:
+            if not self.to_come or trainer.clock.step < self.half:
+                raise
+            self._go_on_in_memory(trainer)
+            raise Drilled(str(interrupted)) from None
+
+    def _go_on_in_memory(self, trainer: BaseTrainer) -> None:
+        rows: list[dict[str, float]] = []
+        begun = trainer.clock.step
+        until = min(begun + LENGTH, self.last)
+        trainer.resume = trainer.checkpoints = None
+        trainer.callbacks.callbacks.clear()
+        if not _is_other_rank():
+            trainer.log = rows.append
+        trainer.log_every = 1
+        trainer.stop_requested = lambda: trainer.clock.step >= until
+        with contextlib.suppress(Interrupted):
+            trainer.fit()
+        told = {
+            "step": begun,
+            "until": until,
+            "rows": [_comparable(row) for row in rows if "train/loss" in row],
+            "weights": weights(trainer),
+            "verified": False,
+        }
+        if not _is_other_rank():
+            write_json(self.path, told)
+
+
+def _is_other_rank() -> bool:
+    from apt_model.training.distributed import Ranks
+
+    return bool(Ranks.of_group().rank)
+
+
+def _comparable(row: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name not in NOT_COMPARED}
+
+
+def _compare(expected: dict[str, float], found: dict[str, float]) -> None:
+    """Raise if ``found`` differs anywhere; ``expected`` was logged in full, which not every row is."""
+    names = sorted(name for name in found if expected.get(name) != found[name])
+    if names:
+        told = ", ".join(f"{name} {found.get(name)!r} instead of {expected.get(name)!r}" for name in names[:3])
+        raise TrainingError(f"drill: step {expected['step']} is not that of the uninterrupted run: {told}.")
+
+
+def weights(trainer: BaseTrainer) -> str:
+    """Return the sha256 of all weights and buffers; every rank calls it."""
+    import torch
+
+    from apt_model.training.parallel import whole
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(trainer.model.state_dict().items()):
+        if isinstance(tensor, torch.Tensor):
+            digest.update(name.encode())
+            digest.update(whole(tensor.detach()).cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,196 @@
+"""A run's folder: where things lie, whether it is free, and what a resume goes on from."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from apt_launch.config.corpus import build_corpus
+from apt_launch.config.load import RunConfig
+from apt_launch.sweep.values import changed_keys
+from apt_model.errors import CheckpointError, ConfigError
+from apt_model.files import write_json
+from apt_model.schedule import Horizon
+from apt_model.schedule.runner import horizon_changed
+from apt_model.training.checkpoint import Checkpoints, newest_intact, read_manifest
+
+FIXED = (
+    "seed",
+    "model",
+    "data",
+    "moe.num_experts",
+    "moe.granularity",
+    "moe.router",
+    "moe.shared_expert",
+    "align.rank",
+    "optimizer._target_",
+    "trainer.batch_size",
+    "trainer.accumulate",
+)
+"""Keys that a resume cannot change: the weights or the order of the batches would not fit."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A checkpoint to go on from, and what there is to say about it."""
+
+    checkpoint: Path
+    rows: int  # of metrics, logged before it
+    notes: tuple[str, ...] = ()
+
+
+class RunFolder:
+    """The folder of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+        self.schedule = path / "schedule.png"
+        self.checkpoints = path / "checkpoints"
+        self.provenance = path / "provenance.json"
+        self.tokenizer = path / "tokenizer.json"
+        self.log = path / "train.log"
+        self._left_out = path / "left_out.json"
+
+    @property
+    def holds_a_run(self) -> bool:
+        """Whether there are results here that a new run would overwrite."""
+        return (self.metrics.exists() and self.metrics.stat().st_size > 0) or bool(Checkpoints(self.checkpoints).all())
+
+    def discard(self) -> None:
+        """Remove what Hydra has put here for a run that was refused, if there is nothing else."""
+        if self.path.is_dir() and {path.name for path in self.path.iterdir()} <= {".hydra", self.log.name}:
+            shutil.rmtree(self.path)
+            ours = Path.cwd() / "outputs"
+            for above in (above for above in self.path.absolute().parents if ours in (above, *above.parents)):
+                with contextlib.suppress(OSError):  # it holds more
+                    above.rmdir()
+
+    def going_on(self) -> str:
+        """Return the command that goes on with the run: what began it, from its newest checkpoint."""
+        path = self.path / ".hydra" / "overrides.yaml"
+        given = [str(one) for one in OmegaConf.load(path)] if path.exists() else []
+        kept = [one for one in given if not one.startswith(("hydra.run.dir=", "trainer.resume="))]
+        return f"python -m apt_launch {shlex.join([*kept, f'hydra.run.dir={self.path}', 'trainer.resume=auto'])}"
+
+    def check_free(self, config: RunConfig) -> Resume | None:
+        """Make sure that nothing of another run would be lost here; return what a resume goes on from, see :meth:`resume`.
+
+        Raises:
+            ConfigError: the folder holds a run and ``trainer.resume`` does not say to go on with it.
+        """
+        refuse_place(self.path, "hydra.run.dir")
+        resume = self.resume(config)
+        going_on = resume is not None and self.owns(resume.checkpoint)
+        if self.holds_a_run and not going_on and config.trainer.resume != "auto":
+            raise ConfigError(
+                f"hydra.run.dir: {self.path} already holds a run. Go on with it by trainer.resume=auto, or choose another "
+                "folder."
+            )
+        return resume
+
+    def owns(self, checkpoint: Path) -> bool:
+        """Say whether ``checkpoint`` is one of this folder's."""
+        return checkpoint.parent.resolve() == self.checkpoints.resolve()
+
+    def left_out(self) -> list[tuple[int, int]]:
+        """Return the updates that rollbacks found: (epoch, first batch)."""
+        if not self._left_out.exists():
+            return []
+        return [(epoch, batch) for epoch, batch in json.loads(self._left_out.read_text(encoding="utf-8"))["updates"]]
+
+    def leave_out(self, updates: list[tuple[int, int]]) -> None:
+        """Note updates that every later life leaves out."""
+        write_json(self._left_out, {"updates": updates})
+
+    def resume(self, config: RunConfig) -> Resume | None:
+        """Find what ``trainer.resume`` names; None: start from nothing.
+
+        Raises:
+            ConfigError: there is no such checkpoint, or it is of a run that cannot be continued with this config.
+        """
+        asked = config.trainer.resume
+        if asked is None:
+            return None
+        if asked == "auto":
+            checkpoint, passed_over = newest_intact(self.checkpoints)
+            if checkpoint is None:
+                if passed_over:
+                    raise ConfigError(*[f"trainer.resume: {reason}" for reason in passed_over])
+                return None
+        else:
+            checkpoint, passed_over = find_checkpoint(Path(asked).expanduser(), "trainer.resume")
+        try:
+            manifest = read_manifest(checkpoint)
+        except CheckpointError as error:
+            raise ConfigError(f"trainer.resume: {error}") from None
+        about = manifest["about"]
+        saved = about["config"]
+        changed = changed_keys(saved, config.result_values)
+        known = [key for key in changed if key in saved]  # what came after the checkpoint, its weights will tell
+        fixed = [key for key in known if any(key == name or key.startswith(f"{name}.") for name in FIXED)]
+        if fixed:
+            raise ConfigError(
+                *[
+                    f"{key}: the run in {checkpoint.parent.parent} was trained with {saved.get(key)!r}, and a resume cannot "
+                    f"change it to {config.result_values.get(key)!r}."
+                    for key in fixed
+                ]
+            )
+        kept, now = checkpoint.parent.parent / self.tokenizer.name, build_corpus(config.values["data"]).tokenizer_file
+        if now is not None and kept.exists() and kept.read_bytes() != now.read_bytes():
+            raise ConfigError(
+                f"data: {now} is not the tokenizer that the run was trained with, which is kept in {kept}."
+            )
+        if config.schedule.on_horizon_change == "error" and Horizon(**about["horizon"]) != config.horizon:
+            raise ConfigError(horizon_changed(Horizon(**about["horizon"]), config.horizon))
+        notes = [*passed_over]
+        if changed:
+            notes.append(f"resumed with other values than before: {', '.join(changed)}")
+        return Resume(checkpoint, manifest["rows"], tuple(notes))
+
+
+def find_checkpoint(path: Path, key: str) -> tuple[Path, list[str]]:
+    """Return the checkpoint ``path``, or the newest whole one of the run in ``path``, and why newer ones were passed over.
+
+    Raises:
+        ConfigError: there is none; ``key`` is where the user said so.
+    """
+    if path.name.startswith("step-"):
+        if not path.is_dir():
+            raise ConfigError(f"{key}: there is no checkpoint {str(path)!r} (looked in {Path.cwd()}).")
+        return path, []
+    folder = path if path.name == "checkpoints" else path / "checkpoints"
+    checkpoint, passed_over = newest_intact(folder)
+    if checkpoint is None:
+        reasons = passed_over or [
+            f"there is no checkpoint in {str(folder)!r} (looked in {Path.cwd()}). Name a run's folder, "
+            "or a folder such as RUN/checkpoints/step-00000100."
+        ]
+        raise ConfigError(*[f"{key}: {reason}" for reason in reasons])
+    return checkpoint, passed_over
+
+
+def refuse_place(folder: Path, key: str) -> None:
+    """Make sure that ``folder`` can be one that is written to.
+
+    Raises:
+        ConfigError: it, or what should hold it, is a file, or may not be written; ``key`` is where the user said so.
+    """
+    there = None
+    for path in (folder, *folder.parents):
+        if path.exists():
+            there = there or path
+            if not path.is_dir():
+                raise ConfigError(f"{key}: {path} is a file, and a folder is wanted at {folder}.")
+    if there is not None and not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}: {there} may not be written to. Choose another folder.")

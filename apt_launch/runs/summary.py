@@ -1,0 +1,81 @@
+"""What came of a run, read from its record: ``summary.json`` and the table at the end."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from apt_launch.config.load import RunConfig
+from apt_launch.runs.folder import RunFolder
+from apt_launch.tracking import Row
+from apt_model.schedule import MODULES
+from apt_model.schedule.rows import anneals, first_on
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the first, last and best losses, when modules went on, and the ends that anneals had."""
+    train = [row for row in rows if "train/loss" in row]
+    val = [row for row in rows if "val/loss" in row]
+    on = first_on(train)
+    best = min(val, key=lambda row: row["val/loss"], default=None)
+    summary: dict[str, Any] = {
+        "final": {name: value for row in (train[-1:] + val[-1:]) for name, value in row.items()},
+        "first": train[0] if train else {},
+        "best": {name: best[name] for name in ("val/loss", "step", "epoch", "tokens")} if best else {},
+        "val/loss": {int(row["epoch"]): row["val/loss"] for row in val},
+        "switched_on": {
+            module: {name: on[module][name] for name in ("epoch", "step")} if module in on else None
+            for module in MODULES
+        },
+        "anneals": {},
+    }
+    for name in sorted({name for row in train for name in anneals(row)}):
+        values = [row[f"schedule/{name}"] for row in train if f"schedule/{name}" in row]
+        summary["anneals"][name] = {"first": values[0], "last": values[-1]}
+    return summary
+
+
+def show(summary: dict[str, Any], config: RunConfig, folder: RunFolder) -> None:
+    """Print the table at the end of a run."""
+    console = Console()
+    table = Table(title=f"{summary['state']}: {summary['steps']} of {config.horizon.steps} steps", title_justify="left")
+    table.add_column("curriculum")
+    table.add_column("from", justify="right")
+    table.add_column("to", justify="right")
+    for module, on in summary["switched_on"].items():
+        table.add_row(module, f"epoch {on['epoch']}, step {on['step']}" if on else "off", "end" if on else "")
+    for name, ends in summary["anneals"].items():
+        table.add_row(name, f"{ends['first']:.4g}", f"{ends['last']:.4g}")
+    table.add_section()
+    if summary["first"]:
+        table.add_row("train/loss", f"{summary['first']['train/loss']:.4f}", f"{summary['final']['train/loss']:.4f}")
+    losses = list(summary["val/loss"].values())
+    if losses:
+        table.add_row("val/loss", f"{losses[0]:.4f}", f"{losses[-1]:.4f}")
+    console.print(table)
+    if losses:
+        epochs = "  ".join(f"{epoch}: {loss:.4f}" for epoch, loss in summary["val/loss"].items())
+        console.print(f"val/loss by epoch  {epochs}", highlight=False, soft_wrap=True)
+    speed = f", {summary['tokens_per_second']:,.0f} tokens/s" if summary.get("tokens_per_second") else ""
+    seconds = int(summary["seconds"])
+    console.print(
+        f"{summary['final'].get('tokens', 0):,} tokens in {seconds // 60}:{seconds % 60:02d}{speed}",
+        highlight=False,
+    )
+    console.print(f"run folder  {folder.path}", highlight=False, soft_wrap=True)
+
+
+def suggest(folder: RunFolder) -> None:
+    """Say what can be done after a run."""
+    console = Console(highlight=False)
+    console.print("\nWhat next?", style="bold")
+    for told, command in (
+        ("text from this model", f"apt_launch.generate {shlex.quote(str(folder.path))} --prompt 'def '"),
+        ("other curricula, before they run", "apt_launch.preview schedule.route_temp.end=0.6,0.8"),
+        ("and which of them is better", "apt_launch --multirun schedule.route_temp.end=0.6,0.8"),
+    ):
+        console.print(f"  {told}:\n    python -m {command}", soft_wrap=True, markup=False)

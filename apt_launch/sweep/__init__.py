@@ -1,0 +1,1 @@
+"""Sweeps: planned, frozen, sent, followed, resumed, cancelled and reported."""

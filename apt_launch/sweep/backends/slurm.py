@@ -1,0 +1,316 @@
+"""``hydra/launcher=slurm``: job arrays through submitit; what SLURM knows of them."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from apt_launch.sweep.control.ledger import Name, Seen, State, read_state, write_state
+from apt_launch.sweep.jobs.process import run_on_slurm
+from apt_launch.sweep.plan.plan import Job, Plan, Resources
+from apt_model.errors import ConfigError
+
+AWAY: Final = re.compile(
+    r"contact slurm controller|Socket timed out|Connection refused|Transport endpoint|Zero Bytes|slurmctld|"
+    r"temporarily unable|Network is unreachable",
+    re.IGNORECASE,
+)
+"""What SLURM's commands say when the controller does not answer."""
+
+FAILURES: Final = {
+    "BOOT_FAIL": "a node did not boot",
+    "DEADLINE": "it could not end before its deadline",
+    "FAILED": "it left with an error",
+    "NODE_FAIL": "its node died",
+    "OUT_OF_MEMORY": "it took more memory than it had (launch.mem_gb)",
+    "TIMEOUT": "it reached its time limit before it could write a checkpoint (hydra.launcher.signal_delay_s)",
+    "COMPLETED": "SLURM says COMPLETED, but it wrote no result",
+}
+RUNNING: Final = frozenset({"RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT"})
+
+
+def slurm_parameters(resources: Resources, values: Mapping[str, Any], *, name: str) -> dict[str, Any]:
+    """Translate a job's resources and the launcher's YAML into submitit's words."""
+    limit = resources.hours * 60
+    if resources.time_limit_minutes is not None:
+        limit = min(limit, resources.time_limit_minutes)
+    parameters: dict[str, Any] = {
+        "job_name": name,
+        "time": max(1, math.ceil(limit)),
+        "nodes": resources.nodes,
+        "ntasks_per_node": resources.tasks_per_node,
+        "cpus_per_task": resources.cpus,
+        "mem": f"{math.ceil(resources.mem_gb * 1024)}MB" if resources.mem_gb else None,
+        "signal_delay_s": values["signal_delay_s"],
+        "stderr_to_stdout": True,
+        "setup": values["setup"] or None,
+        "srun_args": ["--kill-on-bad-exit=1", *values["srun_args"]],
+        "array_parallelism": values["max_parallel"] or 10**6,
+        "additional_parameters": {"requeue": True, **values["additional_parameters"]},
+    }
+    if values["gres"]:
+        parameters["gres"] = values["gres"]
+    elif resources.gpus:
+        parameters["gpus_per_node"] = resources.gpus
+    for key in ("partition", "account", "qos", "constraint", "exclude"):
+        parameters[key] = values[key]
+    return {key: value for key, value in parameters.items() if value is not None}
+
+
+class SlurmPlace:
+    """A cluster that this machine can submit to."""
+
+    name = "slurm"
+    detaches = True
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values = dict(values)
+
+    def has_gpus(self) -> bool:
+        """Say whether nodes of the partition have GPUs.
+
+        Raises:
+            ConfigError: SLURM is not here.
+        """
+        partition = self.values["partition"]
+        found = self._patiently(lambda: ask("sinfo", "-h", "-o", "%G", *(["-p", partition] if partition else [])))
+        return "gpu" in found
+
+    def check(self, plan: Plan) -> None:
+        """Make sure that SLURM's commands are here.
+
+        Raises:
+            ConfigError: they are not.
+        """
+        for command in ("sbatch", "srun", "squeue"):
+            if shutil.which(command) is None:
+                raise ConfigError(
+                    f"hydra/launcher: there is no {command} on this machine's PATH. Submit from a login node of the cluster, "
+                    "or choose hydra/launcher=local."
+                )
+
+    def send(self, plan: Plan, folder: Path, jobs: Sequence[Job]) -> list[str]:
+        """Submit one array for each set of equal resources, split where SLURM wants it; return what to tell.
+
+        Raises:
+            ConfigError: SLURM refuses, or its controller stays away.
+        """
+        most = self._most_of_an_array()
+        groups: dict[Resources, list[Job]] = {}
+        for job in jobs:
+            groups.setdefault(job.resources, []).append(job)
+        told = []
+        for resources, members in groups.items():
+            for begin in range(0, len(members), most):
+                part = members[begin : begin + most]
+                number = self._submit(plan, folder, resources, part)
+                told.append(f"SLURM job {number}: {len(part)} job{'s' if len(part) > 1 else ''}, {resources}")
+        return told
+
+    def _submit(self, plan: Plan, folder: Path, resources: Resources, jobs: Sequence[Job]) -> str:
+        import submitit
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        own = folder / ".submitit"
+        own.mkdir(mode=0o700, parents=True, exist_ok=True)
+        name = f"apt-{plan.id}-{jobs[0].number}-{int(time.time())}"
+        executor = submitit.SlurmExecutor(own, python=self.values["python"] or shlex.quote(sys.executable))
+        executor.update_parameters(**slurm_parameters(resources, self.values, name=name))
+        paths = [str((folder / job.folder).resolve()) for job in jobs]
+        for job in jobs:  # before SLURM can start them
+            before = read_state(folder / job.folder)
+            write_state(folder / job.folder, State("submitted", None, before.restarts, seconds=before.seconds))
+
+        def submit() -> list[Any]:
+            try:
+                with _without_outer_job():
+                    if len(paths) == 1:
+                        return [executor.submit(run_on_slurm, paths[0])]
+                    return list(executor.map_array(run_on_slurm, paths))
+            except (FailedSubmissionError, FailedJobError) as error:
+                if AWAY.search(str(error)):  # it may have been taken all the same: never send it twice
+                    with contextlib.suppress(AwayError, RefusedError):
+                        ask("scancel", f"--name={name}")
+                    raise AwayError(_brief(error)) from None
+                raise RefusedError(_brief(error)) from None
+
+        sent = self._patiently(submit)
+        for job, handle in zip(jobs, sent, strict=True):
+            state = read_state(folder / job.folder)
+            if state.job_id is None:
+                write_state(folder / job.folder, replace(state, job_id=str(handle.job_id)))
+        return str(sent[0].job_id).split("_")[0]
+
+    def _patiently(self, action: Callable[[], Any]) -> Any:
+        """Do it, again while the controller is away, for ``retry_minutes``.
+
+        Raises:
+            ConfigError: SLURM refuses, or stays away.
+        """
+        until = time.monotonic() + 60 * float(self.values["retry_minutes"])
+        pause = 1.0
+        while True:
+            try:
+                return action()
+            except RefusedError as refused:
+                raise ConfigError(f"hydra.launcher: SLURM refuses: {refused}") from None
+            except AwayError as away:
+                if time.monotonic() + pause > until:
+                    raise ConfigError(
+                        f"hydra.launcher: SLURM's controller does not answer: {away}. Try again later, or raise "
+                        "hydra.launcher.retry_minutes."
+                    ) from None
+                sys.stderr.write(f"SLURM's controller does not answer; trying again in {pause:.0f} s\n")
+                time.sleep(pause)
+                pause = min(30.0, 2 * pause)
+
+    def _most_of_an_array(self) -> int:
+        told = self._patiently(lambda: ask("scontrol", "show", "config"))
+        found = re.search(r"MaxArraySize\s*=\s*(\d+)", told)
+        return max(1, int(found.group(1)) - 1) if found else 1000
+
+    def look(self, folder: Path, jobs: Mapping[str, State]) -> dict[str, Seen]:
+        """Return the true state of each of ``jobs``, none of which has ended by its own word."""
+        ids = {state.job_id for state in jobs.values() if state.job_id}
+        try:
+            queue = _table(ask("squeue", "-h", "-r", "-t", "all", "-u", getpass.getuser(), "-o", "%i|%T|%r"))
+        except (AwayError, RefusedError, ConfigError) as error:
+            return {
+                name: Seen("unknown", f"SLURM does not answer ({error}); last known: {s.state}")
+                for name, s in jobs.items()
+            }
+        missing = sorted({job_id.split("_")[0] for job_id in ids if job_id not in queue})
+        book: dict[str, list[str]] = {}
+        if missing:
+            with contextlib.suppress(AwayError, RefusedError):
+                book = _table(
+                    ask("sacct", "-X", "-n", "-P", "-D", "-o", "JobID,State,ExitCode", "-j", ",".join(missing))
+                )
+        seen = {}
+        for name, state in jobs.items():
+            known = queue.get(state.job_id or "") or book.get(state.job_id or "")
+            seen[name] = self._seen(folder / name, state, known)
+        return seen
+
+    def _seen(self, folder: Path, state: State, known: Sequence[str] | None) -> Seen:
+        if state.job_id is None:
+            return Seen("unknown", "the command that submitted it has not said what SLURM answered")
+        if known is None:
+            return Seen(
+                "unknown", f"SLURM knows no job {state.job_id} any more, and there is no accounting of it", final=True
+            )
+        slurm, detail = known[0].split()[0].rstrip("+"), known[1] if len(known) > 1 else ""
+        lived = state.restarts > 0 or state.state in ("running", "requeued", "preempted")
+        if slurm in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"):
+            name: Name = "requeued" if lived else "pending"
+            return Seen(name, None if detail in ("", "None") else f"SLURM: {detail}")
+        if slurm in RUNNING:
+            return Seen("running")
+        if slurm in ("PREEMPTED", "SUSPENDED", "STOPPED"):
+            return Seen("preempted", f"SLURM: {slurm}")
+        if slurm == "CANCELLED":
+            return Seen("cancelled", "by scancel", final=True)
+        told = FAILURES.get(slurm, slurm)
+        return Seen("failed", f"SLURM: {slurm}, {told} ({detail}).{_last_words(folder, state)}", final=True)
+
+    def cancel(self, folder: Path, jobs: Mapping[str, State]) -> None:
+        """Cancel ``jobs``; return when SLURM runs none of them any more.
+
+        Raises:
+            ConfigError: SLURM refuses, or stays away.
+        """
+        for name in jobs:
+            (folder / name / "cancel").touch()
+        plan = Plan.read(folder)
+        ids = sorted({state.job_id for state in jobs.values() if state.job_id})
+        if ids:
+            self._patiently(lambda: ask("scancel", *ids))
+        until = time.monotonic() + 180
+        while time.monotonic() < until:
+            names = ask("squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i|%j")
+            rows = [line.split("|") for line in names.splitlines()]
+            left = [number for number, name in rows if number in ids or name.startswith(f"apt-{plan.id}-")]
+            if not left:
+                return
+            if stray := sorted({*left} - set(ids)):  # submitted, but never written down
+                ask("scancel", *stray)
+            time.sleep(0.3)
+        raise ConfigError(f"{folder}: SLURM still shows {len(left)} of its jobs after three minutes: {left[0]}")
+
+
+class AwayError(Exception):
+    """The controller does not answer."""
+
+
+class RefusedError(Exception):
+    """SLURM does not want it."""
+
+
+def ask(*command: str) -> str:
+    """Call one of SLURM's commands; return what it prints.
+
+    Raises:
+        AwayError: the controller does not answer.
+        RefusedError: the command failed otherwise.
+        ConfigError: the command is not here.
+    """
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"hydra/launcher: there is no {command[0]} on this machine's PATH. Ask from a login node of the cluster."
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise AwayError(f"{command[0]} did not return within a minute") from None
+    if answer.returncode:
+        told = answer.stderr.strip() or f"{command[0]} failed with exit code {answer.returncode}"
+        raise (AwayError if AWAY.search(told) else RefusedError)(told)
+    return answer.stdout
+
+
+@contextlib.contextmanager
+def _without_outer_job() -> Iterator[None]:
+    """Hide that we may be inside of a job ourselves: its sizes would become those of the jobs that we submit."""
+    kept = {
+        key: value for key, value in os.environ.items() if key.startswith(("SLURM_", "SBATCH_")) and key != "SLURM_CONF"
+    }
+    for key in kept:
+        del os.environ[key]
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+def _table(text: str) -> dict[str, list[str]]:
+    return {row[0]: row[1:] for line in text.splitlines() if len(row := line.strip().split("|")) > 1}
+
+
+def _brief(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if "sbatch: error" in line or "error:" in line.lower()]
+    return " ".join(lines) or str(error).strip().splitlines()[-1]
+
+
+def _last_words(folder: Path, state: State) -> str:
+    """Return the last line that the job printed, into its own log or before it had one."""
+    logs = [folder / "log.txt", *(folder.parent / ".submitit").glob(f"*{state.job_id}_0_log.out")]
+    for log in logs:
+        with contextlib.suppress(OSError):
+            lines = [
+                line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+            ]
+            if lines:
+                return f" Last line of {log.name}: {lines[-1][:200]}"
+    return ""

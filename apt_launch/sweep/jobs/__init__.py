@@ -1,0 +1,1 @@
+"""One job of a sweep, in a process of its own."""

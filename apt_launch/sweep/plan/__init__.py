@@ -1,0 +1,1 @@
+"""What a sweep does: jobs composed, expanded, without duplicates, frozen."""

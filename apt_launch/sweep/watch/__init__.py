@@ -1,0 +1,1 @@
+"""A sweep while it runs: a live page, and the same in the terminal."""

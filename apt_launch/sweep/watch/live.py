@@ -1,0 +1,326 @@
+"""What a sweep looks like at this moment, for whoever watches: read as little as possible, told as differences."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+from apt_launch.sweep.control.ledger import Ledger, Status, phase
+from apt_launch.sweep.plan.plan import Plan
+from apt_launch.sweep.report.report import Findings, Trial, compare, headline, is_number
+from apt_launch.tracking import Row
+from apt_launch.tracking.reader import RecordReader
+from apt_model.schedule.rows import is_anneal, modules_on
+
+METRIC: Final = "val/loss"
+LOSSES: Final = (METRIC, "train/loss")
+
+MOST_POINTS: Final = 512
+"""Points of a curve; of more rows every second one is left out, then every second of those, and so on."""
+
+WAITING: Final = ("planned", "submitted", "pending")
+"""States of jobs that have not been heard of."""
+
+LOOK_SECONDS: Final = 1.0
+"""Records are read at most this often, whoever asks."""
+
+READ_SECONDS: Final = 0.5
+"""One reading takes at most so long; the next goes on where it stopped."""
+
+ASK_SECONDS: Final = {"local": 2.0, "slurm": 15.0}
+"""True states are asked for at most this often, by launcher: a cluster's accounting is shared by many."""
+
+
+class Curve:
+    """A metric over tokens, in at most :data:`MOST_POINTS` of its recorded values; the newest one is always there."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[float, float]] = []
+        self._looks: list[int] = []  # when each point came
+        self._count = 0
+        self._stride = 1
+
+    def add(self, look: int, tokens: float, value: float) -> None:
+        """Add a point that was found by the look with that number."""
+        if self._count and (self._count - 1) % self._stride:  # the newest until now has no place of its own
+            self.points.pop()
+            self._looks.pop()
+        self.points.append((tokens, value))
+        self._looks.append(look)
+        self._count += 1
+        if len(self.points) > MOST_POINTS:
+            self._stride *= 2
+            self.points = self.points[::2]
+            self._looks = [look] * len(self.points)
+
+    def since(self, look: int) -> tuple[int, list[tuple[float, float]]]:
+        """Return what came after that look: where it begins among the points, and the points from there."""
+        first = bisect_right(self._looks, look)
+        return first, self.points[first:]
+
+
+@cache
+def _is_drawn(name: str) -> bool:
+    return name in LOSSES or is_anneal(name)
+
+
+@dataclass
+class Runner:
+    """A job as its record tells it."""
+
+    reader: RecordReader
+    born: int  # the look that began to read its record
+    changed: int = 0  # the last look that found something new
+    last: Row = field(default_factory=dict)  # the newest values, laid over each other
+    compared: list[Row] = field(default_factory=list)  # of each row with the metric, what is compared
+    curves: dict[str, Curve] = field(default_factory=dict)
+    switches: dict[str, float] = field(default_factory=dict)  # where each module went on, in tokens
+    told: dict[str, Any] = field(default_factory=dict)  # what viewers were told, beside curves
+
+    def read(self, look: int, until: float) -> bool:
+        """Read what is new; say whether that is all of it. Stop at ``until``, seconds of the monotonic clock."""
+        lives = self.reader.lives
+        for row in self.reader.rows():
+            if self.reader.lives != lives:
+                lives = self.reader.lives
+                self._forget(look)
+            self._take(look, row)
+            if time.monotonic() > until:
+                return False
+        if self.reader.lives != lives:  # nothing is left
+            self._forget(look)
+        return True
+
+    def _forget(self, look: int) -> None:
+        self.born = self.changed = look
+        self.last, self.compared, self.curves, self.switches = {}, [], {}, {}
+
+    def _take(self, look: int, row: Row) -> None:
+        tokens = row.get("tokens")
+        if not is_number(tokens):
+            return
+        self.changed = look
+        self.last |= row
+        if METRIC in row:
+            self.compared.append({"tokens": row["tokens"], METRIC: row[METRIC]})
+        for name, value in row.items():
+            if _is_drawn(name) and is_number(value):
+                self.curves.setdefault(name, Curve()).add(look, row["tokens"], value)
+        for module in modules_on(row):
+            self.switches.setdefault(module, row["tokens"])
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the ledger said."""
+
+    book: Ledger
+    written: int  # when its plan was
+    statuses: Sequence[Status]
+    at: float  # seconds since 1970
+    good_until: float  # seconds of the monotonic clock
+
+    @classmethod
+    def ask(cls, folder: Path, before: _Answer | None) -> _Answer:
+        """Ask for the true states, of the jobs that the plan has by now.
+
+        Raises:
+            ConfigError: there is no sweep.
+        """
+        began = time.monotonic()
+        written = _plan_written(folder)
+        book = before.book if before is not None and before.written == written else Ledger(folder)
+        statuses = book.statuses(rows=False)
+        now = time.monotonic()
+        pause = max(ASK_SECONDS[book.plan.launcher], 20 * (now - began))
+        return cls(book, written, statuses, time.time(), now + pause)
+
+    def heard(self, status: Status) -> float | None:
+        """Return when a job last showed a sign of life."""
+        return None if status.age is None else self.at - status.age
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A sweep at one moment."""
+
+    plan: Plan
+    statuses: Sequence[Status]
+    findings: Findings
+    runners: Sequence[Runner]  # one for each of statuses
+    behind: bool  # there are more rows, to be read by the next reading
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing will change by itself."""
+        return not self.behind and all(status.final or status.state == "planned" for status in self.statuses)
+
+
+class Watch:
+    """Follows the sweep in ``folder`` for any number of viewers, who share one reading. While nobody looks, nothing is read.
+
+    Raises:
+        ConfigError: there is no sweep.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.look = 0  # the number of the newest reading
+        self.born = 1  # the reading that found this sweep here for the first time
+        self.problem: str | None = None  # why states could not be asked for
+        self._lock = threading.Lock()
+        self._runners: dict[str, Runner] = {}
+        self._thread = threading.Thread()
+        self._looked = 0.0
+        self._answer = _Answer.ask(folder, None)
+        self._picture: Picture | None = None
+
+    def picture(self) -> Picture:
+        """Return the sweep as it is, read anew where the last reading is no longer fresh."""
+        with self._lock:
+            return self._fresh()
+
+    def news(self, since: int) -> dict[str, Any]:
+        """Return what a page that knows everything up to reading ``since`` has to learn, ready for JSON."""
+        with self._lock:
+            picture = self._fresh()
+            whole = not self.born <= since <= self.look
+            since = -1 if whole else since
+            jobs = [
+                runner.told | {"anew": runner.born > since, "curves": _curves(runner, since)}
+                for runner in picture.runners
+                if runner.changed > since
+            ]
+            best = picture.findings.best
+            return {
+                "look": self.look,
+                "whole": whole,
+                "now": time.time(),
+                "problem": self.problem,
+                "id": picture.plan.id,
+                "about": f"{picture.plan.told}, {picture.plan.launcher}",
+                "folder": str(self.folder.absolute()),
+                "headline": headline(picture.findings),
+                "told": picture.findings.told,
+                "best": best.job.number if best else None,
+                "behind": picture.behind,
+                "ended": picture.ended,
+                "advice": self._advice(picture),
+                "jobs": jobs,
+            }
+
+    def _advice(self, picture: Picture) -> str | None:
+        """Return the command that comes next, once the sweep has ended."""
+        if not picture.ended:
+            return None
+        verb = "report" if all(status.state == "done" for status in picture.statuses) else "resume"
+        return f"python -m apt_launch.sweep {verb} {self.folder}"
+
+    def _fresh(self) -> Picture:
+        if self._picture is None or self._picture.behind or time.monotonic() - self._looked >= LOOK_SECONDS:
+            if time.monotonic() >= self._answer.good_until and not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._ask, name="ask", daemon=True)
+                self._thread.start()  # a cluster may take its time
+            self._picture = self._look()
+        return self._picture
+
+    def _ask(self) -> None:
+        try:
+            self._answer = _Answer.ask(self.folder, self._answer)
+            self.problem = None
+        except Exception as error:  # every viewer is told; what was known stays
+            self.problem = str(error) or type(error).__name__
+            pause = ASK_SECONDS[self._answer.book.plan.launcher]
+            self._answer = replace(self._answer, good_until=time.monotonic() + pause)
+
+    def _look(self) -> Picture:
+        self._looked = time.monotonic()
+        self.look += 1
+        answer = self._answer
+        plan, states = answer.book.plan, answer.statuses
+        if self._picture is not None and plan.id != self._picture.plan.id:
+            self._runners, self.born = {}, self.look
+        behind = False
+        for status in states:
+            name = status.job.folder
+            if name not in self._runners:
+                self._runners[name] = Runner(RecordReader(status.folder / "metrics.jsonl"), born=self.look)
+            behind = behind or not self._runners[name].read(self.look, self._looked + READ_SECONDS)
+        runners = [self._runners[status.job.folder] for status in states]
+        trials = [Trial(s.job, s.state, r.compared, s.cause) for s, r in zip(states, runners, strict=True)]
+        findings = compare(plan, trials, METRIC)
+        looks = _looks(trials)
+        statuses = []
+        for status, runner, trial in zip(states, runners, trials, strict=True):
+            statuses.append(replace(status, row=runner.last))
+            heard = [time for time in (answer.heard(status), runner.reader.touched) if time is not None]
+            told = _told(statuses[-1], runner, trial) | {
+                "colour": looks[trial.job.number],
+                "heard": round(max(heard)) if heard and status.state not in WAITING else None,
+                "compared": findings.values.get(trial.job.number),
+            }
+            if told != runner.told:
+                runner.told, runner.changed = told, self.look
+        return Picture(plan, statuses, findings, runners, behind)
+
+
+def _plan_written(folder: Path) -> int:
+    try:
+        return (folder / "plan.yaml").stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _curves(runner: Runner, since: int) -> dict[str, Any]:
+    found = {}
+    for name, curve in runner.curves.items():
+        first, points = curve.since(since)
+        if points:
+            found[name] = {"first": first, "points": points}
+    return found
+
+
+def _looks(trials: Sequence[Trial]) -> dict[int, tuple[int, int]]:
+    """Return by each job's number which colour and which kind of line it has: seeds of one experiment share the colour."""
+    groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
+    for trial in trials:
+        groups.setdefault(tuple(trial.without_seeds.items()), []).append(trial.job.number)
+    if len(groups) == 1:
+        return {trial.job.number: (place, 0) for place, trial in enumerate(trials)}
+    return {number: (colour, kind) for colour, group in enumerate(groups.values()) for kind, number in enumerate(group)}
+
+
+def _told(status: Status, runner: Runner, trial: Trial) -> dict[str, Any]:
+    """Return what a viewer is told of a job, beside its curves; numbers that are none as words."""
+    job, row = status.job, runner.last
+    step, tokens, speed = row.get("step"), row.get("tokens", 0), row.get("tokens_per_second")
+    total = tokens / (step + 1) * job.steps if step is not None else None
+    left = (total - tokens) / speed if total is not None and speed and status.state == "running" else None
+    told: dict[str, Any] = {
+        "number": job.number,
+        "label": trial.label,
+        "asked": job.label,
+        "state": status.state,
+        "life": status.restarts + 1,
+        "cause": status.cause,
+        "steps": job.steps,
+        "step": step + 1 if step is not None else 0,
+        "phase": phase(row) if row else None,
+        "total": total,
+        "train/loss": row.get("train/loss"),
+        "val/loss": row.get(METRIC),
+        "speed": speed,
+        "left": left,
+        "switches": dict(runner.switches),
+    }
+    return {
+        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in told.items()
+    }
