@@ -66,7 +66,7 @@ def making_tokens(corpus: Corpus) -> Iterator[Corpus]:
     """Show how far the corpus' tokens are made, if they have to be made meanwhile."""
     progress: Any = None
 
-    def told(split: str, done: float, tokens: int) -> None:
+    def show(split: str, done: float, tokens: int) -> None:
         nonlocal progress
         if progress is None:
             from apt_launch.runs.console import TokenProgress
@@ -74,7 +74,7 @@ def making_tokens(corpus: Corpus) -> Iterator[Corpus]:
             progress = TokenProgress()
         progress.tell(split, done, tokens)
 
-    corpus.told = told
+    corpus.on_progress = show
     try:
         yield corpus
     finally:

@@ -10,7 +10,8 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from apt_model.data.corpora import Document, DocumentCorpus, Keys, Split, share, stats
+from apt_model.data.corpora import DocumentCorpus, Keys, stats
+from apt_model.data.corpus import Document, Split, share
 from apt_model.errors import ConfigError, nearest
 
 DataFiles = str | Sequence[str] | Mapping[str, str | Sequence[str]]
@@ -96,8 +97,8 @@ class HFCorpus(DocumentCorpus):
 
     def source(self) -> dict[str, Any]:
         settings = ("path", "name", "data_files", "revision", "train_split", "val_split", "max_documents")
-        told: dict[str, Any] = {name: getattr(self, name) for name in settings} | self.keys.told()
-        told["val_documents"] = self.val_documents if self.val_split is None else None
+        about: dict[str, Any] = {name: getattr(self, name) for name in settings} | self.keys.as_dict()
+        about["val_documents"] = self.val_documents if self.val_split is None else None
         patterns = (self.path, *_patterns(self.data_files))
         local = [
             path
@@ -107,7 +108,7 @@ class HFCorpus(DocumentCorpus):
         files = [
             inner for path in map(Path, local) for inner in ([path] if path.is_file() else sorted(path.rglob("*")))
         ]
-        return told | {"files": stats(path for path in files if path.is_file())}
+        return about | {"files": stats(path for path in files if path.is_file())}
 
     def _rows(self, name: str, key: str) -> tuple[Any, int | None]:
         """Return the rows of the split ``name`` and, where it is known, their number.
@@ -140,7 +141,7 @@ class HFCorpus(DocumentCorpus):
                     raise ConfigError(f"data.{key}: {str(error).splitlines()[0]}{_remedy(key)}") from None
                 raise
         columns = rows.column_names
-        wanted = self.keys.told()
+        wanted = self.keys.as_dict()
         for key, column in wanted.items():
             if columns is not None and column not in columns:
                 raise ConfigError(f"data.{key}: {self.path!r} has no column {column!r}. {nearest(column, columns)}")

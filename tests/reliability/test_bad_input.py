@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from apt_launch.config.profile_file import KEYS
 from apt_launch.config.schema import all_keys
 from apt_model.data import TextCorpus
-from apt_model.data.shards import write
+from apt_model.data.shard_writer import write
 from apt_model.data.tokenizer import FileTokenizer, train_tokenizer
 from apt_model.schedule.curves import SHAPES
 from tests.conftest import SMALL
