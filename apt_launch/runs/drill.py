@@ -158,11 +158,11 @@ def weights(trainer: BaseTrainer) -> str:
     """Return the sha256 of all weights and buffers; every rank calls it."""
     import torch
 
-    from apt_model.training.parallel import whole
+    from apt_model.training.sharding import full_tensor
 
     digest = hashlib.sha256()
     for name, tensor in sorted(trainer.model.state_dict().items()):
         if isinstance(tensor, torch.Tensor):
             digest.update(name.encode())
-            digest.update(whole(tensor.detach()).cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(full_tensor(tensor.detach()).cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

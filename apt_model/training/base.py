@@ -29,8 +29,9 @@ from apt_model.training.device import Precision, choose_device, choose_dtype
 from apt_model.training.distributed import Ranks, any_rank, barrier, gathered, mean_of
 from apt_model.training.follower import Follower, bind
 from apt_model.training.optimizer import named_state, parameter_groups
-from apt_model.training.parallel import Parallel, clip_gradients, engine, gathered_state
+from apt_model.training.parallel import Parallel, engine
 from apt_model.training.randomness import random_state
+from apt_model.training.sharding import clip_gradients, gathered_state
 from apt_model.training.specialisation import SourceLoads
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from apt_model.layers.voter import EntropyVoter
 from apt_model.schedule import Change, Clock, ScheduleRunner
 from apt_model.schedule.targets import Domain
 from apt_model.training.optimizer import follow_model
-from apt_model.training.parallel import shared_as
+from apt_model.training.sharding import shared_as
 
 logger = logging.getLogger(__name__)
 
