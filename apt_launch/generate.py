@@ -150,7 +150,7 @@ def restored(checkpoint: Path, device: torch.device) -> tuple[GPT, Tokenizer]:
         ConfigError: the run's config is missing or wrong, or its tokenizer.
         CheckpointError: the checkpoint is damaged.
     """
-    from apt_model.training.follower import bind, restore_model
+    from apt_model.training.schedule_driver import bind, restore_model
 
     path = checkpoint.parent.parent / "config.yaml"
     values = read_frozen(path)

@@ -20,17 +20,6 @@ if TYPE_CHECKING:
 
 ALLOWED = frozenset(target for targets in schema.GROUPS.values() for target in targets if target)
 
-OF_THE_PROCESS = (
-    "resume",
-    "keep_last",
-    "keep_best",
-    "keep_every",
-    "stall_minutes",
-    "keep_freed_memory",
-    "onednn_products",
-)
-"""Keys of ``trainer`` that whoever owns the process and the run's folder reads, not the trainer."""
-
 
 def build(values: Mapping[str, Any], **injected: Any) -> Any:
     """Instantiate ``values``; what is no config (models, functions, paths) comes in ``injected``.
@@ -86,20 +75,23 @@ def build_trainer(
 ) -> Trainer:
     """Build everything a run needs, seeded."""
     from apt_model.training.distributed import from_rank_zero
+    from apt_model.training.options import by_concern
     from apt_model.training.randomness import seed_all
 
     seed_all(config.seed)
     values = config.values
+    options = by_concern(
+        values["trainer"]
+        | {"seed": config.seed, "weight_decay": config.optimizer.weight_decay, "leave_out": frozenset(leave_out)}
+    )
     trainer: Trainer = build(
-        {key: value for key, value in values["trainer"].items() if key not in OF_THE_PROCESS},
+        {"_target_": values["trainer"]["_target_"]},
+        **options,
         model=build_model(values),
         optimizer=_factory(values["optimizer"]),
-        weight_decay=config.optimizer.weight_decay,
         schedule=build(values["schedule"], horizon=config.horizon, broadcast=from_rank_zero),
         corpus=build(values["data"]),
-        seed=config.seed,
         resume=resume,
-        leave_out=leave_out,
         checkpoints=checkpoints,
         log=log,
         callbacks=callbacks,

@@ -198,14 +198,14 @@ class MoE(nn.Module):
         if self.router is not None and self.scoring == "sigmoid":
             self.router.balance()
 
-    def forward(self, x: Tensor, telling: bool = True) -> tuple[Tensor, MoEReport | None]:
-        """Map ``x`` (batch, seq, d_model) to the same shape; a report when experts are on, with sums if ``telling``."""
-        output, report = self._forward(x, telling)
+    def forward(self, x: Tensor, with_metrics: bool = True) -> tuple[Tensor, MoEReport | None]:
+        """Map ``x`` (batch, seq, d_model) to the same shape; a report when experts are on, with sums if ``with_metrics``."""
+        output, report = self._forward(x, with_metrics)
         if self.training and "dropout" in self.expected:
             output = dropout(output, self.dropout)
         return output, report
 
-    def _forward(self, x: Tensor, telling: bool) -> tuple[Tensor, MoEReport | None]:
+    def _forward(self, x: Tensor, with_metrics: bool) -> tuple[Tensor, MoEReport | None]:
         if self.experts is None or self.router is None:
             assert self.dense is not None
             return self.dense(x), None
@@ -225,7 +225,7 @@ class MoE(nn.Module):
             output = (output + self.dense(x)) / 2
         if self.training and self.scoring == "sigmoid":
             self.router.plan_balance(dispatch.counts, self.bias_update_rate)
-        return output, self._report(routing, dispatch, x.shape[0] if telling else None)
+        return output, self._report(routing, dispatch, x.shape[0] if with_metrics else None)
 
     def _mix(self, rows: Tensor, dispatch: Dispatch) -> Tensor:
         """Compute slots in their order and add each token's, weighted: (tokens, d_model)."""

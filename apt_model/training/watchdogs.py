@@ -11,16 +11,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from apt_model.schedule import Change
-from apt_model.training.callbacks import Callback
-
-if TYPE_CHECKING:
-    from apt_model.training.base import BaseTrainer
+from apt_model.training.callbacks import Callback, TrainerView
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +38,7 @@ class SpikeWatch(Callback):
         self.armed: tuple[str, float, float, float, deque[Tensor]] | None = None
         self.left = 0
 
-    def on_schedule(self, trainer: BaseTrainer, changes: Sequence[Change]) -> None:
+    def on_schedule(self, trainer: TrainerView, changes: Sequence[Change]) -> None:
         """Take note of what the loss was."""
         switched = [change for change in changes if isinstance(change.value, bool)]
         if switched and len(self.losses) >= self.short:
@@ -57,7 +54,7 @@ class SpikeWatch(Callback):
             )
             self.left = self.window
 
-    def on_step(self, trainer: BaseTrainer) -> None:
+    def on_step(self, trainer: TrainerView) -> None:
         """Compare."""
         self.losses.append(trainer.last_loss)
         if self.armed is None:
@@ -104,7 +101,7 @@ class CollapseWatch(Callback):
         self.since: dict[int, tuple[int, int]] = {}  # of a layer that looks collapsed: first step, rows
         self.told = False
 
-    def on_step(self, trainer: BaseTrainer) -> None:
+    def on_step(self, trainer: TrainerView) -> None:
         """Look at the update's row, if it has one."""
         row, step = trainer.last_row, trainer.clock.step
         if self.told or row.get("step") != step or "moe/layer_00/load_entropy" not in row:
@@ -212,7 +209,7 @@ class Watchdog(Callback):
         self._thread: threading.Thread | None = None
         self._progress = self._armed = 0.0
 
-    def on_train_begin(self, trainer: BaseTrainer) -> None:
+    def on_train_begin(self, trainer: TrainerView) -> None:
         """Begin to look."""
         device = trainer.device
         self.memory = self.memory or (lambda: {"the host": host_memory(), str(device): device_memory(device)})
@@ -221,19 +218,19 @@ class Watchdog(Callback):
         self._thread = threading.Thread(target=self._look, args=(trainer,), name="watchdog", daemon=True)
         self._thread.start()
 
-    def on_batch_end(self, trainer: BaseTrainer) -> None:
+    def on_batch_end(self, trainer: TrainerView) -> None:
         """Take note that things go on."""
         self._note()
 
-    def on_step(self, trainer: BaseTrainer) -> None:
+    def on_step(self, trainer: TrainerView) -> None:
         """Take note that things go on."""
         self._note()
 
-    def on_epoch_end(self, trainer: BaseTrainer) -> None:
+    def on_epoch_end(self, trainer: TrainerView) -> None:
         """Take note that things go on."""
         self._note()
 
-    def on_train_end(self, trainer: BaseTrainer) -> None:
+    def on_train_end(self, trainer: TrainerView) -> None:
         """Look no more."""
         if self._thread is not None:
             self._ended.set()
@@ -247,7 +244,7 @@ class Watchdog(Callback):
             self._armed = self._progress
             faulthandler.dump_traceback_later(self.stall_seconds, file=self._file)
 
-    def _look(self, trainer: BaseTrainer) -> None:
+    def _look(self, trainer: TrainerView) -> None:
         stalled = 0.0  # of which progress that was told
         told: set[str] = set()
         while not self._ended.wait(self.every):

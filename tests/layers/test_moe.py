@@ -384,7 +384,7 @@ def test_sums_of_two_batches_give_the_metrics_of_one_batch_with_both() -> None:
 def test_what_is_not_asked_for_is_not_told_and_the_output_is_the_same() -> None:
     moe = apart(layer())
     x = torch.randn(2, 8, 16)
-    told, silent = moe(x), moe(x, telling=False)
+    told, silent = moe(x), moe(x, with_metrics=False)
     assert silent[1].sums is None
     assert torch.equal(told[0], silent[0])
     assert torch.equal(told[1].loss, silent[1].loss)
