@@ -106,7 +106,7 @@ class Program:
             if switches and all(self._is_planned(switch.at) for switch in switches)
         ]
         self.value_lines = self._lay_out_values(self.fired)
-        self._curves_for = self.fired
+        self._value_lines_after = {frozenset(self.fired.items()): self.value_lines}  # by what has happened when
 
     def _switch_line(self, subject: Subject, switches: list[Switch]) -> SwitchLine:
         thresholds = [(*self._threshold(switch.at), switch.on) for switch in self._in_order(switches)]
@@ -278,22 +278,37 @@ class Program:
         return "step", step
 
     def at(self, clock: Clock, latches: Mapping[Subject, LatchState] | None = None) -> dict[str, bool | float]:
-        """Return what is in force at ``clock``: labels of subjects to on or off, then names of anneals to values."""
+        """Return the scheduled values at ``clock``: labels of subjects to on or off, then names of anneals to values.
+
+        A pure function of its arguments, in whatever order it is asked.
+        """
         state = self._off.copy()
         for name, part, on in self.switch_lines:
             state[name] = on(part(clock))
+        value_lines = self.value_lines
         if self.latches:
-            self._add_latched(state, clock, latches or {})
-        for name, part, value in self.value_lines:
+            fired = self._fired_with(latches or {})
+            self._add_latched(state, clock, latches or {}, fired)
+            value_lines = self._value_lines(fired)
+        for name, part, value in value_lines:
             state[name] = value(part(clock))
         return state
 
-    def _add_latched(self, state: dict[str, bool | float], clock: Clock, latches: Mapping[Subject, LatchState]) -> None:
-        """Add to ``state`` what latches decide, and what waits for them; curves begin anew once their event has come."""
-        fired = self._fired_with(latches)
-        if fired != self._curves_for:
-            self._curves_for = fired
-            self.value_lines = self._lay_out_values(fired)
+    def _value_lines(self, fired: dict[str, Clock]) -> list[ValueLine]:
+        """Return the curves once ``fired`` has happened: those that wait for an event begin with it."""
+        happened = frozenset(fired.items())
+        if happened not in self._value_lines_after:
+            self._value_lines_after[happened] = self._lay_out_values(fired)
+        return self._value_lines_after[happened]
+
+    def _add_latched(
+        self,
+        state: dict[str, bool | float],
+        clock: Clock,
+        latches: Mapping[Subject, LatchState],
+        fired: Mapping[str, Clock],
+    ) -> None:
+        """Add to ``state`` what latches decide, and what waits for them."""
         for subject, switches in self.switches.items():
             if subject in self.latches:
                 state[subject.label] = latches.get(subject, LatchState()).on
