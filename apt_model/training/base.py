@@ -224,11 +224,14 @@ class BaseTrainer(ScheduleDriver):
         return changes
 
     def _lay_out_lr(self) -> Callable[[Clock], float] | None:
-        """Return the factor on the learning rate at a clock, over the planned length; None: the rate has none."""
+        """Return the factor on the learning rate at a clock; None: the rate has none.
+
+        It goes over the curriculum's length, which a resume with ``on_horizon_change=keep_absolute`` takes from its checkpoint.
+        """
         if not self.loop.lr_schedule:
             return None
         anneal = Anneal.model_validate(self.loop.lr_schedule)
-        curve = anneal.curve(self.schedule.planned)
+        curve = anneal.curve(self.schedule.program.horizon)
         return lambda clock: curve(getattr(clock, anneal.by))
 
     @property

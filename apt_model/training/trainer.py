@@ -143,6 +143,7 @@ class Trainer(BaseTrainer):
         """
         state = checkpoint.load(path)
         restore_model(self.model, self.schedule, state, switches=self.engine.switches())
+        self._lr_factor = self._lay_out_lr()
         load_named_state(self.optimizer, self.model, state["optimizer"])
         self.schedule.reconcile()
         self.follow()
