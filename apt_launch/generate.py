@@ -107,7 +107,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         sampling=sampling,
         num_tokens=tokenizer.vocab_size,
         end=tokenizer.end,
-        told=shown.add if shown else lambda prompt, token: None,
+        on_token=shown.add if shown else lambda prompt, token: None,
     )
     if shown:
         sys.stdout.write("\n")

@@ -140,7 +140,7 @@ class GPT(nn.Module):
         Args:
             tokens: (batch, seq) int64, seq <= seq_len.
             targets: the same shape: the token that follows each.
-            with_metrics: whether to tell metrics of routing, which cost time; compiled, that is a graph more.
+            with_metrics: whether to return metrics of routing, which cost time; compiled, that is a graph more.
         """
         if self.training:
             for layer in self.moe_layers:
@@ -170,7 +170,7 @@ class GPT(nn.Module):
     def _hidden(
         self, tokens: Tensor, cache: Cache | None = None, with_metrics: bool = False
     ) -> tuple[Tensor, list[MoEReport], AlignReport | None]:
-        """Return what :meth:`head` turns into logits, (batch, seq, d_model), and what layers tell."""
+        """Return what :meth:`head` turns into logits, (batch, seq, d_model), and the reports of layers."""
         hidden = self.embedding(tokens)
         reports = []
         for block, seen in zip(self.blocks, cache.blocks if cache else [None] * len(self.blocks), strict=True):
@@ -222,7 +222,7 @@ class GPT(nn.Module):
         return [block.ffn for block in self.blocks]  # type: ignore[misc]
 
     def expert_cosines(self) -> Tensor:
-        """Return :meth:`Experts.cosine` of each layer whose experts are on, (num_layers,)."""
+        """Return :meth:`Experts.cosine` of each layer whose experts are enabled, (num_layers,)."""
         return torch.stack([layer.experts.cosine() for layer in self.moe_layers if layer.experts is not None])
 
     def compile_parts(self, *, whole: bool = True) -> None:

@@ -393,7 +393,7 @@ class ShardsCorpus(Corpus):
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens are possible; no library is loaded to tell."""
+        """How many tokens are possible; no library is loaded for it."""
         return self.shards.vocab_size
 
     @property

@@ -31,7 +31,7 @@ class HFCorpus(DocumentCorpus):
         revision: commit, tag or branch on the Hub; only a commit is always the same.
         val_split: None: the first ``val_documents`` of ``train_split`` validate, and are not trained on.
         text_key: the column.
-        source_key: the column that tells where a document comes from; None: nobody knows.
+        source_key: the column that says where a document comes from; None: nobody knows.
         streaming: read only as far as needed, without a copy of the whole on this machine.
         max_documents: of a split, at the most; None: all. A stream needs this or ``max_tokens``.
         max_tokens: of a split, at the most; the last document is cut off.
@@ -84,7 +84,7 @@ class HFCorpus(DocumentCorpus):
         elif self.val_split is None:
             most = min(most, self.val_documents)
         name = self.val_split or self.train_split if split == "val" else self.train_split
-        with _told(f"data.path: datasets cannot give the split {name!r} of {self.path!r}"):
+        with _as_config_error(f"data.path: datasets cannot give the split {name!r} of {self.path!r}"):
             rows, known = self._rows(name, "val_split" if split == "val" and self.val_split else "train_split")
             num_rows = min(most, math.inf if known is None else max(0, known - begin))
             rows = rows.skip(begin) if begin else rows
@@ -177,8 +177,8 @@ def _at_home(data_files: DataFiles | None) -> Any:
 
 
 @contextmanager
-def _told(problem: str) -> Iterator[None]:
-    """Have errors of datasets, and of all that it reads with, told in our words."""
+def _as_config_error(problem: str) -> Iterator[None]:
+    """Raise errors of datasets, and of all that it reads with, as ours."""
     try:
         yield
     except ConfigError:

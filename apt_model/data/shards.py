@@ -43,7 +43,7 @@ class Shard(_Kept):
 class SplitShards(_Kept):
     """The files of a split, in order. ``pieces`` of its documents are in them; ``done``: that is all.
 
-    ``sources`` are those of its tokens, in order, where documents tell them and only for validation: (name, tokens).
+    ``sources`` are those of its tokens, in order, where documents name them and only for validation: (name, tokens).
     """
 
     shards: list[Shard] = []
@@ -98,10 +98,10 @@ class Shards:
             raise ConfigError(f"{key}: {path} is no manifest of shards, or damaged: {reason}.") from None
         for split in SPLITS:
             if split not in self.manifest.splits:
-                raise ConfigError(f"{key}: {path} is damaged: it tells of no {split} split. {self._remedy}")
+                raise ConfigError(f"{key}: {path} is damaged: it has no {split} split. {self._remedy}")
             kept = self.manifest.splits[split]
             if kept.sources and sum(tokens for _, tokens in kept.sources) != kept.tokens:
-                raise ConfigError(f"{key}: {path} is damaged: it tells the sources of other tokens. {self._remedy}")
+                raise ConfigError(f"{key}: {path} is damaged: its sources are those of other tokens. {self._remedy}")
         for shard in self._shards():
             self._check_size(shard)
         if self.tokenizer_file is not None and checksum(self.tokenizer_file) != self.manifest.tokenizer:

@@ -1,4 +1,4 @@
-"""A curriculum bound to a horizon: what is in force at a clock, and everything that can be said before a run."""
+"""A curriculum bound to a horizon: the scheduled values at a clock, and everything that can be said before a run."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from apt_model.schedule.times import Time
 
 @dataclass(frozen=True)
 class Subject:
-    """Something that is on or off: a module (``enabled``) or the parameters that a pattern means (``frozen``)."""
+    """What switches: a module (``enabled``) or the parameters that a pattern means (``frozen``)."""
 
     name: str
     state: str  # enabled, frozen
 
     @property
     def label(self) -> str:
-        """Its name among values in force and metrics: ``moe_enabled``."""
+        """Its name among scheduled values and metrics: ``moe_enabled``."""
         return f"{self.name}_{self.state}"
 
     def event(self, on: bool) -> str:
@@ -259,7 +259,7 @@ class Program:
         if problems:
             raise ConfigError(*dict.fromkeys(problems))
 
-    # --- what is in force --------------------------------------------------------------------------------------------
+    # --- scheduled values --------------------------------------------------------------------------------------------
 
     def _is_planned(self, at: Time) -> bool:
         return at.anchor is None or at.anchor in self.fired
@@ -404,7 +404,7 @@ class Program:
             drawn.setdefault(values, where)
             module = reader_of(self.curriculum, name)
             if module is not None and not self.ever_on(module):
-                notes.append(f"{where} anneals what nothing reads: {module} never goes on.")
+                notes.append(f"{where} anneals what nothing reads: {module} is never enabled.")
         for subject, switches in self.switches.items():
             if switches and not any(switch.on for switch in switches):
                 notes.append(f"{switches[0].key} turns off {subject.name}, which nothing turns on.")

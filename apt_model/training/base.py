@@ -205,7 +205,7 @@ class BaseTrainer(ScheduleDriver):
     # --- an update, in the order of its parts -------------------------------------------------------------------------
 
     def begin_update(self) -> list[Change]:
-        """Bring model, optimizer and learning rate to the clock; tell the callbacks what changed."""
+        """Set model, optimizer and learning rate to the clock, call the callbacks, and return what changed."""
         changes = super().begin_update()
         if changes:
             self.callbacks.notify("on_schedule", self, changes)
@@ -282,7 +282,7 @@ class BaseTrainer(ScheduleDriver):
         return waits or self.nonfinite.on_nonfinite != "stop" or bool(self.schedule.program.watched - {"val/loss"})
 
     def end_update(self, metrics: Mapping[str, float] | None = None) -> None:
-        """Take note of an update that has happened, and log it where it is due; the clock goes on."""
+        """Count an update that has happened, log it where it is due, and advance the clock."""
         row: Row = {}
         if self.meter.has_row or self.meter.reads_every_update:
             self.meter.read()

@@ -63,7 +63,7 @@ class TrainerView(Protocol):
 
 
 class Callback:
-    """Base of callbacks: override what you need. The trainer's ``clock``, ``last_row`` and ``model`` tell the rest."""
+    """Base of callbacks: override what you need. The trainer's ``clock``, ``last_row`` and ``model`` are there to read."""
 
     def on_train_begin(self, trainer: TrainerView) -> None:
         """Before the first update, after a resume."""

@@ -1,4 +1,4 @@
-"""What a trainer is told once and never changes, by concern; names are those of the keys of ``trainer``."""
+"""Options of a trainer, by concern, fixed for the run; names are those of the keys of ``trainer``."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def bind(
     more: Values | None = None,
     domains: Mapping[str, Domain] | None = None,
 ) -> None:
-    """Bind ``schedule`` to ``model``, and tell its modules what will move.
+    """Bind ``schedule`` to ``model``, and announce to its modules which values will move.
 
     Args:
         values: targets and their setters; None: every value that a module of ``model`` declares as scheduled.
@@ -84,12 +84,12 @@ def restore_model(
 
 
 class ScheduleDriver:
-    """Keeps the curriculum in step: before an update it brings the model to the clock, after it the clock goes on.
+    """Drives a curriculum: before an update it sets the model to the clock, after it the clock advances.
 
     ``clock`` is that of the update in the making, or of the next one. A loop calls :meth:`begin_update`, then
     :meth:`count` for each batch, then :meth:`end_update` if the optimizer has changed the weights, :meth:`skip_update` if
     mixed precision kept it from that. Where the optimizer is stepped by somebody else, :meth:`watch` it: ``happened`` then
-    tells which of the two to call.
+    says which of the two to call.
     """
 
     schedule: ScheduleRunner
@@ -153,7 +153,7 @@ class ScheduleDriver:
         self.tokens += tokens
 
     def end_update(self, metrics: Mapping[str, float]) -> None:
-        """Show latches the update's metrics; the clock goes on."""
+        """Show latches the update's metrics, and advance the clock."""
         self.schedule.observe(metrics)
         self.clock = self.clock.after_update(samples=self.samples, tokens=self.tokens)
         self.happened = False
@@ -183,7 +183,7 @@ class ScheduleDriver:
 
 
 def sizes(batch: Any) -> tuple[int, int]:
-    """Return the samples and tokens of ``batch``, as its first tensor tells them; ``input_ids`` is asked first.
+    """Return the samples and tokens of ``batch``, by the shape of its first tensor; ``input_ids`` is preferred.
 
     Integers (batch, seq, ...) are batch x seq tokens; anything else has one token a sample.
     """

@@ -91,7 +91,7 @@ class CollapseWatch(Callback):
     """Warns once, with numbers, if the routing of some layer collapses.
 
     It has where a quarter of the experts get no token, or where the load is as uneven as if only half of them were in use
-    (the exponential of its entropy, which is their number if it is even); in every row that tells of layers for ``updates``
+    (the exponential of its entropy, which is their number if it is even); in every row with metrics of layers for ``updates``
     updates, three rows at least.
     """
 
@@ -99,12 +99,12 @@ class CollapseWatch(Callback):
         self.updates = updates
         self.rows = rows
         self.since: dict[int, tuple[int, int]] = {}  # of a layer that looks collapsed: first step, rows
-        self.told = False
+        self.warned = False
 
     def on_step(self, trainer: TrainerView) -> None:
         """Look at the update's row, if it has one."""
         row, step = trainer.last_row, trainer.clock.step
-        if self.told or row.get("step") != step or "moe/layer_00/load_entropy" not in row:
+        if self.warned or row.get("step") != step or "moe/layer_00/load_entropy" not in row:
             return
         for number, layer in enumerate(trainer.model.moe_layers):
             dead = row[f"moe/layer_{number:02}/dead_experts"]
@@ -127,7 +127,7 @@ class CollapseWatch(Callback):
                     used,
                     layer.balance_loss_weight.item(),
                 )
-                self.told = True
+                self.warned = True
                 return
 
 
@@ -155,9 +155,9 @@ def host_memory(root: Path = Path("/")) -> Memory | None:
             group = group.parent
         limit = (group / "memory.max").read_text().strip()
         if limit != "max":
-            told = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
             current = int((group / "memory.current").read_text())
-            return Memory(current - int(told.get("inactive_file", 0)), int(limit))
+            return Memory(current - int(stat.get("inactive_file", 0)), int(limit))
     except (OSError, ValueError, StopIteration):
         pass  # no control groups of version 2
     try:
@@ -219,15 +219,15 @@ class Watchdog(Callback):
         self._thread.start()
 
     def on_batch_end(self, trainer: TrainerView) -> None:
-        """Take note that things go on."""
+        """Note the time of progress."""
         self._note()
 
     def on_step(self, trainer: TrainerView) -> None:
-        """Take note that things go on."""
+        """Note the time of progress."""
         self._note()
 
     def on_epoch_end(self, trainer: TrainerView) -> None:
-        """Take note that things go on."""
+        """Note the time of progress."""
         self._note()
 
     def on_train_end(self, trainer: TrainerView) -> None:
@@ -245,8 +245,8 @@ class Watchdog(Callback):
             faulthandler.dump_traceback_later(self.stall_seconds, file=self._file)
 
     def _look(self, trainer: TrainerView) -> None:
-        stalled = 0.0  # of which progress that was told
-        told: set[str] = set()
+        stalled = 0.0  # the progress after which a stall was reported
+        warned: set[str] = set()
         while not self._ended.wait(self.every):
             stands = time.monotonic() - self._progress
             if self.stall_seconds and stands > self.stall_seconds and stalled != self._progress:
@@ -259,8 +259,8 @@ class Watchdog(Callback):
                 )
             assert self.memory is not None
             for name, memory in self.memory().items():
-                if memory and name not in told and memory.used > self.nearly_full * memory.total:
-                    told.add(name)
+                if memory and name not in warned and memory.used > self.nearly_full * memory.total:
+                    warned.add(name)
                     logger.warning(
                         "the memory of %s is nearly full: %.1f of %.1f GiB. A lower trainer.batch_size with a higher "
                         "trainer.accumulate needs less; a job gets more by launch.mem_gb.",

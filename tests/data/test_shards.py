@@ -146,7 +146,7 @@ def edit(path: Path, **changes: Any) -> None:
         (lambda out: (out / "tokenizer.json").unlink(), r"tokenizer\.json is missing"),
         (lambda out: (out / MANIFEST).write_text("{}"), r"manifest\.json is no manifest of shards, or damaged"),
         (lambda out: (out / MANIFEST).write_text('{"a'), r"manifest\.json is no manifest of shards, or damaged"),
-        (lambda out: edit(out / MANIFEST, splits={}), r"manifest\.json is damaged: it tells of no train split"),
+        (lambda out: edit(out / MANIFEST, splits={}), r"manifest\.json is damaged: it has no train split"),
         (lambda out: edit(out / MANIFEST, format="shards 2"), r"is no manifest of shards, or damaged"),
         (lambda out: edit(out / MANIFEST, dtype="<f4"), r"is no manifest of shards, or damaged"),
         (lambda out: edit(out / MANIFEST, vocab_size=200), r"has the token 2\d\d, but manifest\.json says .* are 200"),

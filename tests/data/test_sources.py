@@ -120,5 +120,5 @@ def test_a_manifest_that_tells_the_sources_of_other_tokens_is_damaged(tmp_path: 
     assert content["splits"]["val"]["sources"] == [["law", 6], ["zoo", 4], ["law", 2]]
     content["splits"]["val"]["sources"][1][1] = 5
     manifest.write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=r"manifest\.json is damaged: it tells the sources of other tokens"):
+    with pytest.raises(ConfigError, match=r"manifest\.json is damaged: its sources are those of other tokens"):
         ShardsCorpus(path=str(tmp_path / "out")).count("val")
