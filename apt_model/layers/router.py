@@ -23,7 +23,9 @@ class Routing(NamedTuple):
 
     experts: Tensor  # (tokens, top_k) int64, best first
     weights: Tensor  # (tokens, top_k) float32
-    log_weights: Tensor  # (tokens, top_k) float32: their logarithms but for a constant of the token; exact where they are 0
+    log_weights: (
+        Tensor  # (tokens, top_k) float32: their logarithms but for a constant of the token; exact where they are 0
+    )
     probabilities: Tensor  # (tokens, num_experts) float32, sum to 1: for losses and metrics
     logits: Tensor  # (tokens, num_experts) float32, before the temperature
 

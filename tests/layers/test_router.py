@@ -67,11 +67,15 @@ def test_scores_that_underflow_or_saturate_still_choose_and_weigh_by_their_logit
     router = Router(d_model=1, num_experts=4, top_k=2, scoring=scoring)
     with torch.no_grad():
         router.weight.copy_(sign * torch.tensor([[0.5], [0.75], [1.0], [1.25]]))
-    chosen = router(torch.tensor([[1.0]]), torch.tensor(1e-3))  # logits over it are 500, 750, 1000, 1250, or their opposites
+    chosen = router(
+        torch.tensor([[1.0]]), torch.tensor(1e-3)
+    )  # logits over it are 500, 750, 1000, 1250, or their opposites
     assert chosen.experts[0].tolist() == ([3, 2] if sign == 1 else [0, 1])
     saturated = scoring == "sigmoid" and sign == 1  # all scores are 1
     assert chosen.weights[0].tolist() == ([0.5, 0.5] if saturated else [1.0, 0.0])
-    assert chosen.probabilities[0].sort(descending=True).values.tolist() == ([0.25] * 4 if saturated else [1.0, 0, 0, 0])
+    assert chosen.probabilities[0].sort(descending=True).values.tolist() == (
+        [0.25] * 4 if saturated else [1.0, 0, 0, 0]
+    )
 
 
 def test_where_the_only_expert_of_any_weight_is_full_the_next_one_has_all_of_it() -> None:
