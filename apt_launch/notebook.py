@@ -16,6 +16,7 @@ from typing import Any
 
 from apt_launch.config.explain import understood
 from apt_launch.config.load import RunConfig, composing, load
+from apt_launch.runs.alone import alone_in_process
 from apt_launch.runs.folder import RunFolder
 from apt_launch.tracking import Row, read_rows
 from apt_model.errors import ConfigError, Interrupted
@@ -72,6 +73,11 @@ class Run:
 
 def run(overrides: Sequence[str]) -> Run:
     """Compose, check and train here; see :func:`apt_launch.run`."""
+    with alone_in_process():
+        return _run(overrides)
+
+
+def _run(overrides: Sequence[str]) -> Run:
     from apt_launch.runs.train import train
 
     config, folder = _composed(overrides)

@@ -160,3 +160,32 @@ def test_the_notebook_of_the_documentation_runs(tmp_path: Path, monkeypatch: pyt
             exec("".join(cell["source"]), names)
     assert isinstance(names["run"], Run)
     assert names["run"].summary["state"] == "done"
+
+
+def test_a_second_run_at_the_same_time_is_refused_with_the_remedy_and_leaves_the_first_as_it_is(run: Train) -> None:
+    alone = run("hydra.run.dir=alone")
+    both, ended = threading.Barrier(2), {}
+
+    def train(name: str) -> None:
+        both.wait()
+        try:
+            ended[name] = run(f"hydra.run.dir={name}")
+        except ConfigError as error:
+            ended[name] = error
+
+    threads = [threading.Thread(target=train, args=(name,)) for name in ("a", "b")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (refused,) = (name for name, what in ended.items() if isinstance(what, ConfigError))
+    (done,) = (what for what in ended.values() if isinstance(what, Run))
+    assert "another run is under way in this process" in str(ended[refused])
+    assert "python -m apt_launch --multirun" in str(ended[refused])
+    assert not Path(refused).exists()
+    assert [equal_parts(row) for row in done.rows] == [equal_parts(row) for row in alone.rows]
+    assert run(f"hydra.run.dir={refused}").summary["state"] == "done"
+
+
+def equal_parts(row: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name not in ("time", "tokens_per_second")}
