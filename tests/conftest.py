@@ -20,6 +20,7 @@ from hypothesis import settings
 from apt_launch.config.load import RunConfig
 from apt_launch.config.load import composed as compose
 from apt_launch.tracking import read_rows
+from tests.forks import HANGS, run_module
 
 if "HF_HOME" not in os.environ:  # what datasets copies there, and it asks nobody
     _HOME = tempfile.TemporaryDirectory()
@@ -29,8 +30,6 @@ if "HF_HOME" not in os.environ:  # what datasets copies there, and it asks nobod
 signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("patient", deadline=None)  # how fast an example is, is not what is tested
 settings.load_profile("patient")
-
-REPOSITORY = Path(__file__).parent.parent
 
 SMALL = (
     "model.d_model=16",
@@ -94,20 +93,8 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return cli
 
 
-def run_module(module: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m module`` to its end."""
-    command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300, check=False)
-
-
-def environment() -> dict[str, str]:
-    """The environment of a command under test: no key, no colours, nothing that reaches out."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "HYDRA_"))}
-    return kept | {"WANDB_ERROR_REPORTING": "false", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-
-
-def until(happened: Callable[[], object], what: str, timeout: float = 60.0) -> None:
-    """Wait for what another process will do."""
+def until(happened: Callable[[], object], what: str, timeout: float = HANGS) -> None:
+    """Wait for what another process will do; ``timeout`` seconds only end what hangs."""
     end = time.monotonic() + timeout
     while not happened():
         assert time.monotonic() < end, f"waited {timeout:g} s for {what}"

@@ -28,8 +28,8 @@ from apt_launch.sweep import __main__ as sweep
 from apt_launch.tracking import read_rows
 from apt_model.schedule import Anneal, Curriculum, Program
 from docs import generated, pictures
-from tests.conftest import REPOSITORY, SMALL, environment
-from tests.forks import Ended, Forks, forking
+from tests.conftest import SMALL
+from tests.forks import REPOSITORY, Ended, Forks, environment
 from tests.slurm.conftest import shared_cluster  # noqa: F401 - a fixture
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
@@ -195,8 +195,9 @@ def _one_value(override: Override) -> str:
 
 @pytest.fixture(scope="module")
 def forks() -> Iterator[Forks]:
-    with forking() as forks:
-        yield forks
+    forks = Forks()
+    yield forks
+    forks.close()
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ import time
 from pathlib import Path
 
 from apt_launch.sweep.plan.plan import gather
-from tests.conftest import SMALL, environment
+from tests.conftest import SMALL
+from tests.forks import environment
 from tests.slurm.cluster import Cluster
 
 JOB = ("trainer.max_epochs=1", "trainer.max_batches_per_epoch=1", "schedule=none", "trainer.lr_schedule.warmup=0")

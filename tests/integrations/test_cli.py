@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from apt_launch.tracking import read_rows
-from tests.conftest import REPOSITORY, SMALL, environment
+from tests.conftest import SMALL
+from tests.forks import REPOSITORY, environment
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 

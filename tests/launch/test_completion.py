@@ -23,7 +23,7 @@ from apt_launch.config import schema
 from apt_launch.config.load import flatten
 from apt_launch.config.menu import CONF, groups, keys
 from apt_model.schedule import Anneal
-from tests.conftest import environment, run_module
+from tests.forks import environment, run_module
 from tests.packages import needed
 
 ROUTE_TEMP = [f"schedule.route_temp.{key}=" for key in ("by", "end", "start", "type", "warmup")]

@@ -15,7 +15,7 @@ from rich.console import Console
 from apt_launch.runs.console import PlainLines, ProgressBar, progress_callback
 from apt_launch.runs.folder import RunFolder
 from apt_launch.runs.summary import suggest
-from tests.conftest import environment
+from tests.forks import environment
 from tests.launch.test_cli import on_terminal, small
 
 CHOICE = "from apt_launch.runs.console import progress_callback; print(type(progress_callback()).__name__)"

@@ -15,7 +15,7 @@ from apt_launch.cli.completion import answer
 from apt_launch.cli.help import COMMON, EXAMPLES, LESS_COMMON, show
 from apt_launch.config.load import composed as compose
 from apt_launch.config.menu import COMMANDS, groups, keys
-from tests.conftest import environment, run_module
+from tests.forks import environment, run_module
 
 
 @pytest.fixture(params=[60, 80, 140])

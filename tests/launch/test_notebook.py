@@ -23,7 +23,8 @@ from apt_launch.config.load import CONF
 from apt_launch.notebook import Run
 from apt_launch.runs.train import StopRequest
 from apt_model.errors import SIGNALS, ConfigError
-from tests.conftest import REPOSITORY, SMALL, environment, rows_in, until
+from tests.conftest import SMALL, rows_in, until
+from tests.forks import REPOSITORY, environment
 
 Train = Callable[..., Run]
 

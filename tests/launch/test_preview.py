@@ -14,7 +14,7 @@ from apt_launch.preview.__main__ import config_of, page, unread_sweeps
 from apt_launch.sweep.plan.plan import gather
 from apt_model.errors import ConfigError
 from apt_model.schedule.timeline import timeline
-from tests.conftest import environment
+from tests.forks import environment
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 

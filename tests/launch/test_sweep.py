@@ -18,7 +18,8 @@ from apt_launch.sweep.control.send import prepare
 from apt_launch.sweep.lease import LOST, read_holder
 from apt_launch.sweep.plan.plan import gather
 from apt_launch.sweep.values import from_yaml
-from tests.conftest import SMALL, environment, until, wandb_records
+from tests.conftest import SMALL, until, wandb_records
+from tests.forks import environment
 
 Start = Callable[..., "subprocess.Popen[str]"]
 LONG = ("trainer.max_epochs=300", "trainer.log_every=1", "schedule=none", "trainer.checkpoint_every_epochs=50")

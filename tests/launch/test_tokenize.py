@@ -17,16 +17,17 @@ import pytest
 
 from apt_model.data import StdlibCorpus
 from apt_model.data.shards import Shards
-from tests.conftest import SMALL, environment, run_module, until
-from tests.forks import Forks, forking
+from tests.conftest import SMALL, until
+from tests.forks import Forks, environment, run_module
 
 TEXT = "".join(f"line {i} of some text, {i * i} squared\n" for i in range(600))
 
 
 @pytest.fixture(scope="module")
 def forks() -> Any:
-    with forking() as forks:
-        yield forks
+    forks = Forks()
+    yield forks
+    forks.close()
 
 
 @pytest.fixture(scope="module")

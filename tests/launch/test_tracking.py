@@ -12,7 +12,8 @@ import pytest
 from apt_launch.tracking import Record, Tracking, read_rows
 from apt_launch.tracking.csv import CsvTracker
 from apt_launch.tracking.tensorboard import TensorBoardTracker
-from tests.conftest import environment, wandb_records, wandb_rows
+from tests.conftest import wandb_records, wandb_rows
+from tests.forks import environment
 
 
 def test_the_record_has_a_line_a_row_at_once(tmp_path: Path) -> None:

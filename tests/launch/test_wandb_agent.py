@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from apt_launch.sweep.values import from_yaml, to_yaml
-from tests.conftest import REPOSITORY, SMALL, environment
+from tests.conftest import SMALL
+from tests.forks import REPOSITORY, environment
 from tests.wandb_server import WandbServer, serving
 
 

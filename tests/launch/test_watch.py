@@ -32,7 +32,8 @@ from apt_launch.sweep.watch.watch import Server, frame
 from apt_launch.tracking.reader import RecordReader
 from apt_model.errors import ConfigError
 from tests.browser import browsing
-from tests.conftest import SMALL, environment, run_module, until
+from tests.conftest import SMALL, until
+from tests.forks import environment, run_module
 
 HOSTILE = "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">[/]"
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from apt_launch.tracking import read_rows
-from tests.conftest import SMALL, environment
+from tests.conftest import SMALL
+from tests.forks import environment
 
 
 def command(text_file: Path, *more: str) -> list[str]:

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from apt_launch.sweep.lease import read_holder
-from tests.conftest import SMALL, environment, until
+from tests.conftest import SMALL, until
+from tests.forks import environment
 from tests.slurm.cluster import NODES, Cluster
 
 LONG = (

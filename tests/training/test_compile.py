@@ -28,7 +28,8 @@ from apt_model.schedule.targets import matching
 from apt_model.training.callbacks import Callback
 from apt_model.training.checkpoint import Checkpoints, newest_intact
 from apt_model.training.trainer import Trainer
-from tests.conftest import SMALL, environment, until
+from tests.conftest import SMALL, until
+from tests.forks import environment
 from tests.training.test_trainer import Run
 
 STEPS = 50
