@@ -42,7 +42,9 @@ PYTHON = "APT_TESTS_PYTHON"
 def environment(**more: str) -> dict[str, str]:
     """The environment of a command under test: no key, no colours, nothing that reaches out."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "HYDRA_"))}
-    return kept | {"WANDB_ERROR_REPORTING": "false", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | more
+    # threads that wait for each other sleep meanwhile: spinning, they would starve whoever else is at work here
+    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return kept | threads | {"WANDB_ERROR_REPORTING": "false", "PYTHONUNBUFFERED": "1"} | more
 
 
 class Server:
@@ -103,14 +105,17 @@ def reply(answer: Any) -> None:
 
 
 @cache
-def address() -> str:
+def address(*loaded: str) -> str:
     """Return where to ask for children, starting the process that forks them if there is none yet.
 
     It ends with this process, and takes with it what it has forked.
+
+    Args:
+        loaded: modules that it has loaded besides what every run needs.
     """
     folder = tempfile.mkdtemp(prefix="forks-")
     path = f"{folder}/socket"
-    server = start_server("tests.forks", path)
+    server = start_server("tests.forks", path, *loaded)
     assert server.answer() == "ready"
 
     def end() -> None:
@@ -132,6 +137,7 @@ class Fork:
         text: whether pipes give text.
         start_new_session: whether it leads a session of its own.
         forks: whether what it starts by ``sys.executable -m`` is forked, too; not where SLURM is to have it in its hands.
+        loaded: see :func:`address`.
     """
 
     def __init__(
@@ -146,6 +152,7 @@ class Fork:
         text: bool = True,
         start_new_session: bool = False,
         forks: bool = True,
+        loaded: Sequence[str] = (),
     ) -> None:
         self.args = list(command)
         self.returncode: int | None = None
@@ -174,12 +181,12 @@ class Fork:
         asked = {
             "argv": self.args,
             "cwd": str(cwd or Path.cwd()),
-            "env": {**given, ADDRESS: address(), PYTHON: sys.executable},
+            "env": {**given, ADDRESS: address(*loaded), PYTHON: sys.executable},
             "session": start_new_session,
             "forks": forks,
             "ignored": [],
         }
-        self.connection = ask_for_a_child(address(), asked, ends)
+        self.connection = ask_for_a_child(address(*loaded), asked, ends)
         for number in ours:
             os.close(number)
         self._answers = self.connection.makefile("r")
@@ -261,13 +268,30 @@ def ask_for_a_child(where: str, asked: Mapping[str, Any], streams: Sequence[int]
 
 
 def run_module(
-    module: str, *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None
+    module: str,
+    *arguments: str,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    loaded: Sequence[str] = (),
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python -m module`` to its end."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = Fork([module, *arguments], cwd=cwd, env=env, **pipes)
+    process = Fork([module, *arguments], cwd=cwd, env=env, loaded=loaded, **pipes)
     out, err = process.communicate()
     return subprocess.CompletedProcess(process.args, process.wait(), out, err)
+
+
+def run_fresh(*command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run Python with ``command`` to its end, from an interpreter that has loaded nothing."""
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=HANGS,
+        check=False,
+    )
 
 
 @dataclass
@@ -328,14 +352,15 @@ class Forks:
 # --- the process that forks ------------------------------------------------------------------------------------------
 
 
-def _serve(path: str) -> None:
+def _serve(path: str, *more: str) -> None:
     import importlib
 
     for name in ("torch._dynamo", "wandb", "matplotlib.figure", "matplotlib.backends.backend_agg", "submitit"):
         importlib.import_module(name)
     for name in ("runs.train", "runs.summary", "runs.console", "preview.__main__", "sync", "sweep.plan.plan"):
         importlib.import_module(f"apt_launch.{name}")
-    importlib.import_module("apt_model.training.trainer")
+    for name in ("apt_model.training.trainer", *more):
+        importlib.import_module(name)
     import gc
 
     gc.collect()
@@ -360,6 +385,7 @@ def _serve(path: str) -> None:
             with suppress(OSError), children.pop(pid) as connection:  # who asked may be gone
                 connection.sendall(f"{code}\n".encode())
         if sys.stdin in ready:
+            signal.set_wakeup_fd(-1)
             for pid in children:
                 os.kill(pid, signal.SIGKILL)
             return
@@ -440,4 +466,4 @@ def _become(asked: dict[str, Any], streams: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    _serve(*sys.argv[1:])

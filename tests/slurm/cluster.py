@@ -17,6 +17,9 @@ from pathlib import Path
 NODES = ("127.0.0.1", "127.0.0.2")
 """Names that are addresses, so that torch.distributed finds a node by its name."""
 
+HANGS = 600.0
+"""Seconds after which something is taken to hang."""
+
 CORES, MEMORY_MB, GPUS = 8, 8000, 4
 
 
@@ -67,7 +70,7 @@ class Cluster:
             self.start_controller()
             for node in NODES:
                 self._daemon("slurmd", "-N", node)
-            self.wait_until(lambda: self._idle() == len(NODES), "all nodes to be idle", timeout=40)
+            self.wait_until(lambda: self._idle() == len(NODES), "all nodes to be idle")
         except BaseException as error:
             logs = self.logs()
             self.stop()
@@ -92,7 +95,7 @@ class Cluster:
         """Return the environment in which SLURM's commands talk to this cluster."""
         return {**os.environ, "SLURM_CONF": str(self.state / "etc/slurm.conf")}
 
-    def run(self, *command: str, check: bool = True, timeout: float = 30) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Call one of SLURM's commands."""
         return subprocess.run(
             command, check=check, timeout=timeout, capture_output=True, text=True, env=self.environment()
@@ -103,7 +106,7 @@ class Cluster:
         shown = self.run("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T").stdout
         return dict(line.strip().split("|") for line in shown.splitlines())
 
-    def wait_until(self, happened: Callable[[], object], what: str, timeout: float = 60) -> None:
+    def wait_until(self, happened: Callable[[], object], what: str, timeout: float = HANGS) -> None:
         """Wait for what the cluster will do."""
         end = time.monotonic() + timeout
         while True:
@@ -121,9 +124,7 @@ class Cluster:
     def start_controller(self) -> None:
         """Start the controller, with the state that the last one left."""
         self._daemon("slurmctld")
-        self.wait_until(
-            lambda: self.run("scontrol", "ping", timeout=3).stdout.count("UP"), "the controller", timeout=20
-        )
+        self.wait_until(lambda: self.run("scontrol", "ping", timeout=3).stdout.count("UP"), "the controller")
 
     def kill_slurmd(self, node: str) -> None:
         """Kill only the node's daemon: its jobs' processes live on."""
