@@ -20,11 +20,14 @@ from hypothesis import settings
 from apt_launch.config.load import RunConfig
 from apt_launch.config.load import composed as compose
 from apt_launch.tracking import read_rows
-from tests.forks import HANGS, run_module
+from tests.forks import HANGS, REPOSITORY, run_module
 
 if "HF_HOME" not in os.environ:  # what datasets copies there, and it asks nobody
     _HOME = tempfile.TemporaryDirectory()
     os.environ |= {"HF_HOME": _HOME.name, "HF_HUB_OFFLINE": "1"}
+
+# threads that wait for each other sleep meanwhile, and models this small need but one: several tests run at once
+os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
 
 # a shell that starts tests in the background has them, and whatever they start, ignore Ctrl-C
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -48,6 +51,33 @@ SMALL = (
     "logger.mode=disabled",
 )
 """Overrides that leave a model of a few thousand parameters and 24 updates, still through the whole curriculum."""
+
+
+LONGEST = (
+    *("slurm", "launch/test_sweep", "training/test_compile", "reliability/test_delivery", "test_docs"),
+    *("training/test_data_parallel", "reliability/test_bad_input", "reliability/test_security", "launch/test_sizes"),
+    *("training/test_trainer", "integrations/test_cli", "launch/test_cli", "launch/test_watch"),
+)
+"""What takes longest, and so begins first where several processes run tests."""
+
+SHARED_OUT = {"slurm/test_sweeps": 2, "launch/test_sweep": 2, "training/test_compile": 2, "test_docs": 2}
+"""Files whose tests several processes may share, and how many. Those of any other file stay together, with its fixtures."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Say which tests stay together in one process, under pytest-xdist, and put the longest first."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    names = [item.path.relative_to(REPOSITORY / "tests").with_suffix("").as_posix() for item in items]
+    for number, (item, name) in enumerate(zip(items, names, strict=True)):
+        part = number % SHARED_OUT.get(name, 1)
+        item.add_marker(pytest.mark.xdist_group(f"{name}-{part}"))
+    rank = {id(item): _rank(name) for item, name in zip(items, names, strict=True)}
+    items.sort(key=lambda item: rank[id(item)])
+
+
+def _rank(name: str) -> int:
+    return next((rank for rank, prefix in enumerate(LONGEST) if name.startswith(prefix)), len(LONGEST))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
