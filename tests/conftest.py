@@ -140,7 +140,7 @@ def rows_in(run: Path) -> int:
 def wandb_records(folder: Path) -> list[dict[str, Any]]:
     """Read an offline run back with the official client."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=HANGS)
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 

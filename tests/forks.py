@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -138,6 +139,7 @@ class Fork:
         start_new_session: whether it leads a session of its own.
         forks: whether what it starts by ``sys.executable -m`` is forked, too; not where SLURM is to have it in its hands.
         loaded: see :func:`address`.
+        largest_file: the most bytes that a file may have: a full disk that needs no privilege.
     """
 
     def __init__(
@@ -153,6 +155,7 @@ class Fork:
         start_new_session: bool = False,
         forks: bool = True,
         loaded: Sequence[str] = (),
+        largest_file: int | None = None,
     ) -> None:
         self.args = list(command)
         self.returncode: int | None = None
@@ -185,6 +188,7 @@ class Fork:
             "session": start_new_session,
             "forks": forks,
             "ignored": [],
+            "largest_file": largest_file,
         }
         self.connection = ask_for_a_child(address(*loaded), asked, ends)
         for number in ours:
@@ -428,6 +432,8 @@ def _become(asked: dict[str, Any], streams: list[int]) -> None:
         signal.signal(number, signal.SIG_DFL)
     for number in asked["ignored"]:
         signal.signal(number, signal.SIG_IGN)
+    if (most := asked.get("largest_file")) is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     if asked["session"]:
         os.setsid()
     os.chdir(asked["cwd"])

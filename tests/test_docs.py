@@ -29,7 +29,7 @@ from apt_launch.tracking import read_rows
 from apt_model.schedule import Anneal, Curriculum, Program
 from docs import generated, pictures
 from tests.conftest import SMALL
-from tests.forks import REPOSITORY, Ended, Forks, environment
+from tests.forks import HANGS, REPOSITORY, Ended, Forks, environment
 from tests.slurm.conftest import shared_cluster  # noqa: F401 - a fixture
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
@@ -271,7 +271,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         env={**environment(), "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS,
     )
     assert (told.returncode, told.stdout + told.stderr) == (0, "")
     return folder

@@ -12,6 +12,7 @@ import pytest
 
 import apt_launch
 import apt_model
+from tests.forks import HANGS
 
 FLOORS = {
     0: ("apt_model.schedule", "apt_model.errors", "apt_model.files"),
@@ -71,7 +72,7 @@ def loaded(code: str) -> set[str]:
     """Run ``code`` in a fresh interpreter and return the libraries that it has loaded."""
     watched = ("torch", "hydra", "wandb", "pydantic", "numpy", "matplotlib", "submitit", "rich", *ONLY_IN)
     program = f"{code}\nimport sys; print(*[m for m in {watched} if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANGS, check=True)
     return set(result.stdout.split("\n")[-2].split())
 
 

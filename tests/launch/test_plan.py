@@ -15,6 +15,7 @@ from apt_launch.config.load import composed
 from apt_launch.sweep.plan.plan import Plan, gather
 from apt_model.errors import ConfigError
 from tests.conftest import SMALL
+from tests.forks import HANGS
 
 
 @pytest.fixture
@@ -177,4 +178,4 @@ def test_planning_loads_no_torch(text_file: Path, tmp_path: Path) -> None:
         "import apt_launch.sweep.backends.slurm, apt_launch.sweep.__main__; "
         f"gather({[*SMALL, 'data=text', f'data.path={text_file}', 'seed=0,1']!r}); assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=HANGS, cwd=tmp_path)

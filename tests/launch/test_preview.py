@@ -14,7 +14,7 @@ from apt_launch.preview.__main__ import config_of, page, unread_sweeps
 from apt_launch.sweep.plan.plan import gather
 from apt_model.errors import ConfigError
 from apt_model.schedule.timeline import timeline
-from tests.forks import environment
+from tests.forks import HANGS, environment
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -59,7 +59,7 @@ def test_the_command_prints_and_draws_without_torch(cli: Cli, tmp_path: Path) ->
         "from apt_launch.preview.__main__ import main; main(); print('torch' in sys.modules)"
     )
     fresh = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=HANGS
     )
     assert fresh.stdout.splitlines()[-1] == "False"
 

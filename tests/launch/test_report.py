@@ -21,6 +21,7 @@ from apt_launch.sweep.report.report import find, group_table, headline, told_gro
 from apt_model.errors import ConfigError
 from tests.browser import QUIET, chromium
 from tests.conftest import SMALL
+from tests.forks import HANGS
 
 Sweep = Callable[..., tuple[Path, Plan]]
 
@@ -186,12 +187,12 @@ def test_a_browser_shows_the_page_and_asks_nobody_for_anything(planned: Sweep, b
     subprocess.run(
         [*command, "--window-size=1000,1400", f"--screenshot={picture}", page.as_uri()],
         capture_output=True,
-        timeout=120,
+        timeout=HANGS,
         check=True,
     )
     assert struct.unpack(">II", picture.read_bytes()[16:24]) == (1000, 1400)
     dom = subprocess.run(
-        [*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+        [*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=HANGS, check=True
     ).stdout
     for section in ("Losses over tokens", "Schedules", "Final val/loss by what was swept", "Mean over seeds", "Jobs"):
         assert f"<h2>{section}</h2>" in dom
@@ -205,4 +206,4 @@ def test_reporting_loads_no_torch(planned: Sweep) -> None:
         "import sys; from pathlib import Path; from apt_launch.sweep.report.report import write_report; "
         f"write_report(Path({str(folder)!r}), {states(plan, *['done'] * 6)!r}); assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=HANGS)

@@ -18,7 +18,7 @@ from apt_launch.sweep.lease import LOST, read_holder
 from apt_launch.sweep.plan.plan import gather
 from apt_launch.sweep.values import from_yaml
 from tests.conftest import SMALL, until, wandb_records
-from tests.forks import Fork, environment, run_module
+from tests.forks import HANGS, Fork, environment, run_module
 from tests.hold import Hold
 
 Start = Callable[..., Fork]
@@ -366,7 +366,7 @@ def test_wandb_shows_the_sweep_as_a_group(start: Start, sweep: Path) -> None:
 def test_every_kept_sweep_runs_with_the_tiny_profile(start: Start, sweep: Path, name: str) -> None:
     tiny = ("profile=tiny_debug", "schedule=gpt5_moe", "trainer.max_epochs=6", "trainer.max_batches_per_epoch=1")
     process = start(f"+sweeps={name}", *tiny)
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate()
     assert process.returncode == 0, output
     jobs = states(sweep)
     assert {row["state"] for row in jobs.values()} == {"done"}
@@ -379,7 +379,7 @@ def test_every_kept_sweep_runs_with_the_tiny_profile(start: Start, sweep: Path, 
 def test_optuna_chooses_by_true_results(start: Start, sweep: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs apt-launch[optuna]")
     trials = ("hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2", "hydra.sweeper.sampler.seed=1")
-    start("hydra/sweeper=optuna", *trials, "optimizer.lr=interval(0.001,0.01)").communicate(timeout=240)
+    start("hydra/sweeper=optuna", *trials, "optimizer.lr=interval(0.001,0.01)").communicate(timeout=HANGS)
     best = from_yaml((sweep / "optimization_results.yaml").read_text())
     losses_found = {row["loss"] for row in states(sweep).values()}
     assert len(losses_found) == 4

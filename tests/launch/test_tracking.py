@@ -13,7 +13,7 @@ from apt_launch.tracking import Record, Tracking, read_rows
 from apt_launch.tracking.csv import CsvTracker
 from apt_launch.tracking.tensorboard import TensorBoardTracker
 from tests.conftest import wandb_records, wandb_rows
-from tests.forks import environment
+from tests.forks import HANGS, environment
 
 
 def test_the_record_has_a_line_a_row_at_once(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ class Slow:
         self.state = ""
 
     def log(self, row: dict[str, float]) -> None:
-        assert self.answers.wait(60)
+        assert self.answers.wait(HANGS)
         self.rows.append(row)
 
     def close(self, state: str) -> None:
@@ -135,7 +135,7 @@ record.log({{"step": 20}})
 record.close()
 print(json.dumps([on_disk, synced, [row["step"] for row in read_rows(path)]]))
 """
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=HANGS)
     assert json.loads(told.stdout) == [100, False, list(range(21))]
     assert told.stderr.count("cannot be written") == 1
 
@@ -161,7 +161,7 @@ def test_tensorboard_has_every_value_once_at_its_step_also_after_a_resume(tmp_pa
         f"events = EventAccumulator({str(tmp_path / 'tensorboard')!r}); events.Reload()\n"
         "print([(e.step, e.value) for e in events.Scalars('train/loss')])"
     )
-    read = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    read = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=HANGS)
     assert read.stdout.strip() == "[(0, 2.0), (10, 1.0)]"
 
 
@@ -177,7 +177,7 @@ def test_the_wandb_client_keeps_every_row_offline(tmp_path: Path) -> None:
     )
     home = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
     run = subprocess.run(
-        [sys.executable, "-c", program], env=environment() | home, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program], env=environment() | home, capture_output=True, text=True, timeout=HANGS
     )
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("there is no API key here") == 1

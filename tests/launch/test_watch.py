@@ -33,7 +33,7 @@ from apt_launch.tracking.reader import RecordReader
 from apt_model.errors import ConfigError
 from tests.browser import browsing
 from tests.conftest import SMALL, until
-from tests.forks import environment, run_module
+from tests.forks import HANGS, Fork, environment, run_module
 
 HOSTILE = "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">[/]"
 
@@ -92,7 +92,7 @@ def serve() -> Iterator[Callable[[Path], Server]]:
 
 
 def ask(server: Server, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=HANGS)
     connection.request(method, path, headers=headers)
     answer = connection.getresponse()
     content = answer.read()
@@ -259,7 +259,7 @@ def test_a_folder_that_vanishes_is_told_and_what_was_known_stays(planned: Any, t
     assert "no plan.yaml" in live.news(0)["problem"]
     assert len(live.news(0)["jobs"]) == 2
     (tmp_path / "elsewhere").rename(folder)
-    until(lambda: live.news(0)["problem"] is None, "its end", timeout=30)
+    until(lambda: live.news(0)["problem"] is None, "its end")
 
 
 def test_watching_loads_no_torch(planned: Any) -> None:
@@ -269,7 +269,7 @@ def test_watching_loads_no_torch(planned: Any) -> None:
         "from apt_launch.sweep.watch.live import Watch; "
         f"Watch(Path({str(folder)!r})).news(0); assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=HANGS)
 
 
 # --- the door ----------------------------------------------------------------------------------------------------------
@@ -337,10 +337,10 @@ def test_a_folder_without_a_sweep_is_said(tmp_path: Path) -> None:
 
 
 @contextmanager
-def watching(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def watching(folder: Path) -> Iterator[tuple[Fork, str]]:
     """Start the command; give it and the address that it says."""
-    command = [sys.executable, "-m", "apt_launch.sweep", "watch", str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+    command = ["apt_launch.sweep", "watch", str(folder)]
+    process = Fork(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         assert process.stdout is not None
         address = re.search(r"http://127\.0\.0\.1:\d+/\S+/", process.stdout.readline())
@@ -355,11 +355,11 @@ def test_the_command_says_where_it_serves_and_ctrl_c_ends_it_with_130(planned: A
     folder, _ = planned("seed=0,1")
     with watching(folder) as (process, address):
         where = urlsplit(address)
-        connection = http.client.HTTPConnection(str(where.hostname), where.port, timeout=20)
+        connection = http.client.HTTPConnection(str(where.hostname), where.port, timeout=HANGS)
         connection.request("GET", f"{where.path}data")
         assert len(json.loads(connection.getresponse().read())["jobs"]) == 2
         process.send_signal(signal.SIGINT)  # while a viewer is connected
-        rest, _ = process.communicate(timeout=20)
+        rest, _ = process.communicate(timeout=HANGS)
         connection.close()
     assert process.returncode == 130
     assert rest == ""
@@ -369,12 +369,8 @@ def in_terminal(*command: str, interrupt_at: str | None = None) -> tuple[int, st
     """Run ``sweep`` in a terminal of 24 lines and 100 columns; Ctrl-C once it shows a text."""
     ours, theirs = pty.openpty()
     more = {"LINES": "24", "COLUMNS": "100", "TERM": "xterm"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "apt_launch.sweep", *command],
-        **{"stdin": theirs, "stdout": theirs, "stderr": theirs},
-        env=environment() | more,
-        start_new_session=True,
-    )
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    process = Fork(["apt_launch.sweep", *command], env=environment(**more), start_new_session=True, **streams)
     os.close(theirs)
     shown = b""
     while True:
@@ -389,7 +385,7 @@ def in_terminal(*command: str, interrupt_at: str | None = None) -> tuple[int, st
             interrupt_at = None
             process.send_signal(signal.SIGINT)
     os.close(ours)
-    return process.wait(timeout=20), shown.decode()
+    return process.wait(timeout=HANGS), shown.decode()
 
 
 def test_in_a_terminal_the_table_lives_until_ctrl_c_and_the_cursor_comes_back(planned: Any) -> None:

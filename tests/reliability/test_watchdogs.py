@@ -228,7 +228,7 @@ def test_a_step_that_stalls_is_told_and_the_log_shows_where_every_thread_stands(
                 self.wait_for_the_dump()
 
         def wait_for_the_dump(self) -> None:
-            until(lambda: "no batch has ended" in caplog.text and log.read_text().count("Thread 0x") >= 2, "a dump", 30)
+            until(lambda: "no batch has ended" in caplog.text and log.read_text().count("Thread 0x") >= 2, "a dump")
 
     watchdog = Watchdog(log, stall_seconds=2.0)
     trainer = build_trainer(

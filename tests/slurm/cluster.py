@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from tests.forks import HANGS
+
 NODES = ("127.0.0.1", "127.0.0.2")
 """Names that are addresses, so that torch.distributed finds a node by its name."""
-
-HANGS = 600.0
-"""Seconds after which something is taken to hang."""
 
 CORES, MEMORY_MB, GPUS = 8, 8000, 4
 
@@ -81,14 +80,14 @@ class Cluster:
         """Stop what was started, and remove every trace."""
         with suppress(Exception):
             self.run("scancel", "-u", self.user, check=False, timeout=5)
-            self.wait_until(lambda: not self.run("squeue", "-h", check=False).stdout.strip(), "jobs to end", timeout=8)
+            self.wait_until(lambda: not self.run("squeue", "-h", check=False).stdout.strip(), "jobs to end", timeout=60)
         for node in NODES:
             with suppress(Exception):
                 self._kill_node_jobs(node)
         for name in (*(f"slurmd.{node}" for node in NODES), "slurmctld", "slurmdbd", "mariadbd", "munged"):
             self._stop_daemon(name)
         if self.database is not None:
-            self.database.wait(timeout=30)
+            self.database.wait(timeout=HANGS)
         shutil.rmtree(self.state, ignore_errors=True)
 
     def environment(self) -> dict[str, str]:
@@ -167,7 +166,7 @@ class Cluster:
             env=self.environment(),
             capture_output=True,
             stdin=subprocess.DEVNULL,
-            timeout=30,
+            timeout=HANGS,
         )
 
     def _pid(self, name: str) -> int:
@@ -178,7 +177,7 @@ class Cluster:
         with suppress(OSError, ValueError):
             pid = int(path.read_text())
             os.kill(pid, signal.SIGTERM)
-            end = time.monotonic() + 10
+            end = time.monotonic() + 60
             while _lives(pid):
                 if time.monotonic() > end:
                     os.kill(pid, signal.SIGKILL)
@@ -303,7 +302,7 @@ class Cluster:
             ["mariadb-install-db", defaults, f"--user={self.user}", "--auth-root-authentication-method=normal"],
             check=True,
             capture_output=True,
-            timeout=120,
+            timeout=HANGS,
         )
         self.database = subprocess.Popen(
             ["mariadbd", defaults],
