@@ -19,10 +19,10 @@ run: $(VENV)/.runs ## train through the whole curriculum on real text: make run 
 	$(BIN)/python -m apt_launch $(ARGS)
 
 test: $(VENV)/.installed ## run all tests, several at a time: make test WORKERS=8
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 test-fast: $(VENV)/.installed ## run what takes no longer than two minutes: while you edit
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow"
 
 coverage: $(VENV)/.installed ## count what tests run, in all processes, and slower: make coverage TESTS=tests/schedule
 	$(BIN)/coverage erase
@@ -51,17 +51,20 @@ wheel: $(VENV)/.installed ## build the wheel and run it from another folder in a
 clean: ## remove the environment and what tools left
 	rm -rf $(VENV) build dist .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-# torch first and pinned: a range would take the newest build, with gigabytes of libraries
-$(VENV)/.runs: pyproject.toml tests/environment.sh
+# torch pinned: a range would take the newest build, with gigabytes of libraries. Not compiled ahead: what is used is, once.
+PIP = $(BIN)/python -m pip install --quiet --no-compile torch==2.13.0
+
+$(VENV)/.made: tests/environment.sh
 	@echo "Making $(VENV), once: one to three minutes, most of it for torch."
 	@sh tests/environment.sh "$(PYTHON)" "$(VENV)"
-	@echo "Installing torch 2.13.0 ..."
-	@$(BIN)/python -m pip install --quiet torch==2.13.0
-	@echo "Installing apt-launch and what it needs ..."
-	@$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.runs
-	@echo "Installing what tests and documentation need ..."
-	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+$(VENV)/.runs: pyproject.toml $(VENV)/.made
+	@echo "Installing torch 2.13.0, apt-launch and what it needs ..."
+	@$(PIP) --editable .
 	@touch $@
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.made
+	@echo "Installing torch 2.13.0, apt-launch and what it, tests and documentation need ..."
+	@$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.runs

@@ -56,28 +56,29 @@ SMALL = (
 LONGEST = (
     *("slurm", "launch/test_sweep", "training/test_compile", "reliability/test_delivery", "test_docs"),
     *("training/test_data_parallel", "reliability/test_bad_input", "reliability/test_security", "launch/test_sizes"),
-    *("training/test_trainer", "integrations/test_cli", "launch/test_cli", "launch/test_watch"),
+    *("training/test_trainer", "integrations", "launch/test_cli", "launch/test_watch", "launch/test_notebook"),
+    *("reliability", "launch/test_tokenize", "launch/test_generate", "launch/test_report", "launch/test_wandb_agent"),
 )
-"""What takes longest, and so begins first where several processes run tests."""
+"""What takes longest: it begins first where several processes run tests, and is marked slow."""
 
 SHARED_OUT = {"slurm/test_sweeps": 2, "launch/test_sweep": 2, "training/test_compile": 2, "test_docs": 2}
 """Files whose tests several processes may share, and how many. Those of any other file stay together, with its fixtures."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Say which tests stay together in one process, under pytest-xdist, and put the longest first."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    names = [item.path.relative_to(REPOSITORY / "tests").with_suffix("").as_posix() for item in items]
-    for number, (item, name) in enumerate(zip(items, names, strict=True)):
-        part = number % SHARED_OUT.get(name, 1)
-        item.add_marker(pytest.mark.xdist_group(f"{name}-{part}"))
-    rank = {id(item): _rank(name) for item, name in zip(items, names, strict=True)}
-    items.sort(key=lambda item: rank[id(item)])
-
-
-def _rank(name: str) -> int:
-    return next((rank for rank, prefix in enumerate(LONGEST) if name.startswith(prefix)), len(LONGEST))
+    """Mark what is slow; say which tests stay together in one process, and put the longest first, under pytest-xdist."""
+    several = config.pluginmanager.hasplugin("xdist") and getattr(config.option, "dist", "no") != "no"
+    ranks: dict[pytest.Item, int] = {}
+    for number, item in enumerate(items):
+        name = item.path.relative_to(REPOSITORY / "tests").with_suffix("").as_posix()
+        ranks[item] = next((rank for rank, prefix in enumerate(LONGEST) if name.startswith(prefix)), len(LONGEST))
+        if ranks[item] < len(LONGEST):
+            item.add_marker(pytest.mark.slow)
+        if several:
+            item.add_marker(pytest.mark.xdist_group(f"{name}-{number % SHARED_OUT.get(name, 1)}"))
+    if several:
+        items.sort(key=ranks.__getitem__)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
