@@ -39,10 +39,10 @@ class Hold:
         (self.folder / ("go" if pid is None else f"go-{pid}")).touch()
 
 
-def install() -> None:
-    """Hold where the environment asks for it; torch is loaded if it does."""
+def install() -> Any:
+    """Hold where the environment asks for it, and then load torch; return a handle whose ``remove()`` ends that."""
     if HOLD not in os.environ:
-        return
+        return None
     from torch.nn.modules.module import register_module_forward_pre_hook
 
     from apt_model.errors import SIGNALS
@@ -76,4 +76,4 @@ def install() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    register_module_forward_pre_hook(hook)
+    return register_module_forward_pre_hook(hook)

@@ -167,6 +167,8 @@ def check_spelling(words: list[str]) -> None:
         case ["pytest", *arguments]:
             for path in (argument for argument in arguments if argument.startswith("tests")):
                 assert (REPOSITORY / path).exists(), path
+        case ["git", "clone", _, folder, "&&", "cd", into]:
+            assert folder == into
         case ["wandb", "sweep", path]:
             assert (REPOSITORY / path).exists(), path
         case _:
