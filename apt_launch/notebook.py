@@ -16,8 +16,8 @@ from typing import Any
 
 from apt_launch.config.explain import understood
 from apt_launch.config.load import RunConfig, composing, load
+from apt_launch.record import Row, read_rows
 from apt_launch.runs.folder import RunFolder
-from apt_launch.tracking import Row, read_rows
 from apt_model.errors import ConfigError, Interrupted
 from apt_model.files import write_whole
 

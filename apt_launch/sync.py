@@ -16,7 +16,7 @@ from apt_launch.config.guard import keep_private
 from apt_launch.sweep.command import ending
 from apt_launch.sweep.lease import read_holder
 from apt_launch.sweep.values import read_frozen
-from apt_launch.tracking.projections import deliver
+from apt_launch.tracking.deliver import deliver
 from apt_model.errors import ConfigError
 
 

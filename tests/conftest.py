@@ -19,7 +19,7 @@ from hypothesis import settings
 
 from apt_launch.config.load import RunConfig
 from apt_launch.config.load import composed as compose
-from apt_launch.tracking import read_rows
+from apt_launch.record import read_rows
 
 if "HF_HOME" not in os.environ:  # what datasets copies there, and it asks nobody
     _HOME = tempfile.TemporaryDirectory()

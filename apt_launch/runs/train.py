@@ -19,12 +19,13 @@ from omegaconf import OmegaConf
 
 from apt_launch.config.corpus import build_corpus
 from apt_launch.config.load import RunConfig
+from apt_launch.record import Record, read_rows
 from apt_launch.runs.build import build_trainer
 from apt_launch.runs.drill import Drill, Drilled
 from apt_launch.runs.folder import Resume, RunFolder
 from apt_launch.sweep.lease import Holder, Lease
-from apt_launch.tracking import Record, Tracking, read_rows
-from apt_launch.tracking.projections import Membership, project
+from apt_launch.tracking.deliver import Membership, project
+from apt_launch.tracking.projection import Tracking
 from apt_model.errors import SIGNALS, ConfigError, Interrupted, NonFiniteError, cause_of
 from apt_model.files import write_json, write_whole
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from apt_launch.tracking import read_rows
+from apt_launch.record import read_rows
 from tests.conftest import REPOSITORY, SMALL, environment
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]

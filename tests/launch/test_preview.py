@@ -35,7 +35,7 @@ def test_the_timeline_tells_every_moment_in_every_unit(composed: Callable[..., R
 
 
 def test_what_is_shown_is_what_training_logs(cli: Cli, text_file: Path, tmp_path: Path) -> None:
-    from apt_launch.tracking import read_rows
+    from apt_launch.record import read_rows
     from tests.conftest import SMALL
 
     overrides = [*SMALL, "data=text", f"data.path={text_file}", "schedule.route_temp.type=cosine"]

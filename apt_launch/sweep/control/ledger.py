@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from apt_launch.record import last_row
 from apt_launch.sweep.lease import read_holder
 from apt_launch.sweep.plan.plan import Job, Plan
 from apt_model.files import write_json
@@ -122,21 +123,6 @@ class Ledger:
                 )
             )
         return found
-
-
-def last_row(path: Path) -> dict[str, float]:
-    """Return the newest values of a record: its last whole rows, laid over each other; empty: there is none."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 16384))
-            lines = file.read().splitlines(keepends=True)
-    except FileNotFoundError:
-        return {}
-    row: dict[str, float] = {}
-    for line in lines:
-        if line.startswith(b"{") and line.endswith(b"}\n"):
-            row |= json.loads(line)
-    return row
 
 
 def _age(folder: Path) -> float | None:

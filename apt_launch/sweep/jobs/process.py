@@ -120,7 +120,7 @@ def _perform(
 def _train(folder: Path, about: dict[str, Any], state: State, before: State, rank: int) -> float:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, CLUSTERS)
     from apt_launch.runs.train import train
-    from apt_launch.tracking.projections import Membership
+    from apt_launch.tracking.deliver import Membership
 
     os.chdir(about["cwd"])
     config = parse(read_frozen(folder / "config.yaml"))

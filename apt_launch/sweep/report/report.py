@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from apt_launch.record import Row, read_rows
 from apt_launch.sweep.plan.plan import Job, Plan, short_key
-from apt_launch.tracking import Row, read_rows
 from apt_model.errors import ConfigError, nearest
 from apt_model.files import write_whole
 from apt_model.schedule.rows import anneals, first_on

@@ -12,11 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+from apt_launch.record import RecordReader, Row
 from apt_launch.sweep.control.ledger import Ledger, Status, phase
 from apt_launch.sweep.plan.plan import Plan
 from apt_launch.sweep.report.report import Findings, Trial, compare, headline, is_number
-from apt_launch.tracking import Row
-from apt_launch.tracking.reader import RecordReader
 from apt_model.schedule.rows import is_anneal, modules_on
 
 METRIC: Final = "val/loss"
@@ -86,15 +85,15 @@ class Runner:
 
     def read(self, look: int, until: float) -> bool:
         """Read what is new; say whether that is all of it. Stop at ``until``, seconds of the monotonic clock."""
-        lives = self.reader.lives
+        lives = self.reader.restarts
         for row in self.reader.rows():
-            if self.reader.lives != lives:
-                lives = self.reader.lives
+            if self.reader.restarts != lives:
+                lives = self.reader.restarts
                 self._forget(look)
             self._take(look, row)
             if time.monotonic() > until:
                 return False
-        if self.reader.lives != lives:  # nothing is left
+        if self.reader.restarts != lives:  # nothing is left
             self._forget(look)
         return True
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from apt_launch.config.load import RunConfig
 from apt_launch.config.schema import WandbConfig
+from apt_launch.record import read_rows
 from apt_launch.runs.build import build
-from apt_launch.tracking import Tracking, read_rows
+from apt_launch.tracking.projection import Tracking
 from apt_model.errors import ConfigError
 from apt_model.files import write_json
 
