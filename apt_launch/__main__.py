@@ -21,15 +21,17 @@ def run(cfg: DictConfig) -> float:
     from hydra.core.hydra_config import HydraConfig
 
     from apt_launch.config.load import load
+    from apt_launch.runs.folder import Checked, RunFolder
     from apt_launch.runs.train import train
     from apt_model.errors import ConfigError
 
     path = Path(HydraConfig.get().runtime.output_dir)
+    checked: Checked | None = getattr(
+        run, "checked", None
+    )  # by CheckBeforeStart, unless a sweeper of Hydra's came here
     try:
-        return train(load(cfg), path)
+        return train(checked.config if checked else load(cfg), path, checked=checked)
     except ConfigError:  # what only torch or the whole text could tell
-        from apt_launch.runs.folder import RunFolder
-
         RunFolder(path).discard()
         raise
 
@@ -46,7 +48,7 @@ def main() -> None:
     import hydra
 
     from apt_launch.config.guard import keep_private
-    from apt_launch.config.load import CONF, show_error
+    from apt_launch.config.menu import CONF
     from apt_launch.config.profile_file import with_profile_file
     from apt_launch.sweep.plugins import register
     from apt_model.errors import TrainingError
@@ -66,6 +68,7 @@ def main() -> None:
         sys.exit(1)
     except Exception as error:
         from apt_launch.config.explain import understood
+        from apt_launch.config.load import show_error
 
         if wants_traceback:
             raise

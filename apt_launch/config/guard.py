@@ -2,7 +2,7 @@
 
 A config comes from many hands: presets, profiles of colleagues, folders given by ``--config-dir``. Hydra builds callbacks,
 launchers, sweepers and log handlers from its own node before any code of ours sees a value, so that node is judged where
-configs are composed. What the groups may build is :data:`apt_launch.runs.build.ALLOWED`.
+configs are composed. What the groups may build is :data:`apt_launch.config.instantiate.ALLOWED`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from apt_model.errors import ConfigError
 
 HYDRA_TARGETS: Final = frozenset(
     {
-        "apt_launch.config.load.CheckBeforeStart",
+        "apt_launch.runs.before_start.CheckBeforeStart",
+        "apt_launch.config.CheckBeforeStart",  # as earlier versions call it
         "hydra_plugins.apt_launch.PlanSweeper",
         "hydra_plugins.apt_launch.LocalLauncher",
         "hydra_plugins.apt_launch.SlurmLauncher",
@@ -37,6 +38,7 @@ OPTUNA: Final = re.compile(r"optuna\.samplers\.[A-Z]\w*Sampler|optuna\.pruners\.
 LOGGING: Final = frozenset(
     {
         "apt_launch.runs.console.Stdout",
+        "apt_launch.console.Stdout",  # as earlier versions call it
         "colorlog.ColoredFormatter",
         "logging.FileHandler",
         "logging.Formatter",

@@ -21,7 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 import apt_launch
 from apt_launch.config.load import CONF
 from apt_launch.notebook import Run
-from apt_launch.runs.train import StopRequest
+from apt_launch.runs.stop import StopRequest
 from apt_model.errors import SIGNALS, ConfigError
 from tests.conftest import REPOSITORY, SMALL, environment, rows_in, until
 

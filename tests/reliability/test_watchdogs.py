@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook
 
-from apt_launch.config.load import RunConfig
+from apt_launch.config.run_config import RunConfig
 from apt_launch.record import read_rows
 from apt_launch.runs.build import build_trainer
 from apt_launch.runs.train import train

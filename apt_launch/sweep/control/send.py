@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from apt_launch.config.load import is_neutral, parse
-from apt_launch.runs.folder import refuse_place
+from apt_launch.config.load import parse
+from apt_launch.config.run_config import is_neutral
 from apt_launch.sweep.control import ledger
 from apt_launch.sweep.control.ledger import ENDED, Ledger, Seen, State, Status, read_state
 from apt_launch.sweep.plan.plan import Job, Plan, Resources
 from apt_launch.sweep.values import changed_keys, flatten, read_frozen, to_yaml, unflatten
 from apt_model.errors import ConfigError
-from apt_model.files import write_json, write_whole
+from apt_model.files import refuse_place, write_json, write_whole
 
 
 class Place(Protocol):

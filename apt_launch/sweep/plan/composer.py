@@ -7,7 +7,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from apt_launch.config.corpus import Counts
-from apt_launch.config.load import RunConfig, load
+from apt_launch.config.load import load
+from apt_launch.config.run_config import RunConfig
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override

@@ -12,7 +12,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apt_launch.config.load import RunConfig
+from apt_launch.config.run_config import RunConfig
 from apt_launch.sweep.plan.composer import Composer, groups_of
 from apt_launch.sweep.values import flatten, from_yaml, to_yaml, unflatten
 from apt_model.errors import ConfigError, nearest

@@ -255,7 +255,7 @@ def _rank(state: str) -> int:
 
 def _spark(runner: Runner) -> str:
     """Draw the job's training loss, as far as it is, over the whole of its run."""
-    from apt_launch.preview.__main__ import blocks
+    from apt_launch.preview.terminal import blocks
 
     curve, total = runner.curves.get("train/loss"), runner.told.get("total")
     if curve is None or not total:
@@ -277,7 +277,7 @@ def _columns(points: Sequence[tuple[float, float]], width: int, total: float) ->
 
 def _curves(runner: Runner, width: int) -> list[str]:
     """Return a line for each curve of a job and each module that is on, as a preview draws them."""
-    from apt_launch.preview.__main__ import blocks
+    from apt_launch.preview.terminal import blocks
 
     total, lines = runner.told.get("total") or 1.0, []
     for name in sorted(runner.curves, key=lambda name: (name.startswith("schedule/"), name)):
