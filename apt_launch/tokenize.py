@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from apt_launch.config.checks import missing_library
 from apt_launch.config.corpus import build_corpus, making_tokens
-from apt_launch.config.guard import keep_private
+from apt_launch.config.ending import ending
 from apt_launch.config.load import CONF, load_data
-from apt_launch.sweep.command import ending, parsed
+from apt_launch.sweep.command import parsed
+from apt_launch.sweep.secrets import keep_private
 from apt_model.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -71,8 +72,8 @@ examples:
 
 
 def _tokenize(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from apt_launch.runs.folder import refuse_place
     from apt_model.data.shards import MANIFEST, SHARD_TOKENS, SPLITS, Shards, write
+    from apt_model.files import refuse_place
 
     out: Path = arguments.out
     if "=" in out.name:

@@ -108,7 +108,7 @@ def load_data(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: with every problem found.
     """
-    from apt_launch.config.guard import check_secrets
+    from apt_launch.sweep.secrets import check_secrets
 
     values: dict[str, Any] = {"data": _resolved(cfg, "data")}
     check_secrets(values)
@@ -176,7 +176,7 @@ def parse_groups(values: Mapping[str, Any]) -> tuple[dict[str, Any], schema.TopL
         ConfigError: with every problem found.
     """
     from apt_launch.config import schema
-    from apt_launch.config.guard import check_secrets
+    from apt_launch.sweep.secrets import check_secrets
 
     check_secrets(values)
     problems: list[str] = []

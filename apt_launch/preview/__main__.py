@@ -11,15 +11,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from apt_launch.config.ending import ending
 from apt_launch.preview.painter import Painter, Sheet, sheets
-from apt_launch.sweep.command import ending, parsed
+from apt_launch.sweep.command import parsed
+from apt_launch.sweep.sparkline import blocks
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
     from apt_launch.config.load import RunConfig
-    from apt_launch.sweep.plan.plan import Job, Plan
+    from apt_launch.sweep.plan.jobs import Job
+    from apt_launch.sweep.plan.plan import Plan
     from apt_model.schedule import Program
 
 MOST_OVERLAID = 16
@@ -41,8 +44,8 @@ def _preview(arguments: argparse.Namespace, overrides: list[str], painter: Paint
     from rich.console import Console
 
     from apt_launch.config.profile_file import with_profile_file
-    from apt_launch.runs.folder import refuse_place
-    from apt_launch.sweep.plan.plan import gather
+    from apt_launch.preview.jobs import gather
+    from apt_model.files import refuse_place
 
     plan = gather(with_profile_file(overrides), arguments.config_dir)
     jobs = plan.jobs[:MOST_OVERLAID]
@@ -109,7 +112,7 @@ def show(plan: Plan, console: Console) -> None:
     """Print the plan of a sweep, the timeline of each job, its values as lines of blocks, and what is hardly meant."""
     jobs = plan.jobs[:MOST_OVERLAID]
     if plan.asked > 1:
-        console.print(plan.told, highlight=False)
+        console.print(plan.summary, highlight=False)
         console.print(_plan_table(plan))
         if plan.gpu_hours:
             console.print(f"at most {plan.gpu_hours:g} GPU-hours", highlight=False)
@@ -129,8 +132,9 @@ def show(plan: Plan, console: Console) -> None:
 
 def config_of(job: Job) -> RunConfig:
     """Return the config of a job that was planned by this process."""
-    assert job.config is not None
-    return job.config
+    config: RunConfig | None = job.config
+    assert config is not None
+    return config
 
 
 def _plan_table(plan: Plan) -> Table:
@@ -188,9 +192,6 @@ def _short(number: int) -> str:
     return str(number)
 
 
-BLOCKS = "▁▂▃▄▅▆▇█"
-
-
 def _sparklines(program: Program, width: int) -> list[str]:
     """Return a line for each switch and anneal, over the run from left to right."""
     from apt_model.schedule.timeline import series
@@ -209,13 +210,6 @@ def _sparklines(program: Program, width: int) -> list[str]:
         numbers = [float(value) for value in values[:-1]] + [float(states[-1][name])]
         lines.append(f"{name:>20} {numbers[0]:>7.4g} {blocks(numbers)} {numbers[-1]:.4g}")
     return lines
-
-
-def blocks(numbers: Sequence[float]) -> str:
-    """Draw ``numbers`` as blocks, one each, the lowest number as the lowest one."""
-    low, high = min(numbers), max(numbers)
-    levels = [round((number - low) / (high - low) * (len(BLOCKS) - 1)) if high > low else 0 for number in numbers]
-    return "".join(BLOCKS[level] for level in levels)
 
 
 def _last_at(steps: list[int], step: int) -> int:

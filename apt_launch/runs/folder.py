@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shlex
 import shutil
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from apt_launch.config.corpus import build_corpus
 from apt_launch.config.load import RunConfig
 from apt_launch.sweep.values import changed_keys
 from apt_model.errors import CheckpointError, ConfigError
-from apt_model.files import write_json
+from apt_model.files import refuse_place, write_json
 from apt_model.schedule import Horizon
 from apt_model.schedule.runner import horizon_changed
 from apt_model.training.checkpoint import Checkpoints, newest_intact, read_manifest
@@ -178,19 +177,3 @@ def find_checkpoint(path: Path, key: str) -> tuple[Path, list[str]]:
         ]
         raise ConfigError(*[f"{key}: {reason}" for reason in reasons])
     return checkpoint, passed_over
-
-
-def refuse_place(folder: Path, key: str) -> None:
-    """Make sure that ``folder`` can be one that is written to.
-
-    Raises:
-        ConfigError: it, or what should hold it, is a file, or may not be written; ``key`` is where the user said so.
-    """
-    there = None
-    for path in (folder, *folder.parents):
-        if path.exists():
-            there = there or path
-            if not path.is_dir():
-                raise ConfigError(f"{key}: {path} is a file, and a folder is wanted at {folder}.")
-    if there is not None and not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{key}: {there} may not be written to. Choose another folder.")

@@ -11,7 +11,7 @@ import pytest
 from apt_launch.config.catalogue import metrics, parameters, targets
 from apt_launch.config.load import RunConfig
 from apt_launch.preview.__main__ import config_of, page, unread_sweeps
-from apt_launch.sweep.plan.plan import gather
+from apt_launch.preview.jobs import gather
 from apt_model.errors import ConfigError
 from apt_model.schedule.timeline import timeline
 from tests.conftest import environment
