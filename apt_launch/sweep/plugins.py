@@ -164,11 +164,21 @@ class SlurmLauncher(_PlannedLauncher):
 
 
 def register() -> None:
-    """Make the plugins known to Hydra where it cannot find them: in a checkout that is not installed.
+    """Make the plugins known to Hydra where it cannot find them by itself: in a checkout that is not installed.
 
-    ``Plugins.register`` is Hydra's public way for that. Where the package is installed, Hydra has found the same classes.
+    Hydra takes plugins from the package ``hydra_plugins`` only, and imports their classes from there by name. So the folder
+    with that package goes to the end of ``sys.path``; ``Plugins.register``, Hydra's public way, is for a process in which
+    Hydra has looked for plugins before.
     """
+    import importlib
+    import sys
+
     from hydra.core.plugins import Plugins
 
+    folder = str(Path(__file__).parent / "namespace")
+    try:
+        importlib.import_module(PACKAGE)
+    except ModuleNotFoundError:
+        sys.path.append(folder)
     for plugin in (PlanSweeper, LocalLauncher, SlurmLauncher):
         Plugins.instance().register(plugin)
