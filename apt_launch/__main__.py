@@ -47,10 +47,12 @@ def main() -> None:
         return
     import hydra
 
-    from apt_launch.config.guard import keep_private
+    from apt_launch.config import guard
     from apt_launch.config.menu import CONF
     from apt_launch.config.profile_file import with_profile_file
+    from apt_launch.sweep.application import TRAINER, application
     from apt_launch.sweep.plugins import register
+    from apt_launch.sweep.secrets import keep_private
     from apt_model.errors import TrainingError
 
     keep_private()
@@ -60,7 +62,8 @@ def main() -> None:
         sys.argv[1:] = with_profile_file(flags_first(sys.argv[1:]))
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on as they are, and we say what they mean
         register()
-        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(run)()
+        guard.install()
+        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(application(TRAINER)(run))()
     except TrainingError as error:
         if wants_traceback or error.__cause__ is not None:
             raise
@@ -68,7 +71,7 @@ def main() -> None:
         sys.exit(1)
     except Exception as error:
         from apt_launch.config.explain import understood
-        from apt_launch.config.load import show_error
+        from apt_launch.sweep.command import show_error
 
         if wants_traceback:
             raise

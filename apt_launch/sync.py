@@ -13,10 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from apt_launch.config.guard import keep_private
+from apt_launch.config.ending import ending
 from apt_launch.config.instantiate import build
-from apt_launch.sweep.command import ending
 from apt_launch.sweep.lease import read_holder
+from apt_launch.sweep.secrets import keep_private
 from apt_launch.sweep.values import read_frozen
 from apt_launch.tracking.deliver import deliver
 from apt_model.errors import ConfigError

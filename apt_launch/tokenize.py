@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from apt_launch.config.checks import missing_library
 from apt_launch.config.corpus import build_corpus, making_tokens
-from apt_launch.config.guard import keep_private
+from apt_launch.config.ending import ending
 from apt_launch.config.load import composing, load_data
-from apt_launch.sweep.command import ending, parsed
+from apt_launch.sweep.command import parsed
+from apt_launch.sweep.secrets import keep_private
 from apt_model.errors import ConfigError
 from apt_model.files import refuse_place
 

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from apt_launch.config import schema
 from apt_launch.config.checks import check_curriculum, check_together, missing_libraries
 from apt_launch.config.corpus import Counts, plan_horizon
-from apt_launch.config.guard import check_secrets
 from apt_launch.config.menu import CONF as CONF
-from apt_launch.config.profile_file import quoted
 from apt_launch.config.run_config import RunConfig
+from apt_launch.sweep.composing import config_loader
+from apt_launch.sweep.secrets import check_secrets
 from apt_model.errors import ConfigError, nearest, validated
 
 
@@ -76,41 +72,10 @@ def composed(overrides: Sequence[str]) -> RunConfig:
 
 
 @contextmanager
-def composing(own_options: Path | None = None) -> Iterator[Callable[[Sequence[str]], DictConfig]]:
-    """Compose ``conf/`` with overrides meanwhile; afterwards Hydra's global state is what it was.
-
-    Args:
-        own_options: a folder of groups and options, as ``--config-dir`` gives it.
-
-    Raises:
-        ConfigError: there is no such folder.
-    """
-    if own_options is not None and not own_options.is_dir():
-        raise ConfigError(f"--config-dir: there is no folder {str(own_options)!r} (looked in {Path.cwd()}).")
-    more = [f"file://{own_options.absolute()}"] if own_options else []
-
-    def composed(overrides: Sequence[str]) -> DictConfig:
-        return compose("config", overrides=_searching(more, overrides), return_hydra_config=True)
-
-    before = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            yield composed
-    finally:
-        GlobalHydra.instance().hydra = before
-
-
-def _searching(folders: list[str], overrides: Sequence[str]) -> list[str]:
-    """Return ``overrides``, with ``folders`` among those that Hydra searches, before any that they name themselves."""
-    if not folders:
-        return list(overrides)
-    name, parser = "hydra.searchpath", OverridesParser.create()
-    theirs = [override for override in overrides if override.startswith(f"{name}=")]
-    for override in theirs:
-        value = parser.parse_override(override).value()
-        folders = [*folders, *(value if isinstance(value, list) else [value])]  # Hydra says what is wrong with others
-    return [f"{name}={quoted(folders)}", *(override for override in overrides if override not in theirs)]
+def composing() -> Iterator[Callable[[Sequence[str]], DictConfig]]:
+    """Compose ``conf/`` with overrides meanwhile, as the command does; Hydra's global state stays as it is."""
+    with config_loader(CONF) as loader:
+        yield lambda overrides: loader.load_configuration("config", list(overrides), run_mode=RunMode.RUN)
 
 
 def parse(values: dict[str, Any], counts: Counts | None = None) -> RunConfig:
@@ -171,9 +136,3 @@ def _parse_group(name: str, group: Any) -> schema.Group:
         known = [str(known) for known in schemas]
         raise ConfigError(f"{name}._target_: {target!r} may not be built here. {nearest(str(target), known)}")
     return validated(schemas[target], group, key=name)
-
-
-def show_error(error: ConfigError) -> None:
-    """Tell the user what is wrong with the config."""
-    count = len(error.problems)
-    sys.stderr.write("error: " + (f"{count} problems\n  " if count > 1 else "") + "\n  ".join(error.problems) + "\n")

@@ -108,7 +108,7 @@ def read_profile(path: Path, chosen: Iterable[str] = ()) -> tuple[list[str], lis
             continue
         if key == "training.mixed_precision":
             value = "auto" if value else "fp32"
-        overrides.append(f"{name}={quoted(value)}")
+        overrides.append(f"{name}={_quoted(value)}")
     if isinstance(schedules, Mapping) and "schedule" not in taken:
         overrides += ["schedule=none", *_schedule_overrides(schedules)]
     elif schedules is not None:
@@ -120,10 +120,10 @@ def read_profile(path: Path, chosen: Iterable[str] = ()) -> tuple[list[str], lis
 
 def _schedule_overrides(schedules: Mapping[str, Any]) -> list[str]:
     """Replace whole anneals, so that what the file leaves out has its default and not another profile's value."""
-    return [f"++schedule.{key}={quoted(value)}" for key, value in schedules.items()]
+    return [f"++schedule.{key}={_quoted(value)}" for key, value in schedules.items()]
 
 
-def quoted(value: Any) -> str:
+def _quoted(value: Any) -> str:
     """Return ``value`` in Hydra's override grammar."""
     if value is None:
         return "null"
@@ -132,8 +132,8 @@ def quoted(value: Any) -> str:
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{quoted(item)}" for key, item in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{_quoted(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ",".join(quoted(item) for item in value) + "]"
+        return "[" + ",".join(_quoted(item) for item in value) + "]"
     text = str(value).replace("\\", "\\\\").replace("'", "\\'")
     return f"'{text}'"

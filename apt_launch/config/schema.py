@@ -11,6 +11,8 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field
 
+from apt_launch.sweep.options import LaunchConfig as LaunchConfig
+from apt_launch.sweep.options import LocalLauncherConfig, SlurmLauncherConfig
 from apt_model.schedule import Anneal, Curriculum
 from apt_model.schedule.fields import Positive, PositiveNumber, Strict
 
@@ -279,45 +281,6 @@ EXTRAS: Final[dict[type[Group], tuple[str, tuple[str, ...]]]] = {
 """Choices that need an extra of the package: its name, and the libraries that it brings."""
 
 
-class LaunchConfig(Strict):
-    """``launch``: what a job of a sweep gets to run with, and how the sweep is followed. No part of a run's identity."""
-
-    nodes: Positive
-    tasks_per_node: Positive
-    gpus: Annotated[int, Field(ge=0)] | None
-    cpus: Positive | None
-    mem_gb: PositiveNumber | None
-    hours: PositiveNumber
-    time_limit_minutes: Positive | None
-    max_gpu_hours: PositiveNumber | None
-    wait: bool
-    drill: bool
-
-
-class LocalLauncherConfig(Strict):
-    """``hydra/launcher=local``."""
-
-    max_parallel: Positive | None
-
-
-class SlurmLauncherConfig(Strict):
-    """``hydra/launcher=slurm``."""
-
-    partition: Text | None
-    account: Text | None
-    qos: Text | None
-    constraint: Text | None
-    exclude: Text | None
-    gres: Text | None
-    max_parallel: Positive | None
-    signal_delay_s: Positive
-    setup: list[str]
-    srun_args: list[str]
-    additional_parameters: dict[str, Any]
-    python: Text | None
-    retry_minutes: NotNegative
-
-
 class TopLevel(Strict):
     """What stands beside the groups."""
 
@@ -351,7 +314,9 @@ def all_keys() -> list[str]:
     keys = [*TopLevel.model_fields, *GROUPS, "profile", "hydra.run.dir", "hydra.sweep.dir", "hydra.verbose"]
     keys += [f"launch.{key}" for key in LaunchConfig.model_fields]
     keys += [
-        f"hydra.launcher.{key}" for place in (LocalLauncherConfig, SlurmLauncherConfig) for key in place.model_fields
+        f"hydra.launcher.{key}"
+        for launcher in (LocalLauncherConfig, SlurmLauncherConfig)
+        for key in launcher.model_fields
     ]
     for group, schemas in GROUPS.items():
         for schema in schemas.values():

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from apt_launch.config.ending import ending
 from apt_launch.preview.painter import Painter
-from apt_launch.sweep.command import ending, parsed
+from apt_launch.sweep.command import parsed
 
 if TYPE_CHECKING:
-    from apt_launch.sweep.plan.plan import Job
+    from apt_launch.sweep.plan.jobs import Job
 
 
 def main() -> None:

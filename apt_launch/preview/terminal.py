@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from apt_launch.preview.jobs import config_of
-from apt_launch.sweep.plan.plan import Job, Plan
+from apt_launch.sweep.plan.jobs import Job
+from apt_launch.sweep.plan.plan import Plan
+from apt_launch.sweep.sparkline import blocks
 from apt_launch.sweep.values import changed_keys
 from apt_model.schedule import Program
 from apt_model.schedule.timeline import effect, series, timeline
@@ -22,7 +24,7 @@ def show(plan: Plan, console: Console) -> None:
     """Print the plan of a sweep, the timeline of each job, its values as lines of blocks, and what is hardly meant."""
     jobs = plan.jobs[:MOST_OVERLAID]
     if plan.asked > 1:
-        console.print(plan.told, highlight=False)
+        console.print(plan.summary, highlight=False)
         console.print(_plan_table(plan))
         if plan.gpu_hours:
             console.print(f"at most {plan.gpu_hours:g} GPU-hours", highlight=False)
@@ -89,9 +91,6 @@ def _short(number: int) -> str:
     return str(number)
 
 
-BLOCKS = "▁▂▃▄▅▆▇█"
-
-
 def _sparklines(program: Program, width: int) -> list[str]:
     """Return a line for each switch and anneal, over the run from left to right."""
     steps, states = series(program, points=width * 8)
@@ -108,13 +107,6 @@ def _sparklines(program: Program, width: int) -> list[str]:
         numbers = [float(value) for value in values[:-1]] + [float(states[-1][name])]
         lines.append(f"{name:>20} {numbers[0]:>7.4g} {blocks(numbers)} {numbers[-1]:.4g}")
     return lines
-
-
-def blocks(numbers: Sequence[float]) -> str:
-    """Draw ``numbers`` as blocks, one each, the lowest number as the lowest one."""
-    low, high = min(numbers), max(numbers)
-    levels = [round((number - low) / (high - low) * (len(BLOCKS) - 1)) if high > low else 0 for number in numbers]
-    return "".join(BLOCKS[level] for level in levels)
 
 
 def _last_at(steps: list[int], step: int) -> int:

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from apt_launch.preview.jobs import gather
 from apt_launch.sweep.control.send import prepare
 from apt_launch.sweep.lease import LOST, read_holder
-from apt_launch.sweep.plan.plan import gather
 from apt_launch.sweep.values import from_yaml
 from tests.conftest import SMALL, environment, until, wandb_records
 

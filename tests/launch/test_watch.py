@@ -23,14 +23,16 @@ from urllib.parse import urlsplit
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
+from apt_launch.preview.jobs import gather
 from apt_launch.record import RecordReader
-from apt_launch.runs.folder import write_json
-from apt_launch.sweep.control.ledger import State, write_state
+from apt_launch.sweep.jobs.state import State
 from apt_launch.sweep.lease import Holder
-from apt_launch.sweep.plan.plan import Plan, gather
+from apt_launch.sweep.plan.plan import Plan
 from apt_launch.sweep.watch.live import MOST_POINTS, Curve, Watch
-from apt_launch.sweep.watch.watch import Server, frame
+from apt_launch.sweep.watch.page import Server
+from apt_launch.sweep.watch.terminal import frame
 from apt_model.errors import ConfigError
+from apt_model.files import write_json
 from tests.browser import browsing
 from tests.conftest import SMALL, environment, run_module, until
 
@@ -42,6 +44,11 @@ def row(step: int, **more: float) -> dict[str, float]:
     return {"step": step, "epoch": step // 4, "tokens": 32 * (step + 1), "time": 1.0 + step} | {
         name.replace("__", "/"): value for name, value in more.items()
     }
+
+
+def write_state(folder: Path, state: State) -> None:
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "state.json", asdict(state))
 
 
 def append(folder: Path, *rows: dict[str, float]) -> None:

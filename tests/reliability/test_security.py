@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from apt_launch.config.guard import check_secrets, redacted
+from apt_launch.sweep.secrets import check_secrets, redacted
 from apt_launch.sweep.values import from_yaml, to_yaml
 from apt_model.errors import CheckpointError
 from apt_model.training.checkpoint import load
