@@ -17,9 +17,9 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import settings
 
-from apt_launch.config.load import RunConfig
 from apt_launch.config.load import composed as compose
-from apt_launch.tracking import read_rows
+from apt_launch.config.run_config import RunConfig
+from apt_launch.record import read_rows
 from tests.forks import HANGS, REPOSITORY, run_module
 
 if "HF_HOME" not in os.environ:  # what datasets copies there, and it asks nobody

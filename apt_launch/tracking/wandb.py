@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from apt_launch.tracking import Row
+from apt_launch.record import Row
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from apt_launch.tracking import read_rows
+from apt_launch.record import read_rows
 from tests.conftest import SMALL, until
 from tests.forks import REPOSITORY, Fork, environment, run_fresh, run_module
 from tests.hold import Hold

@@ -17,7 +17,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from apt_launch.tracking import read_rows
+from apt_launch.record import read_rows
 from apt_model.layers.backend import onednn_products
 from apt_model.training.checkpoint import load, newest_intact
 from tests.conftest import SMALL, until, wandb_records, wandb_rows

@@ -19,9 +19,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 import apt_launch
-from apt_launch.config.load import CONF
+from apt_launch.config.menu import CONF
 from apt_launch.notebook import Run
-from apt_launch.runs.train import StopRequest
+from apt_launch.runs.stop import StopRequest
 from apt_model.errors import SIGNALS, ConfigError
 from tests.conftest import SMALL, until
 from tests.forks import REPOSITORY, environment

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from apt_launch.tracking import Record, Tracking, read_rows
+from apt_launch.record import Record, read_rows
 from apt_launch.tracking.csv import CsvTracker
+from apt_launch.tracking.projection import Tracking
 from apt_launch.tracking.tensorboard import TensorBoardTracker
 from tests.conftest import wandb_records, wandb_rows
 from tests.forks import HANGS, environment
@@ -118,7 +119,7 @@ def test_rows_outlive_a_disk_that_is_full_for_a_while(tmp_path: Path) -> None:
     program = f"""
 import json, resource
 from pathlib import Path
-from apt_launch.tracking import Record, read_rows
+from apt_launch.record import Record, read_rows
 path = Path({str(tmp_path / "metrics.jsonl")!r})
 record = Record(path)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))

@@ -23,14 +23,16 @@ from urllib.parse import urlsplit
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from apt_launch.runs.folder import write_json
-from apt_launch.sweep.control.ledger import State, write_state
+from apt_launch.preview.jobs import gather
+from apt_launch.record import RecordReader
+from apt_launch.sweep.jobs.state import State
 from apt_launch.sweep.lease import Holder
-from apt_launch.sweep.plan.plan import Plan, gather
+from apt_launch.sweep.plan.plan import Plan
 from apt_launch.sweep.watch.live import MOST_POINTS, Curve, Watch
-from apt_launch.sweep.watch.watch import Server, frame
-from apt_launch.tracking.reader import RecordReader
+from apt_launch.sweep.watch.page import Server
+from apt_launch.sweep.watch.terminal import frame
 from apt_model.errors import ConfigError
+from apt_model.files import write_json
 from tests.browser import browsing
 from tests.conftest import SMALL, until
 from tests.forks import HANGS, Fork, environment, run_module
@@ -43,6 +45,11 @@ def row(step: int, **more: float) -> dict[str, float]:
     return {"step": step, "epoch": step // 4, "tokens": 32 * (step + 1), "time": 1.0 + step} | {
         name.replace("__", "/"): value for name, value in more.items()
     }
+
+
+def write_state(folder: Path, state: State) -> None:
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "state.json", asdict(state))
 
 
 def append(folder: Path, *rows: dict[str, float]) -> None:
@@ -120,7 +127,7 @@ def test_a_record_is_read_once_and_a_line_that_is_not_whole_is_left_for_later(tm
         file.write('ens": 96}\n')
     assert [one["tokens"] for one in reader.rows()] == [96]
     assert list(reader.rows()) == []
-    assert reader.lives == 0
+    assert reader.restarts == 0
 
 
 def test_a_record_that_a_resume_cut_back_is_read_anew_even_where_it_has_grown_beyond(tmp_path: Path) -> None:
@@ -131,10 +138,10 @@ def test_a_record_that_a_resume_cut_back_is_read_anew_even_where_it_has_grown_be
     reader.path.write_bytes(b"".join(kept))
     append(tmp_path, *(row(step) | {"time": 99.5} for step in range(4, 30)))
     assert [one["step"] for one in reader.rows()] == list(range(30))
-    assert reader.lives == 1
+    assert reader.restarts == 1
     reader.path.unlink()
     assert list(reader.rows()) == []
-    assert reader.lives == 2
+    assert reader.restarts == 2
 
 
 def test_a_long_curve_keeps_its_ends_and_a_viewer_of_differences_sees_the_same() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from apt_launch.tracking import read_rows
+from apt_launch.record import read_rows
 from tests.conftest import SMALL, rows_in, until
 from tests.forks import Ended, Forks
 from tests.hold import Hold

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from apt_launch.tracking import read_rows
+from apt_launch.record import read_rows
 from tests.conftest import SMALL
 from tests.forks import HANGS, environment, run_module
 

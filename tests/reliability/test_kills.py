@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from apt_launch.tracking import read_rows
+from apt_launch.record import read_rows
 from apt_model.training.checkpoint import Checkpoints, load, read_manifest
 from tests.conftest import SMALL, rows_in
 from tests.forks import Forks

@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook
 
-from apt_launch.config.load import RunConfig
+from apt_launch.config.run_config import RunConfig
+from apt_launch.record import read_rows
 from apt_launch.runs.build import build_trainer
 from apt_launch.runs.train import train
-from apt_launch.tracking import read_rows
 from apt_model.errors import NonFiniteError
 from apt_model.gpt import GPT, Output
 from apt_model.schedule import Change, Clock

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from apt_launch.config.load import RunConfig
+from apt_launch.config.run_config import RunConfig
 from apt_model.errors import ConfigError, Interrupted, TrainingError
 from apt_model.gpt import GPT
 from apt_model.layers import scheduled

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apt_launch.sweep.plan.plan import short_key
-from apt_launch.sweep.report.report import SEEDS, Estimate, Findings, Trial, in_short
+from apt_launch.sweep.plan.jobs import in_short, short_key
+from apt_launch.sweep.report.findings import SEEDS, Estimate, Findings, Trial
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_NAMED = 10
-"""Above this many groups of jobs colours are a scale, and names are left to the table."""
+"""Above this many groups of jobs colours are a scale, and only the table names them."""
 
 MOST_RANKED = 24
 """Groups that are drawn beside each other, the best."""
@@ -143,7 +143,7 @@ def _count_tokens(axis: Any) -> None:
 
 
 def _mark_phases(axis: Any, trials: Sequence[Trial], colours: dict[int, Any]) -> None:
-    """Draw a line where a module goes on: grey where all jobs agree, else in the job's colour."""
+    """Draw a line where a part of the program is enabled: grey where all jobs agree, else in the job's colour."""
     for height, module in enumerate(dict.fromkeys(module for trial in trials for module in trial.switches)):
         places = {trial.switches[module] for trial in trials if module in trial.switches}
         alike = len(places) == 1
@@ -162,8 +162,8 @@ def _mark_phases(axis: Any, trials: Sequence[Trial], colours: dict[int, Any]) ->
 
 
 def _schedules(findings: Findings) -> Figure | None:
-    trials = [trial for trial in findings.trials if trial.anneals]
-    names = list(dict.fromkeys(name for trial in trials for name in trial.anneals))
+    trials = [trial for trial in findings.trials if trial.scheduled_values]
+    names = list(dict.fromkeys(name for trial in trials for name in trial.scheduled_values))
     if not names:
         return None
     figure = _figure(9, 1.0 + 1.35 * len(names))
