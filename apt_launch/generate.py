@@ -107,7 +107,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         sampling=sampling,
         num_tokens=tokenizer.vocab_size,
         end=tokenizer.end,
-        told=shown.add if shown else lambda prompt, token: None,
+        on_token=shown.add if shown else lambda prompt, token: None,
     )
     if shown:
         sys.stdout.write("\n")
@@ -150,7 +150,7 @@ def restored(checkpoint: Path, device: torch.device) -> tuple[GPT, Tokenizer]:
         ConfigError: the run's config is missing or wrong, or its tokenizer.
         CheckpointError: the checkpoint is damaged.
     """
-    from apt_model.training.follower import bind, restore_model
+    from apt_model.training.schedule_driver import bind, restore_model
 
     path = checkpoint.parent.parent / "config.yaml"
     values = read_frozen(path)

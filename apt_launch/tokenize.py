@@ -73,7 +73,8 @@ examples:
 
 
 def _tokenize(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from apt_model.data.shards import MANIFEST, SHARD_TOKENS, SPLITS, Shards, write
+    from apt_model.data.shard_writer import SHARD_TOKENS, write
+    from apt_model.data.shards import MANIFEST, SPLITS, Shards
 
     out: Path = arguments.out
     if "=" in out.name:
@@ -93,7 +94,7 @@ def _tokenize(arguments: argparse.Namespace, overrides: list[str]) -> None:
         corpus.tokenizer if arguments.train_tokenizer is None else _trained(corpus, arguments.train_tokenizer, out)
     )
     with making_tokens(corpus):
-        write(out, corpus, tokenizer, key="OUT", told=corpus.told, shard_tokens=shard_tokens)
+        write(out, corpus, tokenizer, key="OUT", on_progress=corpus.on_progress, shard_tokens=shard_tokens)
     made = Shards(out, key="OUT")
     counts = ", ".join(f"{made.count(split):,} of {split}" for split in SPLITS)
     needed = f" model.vocab_size={made.vocab_size}" if made.tokenizer_file else ""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 LONGEST_LIST = 24
-"""Above this many valid names only those of the top level are told."""
+"""Above this many valid names only those of the top level are named."""
 
 
 class AptError(Exception):
@@ -70,7 +70,7 @@ SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def cause_of(error: BaseException) -> str:
-    """Return what to tell of ``error``: its text, with its kind before it where that was not written for users."""
+    """Return the message of ``error``: its text, with its kind before it where that was not written for users."""
     return str(error) if isinstance(error, AptError) else f"{type(error).__name__}: {error}"
 
 

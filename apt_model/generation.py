@@ -1,4 +1,4 @@
-"""Text from a model: a batch of prompts goes on, token by token."""
+"""Text from a model: continues a batch of prompts, token by token."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def generate(
     sampling: Sampling,
     num_tokens: int | None = None,
     end: int | None = None,
-    told: Callable[[int, int], None] = lambda prompt, token: None,
+    on_token: Callable[[int, int], None] = lambda prompt, token: None,
 ) -> Generated:
     """Continue each of ``prompts``, all in one batch, with a cache of keys and values.
 
@@ -100,7 +100,7 @@ def generate(
         prompts: tokens, one or more each.
         num_tokens: only the first so many of the vocabulary are drawn; None: all.
         end: the token after which a text is over; it is left out.
-        told: called with the number of a prompt and the token added to it.
+        on_token: called with the number of a prompt and the token added to it.
 
     Raises:
         ConfigError: there is no prompt, or an empty one.
@@ -134,7 +134,7 @@ def generate(
                     continue  # still being read: the prompt says what comes next
                 if going_on[number] and token != end:
                     result.tokens[number].append(token)
-                    told(number, token)
+                    on_token(number, token)
                 going_on[number] &= token != end and len(result.tokens[number]) < max_new_tokens
                 texts[number].append(token)
             length += 1

@@ -56,11 +56,11 @@ class Block(nn.Module):
         self.ffn = ffn
 
     def forward(
-        self, x: Tensor, seen: KeyValues | None = None, telling: bool = True
+        self, x: Tensor, seen: KeyValues | None = None, with_metrics: bool = True
     ) -> tuple[Tensor, MoEReport | None]:
-        """Map (batch, seq, d_model) to the same shape; ``seen``: of the positions before; ``telling``: see :class:`MoE`."""
+        """Map (batch, seq, d_model) to the same shape; ``seen``: of the positions before; ``with_metrics``: see :class:`MoE`."""
         x = x + self.attention(self.attention_norm(x), seen)
-        y, report = self.ffn(self.ffn_norm(x), telling)
+        y, report = self.ffn(self.ffn_norm(x), with_metrics)
         return x + y, report
 
 
@@ -134,18 +134,18 @@ class GPT(nn.Module):
         """Return logits (..., vocab_size) for hidden states (..., d_model)."""
         return F.linear(hidden, self.embedding.weight)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, *, telling: bool = True) -> Output:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, *, with_metrics: bool = True) -> Output:
         """Predict the next token at every position.
 
         Args:
             tokens: (batch, seq) int64, seq <= seq_len.
             targets: the same shape: the token that follows each.
-            telling: whether to tell metrics of routing, which cost time; compiled, that is a graph more.
+            with_metrics: whether to return metrics of routing, which cost time; compiled, that is a graph more.
         """
         if self.training:
             for layer in self.moe_layers:
                 layer.balance()
-        hidden, reports, alignment = self._hidden(tokens, telling=telling)
+        hidden, reports, alignment = self._hidden(tokens, with_metrics=with_metrics)
         logits = loss = None
         if targets is None:
             logits, votes = self.voter(hidden, self.head(hidden), self.head)
@@ -158,7 +158,7 @@ class GPT(nn.Module):
         routing = None
         if reports:
             auxiliary = auxiliary + torch.stack([report.loss for report in reports]).mean()
-        if reports and telling:
+        if reports and with_metrics:
             routing = torch.stack([report.sums for report in reports if report.sums is not None])
             values = model_metrics(layer_metrics(routing))
             metrics |= {f"moe/{name}": value for name, value in zip(METRICS, values.unbind(), strict=True)}
@@ -168,16 +168,16 @@ class GPT(nn.Module):
         return Output(logits, loss, auxiliary, metrics, routing)
 
     def _hidden(
-        self, tokens: Tensor, cache: Cache | None = None, telling: bool = False
+        self, tokens: Tensor, cache: Cache | None = None, with_metrics: bool = False
     ) -> tuple[Tensor, list[MoEReport], AlignReport | None]:
-        """Return what :meth:`head` turns into logits, (batch, seq, d_model), and what layers tell."""
+        """Return what :meth:`head` turns into logits, (batch, seq, d_model), and the reports of layers."""
         hidden = self.embedding(tokens)
         reports = []
         for block, seen in zip(self.blocks, cache.blocks if cache else [None] * len(self.blocks), strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                hidden, report = checkpoint(block, hidden, seen, telling, use_reentrant=False)
+                hidden, report = checkpoint(block, hidden, seen, with_metrics, use_reentrant=False)
             else:
-                hidden, report = block(hidden, seen, telling)
+                hidden, report = block(hidden, seen, with_metrics)
             if report is not None:
                 reports.append(report)
         hidden, alignment = self.align(hidden, cache.align if cache else None)
@@ -222,7 +222,7 @@ class GPT(nn.Module):
         return [block.ffn for block in self.blocks]  # type: ignore[misc]
 
     def expert_cosines(self) -> Tensor:
-        """Return :meth:`Experts.cosine` of each layer whose experts are on, (num_layers,)."""
+        """Return :meth:`Experts.cosine` of each layer whose experts are enabled, (num_layers,)."""
         return torch.stack([layer.experts.cosine() for layer in self.moe_layers if layer.experts is not None])
 
     def compile_parts(self, *, whole: bool = True) -> None:

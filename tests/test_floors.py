@@ -1,26 +1,78 @@
-"""A floor imports only from lower ones (see the tables in README and the docstrings of the packages)."""
+"""Which module may import which: no circles, only what a room's row allows, and heavy libraries only where they are used."""
 
 from __future__ import annotations
 
 import ast
-import pkgutil
+import graphlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-import apt_launch
-import apt_model
 from tests.forks import HANGS
 
-FLOORS = {
-    0: ("apt_model.schedule", "apt_model.errors", "apt_model.files"),
-    1: ("apt_model.layers", "apt_model.gpt", "apt_model.generation"),
-    2: ("apt_model.training", "apt_model.data", "apt_model.integrations"),
-    3: ("apt_launch",),
+ROOT = Path(__file__).parent.parent
+
+BASE = ("apt_model.errors", "apt_model.files")
+GROUND = ("apt_launch.record", "apt_launch.version")
+MODEL = ("apt_model.schedule", "apt_model.layers", "apt_model.gpt", "apt_model.data", "apt_model.training")
+SWEEP = ("apt_launch.sweep", "apt_launch.sweep.plan", "apt_launch.sweep.jobs", "apt_launch.sweep.control")
+
+ROOMS: dict[str, tuple[str, ...] | None] = {
+    "apt_model": (),
+    "apt_model.errors": (),
+    "apt_model.files": ("apt_model.errors",),
+    "apt_model.schedule": BASE,
+    "apt_model.layers": (*BASE, "apt_model.schedule"),
+    "apt_model.gpt": (*BASE, "apt_model.schedule", "apt_model.layers"),
+    "apt_model.generation": (*BASE, "apt_model.layers", "apt_model.gpt"),
+    "apt_model.data": BASE,
+    "apt_model.training": (*BASE, "apt_model.schedule", "apt_model.layers", "apt_model.gpt", "apt_model.data"),
+    "apt_model.integrations": (*BASE, *MODEL),
+    "apt_launch.version": (),
+    "apt_launch.record": (*BASE, "apt_launch.version"),
+    "apt_launch.sweep": (*BASE, *GROUND),
+    "apt_launch.sweep.plan": (*BASE, *GROUND, "apt_launch.sweep"),
+    "apt_launch.sweep.jobs": (*BASE, *GROUND, "apt_launch.sweep"),
+    "apt_launch.sweep.backends": (*BASE, *GROUND, "apt_launch.sweep", "apt_launch.sweep.plan", "apt_launch.sweep.jobs"),
+    "apt_launch.sweep.control": (
+        *(*BASE, *GROUND, "apt_launch.sweep", "apt_launch.sweep.plan", "apt_launch.sweep.jobs"),
+        "apt_launch.sweep.backends",
+    ),
+    "apt_launch.sweep.report": (*BASE, *GROUND, *SWEEP),
+    "apt_launch.sweep.watch": (*BASE, *GROUND, *SWEEP, "apt_launch.sweep.report"),
+    **dict.fromkeys(
+        ("apt_launch.sweep.cli", "apt_launch.sweep.plugins", "apt_launch.sweep.__main__"),
+        (
+            *(*BASE, *GROUND, *SWEEP, "apt_launch.sweep.backends", "apt_launch.sweep.report", "apt_launch.sweep.watch"),
+            *("apt_launch.sweep.cli", "apt_launch.sweep.plugins"),
+        ),
+    ),
+    "apt_launch.tracking": (*BASE, *GROUND),
+    "apt_launch.config": (*BASE, *GROUND, *MODEL, "apt_launch.sweep"),
+    "apt_launch.runs": (
+        *(*BASE, *GROUND, *MODEL, "apt_launch.sweep", "apt_launch.config", "apt_launch.tracking"),
+        "apt_model.integrations",
+    ),
+    "apt_launch.preview": (
+        *(*BASE, *GROUND, *MODEL, "apt_launch.sweep", "apt_launch.sweep.plan", "apt_launch.config"),
+    ),
+    "apt_launch.cli": (*BASE, *GROUND, "apt_model.schedule", "apt_launch.sweep", "apt_launch.config"),
+    "apt_launch": None,
 }
-LIBRARIES_FROM = {"torch": 1, "hydra": 3, "omegaconf": 3, "submitit": 3, "wandb": 3, "rich": 3, "matplotlib": 3}
+"""Rooms, by the package or module that they are, and the rooms that each may import beside itself; None: all.
+
+What stands in no inner room of ``apt_launch.sweep`` is its ground: the protocol, options, values, the lease.
+"""
+
+WITHOUT = {
+    "torch": ("apt_model.errors", "apt_model.files", "apt_model.schedule", *GROUND, "apt_launch.sweep"),
+    **dict.fromkeys(("hydra", "omegaconf", "submitit", "wandb", "rich", "matplotlib"), ("apt_model",)),
+}
+"""Libraries, and the packages and modules that do not import them."""
+
 ONLY_IN = {
     "lightning": "apt_model.integrations.lightning",
     "transformers": "apt_model.integrations.transformers",
@@ -30,42 +82,54 @@ ONLY_IN = {
 }
 
 
-def modules() -> list[str]:
-    found = []
-    for package in (apt_model, apt_launch):
-        found += [m.name for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+def sources() -> dict[str, Path]:
+    """All modules of both packages, by name."""
+    found = {}
+    for path in sorted([*ROOT.glob("apt_model/**/*.py"), *ROOT.glob("apt_launch/**/*.py")]):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
-def floor(module: str) -> int:
-    for number, roots in FLOORS.items():
-        if any(module == root or module.startswith(f"{root}.") for root in roots):
-            return number
-    raise AssertionError(f"{module} has no floor")
+SOURCES = sources()
 
 
-def imports(module: str) -> set[str]:
-    root = Path(apt_model.__file__).parent.parent
-    path = root / (module.replace(".", "/") + ".py")
-    path = path if path.exists() else root / module.replace(".", "/") / "__init__.py"
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imports(module: str) -> Iterator[str]:
+    """All that ``module`` imports anywhere, within functions and for the type checker, too."""
+    for node in ast.walk(ast.parse(SOURCES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-    return names
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module, f"{module}: imports are absolute here"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                yield submodule if submodule in SOURCES else node.module
 
 
-@pytest.mark.parametrize("module", modules())
-def test_a_module_imports_only_from_its_floor_and_below(module: str) -> None:
+def room(module: str) -> str:
+    return max((name for name in ROOMS if f"{module}.".startswith(f"{name}.")), key=len)
+
+
+def test_no_module_is_imported_by_what_it_imports() -> None:
+    graph = {module: {name for name in imports(module) if name in SOURCES} - {module} for module in SOURCES}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"a circle, each imports the one before it: {', '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_a_module_imports_only_what_its_room_may(module: str) -> None:
+    mine = room(module)
+    allowed = ROOMS[mine]
     for name in imports(module):
-        if name.startswith(("apt_model.", "apt_launch")):
-            assert floor(name) <= floor(module), f"{module} imports {name}"
-        elif name.split(".")[0] in LIBRARIES_FROM:
-            assert LIBRARIES_FROM[name.split(".")[0]] <= floor(module), f"{module} imports {name}"
-        elif name.split(".")[0] in ONLY_IN:
-            assert ONLY_IN[name.split(".")[0]] == module, f"{module} imports {name}"
+        library = name.split(".")[0]
+        if name in SOURCES and allowed is not None:
+            assert room(name) in (mine, *allowed), f"{module} ({mine}) imports {name} ({room(name)})"
+        elif library in WITHOUT:
+            assert not any(f"{module}.".startswith(f"{other}.") for other in WITHOUT[library]), f"{module}: {name}"
+        elif library in ONLY_IN:
+            assert ONLY_IN[library] == module, f"{module} imports {name}"
 
 
 def loaded(code: str) -> set[str]:
@@ -103,3 +167,19 @@ def test_checking_a_config_loads_no_torch() -> None:
         "RunFolder(Path('nowhere')).check_free(config)\n"
     )
     assert not loaded(code) & {"torch", *ONLY_IN}
+
+
+def test_the_half_of_sweeps_loads_nothing_of_the_trainer() -> None:
+    theirs = [
+        name
+        for name in SOURCES
+        if name.startswith("apt_launch.sweep.") and SOURCES[name].parent.name != "hydra_plugins"
+    ]
+    code = (
+        f"import {', '.join(name for name in theirs if not name.endswith('__main__'))}\n"
+        "import sys; print(*[name for name in sys.modules if name.startswith(('apt_model.', 'apt_launch.'))])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    others = {name for name in result.stdout.split() if not name.startswith("apt_launch.sweep")}
+    assert others <= {*BASE, *GROUND}
+    assert "torch" not in loaded(code)

@@ -138,7 +138,7 @@ def test_metrics_of_routing_are_told_of_each_layer_only_where_they_are_asked_for
     tokens = torch.randint(0, 50, (2, 20))
     assert gpt(tokens).routing is None, "dense layers route nothing"
     gpt.enable_moe(True)
-    output, silent = gpt(tokens), gpt(tokens, telling=False)
+    output, silent = gpt(tokens), gpt(tokens, with_metrics=False)
     assert silent.routing is None
     assert not any(name.startswith("moe/") for name in silent.metrics)
     assert torch.equal(silent.logits, output.logits)

@@ -66,7 +66,7 @@ def making_tokens(corpus: Corpus) -> Iterator[None]:
     """Show how far the corpus' tokens are made, if they have to be made meanwhile."""
     progress: Any = None
 
-    def told(split: str, done: float, tokens: int) -> None:
+    def show(split: str, done: float, tokens: int) -> None:
         nonlocal progress
         if progress is None:
             from apt_launch.config.token_progress import TokenProgress
@@ -74,10 +74,10 @@ def making_tokens(corpus: Corpus) -> Iterator[None]:
             progress = TokenProgress()
         progress.tell(split, done, tokens)
 
-    corpus.told = told
+    corpus.on_progress = show
     try:
         yield
     finally:
-        del corpus.told
+        del corpus.on_progress
         if progress is not None:
             progress.close()

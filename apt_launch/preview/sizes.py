@@ -99,7 +99,7 @@ class Saved:
     - the voter: votes (8 v + 4 d + c d) + 4 v, if every position votes: the most that can happen
     - dropout: d for each layer that has it
 
-    On the CPU there is room for a few rows more: see :mod:`apt_model.layers.blocks`.
+    On the CPU there is room for a few rows more: see :mod:`apt_model.layers.cpu_experts`.
 
     Measured on the CPU. CUDA's fused kernels save d numbers less an attention layer.
     """
@@ -294,7 +294,7 @@ def _feed_forward(layer: MoE, d: int, compute: int, tokens: int) -> Saved:
     """``tokens``: of a batch on the CPU; else 0."""
     import torch
 
-    from apt_model.layers.blocks import STEP, num_places
+    from apt_model.layers.cpu_experts import STEP, num_places
 
     dropout = Saved(0, d if "dropout" in layer.expected else 0)
     dense = _dense(layer.dense, compute) if layer.dense is not None else Saved(0, 0)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from apt_launch.config.instantiate import build, build_model, factory
 from apt_launch.config.run_config import RunConfig
-from apt_launch.config.schema import Role, role_of
 
 if TYPE_CHECKING:
     from apt_model.training.callbacks import Callback
@@ -28,20 +27,23 @@ def build_trainer(
 ) -> Trainer:
     """Return the trainer of a run, seeded."""
     from apt_model.training.distributed import from_rank_zero
+    from apt_model.training.options import by_concern
     from apt_model.training.randomness import seed_all
 
     seed_all(config.seed)
     values = config.values
+    options = by_concern(
+        values["trainer"]
+        | {"seed": config.seed, "weight_decay": config.optimizer.weight_decay, "leave_out": frozenset(leave_out)}
+    )
     trainer: Trainer = build(
-        {key: value for key, value in values["trainer"].items() if role_of(f"trainer.{key}") is not Role.PROCESS},
+        {"_target_": values["trainer"]["_target_"]},
+        **options,
         model=build_model(values),
         optimizer=factory(values["optimizer"]),
-        weight_decay=config.optimizer.weight_decay,
         schedule=build(values["schedule"], horizon=config.horizon, program=config.program, broadcast=from_rank_zero),
         corpus=config.corpus,
-        seed=config.seed,
         resume=resume,
-        leave_out=leave_out,
         checkpoints=checkpoints,
         log=log,
         callbacks=callbacks,

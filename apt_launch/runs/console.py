@@ -20,7 +20,7 @@ from apt_model.schedule.rows import anneals, modules_on
 from apt_model.training.callbacks import Callback
 
 if TYPE_CHECKING:
-    from apt_model.training.base import BaseTrainer
+    from apt_model.training.callbacks import TrainerView
 
     _Handler = logging.StreamHandler[IO[str]]
 else:  # Python 3.10 cannot say of what
@@ -68,14 +68,14 @@ class _Announcements(Callback):
 
     tells_values = True
 
-    def on_schedule(self, trainer: BaseTrainer, changes: Sequence[Change]) -> None:
+    def on_schedule(self, trainer: TrainerView, changes: Sequence[Change]) -> None:
         for change in changes:
             if isinstance(change.value, bool) and (change.value or trainer.clock.step):
                 name, state = change.name.rsplit("_", 1)
                 told = {"enabled": ("on", "off"), "frozen": ("frozen", "trained again")}[state]
                 logger.info("%s: %s %s", trainer.clock, name, told[0] if change.value else told[1])
 
-    def on_epoch_end(self, trainer: BaseTrainer) -> None:
+    def on_epoch_end(self, trainer: TrainerView) -> None:
         state = curriculum_state(trainer, values=self.tells_values)
         logger.info("%s: val/loss %.4f  (%s)", trainer.clock, trainer.last_row["val/loss"], state)
 
@@ -88,11 +88,11 @@ class PlainLines(_Announcements):
         self.last = 0.0
         self.began_at = (0.0, 0)
 
-    def on_train_begin(self, trainer: BaseTrainer) -> None:
+    def on_train_begin(self, trainer: TrainerView) -> None:
         self.began_at = (time.monotonic(), trainer.clock.step)
         self.last = time.monotonic()
 
-    def on_step(self, trainer: BaseTrainer) -> None:
+    def on_step(self, trainer: TrainerView) -> None:
         now = time.monotonic()
         if now - self.last < self.seconds or "train/loss" not in trainer.last_row:
             return
@@ -142,7 +142,7 @@ class ProgressBar(_Announcements):
         )
         self.task: TaskID | None = None
 
-    def on_train_begin(self, trainer: BaseTrainer) -> None:
+    def on_train_begin(self, trainer: TrainerView) -> None:
         self.task = self.progress.add_task(
             "train",
             total=trainer.schedule.planned.steps,
@@ -153,7 +153,7 @@ class ProgressBar(_Announcements):
         self.progress.below = curriculum_state(trainer)
         self.progress.start()
 
-    def on_step(self, trainer: BaseTrainer) -> None:
+    def on_step(self, trainer: TrainerView) -> None:
         row = trainer.last_row
         assert self.task is not None
         self.progress.below = curriculum_state(trainer)
@@ -163,15 +163,15 @@ class ProgressBar(_Announcements):
             numbers = f"loss {loss:.3f}  {row['tokens_per_second']:,.0f} tok/s"
             self.progress.update(self.task, numbers=numbers)
 
-    def on_train_end(self, trainer: BaseTrainer) -> None:
+    def on_train_end(self, trainer: TrainerView) -> None:
         self.progress.stop()
 
     @staticmethod
-    def _epoch(trainer: BaseTrainer) -> str:
+    def _epoch(trainer: TrainerView) -> str:
         return f"{min(trainer.clock.epoch + 1, trainer.max_epochs)}/{trainer.max_epochs}"
 
 
-def curriculum_state(trainer: BaseTrainer, *, values: bool = True) -> str:
+def curriculum_state(trainer: TrainerView, *, values: bool = True) -> str:
     """Return what is in force in one short line: modules that are on, then ``values``."""
     metrics = trainer.schedule.metrics()
     on = " + ".join(modules_on(metrics))

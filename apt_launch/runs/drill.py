@@ -11,7 +11,8 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from apt_model.files import write_json
 
 if TYPE_CHECKING:
     from apt_model.training.base import BaseTrainer
-    from apt_model.training.callbacks import Callback
+    from apt_model.training.callbacks import Callback, TrainerView
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class Drill:
                 self.path, self.told = path, told
                 self.rows = {row["step"]: row for row in told["rows"]}
 
-            def on_step(self, trainer: BaseTrainer) -> None:
+            def on_step(self, trainer: TrainerView) -> None:
                 step = trainer.clock.step
                 if step in self.rows and trainer.last_row.get("step") == step and "train/loss" in trainer.last_row:
                     _compare(self.rows[step], _comparable(trainer.last_row))
@@ -121,7 +122,7 @@ class Drill:
         trainer.callbacks.callbacks.clear()
         if not _is_other_rank():
             trainer.log = rows.append
-        trainer.log_every = 1
+        trainer.loop = replace(trainer.loop, log_every=1)
         trainer.stop_requested = lambda: trainer.clock.step >= until
         with contextlib.suppress(Interrupted):
             trainer.fit()
@@ -142,7 +143,7 @@ def _is_other_rank() -> bool:
     return bool(Ranks.of_group().rank)
 
 
-def _comparable(row: dict[str, float]) -> dict[str, float]:
+def _comparable(row: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in row.items() if name not in NOT_COMPARED}
 
 
@@ -154,15 +155,15 @@ def _compare(expected: dict[str, float], found: dict[str, float]) -> None:
         raise TrainingError(f"drill: step {expected['step']} is not that of the uninterrupted run: {told}.")
 
 
-def weights(trainer: BaseTrainer) -> str:
+def weights(trainer: TrainerView) -> str:
     """Return the sha256 of all weights and buffers; every rank calls it."""
     import torch
 
-    from apt_model.training.parallel import whole
+    from apt_model.training.sharding import full_tensor
 
     digest = hashlib.sha256()
     for name, tensor in sorted(trainer.model.state_dict().items()):
         if isinstance(tensor, torch.Tensor):
             digest.update(name.encode())
-            digest.update(whole(tensor.detach()).cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(full_tensor(tensor.detach()).cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -1,6 +1,6 @@
-"""Corpora: documents of text in two splits, and the tokens that they are made of.
+"""Corpora: where documents come from.
 
-A corpus tells the number of its tokens without torch, so that a run's length is known before it starts: cheaply for bytes,
+A corpus knows the number of its tokens without torch, so that a run's length is known before it starts: cheaply for bytes,
 and for other tokens by making them once, into memory-mapped shards that later runs find again (``data.cache``).
 """
 
@@ -9,81 +9,23 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 import os
 import random
 import sysconfig
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+from apt_model.data.corpus import Corpus, Document, Split
+from apt_model.data.shard_writer import write
+from apt_model.data.shards import MANIFEST, Shards
 from apt_model.data.sources import Run, joined, sources_of
 from apt_model.data.tokenizer import ByteTokenizer, Tokenizer, find_tokenizer, load_tokenizer
 from apt_model.data.tokens import Tokens
 from apt_model.errors import ConfigError
 
-if TYPE_CHECKING:
-    from apt_model.data.shards import Shards
-
-Split = Literal["train", "val"]
-
 DOCUMENT_END = b"\0"
-
-Told = Callable[[str, float, int], None]
-"""Is told how far tokens are made: the split, the share of its text that is done (nan: unknown), and its tokens so far."""
-
-
-class Document(NamedTuple):
-    """A text; with it, ``done`` of its split has been read, from 0 to 1; nan where that is unknown."""
-
-    text: str
-    done: float
-    source: str = ""  # where it comes from; empty: nobody knows
-
-
-class Corpus(ABC):
-    """Text in two splits, as the tokens of ``tokenizer``."""
-
-    told: Told = staticmethod(lambda split, done, tokens: None)
-
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """How many tokens are possible."""
-
-    @property
-    @abstractmethod
-    def tokenizer(self) -> Tokenizer:
-        """What the tokens mean."""
-
-    @property
-    @abstractmethod
-    def tokenizer_file(self) -> Path | None:
-        """The file of ``tokenizer``; None: tokens are bytes."""
-
-    @abstractmethod
-    def count(self, split: Split) -> int:
-        """Return the number of tokens of ``split``.
-
-        Raises:
-            ConfigError: a file is missing, empty or unreadable.
-        """
-
-    @abstractmethod
-    def read(self, split: Split) -> Tokens:
-        """Return the tokens of ``split``.
-
-        Raises:
-            ConfigError: as :meth:`count`, or a file is not UTF-8.
-        """
-
-    def check(self) -> None:  # noqa: B027 - most have nothing to check
-        """Make sure that what training will read is what was once written; needs no torch.
-
-        Raises:
-            ConfigError: it is not.
-        """
 
 
 class DocumentCorpus(Corpus):
@@ -155,12 +97,10 @@ class DocumentCorpus(Corpus):
         Raises:
             ConfigError: the text cannot be read, or the shards cannot be written.
         """
-        from apt_model.data.shards import Shards, write
-
         about = json.dumps([self.source(), self.max_tokens, self.tokenizer.fingerprint], sort_keys=True)
         folder = self.cache / hashlib.sha256(about.encode()).hexdigest()[:32]
-        if not (folder / "manifest.json").exists():
-            write(folder, self, self.tokenizer, key="data.cache", told=self.told)
+        if not (folder / MANIFEST).exists():
+            write(folder, self, self.tokenizer, key="data.cache", on_progress=self.on_progress)
         return Shards(folder, key="data.cache")
 
 
@@ -417,7 +357,7 @@ class JsonlCorpus(ByteCorpus):
         return _read_jsonl(self._path(split), self.keys, f"data.{split}_path")
 
     def source(self) -> dict[str, Any]:
-        return self.keys.told() | {split: stats([self._path(split)]) for split in self.paths}
+        return self.keys.as_dict() | {split: stats([self._path(split)]) for split in self.paths}
 
     def _path(self, split: Split) -> Path:
         path = self.paths[split]
@@ -429,6 +369,59 @@ class JsonlCorpus(ByteCorpus):
         path = self._path(split)
         about = path.stat()
         return _jsonl_bytes(path, self.keys, f"data.{split}_path", about.st_mtime_ns, about.st_size)
+
+
+class ShardsCorpus(Corpus):
+    """Shards that ``python -m apt_launch.tokenize`` has made.
+
+    Args:
+        verify: compare checksums before a run; False: sizes only.
+    """
+
+    def __init__(self, *, path: str, verify: bool = True) -> None:
+        self.path = Path(path).expanduser()
+        self.verify = verify
+
+    @functools.cached_property
+    def shards(self) -> Shards:
+        """The folder, opened.
+
+        Raises:
+            ConfigError: it is missing, damaged or something else.
+        """
+        return Shards(self.path)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens are possible; no library is loaded for it."""
+        return self.shards.vocab_size
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What the tokens mean."""
+        return self.shards.tokenizer
+
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """The file of ``tokenizer``; None: tokens are bytes."""
+        return self.shards.tokenizer_file
+
+    def count(self, split: Split) -> int:
+        """Return the number of tokens of ``split``, from the manifest."""
+        return self.shards.count(split)
+
+    def read(self, split: Split) -> Tokens:
+        """Return the tokens of ``split``, memory-mapped."""
+        return self.shards.read(split)
+
+    def check(self) -> None:
+        """Compare checksums, where ``verify`` says so.
+
+        Raises:
+            ConfigError: a shard is damaged.
+        """
+        if self.verify:
+            self.shards.check()
 
 
 class Keys(NamedTuple):
@@ -446,8 +439,8 @@ class Keys(NamedTuple):
         text = _text_of(row, self.text, "text", where)
         return Document(text, done, _text_of(row, self.source, "source", where) if self.source else "")
 
-    def told(self) -> dict[str, str]:
-        """Return what tells other documents from these; nothing of a source that nobody asked for."""
+    def as_dict(self) -> dict[str, str]:
+        """Return the keys as plain values; nothing of a source that nobody asked for."""
         return {"text_key": self.text} | ({"source_key": self.source} if self.source else {})
 
 
@@ -486,10 +479,10 @@ def _text_of(row: Any, key: str, what: str, where: str) -> str:
     if isinstance(row, dict) and isinstance(row.get(key), str):
         text: str = row[key]
         return text
-    told = f"its keys are {', '.join(map(repr, row))}" if isinstance(row, dict) else "it is no object"
+    found = f"its keys are {', '.join(map(repr, row))}" if isinstance(row, dict) else "it is no object"
     if isinstance(row, dict) and key in row:
-        told = f"it is {type(row[key]).__name__}"
-    raise ConfigError(f"{where} has no {what} under {key!r} (data.{what}_key): {told}.")
+        found = f"it is {type(row[key]).__name__}"
+    raise ConfigError(f"{where} has no {what} under {key!r} (data.{what}_key): {found}.")
 
 
 def stats(paths: Iterable[Path]) -> dict[str, Any]:
@@ -497,11 +490,6 @@ def stats(paths: Iterable[Path]) -> dict[str, Any]:
     found = [(str(path.absolute()), about.st_size, about.st_mtime_ns) for path in paths for about in (path.stat(),)]
     digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()
     return {"files": len(found), "bytes": sum(size for _, size, _ in found), "sha256": digest}
-
-
-def share(done: float, of: float | None) -> float:
-    """Return the share ``done`` of all, at most 1; nan where all is unknown."""
-    return min(1.0, done / of) if of else math.nan
 
 
 def _utf8(path: Path, content: bytes, begin: int = 0) -> bytes:

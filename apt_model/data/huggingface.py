@@ -10,7 +10,8 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from apt_model.data.corpora import Document, DocumentCorpus, Keys, Split, share, stats
+from apt_model.data.corpora import DocumentCorpus, Keys, stats
+from apt_model.data.corpus import Document, Split, share
 from apt_model.errors import ConfigError, nearest
 
 DataFiles = str | Sequence[str] | Mapping[str, str | Sequence[str]]
@@ -30,7 +31,7 @@ class HFCorpus(DocumentCorpus):
         revision: commit, tag or branch on the Hub; only a commit is always the same.
         val_split: None: the first ``val_documents`` of ``train_split`` validate, and are not trained on.
         text_key: the column.
-        source_key: the column that tells where a document comes from; None: nobody knows.
+        source_key: the column that says where a document comes from; None: nobody knows.
         streaming: read only as far as needed, without a copy of the whole on this machine.
         max_documents: of a split, at the most; None: all. A stream needs this or ``max_tokens``.
         max_tokens: of a split, at the most; the last document is cut off.
@@ -83,7 +84,7 @@ class HFCorpus(DocumentCorpus):
         elif self.val_split is None:
             most = min(most, self.val_documents)
         name = self.val_split or self.train_split if split == "val" else self.train_split
-        with _told(f"data.path: datasets cannot give the split {name!r} of {self.path!r}"):
+        with _as_config_error(f"data.path: datasets cannot give the split {name!r} of {self.path!r}"):
             rows, known = self._rows(name, "val_split" if split == "val" and self.val_split else "train_split")
             num_rows = min(most, math.inf if known is None else max(0, known - begin))
             rows = rows.skip(begin) if begin else rows
@@ -96,8 +97,8 @@ class HFCorpus(DocumentCorpus):
 
     def source(self) -> dict[str, Any]:
         settings = ("path", "name", "data_files", "revision", "train_split", "val_split", "max_documents")
-        told: dict[str, Any] = {name: getattr(self, name) for name in settings} | self.keys.told()
-        told["val_documents"] = self.val_documents if self.val_split is None else None
+        about: dict[str, Any] = {name: getattr(self, name) for name in settings} | self.keys.as_dict()
+        about["val_documents"] = self.val_documents if self.val_split is None else None
         patterns = (self.path, *_patterns(self.data_files))
         local = [
             path
@@ -107,7 +108,7 @@ class HFCorpus(DocumentCorpus):
         files = [
             inner for path in map(Path, local) for inner in ([path] if path.is_file() else sorted(path.rglob("*")))
         ]
-        return told | {"files": stats(path for path in files if path.is_file())}
+        return about | {"files": stats(path for path in files if path.is_file())}
 
     def _rows(self, name: str, key: str) -> tuple[Any, int | None]:
         """Return the rows of the split ``name`` and, where it is known, their number.
@@ -140,7 +141,7 @@ class HFCorpus(DocumentCorpus):
                     raise ConfigError(f"data.{key}: {str(error).splitlines()[0]}{_remedy(key)}") from None
                 raise
         columns = rows.column_names
-        wanted = self.keys.told()
+        wanted = self.keys.as_dict()
         for key, column in wanted.items():
             if columns is not None and column not in columns:
                 raise ConfigError(f"data.{key}: {self.path!r} has no column {column!r}. {nearest(column, columns)}")
@@ -176,8 +177,8 @@ def _at_home(data_files: DataFiles | None) -> Any:
 
 
 @contextmanager
-def _told(problem: str) -> Iterator[None]:
-    """Have errors of datasets, and of all that it reads with, told in our words."""
+def _as_config_error(problem: str) -> Iterator[None]:
+    """Raise errors of datasets, and of all that it reads with, as ours."""
     try:
         yield
     except ConfigError:

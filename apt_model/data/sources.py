@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MOST: Final = 16
-"""Sources told apart; the smaller ones beyond are one, :data:`OTHERS`."""
+"""Sources kept apart; the smaller ones beyond are one, :data:`OTHERS`."""
 
 OTHERS: Final = "others"
 
@@ -29,7 +29,7 @@ class Sources:
 
     Args:
         runs: of all tokens, in order.
-        most: sources told apart, those with most tokens; the others are one.
+        most: sources kept apart, those with most tokens; the others are one.
     """
 
     def __init__(self, runs: Sequence[Run], most: int = MOST) -> None:

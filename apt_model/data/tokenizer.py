@@ -95,7 +95,7 @@ class FileTokenizer(Tokenizer):
         from tokenizers import Tokenizer as Library
 
         self.content = content
-        with _told(f"data.tokenizer: {name} is no tokenizer"):
+        with _as_config_error(f"data.tokenizer: {name} is no tokenizer"):
             self._library = Library.from_str(content)
             self._library.no_truncation()
             self._library.no_padding()
@@ -113,7 +113,7 @@ class FileTokenizer(Tokenizer):
         """Return the tokens of each of ``texts``; halves of a surrogate pair, which are no text, count as U+FFFD."""
         import numpy as np
 
-        with _told("data.tokenizer: it cannot make tokens of this text"):
+        with _as_config_error("data.tokenizer: it cannot make tokens of this text"):
             encodings = self._library.encode_batch_fast([_whole(text) for text in texts], add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
@@ -197,8 +197,8 @@ def _whole(text: str) -> str:
 
 
 @contextmanager
-def _told(problem: str) -> Iterator[None]:
-    """Have the library's errors told in our words; they are plain Exceptions, or panics, which are not even that."""
+def _as_config_error(problem: str) -> Iterator[None]:
+    """Raise the library's errors as ours; they are plain Exceptions, or panics, which are not even that."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit):

@@ -31,7 +31,7 @@ def onednn_products() -> Iterator[bool]:
     """Within, have oneDNN do products in float32 on processors where it is faster than MKL: AMD's with AVX-512.
 
     torch hands them over when it is allowed to compute them in bf16. Only AMX lets oneDNN do that; elsewhere it computes in
-    float32, and a product of numbers that bf16 does not hold makes sure of it. Tells whether it is so.
+    float32, and a product of numbers that bf16 does not hold makes sure of it. Yields whether it does.
     """
     before = _float32_products()
     try:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apt_model.layers import blocks
+from apt_model.layers import cpu_experts
 from apt_model.layers.backend import computing_dtype, eager_on_cpu
 
 Compute = Callable[[Tensor, Tensor], Tensor]
@@ -119,7 +119,7 @@ class Experts(nn.Module):
         if self.exchange is not None:
             weights = {name: weight.to_local() for name, weight in weights.items()}  # type: ignore[attr-defined]
         if eager_on_cpu(x):
-            return blocks.compute(x, ends, self.ffn, **weights)
+            return cpu_experts.compute(x, ends, self.ffn, **weights)
         weights = {name: weight.to(x.dtype) for name, weight in weights.items()}
         return FFN[self.ffn](x, partial(grouped_linear, ends=ends), **weights)
 

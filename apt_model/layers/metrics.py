@@ -1,4 +1,4 @@
-"""What experts tell, by name. Torch stays unloaded, so that a config can be judged by these names."""
+"""Metrics of experts, by name. Torch stays unloaded, so that a config can be judged by these names."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ MEANS: Final = (
 OF_LOADS: Final = ("max_load", "load_entropy", "dead_experts", "specialisation")
 
 METRICS: Final[tuple[str, ...]] = (*MEANS, *OF_LOADS)
-"""What each layer tells; entropies in nats. Over all layers: the largest ``max_load``, all ``dead_experts``, else the mean.
+"""Metrics of each layer; entropies in nats. Over all layers: the largest ``max_load``, all ``dead_experts``, else the mean.
 
-``specialisation`` is what the sequence tells about the expert, their mutual information: the entropy of the load less the
+``specialisation`` is the mutual information of sequence and expert: the entropy of the load less the
 mean entropy of a sequence's own load. It is 0 where all texts use experts alike (but for chance, which adds about
 num_experts / (2 top_k seq_len)), and ``load_entropy`` where each text has its own.
 """
 
 EXPERT_COSINE: Final = "expert_cosine"
-"""What the weights of a layer's experts tell beside; over all layers the mean."""
+"""A metric of the weights of a layer's experts; over all layers the mean."""

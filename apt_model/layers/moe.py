@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from apt_model.layers import blocks
+from apt_model.layers import cpu_experts
 from apt_model.layers.backend import computing_dtype, eager_on_cpu
 from apt_model.layers.feed_forward import Experts, FeedForward, as_dense, as_experts
 from apt_model.layers.router import (
@@ -24,7 +24,7 @@ from apt_model.layers.router import (
 )
 from apt_model.layers.scheduled import dropout
 from apt_model.layers.tally import tally
-from apt_model.layers.upcycling import Upcycling, tell_apart
+from apt_model.layers.upcycling import Upcycling, make_different
 from apt_model.schedule.targets import BELOW_ONE, OF_EXPERTS, Domain
 
 Overflow = Literal["reroute", "drop"]
@@ -40,7 +40,7 @@ class Lineage(NamedTuple):
 
 
 class MoEReport(NamedTuple):
-    """What one layer tells after a forward pass: its loss, weighted, and if asked its :func:`~.tally.tally`."""
+    """What a layer reports of a forward pass: its loss, weighted, and if asked its :func:`~.tally.tally`."""
 
     loss: Tensor
     sums: Tensor | None
@@ -62,8 +62,8 @@ class MoE(nn.Module):
         num_experts: experts to come, slices counted singly: a multiple of ``granularity``.
         top_k: experts a token goes to, counted the same way: a multiple of ``granularity``.
         granularity: d_ff of the dense layer over that of an expert, which it divides.
-        upcycling: what tells experts apart when they begin; only ``copy`` leaves the function as it was.
-        upcycling_share: how much; see :func:`apt_model.layers.upcycling.tell_apart`.
+        upcycling: what makes experts differ when they begin; only ``copy`` leaves the function as it was.
+        upcycling_share: how much; see :func:`apt_model.layers.upcycling.make_different`.
         capacity_factor: slots of an expert over its equal share; None: no limit (dropless).
         overflow: what becomes of a token whose experts are all full: ``reroute`` has a copy serve it that has room, ``drop``
             leaves it out. Only the first keeps the function where the switch meets an uneven router.
@@ -139,7 +139,7 @@ class MoE(nn.Module):
         return self.experts is not None
 
     def enable(self, on: bool) -> None:
-        """Switch between the dense layer and experts; ``lineage`` then tells whose optimizer state new parameters take.
+        """Switch between the dense layer and experts; ``lineage`` then says whose optimizer state new parameters take.
 
         Of n copies of the dense layer each sees about 1/n of its gradient (1/2n beside a shared expert).
         """
@@ -152,7 +152,7 @@ class MoE(nn.Module):
         """Put copies of ``dense`` in its place, or beside it as a shared expert."""
         before = dict(dense.named_parameters())
         self.experts = Experts(dense, self.num_experts, self.granularity).train(self.training)
-        tell_apart(self.experts, self.upcycling, self.upcycling_share)
+        make_different(self.experts, self.upcycling, self.upcycling_share)
         router = Router(
             d_model=dense.up.shape[1],
             num_experts=self.num_experts,
@@ -198,14 +198,14 @@ class MoE(nn.Module):
         if self.router is not None and self.scoring == "sigmoid":
             self.router.balance()
 
-    def forward(self, x: Tensor, telling: bool = True) -> tuple[Tensor, MoEReport | None]:
-        """Map ``x`` (batch, seq, d_model) to the same shape; a report when experts are on, with sums if ``telling``."""
-        output, report = self._forward(x, telling)
+    def forward(self, x: Tensor, with_metrics: bool = True) -> tuple[Tensor, MoEReport | None]:
+        """Map ``x`` (batch, seq, d_model) to the same shape; a report when experts are enabled, with sums if ``with_metrics``."""
+        output, report = self._forward(x, with_metrics)
         if self.training and "dropout" in self.expected:
             output = dropout(output, self.dropout)
         return output, report
 
-    def _forward(self, x: Tensor, telling: bool) -> tuple[Tensor, MoEReport | None]:
+    def _forward(self, x: Tensor, with_metrics: bool) -> tuple[Tensor, MoEReport | None]:
         if self.experts is None or self.router is None:
             assert self.dense is not None
             return self.dense(x), None
@@ -225,7 +225,7 @@ class MoE(nn.Module):
             output = (output + self.dense(x)) / 2
         if self.training and self.scoring == "sigmoid":
             self.router.plan_balance(dispatch.counts, self.bias_update_rate)
-        return output, self._report(routing, dispatch, x.shape[0] if telling else None)
+        return output, self._report(routing, dispatch, x.shape[0] if with_metrics else None)
 
     def _mix(self, rows: Tensor, dispatch: Dispatch) -> Tensor:
         """Compute slots in their order and add each token's, weighted: (tokens, d_model)."""
@@ -233,8 +233,8 @@ class MoE(nn.Module):
         weights = dispatch.weights * self.granularity if self.granularity > 1 else dispatch.weights
         if eager_on_cpu(rows):
             rows = rows.to(computing_dtype(rows))
-            where = blocks.places(dispatch, rows.dtype)
-            return blocks.combine(self.experts(blocks.gather(rows, where), where.ends), weights, where)
+            where = cpu_experts.places(dispatch, rows.dtype)
+            return cpu_experts.combine(self.experts(cpu_experts.gather(rows, where), where.ends), weights, where)
         token = dispatch.order // self.top_k
         inputs = rows.index_select(0, token)
         if not self.dropless:  # past the last end nothing is defined: keep it out of both passes

@@ -14,12 +14,18 @@ Scoring = Literal["softmax", "sigmoid"]
 ONE, BITS = 0x3F800000, 30
 """The bits of 1.0 in float32, and how many they are."""
 
+COLDEST = 1e-30
+"""Temperatures below are taken as this one: logits over it are still finite, and one expert has all the weight long before."""
+
 
 class Routing(NamedTuple):
     """Where tokens want to go. ``weights`` sum to 1 over each token's ``top_k`` experts."""
 
     experts: Tensor  # (tokens, top_k) int64, best first
     weights: Tensor  # (tokens, top_k) float32
+    log_weights: (
+        Tensor  # (tokens, top_k) float32: their logarithms but for a constant of the token; exact where they are 0
+    )
     probabilities: Tensor  # (tokens, num_experts) float32, sum to 1: for losses and metrics
     logits: Tensor  # (tokens, num_experts) float32, before the temperature
 
@@ -43,6 +49,9 @@ class Router(nn.Module):
 
     Every ``granularity`` experts in a row begin with one and the same weight, so that a token that chooses one of them
     chooses them all, as long as ``top_k`` is a multiple of it (virtual groups, arXiv:2410.07524).
+
+    Weights and probabilities come from logarithms, and experts are chosen by what no temperature rounds to 0 or 1, so that
+    they are right where scores underflow or saturate.
     """
 
     bias: Tensor
@@ -54,6 +63,7 @@ class Router(nn.Module):
         super().__init__()
         self.top_k = top_k
         self.scoring = scoring
+        self.granularity = granularity
         self.weight = nn.Parameter(torch.empty(num_experts // granularity, d_model))
         nn.init.normal_(self.weight, std=0.02)
         if granularity > 1:
@@ -74,15 +84,21 @@ class Router(nn.Module):
             if jitter is not None:
                 x = x * (1.0 + jitter * (2.0 * torch.rand_like(x) - 1.0))
             logits = F.linear(x, self.weight.to(precise))
+            scaled = logits / temperature.clamp(min=COLDEST)
             if self.scoring == "softmax":
-                probabilities = (logits / temperature).softmax(dim=-1)
-                chosen, experts = probabilities.topk(self.top_k, dim=-1)
+                log_scores = scaled
+                experts = self._best(scaled.detach())
             else:
-                scores = (logits / temperature).sigmoid()
-                experts = (scores + self.bias).topk(self.top_k, dim=-1).indices
-                chosen = scores.gather(-1, experts)
-                probabilities = scores / scores.sum(dim=-1, keepdim=True)
-            return Routing(experts, chosen / chosen.sum(dim=-1, keepdim=True), probabilities, logits)
+                log_scores = F.logsigmoid(scaled)
+                experts = self._best(_lexicographic(scaled.detach().sigmoid() + self.bias, scaled.detach()))
+            chosen = log_scores.gather(-1, experts)
+            return Routing(experts, chosen.softmax(dim=-1), chosen, log_scores.softmax(dim=-1), logits)
+
+    def _best(self, keys: Tensor) -> Tensor:
+        """Return the ``top_k`` experts of the largest ``keys`` (tokens, num_experts), best first; equals by whole copies."""
+        if self.granularity == 1:
+            return keys.topk(self.top_k, dim=-1).indices
+        return keys.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k].contiguous()
 
     @torch.no_grad()
     def plan_balance(self, counts: Tensor, rate: float) -> None:
@@ -101,6 +117,17 @@ class Router(nn.Module):
         """Move the bias as the last forward pass in training planned it, once."""
         self.bias += self.bias_step
         self.bias_step.zero_()
+
+
+def _lexicographic(first: Tensor, then: Tensor) -> Tensor:
+    """Return integers in the order of ``first``, and where that is equal in the order of ``then``."""
+    return (_integers(first) << 32) + _integers(then)
+
+
+def _integers(values: Tensor) -> Tensor:
+    """Return float32 numbers as int64 in the same order."""
+    bits = values.float().view(torch.int32).long()
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def expert_capacity(capacity_factor: Tensor, *, tokens: int, top_k: int, num_experts: int) -> Tensor:
@@ -142,8 +169,8 @@ def plan_dispatch(
     counts = ends - begins
     fits = torch.arange(len(order), device=order.device) < (begins + capacity).index_select(0, by_expert)
     kept = kept.flatten().scatter(0, order, fits).view(tokens, top_k)
-    weights = routing.weights * kept
-    weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+    left = routing.log_weights.masked_fill(~kept, torch.finfo(routing.log_weights.dtype).min)
+    weights = left.softmax(dim=-1) * kept
     owner = torch.where(kept, routing.experts, num_experts)
     if reroute is not None:
         lost = ~kept.any(dim=-1)

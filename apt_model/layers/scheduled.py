@@ -37,7 +37,7 @@ def setters(model: nn.Module) -> dict[str, Callable[[float], None]]:
 
 
 def expect(model: nn.Module, paths: Iterable[str]) -> None:
-    """Tell the modules of ``model`` which of their values will move."""
+    """Add ``paths`` to what the modules of ``model`` expect to move."""
     for path in paths:
         owner, _, name = path.rpartition(".")
         module = model.get_submodule(owner)

@@ -70,7 +70,7 @@ def routing_metrics(sums: Tensor, cosines: Tensor | None = None) -> dict[str, fl
 
     Args:
         sums: (num_layers, ...), added over whatever the metrics are to be of.
-        cosines: (num_layers,) of the experts' weights, told as :data:`EXPERT_COSINE`; None: they are not told.
+        cosines: (num_layers,) of the experts' weights, reported as :data:`EXPERT_COSINE`; None: they are not.
     """
     layers, names = layer_metrics(sums), METRICS
     model = model_metrics(layers)
@@ -79,7 +79,7 @@ def routing_metrics(sums: Tensor, cosines: Tensor | None = None) -> dict[str, fl
         layers = torch.cat((layers, cosines.unsqueeze(1)), dim=1)
         model = torch.cat((model, cosines.mean(dim=0, keepdim=True)))
     model_values, *each = torch.cat((model.unsqueeze(0), layers)).tolist()
-    told = {f"moe/{name}": value for name, value in zip(names, model_values, strict=True)}
+    metrics = {f"moe/{name}": value for name, value in zip(names, model_values, strict=True)}
     for number, values in enumerate(each):
-        told |= {f"moe/layer_{number:02}/{name}": value for name, value in zip(names, values, strict=True)}
-    return told
+        metrics |= {f"moe/layer_{number:02}/{name}": value for name, value in zip(names, values, strict=True)}
+    return metrics

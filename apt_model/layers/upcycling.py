@@ -1,4 +1,4 @@
-"""What tells experts apart when they begin: as exact copies they all learn the same until the router separates them."""
+"""What makes experts differ when they begin: as exact copies they all learn the same until the router separates them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHARES: Final[dict[Upcycling, float]] = {"copy": 0.0, "noise": 0.01, "drop": 0.5
 
 
 @torch.no_grad()
-def tell_apart(experts: Experts, upcycling: Upcycling, share: float | None = None) -> None:
+def make_different(experts: Experts, upcycling: Upcycling, share: float | None = None) -> None:
     """Change experts that are copies, each in its own way, with torch's default generator of their device.
 
     ``copy`` changes nothing, and is the only one that leaves the function as it was. ``noise`` adds normal noise with a

@@ -142,7 +142,7 @@ class Anneal(Strict):
         """Return the value as a function of the index in ``by``.
 
         Args:
-            fired: when events happened; while one that the window waits for has not, the first value is in force.
+            fired: when events happened; while one that the window waits for has not, the first value holds.
         """
         window = self._window(horizon, fired or {})
         if window is None:

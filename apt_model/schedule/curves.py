@@ -71,14 +71,14 @@ class Piece(NamedTuple):
 
 
 class Curve:
-    """Pieces in their order: each holds its end until the next begins; before the first its start is in force."""
+    """Pieces in their order: each holds its end until the next begins; before the first its start holds."""
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self.pieces = tuple(pieces)
         self.at: Callable[[float], float] = _single(self.pieces[0]) if len(pieces) == 1 else _several(self.pieces)
 
     def __call__(self, index: float) -> float:
-        """Return the value in force at ``index``; ends of pieces are met exactly."""
+        """Return the value at ``index``; ends of pieces are met exactly."""
         return self.at(index)
 
     @property

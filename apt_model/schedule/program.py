@@ -1,4 +1,4 @@
-"""A curriculum bound to a horizon: what is in force at a clock, and everything that can be said before a run."""
+"""A curriculum bound to a horizon: the scheduled values at a clock, and everything that can be said before a run."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from apt_model.schedule.times import Time
 
 @dataclass(frozen=True)
 class Subject:
-    """Something that is on or off: a module (``enabled``) or the parameters that a pattern means (``frozen``)."""
+    """What switches: a module (``enabled``) or the parameters that a pattern means (``frozen``)."""
 
     name: str
     state: str  # enabled, frozen
 
     @property
     def label(self) -> str:
-        """Its name among values in force and metrics: ``moe_enabled``."""
+        """Its name among scheduled values and metrics: ``moe_enabled``."""
         return f"{self.name}_{self.state}"
 
     def event(self, on: bool) -> str:
@@ -106,7 +106,7 @@ class Program:
             if switches and all(self._is_planned(switch.at) for switch in switches)
         ]
         self.value_lines = self._lay_out_values(self.fired)
-        self._curves_for = self.fired
+        self._value_lines_after = {frozenset(self.fired.items()): self.value_lines}  # by what has happened when
 
     def _switch_line(self, subject: Subject, switches: list[Switch]) -> SwitchLine:
         thresholds = [(*self._threshold(switch.at), switch.on) for switch in self._in_order(switches)]
@@ -259,7 +259,7 @@ class Program:
         if problems:
             raise ConfigError(*dict.fromkeys(problems))
 
-    # --- what is in force --------------------------------------------------------------------------------------------
+    # --- scheduled values --------------------------------------------------------------------------------------------
 
     def _is_planned(self, at: Time) -> bool:
         return at.anchor is None or at.anchor in self.fired
@@ -278,22 +278,37 @@ class Program:
         return "step", step
 
     def at(self, clock: Clock, latches: Mapping[Subject, LatchState] | None = None) -> dict[str, bool | float]:
-        """Return what is in force at ``clock``: labels of subjects to on or off, then names of anneals to values."""
+        """Return the scheduled values at ``clock``: labels of subjects to on or off, then names of anneals to values.
+
+        A pure function of its arguments, in whatever order it is asked.
+        """
         state = self._off.copy()
         for name, part, on in self.switch_lines:
             state[name] = on(part(clock))
+        value_lines = self.value_lines
         if self.latches:
-            self._add_latched(state, clock, latches or {})
-        for name, part, value in self.value_lines:
+            fired = self._fired_with(latches or {})
+            self._add_latched(state, clock, latches or {}, fired)
+            value_lines = self._value_lines(fired)
+        for name, part, value in value_lines:
             state[name] = value(part(clock))
         return state
 
-    def _add_latched(self, state: dict[str, bool | float], clock: Clock, latches: Mapping[Subject, LatchState]) -> None:
-        """Add to ``state`` what latches decide, and what waits for them; curves begin anew once their event has come."""
-        fired = self._fired_with(latches)
-        if fired != self._curves_for:
-            self._curves_for = fired
-            self.value_lines = self._lay_out_values(fired)
+    def _value_lines(self, fired: dict[str, Clock]) -> list[ValueLine]:
+        """Return the curves once ``fired`` has happened: those that wait for an event begin with it."""
+        happened = frozenset(fired.items())
+        if happened not in self._value_lines_after:
+            self._value_lines_after[happened] = self._lay_out_values(fired)
+        return self._value_lines_after[happened]
+
+    def _add_latched(
+        self,
+        state: dict[str, bool | float],
+        clock: Clock,
+        latches: Mapping[Subject, LatchState],
+        fired: Mapping[str, Clock],
+    ) -> None:
+        """Add to ``state`` what latches decide, and what waits for them."""
         for subject, switches in self.switches.items():
             if subject in self.latches:
                 state[subject.label] = latches.get(subject, LatchState()).on
@@ -389,7 +404,7 @@ class Program:
             drawn.setdefault(values, where)
             module = reader_of(self.curriculum, name)
             if module is not None and not self.ever_on(module):
-                notes.append(f"{where} anneals what nothing reads: {module} never goes on.")
+                notes.append(f"{where} anneals what nothing reads: {module} is never enabled.")
         for subject, switches in self.switches.items():
             if switches and not any(switch.on for switch in switches):
                 notes.append(f"{switches[0].key} turns off {subject.name}, which nothing turns on.")

@@ -1,4 +1,4 @@
-"""What is in force, in rows of metrics: ``schedule/route_temp``, ``schedule/moe_enabled`` (0 or 1) and so on."""
+"""Scheduled values in rows of metrics: ``schedule/route_temp``, ``schedule/moe_enabled`` (0 or 1) and so on."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from apt_model.schedule.targets import MODULES
 Row = Mapping[str, float]
 
 
-def as_metrics(in_force: Mapping[str, bool | float]) -> dict[str, float]:
+def as_metrics(values: Mapping[str, bool | float]) -> dict[str, float]:
     """Return labels and names of anneals as names of metrics, with their values."""
-    return {f"schedule/{name}": float(value) for name, value in in_force.items()}
+    return {f"schedule/{name}": float(value) for name, value in values.items()}
 
 
 def modules_on(row: Row) -> list[str]:
-    """Return the modules that ``row`` says are on."""
+    """Return the modules that are enabled in ``row``."""
     return [module for module in MODULES if row.get(f"schedule/{module}_enabled")]
 
 
@@ -25,7 +25,7 @@ def is_anneal(key: str) -> bool:
 
 
 def anneals(row: Row) -> dict[str, float]:
-    """Return the scheduled values that ``row`` tells, by the names of their anneals."""
+    """Return the scheduled values in ``row``, by the names of their anneals."""
     return {key.removeprefix("schedule/"): value for key, value in row.items() if is_anneal(key)}
 
 

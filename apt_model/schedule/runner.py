@@ -15,7 +15,7 @@ from apt_model.schedule.targets import MODULES, Domain, matching
 
 
 class Change(NamedTuple):
-    """Something that has just changed: what is on or off (``moe_enabled``), or an anneal's value."""
+    """Something that has just changed: a switch (``moe_enabled``), or an anneal's value."""
 
     name: str
     value: bool | float
@@ -52,7 +52,7 @@ class ScheduleRunner:
         self.planned = horizon
         self.broadcast = broadcast
         self._setters: dict[str, Callable[[Any], None]] = {}
-        self._in_force: dict[str, bool | float] = {}
+        self._values: dict[str, bool | float] = {}
         self._latches: dict[Subject, LatchState] = {}
         self._applied: Clock | None = None
         self.targets: list[str] = []  # what anneals write, known once bound
@@ -104,31 +104,31 @@ class ScheduleRunner:
         self._setters = setters
 
     def at(self, clock: Clock) -> dict[str, bool | float]:
-        """Return what is in force at ``clock``, given what latches remember. Touches nothing."""
+        """Return the scheduled values at ``clock``, given what latches remember; changes nothing."""
         return self.program.at(clock, self._latches)
 
     def apply(self, clock: Clock) -> list[Change]:
-        """Bring the model to what is in force at ``clock``; write only what changed, switches before values.
+        """Set the model to the scheduled values of ``clock`` and return what changed; switches come before values.
 
         The first call after construction writes everything.
         """
         self._applied = clock
-        in_force = self._in_force
-        if in_force and not self.program.latches:  # what has no line never changes again
+        values = self._values
+        if values and not self.program.latches:  # what has no line never changes again
             changes: list[Change] = []
             for name, part, is_on in self.program.switch_lines:
                 on = is_on(part(clock))
-                if in_force.get(name) != on:
+                if values.get(name) != on:
                     self._deliver(name, on, changes)
             if changes:
                 self._refreeze(changes)
             setters = self._setters
             for name, part, value_of in self.program.value_lines:
                 value = value_of(part(clock))
-                if in_force.get(name) != value:
+                if values.get(name) != value:
                     if name in setters:
                         setters[name](value)
-                    in_force[name] = value
+                    values[name] = value
                     changes.append(Change(name, value))
             return changes
         if self.program.latches:
@@ -138,14 +138,14 @@ class ScheduleRunner:
     def _deliver(self, name: str, value: bool | float, changes: list[Change]) -> None:
         if name in self._setters:
             self._setters[name](value)
-        self._in_force[name] = value
+        self._values[name] = value
         changes.append(Change(name, value))
 
     def _refreeze(self, changes: list[Change]) -> None:
         """Freeze again where a module was switched: parameters that appeared are frozen, too."""
         if any(isinstance(value, bool) and name.endswith("_enabled") for name, value in changes):
             for subject in self.program.switches:
-                if subject.state == "frozen" and self._in_force[subject.label] and subject.label in self._setters:
+                if subject.state == "frozen" and self._values[subject.label] and subject.label in self._setters:
                     self._setters[subject.label](True)
 
     def reconcile(self) -> list[Change]:
@@ -155,7 +155,7 @@ class ScheduleRunner:
     def _write(self, clock: Clock) -> list[Change]:
         changes: list[Change] = []
         for name, value in self.program.at(clock, self._latches).items():
-            if self._in_force.get(name) != value:  # no value equals None
+            if self._values.get(name) != value:  # no value equals None
                 self._deliver(name, value, changes)
         self._refreeze(changes)
         return changes
@@ -167,15 +167,15 @@ class ScheduleRunner:
             self._latches = self.program.observe(self._latches, seen)
 
     def metrics(self) -> dict[str, float]:
-        """Return what is in force as metrics; see :mod:`apt_model.schedule.rows`."""
-        return as_metrics(self._in_force)
+        """Return the scheduled values as metrics; see :mod:`apt_model.schedule.rows`."""
+        return as_metrics(self._values)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs; curve values are no part of it, they are computed anew."""
         return {
             "horizon": asdict(self.program.horizon),
             "applied": asdict(self._applied) if self._applied else None,
-            "on": {name: value for name, value in self._in_force.items() if isinstance(value, bool)},
+            "on": {name: value for name, value in self._values.items() if isinstance(value, bool)},
             "latches": {subject.label: state.as_dict() for subject, state in self._latches.items()},
         }
 
@@ -186,7 +186,7 @@ class ScheduleRunner:
             ConfigError: the horizon has changed and ``on_horizon_change`` is ``error``.
         """
         saved = Horizon(**state["horizon"])
-        self._in_force = {}
+        self._values = {}
         self._applied = Clock(**state["applied"]) if state["applied"] else None
         labels = {subject.label: subject for subject in self.program.latches}
         self._latches = {

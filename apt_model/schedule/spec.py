@@ -17,11 +17,11 @@ from apt_model.schedule.times import Time
 
 
 class When(Strict):
-    """A latch on a metric: what makes a module go on, and off again.
+    """A latch on a metric: what enables a module, and disables it again.
 
-    The metric, smoothed (0: not at all), must pass ``above`` (or fall below ``below``); with ``release`` the module goes off
-    again when it comes back past that. ``hold`` is the shortest time between two flips; before ``not_before`` nothing
-    happens; at ``deadline`` the module goes on whatever the metric says.
+    The metric, smoothed (0: not at all), must pass ``above`` (or fall below ``below``); with ``release`` the module is
+    disabled again when it comes back past that. ``hold`` is the shortest time between two flips; before ``not_before`` nothing
+    happens; at ``deadline`` the module is enabled whatever the metric says.
     """
 
     metric: Pattern  # what is watched
@@ -71,8 +71,8 @@ ACTIONS = {
 class Event(Strict):
     """One of enable, disable (a module), freeze, unfreeze (parameters, by path), ``at`` a time or ``when`` a metric says."""
 
-    enable: Pattern | None = None  # module that goes on
-    disable: Pattern | None = None  # module that goes off
+    enable: Pattern | None = None  # module to enable
+    disable: Pattern | None = None  # module to disable
     freeze: Pattern | None = None  # parameters that stay as they are, by path or pattern
     unfreeze: Pattern | None = None  # parameters that train again
     at: WrittenTime | None = None  # when: a time such as 2ep, 500st, 10%, moe.enabled + 1ep

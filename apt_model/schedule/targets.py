@@ -55,7 +55,7 @@ OF_EXPERTS: Final[dict[str, Domain]] = {
     "z_loss_weight": NOT_NEGATIVE,
     "jitter": BELOW_ONE,
 }
-"""What moves in each layer of experts, and is read while they are on."""
+"""What moves in each layer of experts, and is read while they are enabled."""
 
 OF_OPTIMIZER: Final[dict[str, Domain]] = {"optimizer.lr": NOT_NEGATIVE, "optimizer.weight_decay": NOT_NEGATIVE}
 """Targets of the optimizer: the learning rate, and the decay of matrices."""

@@ -1,4 +1,4 @@
-"""What a curriculum will do, told in order: the moments at which something begins, ends, or switches."""
+"""What a curriculum will do, in order: the moments at which something begins, ends, or switches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from apt_model.schedule.targets import MODULES
 
 @dataclass(frozen=True)
 class Moment:
-    """A planned update, what happens at it, and the values in force during it."""
+    """A planned update, what happens at it, and the scheduled values during it."""
 
     clock: Clock
     share: float  # of the run's updates, 0 to 1
@@ -33,13 +33,13 @@ def timeline(program: Program) -> list[Moment]:
         verbs = ("on", "off") if subject.state == "enabled" else ("frozen", "trained again")
         for switch in switches:
             step = switch.at.step(horizon, program.fired)
-            told = f"{subject.name} {verbs[0] if switch.on else verbs[1]}"
+            event = f"{subject.name} {verbs[0] if switch.on else verbs[1]}"
             if step is None:
-                add(0, f"{told}: {switch.at}, whenever that is")
-            add(step, told)
+                add(0, f"{event}: {switch.at}, whenever that is")
+            add(step, event)
     for subject, when in program.latches.items():
         sign, threshold = (">", when.above) if when.above is not None else ("<", when.below)
-        condition = f"{subject.name} goes on when {when.metric} {sign} {threshold:g}"
+        condition = f"{subject.name} is enabled when {when.metric} {sign} {threshold:g}"
         add(when.not_before.step(horizon, program.fired), f"from here on {condition}")
         if when.deadline is not None:
             add(when.deadline.step(horizon, program.fired), f"{subject.name} on at the latest")
@@ -61,7 +61,7 @@ def timeline(program: Program) -> list[Moment]:
 
 
 def series(program: Program, points: int = 512) -> tuple[list[int], list[dict[str, bool | float]]]:
-    """Return planned steps, ``points`` or so, every epoch's first and every event among them, and what is in force at each."""
+    """Return planned steps, ``points`` or so, every epoch's first and all events among them, and the scheduled values at each."""
     horizon = program.horizon
     stride = max(1, horizon.steps // points)
     epochs = range(0, horizon.steps, horizon.updates_per_epoch * max(1, horizon.epochs // points))
@@ -71,7 +71,7 @@ def series(program: Program, points: int = 512) -> tuple[list[int], list[dict[st
 
 
 def effect(program: Program, points: int = 128) -> list[dict[str, bool | float | None]]:
-    """Return what a model would notice: values count only while the module that reads them is on."""
+    """Return what a model would notice: values count only while the module that reads them is enabled."""
     noticed = []
     for state in series(program, points)[1]:
         read: dict[str, bool | float | None] = {}

@@ -3,53 +3,41 @@
 from __future__ import annotations
 
 import logging
-import math
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from apt_model.data import Corpus, Sampler
 from apt_model.data.batches import Batches
-from apt_model.errors import ConfigError, HorizonError, NonFiniteError, TrainingError
+from apt_model.errors import ConfigError, HorizonError, TrainingError
 from apt_model.gpt import GPT
-from apt_model.layers.tally import routing_metrics
 from apt_model.schedule import Anneal, Change, Clock, ScheduleRunner
-from apt_model.schedule.clock import Unit
 from apt_model.schedule.targets import OF_OPTIMIZER
 from apt_model.training.callbacks import Callback, Callbacks
 from apt_model.training.checkpoint import Checkpoints
-from apt_model.training.compiling import compile_model, compiling, eagerly
-from apt_model.training.device import Precision, choose_device, choose_dtype
-from apt_model.training.distributed import Ranks, any_rank, barrier, gathered, mean_of
-from apt_model.training.follower import Follower, bind
+from apt_model.training.compiling import compile_model, compiling
+from apt_model.training.device import choose_device, choose_dtype
+from apt_model.training.distributed import Ranks, any_rank, barrier, gathered
+from apt_model.training.meter import Meter, Row
 from apt_model.training.optimizer import named_state, parameter_groups
-from apt_model.training.parallel import Parallel, clip_gradients, engine, gathered_state
+from apt_model.training.options import CheckpointOptions, ComputeOptions, LoopOptions, NonFinitePolicy
+from apt_model.training.parallel import engine
 from apt_model.training.randomness import random_state
-from apt_model.training.specialisation import SourceLoads
+from apt_model.training.schedule_driver import ScheduleDriver, bind
+from apt_model.training.sharding import clip_gradients, gathered_state
+from apt_model.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]
-Row = dict[str, float]
 
 
-class Made(NamedTuple):
-    """An update that was made: its losses and the norm of its gradient, 0-dim, on the device."""
-
-    clock: Clock
-    loss: Tensor
-    auxiliary: Tensor
-    norm: Tensor
-    scaled: bool  # whether a norm that is not finite is mixed precision's business
-
-
-class BaseTrainer(Follower):
+class BaseTrainer(ScheduleDriver):
     """What every trainer of this project has in common; a subclass runs the loop, or has it run, in :meth:`fit`.
 
     On CUDA the host does not wait for the device but where a row is logged: losses and norms of the updates between are read
@@ -57,38 +45,16 @@ class BaseTrainer(Follower):
     and where a latch watches training, each update is read at once.
 
     A row goes to ``log`` when the curriculum changed something, every ``log_every`` updates, at each epoch's last update,
-    and after each validation. Where only a value has moved, it tells nothing of single layers. Its ``step`` and ``epoch``
-    are the clock of the update it tells of, from 0; its ``tokens`` and ``time`` (seconds of training) count what that update
-    took, too.
+    and after each validation. Where only a value has moved, it has no metrics of single layers. Its ``step`` and ``epoch``
+    are the clock of its update, from 0; its ``tokens`` and ``time`` (seconds of training) count what that update took, too.
 
     Args:
-        model: moved to ``device``.
+        model: moved to the device.
         optimizer: called with parameter groups.
-        weight_decay: of matrices; vectors do not decay.
-        schedule: a runner whose horizon fits ``corpus`` and the numbers below.
+        schedule: a runner whose horizon fits ``corpus`` and ``loop``.
         corpus: text in two splits.
-        seed: of the batches' order and of validation.
-        max_epochs: epochs to train.
-        max_batches_per_epoch: None: all that the corpus gives.
-        batch_size: sequences a batch.
-        accumulate: batches an update.
-        parallel: how ranks share the model: ``ddp``, each has all of it, or ``fsdp``, each has a part of every layer.
-        expert_parallel: ranks that share one set of experts, with ``fsdp``.
-        precision: ``auto`` is bf16 or, where the device has none, fp16 on CUDA, and fp32 on the CPU.
-        device: ``auto`` is CUDA where there is a device.
-        compile: whether torch.compile makes graphs of the model's parts for training; validation goes without.
-        activation_checkpointing: whether the backward pass computes blocks again, so that only their inputs are kept.
-        grad_clip: largest norm of the gradient; None: no limit.
-        lr_schedule: an anneal of the factor on the optimizer's learning rate; None: the rate is that of the optimizer, or
-            of a curriculum that writes ``optimizer.lr``.
+        loop, compute, saving, nonfinite: see :mod:`apt_model.training.options`.
         resume: the folder of a checkpoint to go on from.
-        log_every: updates between rows.
-        validation_batches: batches of the validation split, the same each time; None: all.
-        checkpoint_every_epochs: epochs between checkpoints; the last epoch always has one.
-        checkpoint_every_minutes: minutes of training after which there is one in the middle of an epoch, too; None: none.
-        on_nonfinite: what follows a loss or gradient that is not finite: ``stop``, ``skip`` the update, or ``rollback``,
-            which stops here and is the caller's to do.
-        leave_out: updates that are not made: (epoch, first batch); what a rollback found.
         checkpoints: where they go; None: none are written.
         log: receives every row.
         callbacks: see :class:`apt_model.training.callbacks.Callback`.
@@ -111,27 +77,11 @@ class BaseTrainer(Follower):
         optimizer: Callable[..., torch.optim.Optimizer],
         schedule: ScheduleRunner,
         corpus: Corpus,
-        max_epochs: int,
-        batch_size: int,
-        lr_schedule: Mapping[str, Any] | None,
-        weight_decay: float = 0.0,
-        seed: int = 0,
-        max_batches_per_epoch: int | None = None,
-        accumulate: int = 1,
-        parallel: Parallel = "ddp",
-        expert_parallel: int = 1,
-        precision: Precision = "auto",
-        device: str = "auto",
-        compile: bool = False,
-        activation_checkpointing: bool = False,
-        grad_clip: float | None = 1.0,
+        loop: LoopOptions,
+        compute: ComputeOptions,
+        saving: CheckpointOptions,
+        nonfinite: NonFinitePolicy,
         resume: Path | None = None,
-        log_every: int = 10,
-        validation_batches: int | None = None,
-        checkpoint_every_epochs: int = 1,
-        checkpoint_every_minutes: float | None = None,
-        on_nonfinite: Literal["stop", "skip", "rollback"] = "stop",
-        leave_out: Collection[tuple[int, int]] = (),
         checkpoints: Checkpoints | None = None,
         log: Callable[[Row], None] = lambda row: None,
         callbacks: Sequence[Callback] = (),
@@ -142,50 +92,50 @@ class BaseTrainer(Follower):
             raise ConfigError(
                 f"trainer.resume: {type(self).__name__} cannot go on from a checkpoint. Go on from it with trainer=default."
             )
-        self.device = choose_device(device)
-        self.autocast_dtype = choose_dtype(precision, self.device)
-        self.scaler = torch.amp.GradScaler("cuda", enabled=self.autocast_dtype == torch.float16)
-        self.ranks = Ranks.of_group() if self.shares_batches else Ranks()
-        if batch_size % self.ranks.world:
-            raise ConfigError(
-                f"trainer.batch_size = {batch_size} cannot be shared by {self.ranks.world} ranks. Make it a multiple of "
-                f"{self.ranks.world}."
-            )
-        self.model: GPT = model.to(self.device)
-        self.model.activation_checkpointing = activation_checkpointing
-        self.engine = engine(
-            parallel,
-            self.model,
-            self.ranks,
-            expert_parallel=expert_parallel,
-            dtype=self.autocast_dtype,
-            device_type=self.device.type,
-        )
-        self.compiled = compile
-        if compile:
-            compile_model(self.model, self.device, whole=self.engine.whole_blocks)
-        self.optimizer = optimizer(parameter_groups(model, weight_decay))
-        self.base_lr: float = self.optimizer.param_groups[0]["lr"]
-        self.lr_curve = Anneal.model_validate(lr_schedule).curve(schedule.planned) if lr_schedule else None
-        self.lr_by: Unit = Anneal.model_validate(lr_schedule).by if lr_schedule else "step"
-        self._bind()
-        self.seed = seed
-        self.train_batches = self._batches(corpus, "train", batch_size, max_batches_per_epoch)
-        self.val_batches = self._batches(corpus, "val", batch_size, validation_batches)
-        self.max_epochs = max_epochs
-        self.accumulate = accumulate
-        self.grad_clip = math.inf if grad_clip is None else grad_clip
+        self.loop, self.compute, self.saving, self.nonfinite = loop, compute, saving, nonfinite
         self.resume = resume
-        self.log_every = log_every
-        self.checkpoint_every_epochs = checkpoint_every_epochs
-        self.checkpoint_every_seconds = 60 * checkpoint_every_minutes if checkpoint_every_minutes else math.inf
-        self.on_nonfinite = on_nonfinite
-        self.leave_out = frozenset(leave_out)
         self.checkpoints = checkpoints
         self.log = log
         self.callbacks = Callbacks(callbacks)
         self.stop_requested = stop_requested
 
+        self.device = choose_device(compute.device)
+        self.autocast_dtype = choose_dtype(compute.precision, self.device)
+        self.scaler = torch.amp.GradScaler("cuda", enabled=self.autocast_dtype == torch.float16)
+        self.ranks = Ranks.of_group() if self.shares_batches else Ranks()
+        if loop.batch_size % self.ranks.world:
+            raise ConfigError(
+                f"trainer.batch_size = {loop.batch_size} cannot be shared by {self.ranks.world} ranks. Make it a multiple of "
+                f"{self.ranks.world}."
+            )
+        self.model: GPT = model.to(self.device)
+        self.model.activation_checkpointing = compute.activation_checkpointing
+        self.engine = engine(
+            compute.parallel,
+            self.model,
+            self.ranks,
+            expert_parallel=compute.expert_parallel,
+            dtype=self.autocast_dtype,
+            device_type=self.device.type,
+        )
+        self.compiled = compute.compile
+        if self.compiled:
+            compile_model(self.model, self.device, whole=self.engine.whole_blocks)
+        self.optimizer = optimizer(parameter_groups(model, loop.weight_decay))
+        self.base_lr: float = self.optimizer.param_groups[0]["lr"]
+        self._lr_factor = self._lay_out_lr()
+        self._bind()
+        self.train_batches = self._batches(corpus, "train", loop.max_batches_per_epoch)
+        self.val_batches = self._batches(corpus, "val", loop.validation_batches)
+        self.meter = Meter(self.model, self.ranks, reads_every_update=self._must_read_every_update())
+        self.validation = Validation(
+            self.model,
+            self.val_batches,
+            seed=loop.seed,
+            device=self.device,
+            autocast=self._autocast,
+            compiled=self.compiled,
+        )
         self.batches_done = 0  # of this epoch
         self.updates_done = 0  # of this epoch, skipped ones not counted
         self.updates_skipped = 0  # of this epoch
@@ -193,28 +143,39 @@ class BaseTrainer(Follower):
         self.seconds = 0.0
         self._saved_at = 0.0  # of these seconds
         self.last_row: Row = {}
-        self.last_loss = torch.tensor(math.nan)  # of the last update, 0-dim; to read it waits for the device
-        self._changes: list[Change] = []  # for the update in the making
-        self._losses: list[Tensor] = []  # of its batches
-        self._auxiliary: list[Tensor] = []
-        self._told: list[dict[str, Tensor]] = []  # what the model told of them
-        self._routing: list[Tensor] = []
-        self._logged = False  # whether it gets a row
-        self._telling = False  # whether the model is asked for metrics of routing
-        self._in_full = False  # whether those of each layer, and of the experts' weights, are wanted, too
-        self._made: list[Made] = []  # updates whose numbers were not read yet
-        self._made_in = [0, 0.0]  # tokens, seconds
-        self._numbers: Row = {}  # of the last update that was read
-        self._began = 0.0
-        self.reads_every_update = self._must_read_every_update()
 
-    def _batches(self, corpus: Corpus, split: Literal["train", "val"], batch_size: int, limit: int | None) -> Batches:
+    @property
+    def max_epochs(self) -> int:
+        """Epochs of the whole run."""
+        return self.loop.max_epochs
+
+    @property
+    def accumulate(self) -> int:
+        """Batches an update."""
+        return self.loop.accumulate
+
+    @property
+    def seed(self) -> int:
+        """The seed of the batches' order and of validation."""
+        return self.loop.seed
+
+    @property
+    def last_loss(self) -> Tensor:
+        """The loss of the last update, 0-dim; to read it waits for the device."""
+        return self.meter.last_loss
+
+    @property
+    def reads_every_update(self) -> bool:
+        """Whether each update's numbers are read at once."""
+        return self.meter.reads_every_update
+
+    def _batches(self, corpus: Corpus, split: Literal["train", "val"], limit: int | None) -> Batches:
         tokens = corpus.read(split)
         sampler = Sampler(
             num_tokens=len(tokens),
             seq_len=self.model.seq_len,
-            batch_size=batch_size,
-            seed=self.seed,
+            batch_size=self.loop.batch_size,
+            seed=self.loop.seed,
             limit=limit,
             name=split,
         )
@@ -244,27 +205,39 @@ class BaseTrainer(Follower):
     # --- an update, in the order of its parts -------------------------------------------------------------------------
 
     def begin_update(self) -> list[Change]:
-        """Bring model, optimizer and learning rate to the clock; tell the callbacks what changed."""
-        self._changes = super().begin_update()
-        if self._changes:
-            self.callbacks.notify("on_schedule", self, self._changes)
+        """Set model, optimizer and learning rate to the clock, call the callbacks, and return what changed."""
+        changes = super().begin_update()
+        if changes:
+            self.callbacks.notify("on_schedule", self, changes)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        self._losses, self._auxiliary, self._told, self._routing = [], [], [], []
-        last = len(self.train_batches) - self.batches_done <= self.accumulate  # of the epoch
-        switched = any(isinstance(change.value, bool) for change in self._changes)
-        regular = self.clock.step % self.log_every == 0 or last or switched
+        last = len(self.train_batches) - self.batches_done <= self.loop.accumulate  # of the epoch
+        switched = any(isinstance(change.value, bool) for change in changes)
+        regular = self.clock.step % self.loop.log_every == 0 or last or switched
         watched = self.schedule.program.watched
-        self._logged = regular or bool(self._changes)
-        self._telling = self._logged or any(name.startswith("moe/") for name in watched)
-        self._in_full = regular or any(name.startswith("moe/layer_") or name == "moe/expert_cosine" for name in watched)
-        self._began = time.perf_counter()
-        return self._changes
+        has_row = regular or bool(changes)
+        self.meter.begin_update(
+            has_row=has_row,
+            with_metrics=has_row or any(name.startswith("moe/") for name in watched),
+            in_full=regular or any(name.startswith("moe/layer_") or name == "moe/expert_cosine" for name in watched),
+        )
+        return changes
+
+    def _lay_out_lr(self) -> Callable[[Clock], float] | None:
+        """Return the factor on the learning rate at a clock; None: the rate has none.
+
+        It goes over the curriculum's length, which a resume with ``on_horizon_change=keep_absolute`` takes from its checkpoint.
+        """
+        if not self.loop.lr_schedule:
+            return None
+        anneal = Anneal.model_validate(self.loop.lr_schedule)
+        curve = anneal.curve(self.schedule.program.horizon)
+        return lambda clock: curve(getattr(clock, anneal.by))
 
     @property
     def lr(self) -> float:
         """The learning rate at the clock."""
-        return self.base_lr * (self.lr_curve(getattr(self.clock, self.lr_by)) if self.lr_curve else 1.0)
+        return self.base_lr * (self._lr_factor(self.clock) if self._lr_factor else 1.0)
 
     def loss_of(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of a batch, 0-dim, to go backward from; tokens and targets: (batch, seq).
@@ -274,24 +247,16 @@ class BaseTrainer(Follower):
         """
         self.callbacks.notify("on_batch_begin", self)
         with self._autocast(), compiling() if self.compiled else nullcontext():
-            output = self.engine.forward(tokens, targets, telling=self._telling)
+            output = self.engine.forward(tokens, targets, with_metrics=self.meter.with_metrics)
         assert output.language_loss is not None
         loss: Tensor = output.language_loss + output.auxiliary_loss
         if not loss.requires_grad:
             raise TrainingError(
                 f"every parameter is frozen at {self.clock}: there is nothing to train. See schedule.events."
             )
-        self._losses.append(output.language_loss.detach())
-        self._auxiliary.append(output.auxiliary_loss.detach())
-        self._told.append(output.metrics)
-        if output.routing is not None:
-            self._routing.append(output.routing)
+        self.meter.add_batch(output)
         self.count(samples=len(tokens) * self.ranks.world, tokens=tokens.numel() * self.ranks.world)
         return loss
-
-    def mean_of_ranks(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return 0-dim values as their means over ranks that share batches."""
-        return values if self.ranks.world == 1 else mean_of(values)
 
     def clip(self, *, scaled: bool) -> Tensor:
         """Limit the gradient's norm and return what it was, 0-dim.
@@ -302,12 +267,10 @@ class BaseTrainer(Follower):
         Raises:
             NonFiniteError: it is not finite and nothing would skip the update, or the loss is not.
         """
-        norm = clip_gradients(self.model.parameters(), self.grad_clip)
-        losses, auxiliary = torch.stack(self._losses).mean(), torch.stack(self._auxiliary).mean()
-        self.last_loss = losses
-        self._made.append(Made(self.clock, losses, auxiliary, norm, scaled))
-        if self.reads_every_update:
-            self._read()
+        norm = clip_gradients(self.model.parameters(), self.loop.largest_norm)
+        self.meter.add_norm(self.clock, norm, scaled=scaled)
+        if self.meter.reads_every_update:
+            self.meter.read()
         else:  # a fused optimizer leaves the weights alone where this is 1, as mixed precision asks it to
             self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
         return norm
@@ -316,67 +279,21 @@ class BaseTrainer(Follower):
         """Say whether each update's numbers have to be known before the next: on CUDA that waits for the device."""
         fused = all(group.get("fused") for group in self.optimizer.param_groups)
         waits = self.device.type != "cuda" or self.scaler.is_enabled() or not (self.may_read_late and fused)
-        return waits or self.on_nonfinite != "stop" or bool(self.schedule.program.watched - {"val/loss"})
-
-    def _read(self) -> None:
-        """Read the numbers of updates that were made since, all at once.
-
-        Raises:
-            NonFiniteError: those of one are not finite.
-        """
-        if not self._made:
-            return
-        made, self._made = self._made, []
-        stacked = torch.stack([torch.stack([m.loss, m.auxiliary]).float() for m in made])
-        losses = self.mean_of_ranks({"losses": stacked})["losses"]
-        norms = torch.stack([m.norm.float() for m in made]).unsqueeze(1)
-        for update, (loss, auxiliary, norm) in zip(made, torch.cat([losses, norms], dim=1).tolist(), strict=True):
-            where = f"at {update.clock}"
-            if not math.isfinite(loss + auxiliary):
-                raise NonFiniteError(
-                    f"the loss is {loss + auxiliary} {where} (language model {loss:g}, auxiliary {auxiliary:g}). The last "
-                    "checkpoint is from before it. Try a lower optimizer.lr, a longer trainer.lr_schedule.warmup or "
-                    "trainer.precision=fp32."
-                )
-            if not math.isfinite(norm) and not update.scaled:
-                raise NonFiniteError(
-                    f"the gradient's norm is {norm} {where}, its loss {loss + auxiliary:g}. The last checkpoint is from "
-                    "before it. Try a lower optimizer.lr or trainer.precision=fp32."
-                )
-            self._numbers = {"train/loss": loss, "train/auxiliary_loss": auxiliary, "train/grad_norm": norm}
+        return waits or self.nonfinite.on_nonfinite != "stop" or bool(self.schedule.program.watched - {"val/loss"})
 
     def end_update(self, metrics: Mapping[str, float] | None = None) -> None:
-        """Take note of an update that has happened, and log it where it is due; the clock goes on."""
+        """Count an update that has happened, log it where it is due, and advance the clock."""
         row: Row = {}
-        if self._logged or self.reads_every_update:
-            self._read()
-            row = self._numbers | {"lr": self.lr} | self._told_by_model()
-        self._made_in[0] += self.tokens
-        self._made_in[1] += self._take_time()
+        if self.meter.has_row or self.meter.reads_every_update:
+            self.meter.read()
+            row = self.meter.numbers() | {"lr": self.lr} | self.meter.model_metrics()
+        self.meter.add_work(tokens=self.tokens, seconds=self._take_time())
         self.updates_done += 1
-        if self._logged:
-            tokens, seconds = self._made_in
-            self._made_in = [0, 0.0]
-            speed = {"tokens_per_second": tokens / seconds}
-            self._log(
-                row | self.schedule.metrics() | speed, step=self.clock.step, tokens=self.clock.token + self.tokens
-            )
+        if self.meter.has_row:
+            row_of_log = row | self.schedule.metrics() | self.meter.take_speed()
+            self._log(row_of_log, step=self.clock.step, tokens=self.clock.token + self.tokens)
         self.callbacks.notify("on_step", self)
         super().end_update(row)
-
-    def _told_by_model(self) -> Row:
-        """Return the model's metrics: means over the update's batches, and what the sums of their routing give."""
-        names = self._told[-1]
-        means = {name: torch.stack([told[name] for told in self._told]).mean() for name in names}
-        row = {name: value.item() for name, value in self.mean_of_ranks(means).items()}
-        if not self._routing:
-            return row
-        sums = torch.stack(self._routing).sum(dim=0)
-        sums = self.mean_of_ranks({"routing": sums})["routing"]
-        if self._in_full:
-            cosines = self.mean_of_ranks({"cosines": self.model.expert_cosines()})["cosines"]
-            return row | routing_metrics(sums, cosines.float())
-        return row | {name: value for name, value in routing_metrics(sums).items() if "/layer_" not in name}
 
     def skip_update(self) -> None:
         """Take note of an update that was skipped; the clock stays."""
@@ -385,9 +302,9 @@ class BaseTrainer(Follower):
         super().skip_update()
 
     def _take_time(self) -> float:
-        took = time.perf_counter() - self._began
+        took = self.meter.elapsed()
         self.seconds += took
-        self.batches_done += len(self._losses)
+        self.batches_done += self.meter.num_batches
         return took
 
     # --- around updates -----------------------------------------------------------------------------------------------
@@ -400,43 +317,24 @@ class BaseTrainer(Follower):
         epoch = self.clock.epoch + 1
         self.clock = self.clock.at_epoch(epoch)
         self.batches_done = self.updates_done = self.updates_skipped = 0
-        if epoch % self.checkpoint_every_epochs == 0 or epoch == self.max_epochs:
+        if epoch % self.saving.checkpoint_every_epochs == 0 or epoch == self.max_epochs:
             self.save(wait=epoch == self.max_epochs, epochs=epoch, loss=loss)
 
     def asked_to_stop(self) -> bool:
         """Say whether the run should stop here; a checkpoint is written then, and also where one is due by time."""
-        due = self.seconds - self._saved_at >= self.checkpoint_every_seconds
+        due = self.seconds - self._saved_at >= self.saving.seconds
         asked, due = any_rank(self.stop_requested(), due) if self.ranks.world > 1 else (self.stop_requested(), due)
         if asked or due:
             self.save(wait=asked)
         return asked
 
-    @torch.no_grad()
     def validate(self) -> float:
         """Return the mean loss on the validation batches, and log it with the clock of the last update."""
-        self.model.eval()
-        losses = []
-        loads = self._loads_by_source()
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), eagerly() if self.compiled else nullcontext():
-            torch.manual_seed(self.seed)  # the voter draws: the same draws each time, and none from training
-            for number, (tokens, targets) in enumerate(self.val_batches.epoch(0, device=self.device)):
-                with self._autocast(), loads.counting(number, tokens) if loads else nullcontext():
-                    losses.append(self.model(tokens, targets, telling=False).language_loss)
-        self.model.train()
+        metrics = self.validation()
         self.engine.rest()
-        loss = torch.stack(losses).mean().item()
-        self.schedule.observe({"val/loss": loss})
-        told = {"val/loss": loss} | (loads.metrics() if loads else {})
-        self._log(told | self.schedule.metrics(), step=self.clock.step - 1, tokens=self.clock.token)
-        return loss
-
-    def _loads_by_source(self) -> SourceLoads | None:
-        """Return what counts who serves whom, where the validation text has several sources and experts are on."""
-        sources = self.val_batches.tokens.sources
-        if sources is None or len(sources.names) < 2 or not any(layer.enabled for layer in self.model.moe_layers):
-            return None
-        return SourceLoads(self.model.moe_layers, sources, self.val_batches.sampler.windows(0))
+        self.schedule.observe({"val/loss": metrics["val/loss"]})
+        self._log(metrics | self.schedule.metrics(), step=self.clock.step - 1, tokens=self.clock.token)
+        return metrics["val/loss"]
 
     def _log(self, metrics: Row, *, step: int, tokens: int) -> None:
         when = {"step": step, "epoch": self.clock.epoch, "tokens": tokens, "time": round(self.seconds, 3)}
@@ -502,7 +400,7 @@ class BaseTrainer(Follower):
             CheckpointError: it could not be written; without ``wait`` that is a warning.
         """
         self._saved_at = self.seconds
-        self._read()  # what is not finite gets no checkpoint
+        self.meter.read()  # what is not finite gets no checkpoint
         if self.checkpoints is None and self.ranks.world == 1:
             return
         state = self.state_dict()

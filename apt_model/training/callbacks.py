@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from apt_model.errors import AptError, CallbackError
-from apt_model.schedule import Change
+from apt_model.schedule import Change, Clock, ScheduleRunner
 
 if TYPE_CHECKING:
-    from apt_model.training.base import BaseTrainer
+    import torch
+    from torch import Tensor
+
+    from apt_model.gpt import GPT
 
 Event = Literal[
     "on_train_begin",
@@ -23,31 +26,67 @@ Event = Literal[
 ]
 
 
-class Callback:
-    """Base of callbacks: override what you need. The trainer's ``clock``, ``last_row`` and ``model`` tell the rest."""
+class TrainerView(Protocol):
+    """What a callback may read of the trainer that it watches."""
 
-    def on_train_begin(self, trainer: BaseTrainer) -> None:
+    @property
+    def clock(self) -> Clock:
+        """The clock of the update in the making, or of the next one."""
+
+    @property
+    def schedule(self) -> ScheduleRunner:
+        """The curriculum, its horizon and its scheduled values."""
+
+    @property
+    def model(self) -> GPT:
+        """The model, with the modules of now."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is computed."""
+
+    @property
+    def max_epochs(self) -> int:
+        """Epochs of the whole run."""
+
+    @property
+    def last_row(self) -> Mapping[str, float]:
+        """The row that was logged last."""
+
+    @property
+    def last_loss(self) -> Tensor:
+        """The loss of the last update, 0-dim; to read it waits for the device."""
+
+    @property
+    def reads_every_update(self) -> bool:
+        """Whether each update's numbers are read at once, so that ``last_loss`` costs nothing."""
+
+
+class Callback:
+    """Base of callbacks: override what you need. The trainer's ``clock``, ``last_row`` and ``model`` are there to read."""
+
+    def on_train_begin(self, trainer: TrainerView) -> None:
         """Before the first update, after a resume."""
 
-    def on_train_end(self, trainer: BaseTrainer) -> None:
+    def on_train_end(self, trainer: TrainerView) -> None:
         """After the last update; also when the run fails or is interrupted."""
 
-    def on_epoch_begin(self, trainer: BaseTrainer) -> None:
+    def on_epoch_begin(self, trainer: TrainerView) -> None:
         """Before the first update of an epoch."""
 
-    def on_epoch_end(self, trainer: BaseTrainer) -> None:
+    def on_epoch_end(self, trainer: TrainerView) -> None:
         """After an epoch's validation, before its checkpoint."""
 
-    def on_batch_begin(self, trainer: BaseTrainer) -> None:
+    def on_batch_begin(self, trainer: TrainerView) -> None:
         """Before the forward pass of each batch; with accumulation several make one update."""
 
-    def on_batch_end(self, trainer: BaseTrainer) -> None:
+    def on_batch_end(self, trainer: TrainerView) -> None:
         """After the backward pass of each batch."""
 
-    def on_schedule(self, trainer: BaseTrainer, changes: Sequence[Change]) -> None:
+    def on_schedule(self, trainer: TrainerView, changes: Sequence[Change]) -> None:
         """When the curriculum has changed something, before the update it is for."""
 
-    def on_step(self, trainer: BaseTrainer) -> None:
+    def on_step(self, trainer: TrainerView) -> None:
         """After each optimizer update, with its row in ``trainer.last_row``; the clock is still that of the update."""
 
 
@@ -57,7 +96,7 @@ class Callbacks:
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self.callbacks = list(callbacks)
 
-    def notify(self, event: Event, trainer: BaseTrainer, *details: object) -> None:
+    def notify(self, event: Event, trainer: TrainerView, *details: object) -> None:
         """Call ``event`` of every callback.
 
         Raises:

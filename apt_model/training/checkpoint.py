@@ -133,11 +133,11 @@ class Checkpoints:
         """Remove what need not stay; the newest one always does."""
         there = [path for path in self.all() if not path.name.startswith(".")]
         stay = set(there[-self.keep_last :])
-        told = {path: _told(path) for path in there}
-        losses = [path for path in there if told[path].get("loss") is not None]
-        stay |= set(sorted(losses, key=lambda path: told[path]["loss"])[: self.keep_best])
+        manifests = {path: _manifest_or_empty(path) for path in there}
+        losses = [path for path in there if manifests[path].get("loss") is not None]
+        stay |= set(sorted(losses, key=lambda path: manifests[path]["loss"])[: self.keep_best])
         if self.keep_every is not None:
-            epochs = {path: told[path].get("epochs") for path in there}
+            epochs = {path: manifests[path].get("epochs") for path in there}
             stay |= {path for path, done in epochs.items() if done and done % self.keep_every == 0}
         for old in [*(path for path in there if path not in stay), *self.folder.glob(".step-*")]:
             shutil.rmtree(old, ignore_errors=True)
@@ -154,7 +154,7 @@ def _replaced(final: Path) -> Path:
     return final.with_name(f".{final.name}.old")
 
 
-def _told(checkpoint: Path) -> dict[str, Any]:
+def _manifest_or_empty(checkpoint: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -14,7 +14,7 @@ from apt_model.errors import SIGNALS, ConfigError, TrainingError, cause_of
 from apt_model.gpt import GPT
 
 STATES = 256
-"""In which a block may be compiled in one run: what is on, what is frozen, with metrics or without."""
+"""In which a block may be compiled in one run: what is enabled, what is frozen, with metrics or without."""
 
 
 def compile_model(model: GPT, device: torch.device, *, whole: bool) -> None:

@@ -18,7 +18,8 @@ from apt_model.errors import ConfigError
 from apt_model.gpt import GPT
 from apt_model.layers.feed_forward import Experts
 from apt_model.layers.moe import MoE
-from apt_model.training.parallel import Engine, whole
+from apt_model.training.engines import Engine
+from apt_model.training.sharding import full_tensor
 
 
 class Sharded(Engine):
@@ -167,7 +168,7 @@ def _whole_module(part: Any) -> nn.Module:
         if name not in of_engines and not name.startswith("__composable"):
             setattr(alike, name, value)
     for name, parameter in part.named_parameters():
-        alike.register_parameter(name, nn.Parameter(whole(parameter.detach()), parameter.requires_grad))
+        alike.register_parameter(name, nn.Parameter(full_tensor(parameter.detach()), parameter.requires_grad))
     for name, buffer in part.named_buffers():
         alike.register_buffer(name, buffer, persistent=name not in part._non_persistent_buffers_set)
     module: nn.Module = alike

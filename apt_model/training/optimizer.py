@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from apt_model.layers.moe import Lineage
-from apt_model.training.parallel import shared_as, whole
+from apt_model.training.sharding import full_tensor, shared_as
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -64,7 +64,7 @@ def _inherit(name: str, value: Any, link: Lineage) -> Any:
     if value.shape != link.parent.shape:  # the count of updates, for Adam's bias correction
         return value.clone()
     power = 2 if name.endswith("sq") else 1
-    return shared_as(link.shaped(whole(value) * link.gradient_scale**power), link.child).clone()
+    return shared_as(link.shaped(full_tensor(value) * link.gradient_scale**power), link.child).clone()
 
 
 def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What validation tells of who serves whom: the sources of the text, and the experts of its tokens."""
+"""Metrics of validation: how far the source of a token decides which experts it goes to."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class SourceLoads:
         self.counts[number] = found if before is None else before + found
 
     def metrics(self) -> dict[str, float]:
-        """Return what the source of a token tells about its expert, in nats, by name.
+        """Return the information of a token's source about its expert, in nats, by name.
 
         ``val/specialisation`` is their mutual information, the mean over layers; ``val/layer_03/specialisation`` that of a
         layer. ``val/source/NAME/specialisation`` is how far the load of one source is from that of all (Kullback-Leibler),
@@ -77,13 +77,13 @@ class SourceLoads:
         apart = -entropy(own) - torch.xlogy(own, load).sum(dim=2)  # (layers, sources)
         share = of_source.squeeze(2) / of_source.sum(dim=1)
         of_layers = (share * apart).sum(dim=1)
-        told = {"val/specialisation": of_layers.mean().item()}
-        told |= {
+        metrics = {"val/specialisation": of_layers.mean().item()}
+        metrics |= {
             f"val/layer_{number:02}/specialisation": value
             for (number, _), value in zip(known, of_layers.tolist(), strict=True)
         }
         present = of_source[0, :, 0].tolist()
-        return told | {
+        return metrics | {
             f"val/source/{name}/specialisation": value
             for name, value, slots in zip(self.sources.names, apart.mean(dim=0).tolist(), present, strict=True)
             if slots

@@ -15,9 +15,9 @@ from apt_model.schedule import Change, Clock
 from apt_model.training import checkpoint
 from apt_model.training.base import BaseTrainer, Batch
 from apt_model.training.distributed import average_buffers
-from apt_model.training.follower import restore_model
 from apt_model.training.optimizer import load_named_state
 from apt_model.training.randomness import restore_random_state
+from apt_model.training.schedule_driver import restore_model
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Trainer(BaseTrainer):
             for epoch in range(self.clock.epoch, self.max_epochs):
                 self.callbacks.notify("on_epoch_begin", self)
                 for batches in self._updates(epoch):
-                    if (epoch, self.batches_done) in self.leave_out:
+                    if (epoch, self.batches_done) in self.nonfinite.leave_out:
                         self.leave_out_update(batches)
                         continue
                     self.begin_update()
@@ -120,14 +120,14 @@ class Trainer(BaseTrainer):
             NonFiniteError: it does not, or this one was the last of too many in a row.
         """
         self._given_up += 1
-        if self.on_nonfinite != "skip":
+        if self.nonfinite.on_nonfinite != "skip":
             raise error
         if self._given_up > MOST_SKIPPED:
             raise NonFiniteError(f"{MOST_SKIPPED} updates in a row were skipped, and still {error}")
         logger.warning("skipped an update: %s", str(error).split(". The last checkpoint")[0])
         self.engine.rest()
         self.optimizer.zero_grad(set_to_none=True)
-        self.batches_done += len(batches) - len(self._losses)  # those that were not tried
+        self.batches_done += len(batches) - self.meter.num_batches  # those that were not tried
         self.skip_update()
 
     def _stop_if_requested(self) -> None:
@@ -143,6 +143,7 @@ class Trainer(BaseTrainer):
         """
         state = checkpoint.load(path)
         restore_model(self.model, self.schedule, state, switches=self.engine.switches())
+        self._lr_factor = self._lay_out_lr()
         load_named_state(self.optimizer, self.model, state["optimizer"])
         self.schedule.reconcile()
         self.follow()

@@ -11,16 +11,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from apt_model.schedule import Change
-from apt_model.training.callbacks import Callback
-
-if TYPE_CHECKING:
-    from apt_model.training.base import BaseTrainer
+from apt_model.training.callbacks import Callback, TrainerView
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +38,7 @@ class SpikeWatch(Callback):
         self.armed: tuple[str, float, float, float, deque[Tensor]] | None = None
         self.left = 0
 
-    def on_schedule(self, trainer: BaseTrainer, changes: Sequence[Change]) -> None:
+    def on_schedule(self, trainer: TrainerView, changes: Sequence[Change]) -> None:
         """Take note of what the loss was."""
         switched = [change for change in changes if isinstance(change.value, bool)]
         if switched and len(self.losses) >= self.short:
@@ -57,7 +54,7 @@ class SpikeWatch(Callback):
             )
             self.left = self.window
 
-    def on_step(self, trainer: BaseTrainer) -> None:
+    def on_step(self, trainer: TrainerView) -> None:
         """Compare."""
         self.losses.append(trainer.last_loss)
         if self.armed is None:
@@ -94,7 +91,7 @@ class CollapseWatch(Callback):
     """Warns once, with numbers, if the routing of some layer collapses.
 
     It has where a quarter of the experts get no token, or where the load is as uneven as if only half of them were in use
-    (the exponential of its entropy, which is their number if it is even); in every row that tells of layers for ``updates``
+    (the exponential of its entropy, which is their number if it is even); in every row with metrics of layers for ``updates``
     updates, three rows at least.
     """
 
@@ -102,12 +99,12 @@ class CollapseWatch(Callback):
         self.updates = updates
         self.rows = rows
         self.since: dict[int, tuple[int, int]] = {}  # of a layer that looks collapsed: first step, rows
-        self.told = False
+        self.warned = False
 
-    def on_step(self, trainer: BaseTrainer) -> None:
+    def on_step(self, trainer: TrainerView) -> None:
         """Look at the update's row, if it has one."""
         row, step = trainer.last_row, trainer.clock.step
-        if self.told or row.get("step") != step or "moe/layer_00/load_entropy" not in row:
+        if self.warned or row.get("step") != step or "moe/layer_00/load_entropy" not in row:
             return
         for number, layer in enumerate(trainer.model.moe_layers):
             dead = row[f"moe/layer_{number:02}/dead_experts"]
@@ -130,7 +127,7 @@ class CollapseWatch(Callback):
                     used,
                     layer.balance_loss_weight.item(),
                 )
-                self.told = True
+                self.warned = True
                 return
 
 
@@ -158,9 +155,9 @@ def host_memory(root: Path = Path("/")) -> Memory | None:
             group = group.parent
         limit = (group / "memory.max").read_text().strip()
         if limit != "max":
-            told = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
             current = int((group / "memory.current").read_text())
-            return Memory(current - int(told.get("inactive_file", 0)), int(limit))
+            return Memory(current - int(stat.get("inactive_file", 0)), int(limit))
     except (OSError, ValueError, StopIteration):
         pass  # no control groups of version 2
     try:
@@ -212,7 +209,7 @@ class Watchdog(Callback):
         self._thread: threading.Thread | None = None
         self._progress = self._armed = 0.0
 
-    def on_train_begin(self, trainer: BaseTrainer) -> None:
+    def on_train_begin(self, trainer: TrainerView) -> None:
         """Begin to look."""
         device = trainer.device
         self.memory = self.memory or (lambda: {"the host": host_memory(), str(device): device_memory(device)})
@@ -221,19 +218,19 @@ class Watchdog(Callback):
         self._thread = threading.Thread(target=self._look, args=(trainer,), name="watchdog", daemon=True)
         self._thread.start()
 
-    def on_batch_end(self, trainer: BaseTrainer) -> None:
-        """Take note that things go on."""
+    def on_batch_end(self, trainer: TrainerView) -> None:
+        """Note the time of progress."""
         self._note()
 
-    def on_step(self, trainer: BaseTrainer) -> None:
-        """Take note that things go on."""
+    def on_step(self, trainer: TrainerView) -> None:
+        """Note the time of progress."""
         self._note()
 
-    def on_epoch_end(self, trainer: BaseTrainer) -> None:
-        """Take note that things go on."""
+    def on_epoch_end(self, trainer: TrainerView) -> None:
+        """Note the time of progress."""
         self._note()
 
-    def on_train_end(self, trainer: BaseTrainer) -> None:
+    def on_train_end(self, trainer: TrainerView) -> None:
         """Look no more."""
         if self._thread is not None:
             self._ended.set()
@@ -247,9 +244,9 @@ class Watchdog(Callback):
             self._armed = self._progress
             faulthandler.dump_traceback_later(self.stall_seconds, file=self._file)
 
-    def _look(self, trainer: BaseTrainer) -> None:
-        stalled = 0.0  # of which progress that was told
-        told: set[str] = set()
+    def _look(self, trainer: TrainerView) -> None:
+        stalled = 0.0  # the progress after which a stall was reported
+        warned: set[str] = set()
         while not self._ended.wait(self.every):
             stands = time.monotonic() - self._progress
             if self.stall_seconds and stands > self.stall_seconds and stalled != self._progress:
@@ -262,8 +259,8 @@ class Watchdog(Callback):
                 )
             assert self.memory is not None
             for name, memory in self.memory().items():
-                if memory and name not in told and memory.used > self.nearly_full * memory.total:
-                    told.add(name)
+                if memory and name not in warned and memory.used > self.nearly_full * memory.total:
+                    warned.add(name)
                     logger.warning(
                         "the memory of %s is nearly full: %.1f of %.1f GiB. A lower trainer.batch_size with a higher "
                         "trainer.accumulate needs less; a job gets more by launch.mem_gb.",

@@ -19,7 +19,8 @@ from apt_launch.runs.build import build_trainer
 from apt_model.data import Sampler, StdlibCorpus, TextCorpus
 from apt_model.data.batches import Batches
 from apt_model.data.corpora import ByteCorpus
-from apt_model.data.shards import Shards, write
+from apt_model.data.shard_writer import write
+from apt_model.data.shards import Shards
 from apt_model.data.tokenizer import ByteTokenizer, Tokenizer, train_tokenizer
 from apt_model.data.tokens import Tokens
 from apt_model.training.trainer import Trainer
@@ -32,7 +33,7 @@ COPIES = 20
 def make(folder: Path, corpus: ByteCorpus, name: str, tokenizer: Tokenizer) -> Shards:
     """Make shards, and print how fast."""
     began = time.perf_counter()
-    write(folder, corpus, tokenizer, key="OUT", told=corpus.told)
+    write(folder, corpus, tokenizer, key="OUT", on_progress=corpus.on_progress)
     made = time.perf_counter()
     shards = Shards(folder)
     tokens = shards.count("train") + shards.count("val")

@@ -49,7 +49,7 @@ def main() -> None:
 
     def update(telling: bool) -> dict[str, float]:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            output = model(batch[:, :-1], batch[:, 1:], telling=telling)
+            output = model(batch[:, :-1], batch[:, 1:], with_metrics=telling)
         (output.language_loss + output.auxiliary_loss).backward()
         optimizer.step()
         optimizer.zero_grad()

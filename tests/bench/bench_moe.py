@@ -81,7 +81,7 @@ def ours(sizes: Sizes, capacity_factor: float | None = None, compiled: bool = Fa
     )
     layer.enable(True)
     called = torch.compile(layer, dynamic=False) if compiled else layer
-    return lambda x: called(x.unsqueeze(0), telling=False)  # as in updates without a row
+    return lambda x: called(x.unsqueeze(0), with_metrics=False)  # as in updates without a row
 
 
 def of_transformers(sizes: Sizes, implementation: str) -> Layer:

@@ -148,7 +148,7 @@ def test_tokens_are_made_once_and_again_where_text_or_tokenizer_have_changed(tmp
             tokenizer=str(tmp_path / "t.json"),
             cache=str(tmp_path / "cache"),
         )
-        corpus.told = lambda split, done, tokens: told.append(split)
+        corpus.on_progress = lambda split, done, tokens: told.append(split)
         return corpus.count("train")
 
     first = count()

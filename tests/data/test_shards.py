@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apt_model.data import ShardsCorpus
-from apt_model.data.corpora import Document, DocumentCorpus, Split, Told
-from apt_model.data.shards import MANIFEST, Shards, _pieces, write
+from apt_model.data.corpora import DocumentCorpus
+from apt_model.data.corpus import Document, OnProgress, Split
+from apt_model.data.shard_writer import _pieces, write
+from apt_model.data.shards import MANIFEST, Shards
 from apt_model.data.tokenizer import ByteTokenizer, Tokenizer, train_tokenizer
 from apt_model.errors import ConfigError
 
@@ -40,7 +42,7 @@ class Memory(DocumentCorpus):
 
 def made(folder: Path, tokenizer: Tokenizer = BPE, **options: Any) -> Shards:
     corpus = Memory(max_tokens=options.pop("max_tokens", None))
-    write(folder, corpus, tokenizer, key="OUT", **{"told": corpus.told, "shard_tokens": 400} | options)
+    write(folder, corpus, tokenizer, key="OUT", **{"on_progress": corpus.on_progress, "shard_tokens": 400} | options)
     return Shards(folder)
 
 
@@ -80,7 +82,7 @@ def test_what_was_cut_off_goes_on_with_the_shards_that_are_complete(tmp_path: Pa
             raise CutError
 
     with pytest.raises(CutError):
-        made(folder, told=cut)
+        made(folder, on_progress=cut)
     assert not folder.exists()
     with pytest.raises(ConfigError, match=r"\.out\.partial was cut off\. Go on with it: the command that began it"):
         Shards(folder)
@@ -98,7 +100,7 @@ def test_what_was_begun_of_other_text_or_is_damaged_is_begun_anew(tmp_path: Path
     for damage in (False, True):
         folder = tmp_path / str(damage)
         with pytest.raises(CutError):
-            made(folder, told=cut, **({} if damage else {"max_tokens": 900}))
+            made(folder, on_progress=cut, **({} if damage else {"max_tokens": 900}))
         if damage:
             next((tmp_path / f".{folder.name}.partial").glob("train-*.bin")).write_bytes(b"else")
         assert made(folder).read("train").array().tolist() == expected("train")
@@ -108,7 +110,9 @@ def test_several_processes_make_them_once(tmp_path: Path) -> None:
     """Locks of open files hold off threads as they do processes."""
     told: list[str] = []
     threads = [
-        threading.Thread(target=made, args=(tmp_path / "out",), kwargs={"told": lambda *told_: told.append(told_[0])})
+        threading.Thread(
+            target=made, args=(tmp_path / "out",), kwargs={"on_progress": lambda *made: told.append(made[0])}
+        )
         for _ in range(4)
     ]
     for thread in threads:
@@ -142,7 +146,7 @@ def edit(path: Path, **changes: Any) -> None:
         (lambda out: (out / "tokenizer.json").unlink(), r"tokenizer\.json is missing"),
         (lambda out: (out / MANIFEST).write_text("{}"), r"manifest\.json is no manifest of shards, or damaged"),
         (lambda out: (out / MANIFEST).write_text('{"a'), r"manifest\.json is no manifest of shards, or damaged"),
-        (lambda out: edit(out / MANIFEST, splits={}), r"manifest\.json is damaged: it tells of no train split"),
+        (lambda out: edit(out / MANIFEST, splits={}), r"manifest\.json is damaged: it has no train split"),
         (lambda out: edit(out / MANIFEST, format="shards 2"), r"is no manifest of shards, or damaged"),
         (lambda out: edit(out / MANIFEST, dtype="<f4"), r"is no manifest of shards, or damaged"),
         (lambda out: edit(out / MANIFEST, vocab_size=200), r"has the token 2\d\d, but manifest\.json says .* are 200"),
@@ -184,8 +188,8 @@ def test_pieces_of_a_long_document_have_the_tokens_of_the_whole(words: list[str]
 
 def test_progress_is_told_up_to_its_end_once(tmp_path: Path) -> None:
     rows: list[tuple[str, float, int]] = []
-    told: Told = lambda split, done, tokens: rows.append((split, done, tokens))  # noqa: E731
-    made(tmp_path / "out", told=told)
+    show: OnProgress = lambda split, done, tokens: rows.append((split, done, tokens))  # noqa: E731
+    made(tmp_path / "out", on_progress=show)
     assert [row for row in rows if row[1] == 1.0] == [
         ("val", 1.0, len(expected("val"))),
         ("train", 1.0, len(expected("train"))),

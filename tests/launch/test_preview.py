@@ -121,7 +121,7 @@ def test_the_page_needs_nothing_from_outside(composed: Callable[..., RunConfig])
         ),
         (
             ["schedule.enable_voter_at_epoch=null"],
-            "schedule.vote_threshold anneals what nothing reads: voter never goes on",
+            "schedule.vote_threshold anneals what nothing reads: voter is never enabled",
         ),
         (
             ["+schedule.events.off={disable: moe, at: 1ep}", "schedule.enable_moe_at_epoch=null"],

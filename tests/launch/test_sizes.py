@@ -66,7 +66,7 @@ def at_its_end(config: RunConfig) -> GPT:
 
 def loss_of(model: GPT, config: RunConfig) -> Tensor:
     tokens = torch.randint(0, 256, (config.trainer.batch_size, config.model.seq_len + 1))
-    output = model(tokens[:, :-1], tokens[:, 1:], telling=False)  # as most updates are
+    output = model(tokens[:, :-1], tokens[:, 1:], with_metrics=False)  # as most updates are
     assert output.language_loss is not None
     return output.language_loss + output.auxiliary_loss
 

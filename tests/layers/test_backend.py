@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apt_model.layers.attention import SelfAttention
 from apt_model.layers.backend import mkl_products, onednn_products
-from apt_model.layers.blocks import places
+from apt_model.layers.cpu_experts import places
 from apt_model.layers.feed_forward import FeedForward
 from apt_model.layers.moe import MoE
 from apt_model.layers.router import plan_dispatch

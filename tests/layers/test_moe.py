@@ -143,6 +143,33 @@ def test_switching_on_leaves_the_function_as_it_was(
     assert torch.allclose(before, after, atol=1e-5)
 
 
+@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("temperature", [1e-40, 1e-6, 1e-4, 1e-3, 3e-3, 1e-2, 1e3, 1e30])
+@pytest.mark.parametrize("capacity", [None, 1.0, 1.25])
+@pytest.mark.parametrize(("top_k", "granularity"), [(1, 1), (2, 1), (1, 4), (2, 2)])
+def test_no_temperature_moves_the_function_when_experts_begin(
+    router: str, temperature: float, capacity: float | None, top_k: int, granularity: int
+) -> None:
+    """Scores underflow or saturate for most tokens, or are all the same; one token is 0, so that its logits are."""
+    moe = layer(
+        router=router,
+        capacity_factor=capacity,
+        num_experts=4 * granularity,
+        top_k=top_k * granularity,
+        granularity=granularity,
+    )
+    x = 3.0 * torch.randn(2, 40, 16) - 1.0
+    x[1, 7] = 0.0
+    before, _ = moe(x)
+    moe.enable(True)
+    moe.temperature.fill_(temperature)
+    after, report = moe(x)
+    assert torch.allclose(before, after, atol=1e-5)
+    assert report is not None
+    (after.sum() + report.loss).backward()
+    assert all(weight.grad is not None and torch.isfinite(weight.grad).all() for weight in moe.parameters())
+
+
 @pytest.mark.parametrize("granularity", [1, 2, 4])
 @pytest.mark.parametrize("shared_expert", [False, True])
 def test_tokens_that_all_experts_turned_away_leave_the_function_as_it_was_too(
@@ -384,7 +411,7 @@ def test_sums_of_two_batches_give_the_metrics_of_one_batch_with_both() -> None:
 def test_what_is_not_asked_for_is_not_told_and_the_output_is_the_same() -> None:
     moe = apart(layer())
     x = torch.randn(2, 8, 16)
-    told, silent = moe(x), moe(x, telling=False)
+    told, silent = moe(x), moe(x, with_metrics=False)
     assert silent[1].sums is None
     assert torch.equal(told[0], silent[0])
     assert torch.equal(told[1].loss, silent[1].loss)

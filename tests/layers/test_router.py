@@ -17,7 +17,7 @@ from apt_model.layers.router import (
 
 def routing(experts: list[list[int]], weights: list[list[float]]) -> Routing:
     nothing = torch.empty(0)
-    return Routing(torch.tensor(experts), torch.tensor(weights), nothing, nothing)
+    return Routing(torch.tensor(experts), torch.tensor(weights), torch.tensor(weights).log(), nothing, nothing)
 
 
 def test_weights_of_the_chosen_experts_sum_to_one_and_are_the_largest() -> None:
@@ -59,6 +59,37 @@ def test_the_bias_of_a_sigmoid_router_changes_the_choice_and_not_the_weights() -
     s0, s2 = 1 / (1 + math.exp(-2)), 0.5
     assert chosen.experts[0].tolist() == [2, 0]
     assert chosen.weights[0].tolist() == pytest.approx([s2 / (s0 + s2), s0 / (s0 + s2)])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_scores_that_underflow_or_saturate_still_choose_and_weigh_by_their_logits(scoring: str, sign: int) -> None:
+    router = Router(d_model=1, num_experts=4, top_k=2, scoring=scoring)
+    with torch.no_grad():
+        router.weight.copy_(sign * torch.tensor([[0.5], [0.75], [1.0], [1.25]]))
+    chosen = router(
+        torch.tensor([[1.0]]), torch.tensor(1e-3)
+    )  # logits over it are 500, 750, 1000, 1250, or their opposites
+    assert chosen.experts[0].tolist() == ([3, 2] if sign == 1 else [0, 1])
+    saturated = scoring == "sigmoid" and sign == 1  # all scores are 1
+    assert chosen.weights[0].tolist() == ([0.5, 0.5] if saturated else [1.0, 0.0])
+    assert chosen.probabilities[0].sort(descending=True).values.tolist() == (
+        [0.25] * 4 if saturated else [1.0, 0, 0, 0]
+    )
+
+
+def test_where_the_only_expert_of_any_weight_is_full_the_next_one_has_all_of_it() -> None:
+    router = Router(d_model=2, num_experts=3, top_k=2)
+    with torch.no_grad():
+        router.weight.copy_(torch.tensor([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0]]))
+    chosen = router(torch.tensor([[2.0, 0.0], [1.0, 0.0]]), torch.tensor(1e-3))
+    assert chosen.weights.tolist() == [[1.0, 0.0], [1.0, 0.0]]
+    plan = plan_dispatch(chosen, num_experts=3, capacity=torch.tensor(1), reroute=1)
+    # both want 0, then 1: each takes one slot, of the first token as no weight tells them apart
+    assert plan.kept.tolist() == [[True, True], [False, False]]
+    assert plan.weights.tolist() == [[1.0, 0.0], [1.0, 0.0]]
+    assert plan.order.tolist() == [0, 1, 2, 3]
+    assert plan.ends.tolist() == [1, 2, 3]  # the second token goes to the third expert
 
 
 def test_balancing_raises_the_bias_of_idle_experts_and_lowers_that_of_busy_ones() -> None:
@@ -106,7 +137,7 @@ def test_a_full_expert_drops_its_least_weights_and_the_rest_is_renormalised() ->
 def test_weights_that_are_no_numbers_leave_every_slot_its_place(weight: float) -> None:
     experts = torch.tensor([[0, 3], [3, 1], [3, 2], [0, 3]])
     weights = torch.full((4, 2), 0.5).masked_fill(experts == 3, weight)
-    dispatch = plan_dispatch(Routing(experts, weights, weights, weights), 4, torch.tensor(2), 1)
+    dispatch = plan_dispatch(Routing(experts, weights, weights, weights, weights), 4, torch.tensor(2), 1)
     assert sorted(dispatch.order.tolist()) == list(range(8))
     assert dispatch.counts.tolist() == [2, 1, 1, 4]
     assert dispatch.kept.sum(dim=0).tolist() == [3, 3]  # all that two of the last expert's four leave

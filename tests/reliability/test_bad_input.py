@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from apt_launch.config.profile_file import KEYS
 from apt_launch.config.schema import all_keys
 from apt_model.data import TextCorpus
-from apt_model.data.shards import write
+from apt_model.data.shard_writer import write
 from apt_model.data.tokenizer import FileTokenizer, train_tokenizer
 from apt_model.schedule.curves import SHAPES
 from tests.conftest import SMALL
@@ -261,7 +261,9 @@ def shards() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "text.txt").write_text(TEXT * 5)
         corpus = TextCorpus(path=f"{name}/text.txt", val_fraction=0.2)
-        write(Path(name) / "out", corpus, FileTokenizer(BPE), key="OUT", told=corpus.told, shard_tokens=900)
+        write(
+            Path(name) / "out", corpus, FileTokenizer(BPE), key="OUT", on_progress=corpus.on_progress, shard_tokens=900
+        )
         return {f"out/{path.name}": path.read_bytes() for path in sorted((Path(name) / "out").iterdir())}
 
 

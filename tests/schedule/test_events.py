@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 import random
-from itertools import pairwise
+from itertools import pairwise, permutations
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from apt_model.errors import ConfigError
 from apt_model.schedule import Clock, Curriculum, Horizon, Program, ScheduleRunner
+from apt_model.schedule.program import LatchState
 
 HORIZON = Horizon.plan(epochs=5, batches_per_epoch=4, batch_size=2, tokens_per_sample=8)
 
@@ -170,6 +171,24 @@ def test_values_can_wait_for_a_latch() -> None:
         seen.append(runner.metrics()["schedule/vote_threshold"])
         runner.observe({"entropy": 3.0 if step == 2 else 0.0})
     assert seen == pytest.approx([3, 3, 3, 3, 3 - 1 / 3, 3 - 2 / 3, 2, 2, 2, 2])
+
+
+def test_values_at_a_clock_do_not_depend_on_what_was_asked_before() -> None:
+    bound = program(
+        **latch(above=2.0),
+        vote_threshold={"start": 3.0, "end": 2.0, "by": "step", "from": "voter.enabled", "over": 4},
+    )
+    (voter,) = bound.latches
+
+    def value(step: int, on_since: int | None) -> float:
+        since = None if on_since is None else HORIZON.clock_at(on_since)
+        state = LatchState(on=since is not None, flipped=since, first_on=since)
+        return bound.at(HORIZON.clock_at(step), {voter: state})["vote_threshold"]
+
+    asked = {(5, None): 3.0, (5, 3): 3 - 2 / 3, (5, 5): 3.0, (7, 6): 3 - 1 / 3, (7, 3): 2.0}
+    for order in permutations(asked):
+        assert [value(*question) for question in order] == pytest.approx([asked[question] for question in order])
+    assert [bound.at(HORIZON.clock_at(step))["vote_threshold"] for step in range(9)] == [3.0] * 9
 
 
 def test_all_ranks_decide_by_the_metric_of_one() -> None:

@@ -152,7 +152,7 @@ def test_telling_of_routing_adds_one_graph_however_often_it_changes() -> None:
     tokens = torch.randint(0, 32, (4, 17))
     counts = []
     for telling in (True, False, True, False, True):
-        output = compiled(tokens[:, :-1], tokens[:, 1:], telling=telling)
+        output = compiled(tokens[:, :-1], tokens[:, 1:], with_metrics=telling)
         output.language_loss.backward()
         assert (output.routing is not None) == telling
         counts.append(graphs())

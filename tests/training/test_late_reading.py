@@ -23,7 +23,7 @@ def test_rows_and_weights_are_those_of_reading_each_update(small: Small) -> None
     runs = []
     for late in (False, True):
         run = Run(small("trainer.log_every=5", "trainer.accumulate=2"))
-        run.trainer.reads_every_update = not late
+        run.trainer.meter.reads_every_update = not late
         run.trainer.fit()
         runs.append(run)
     at_once, late = runs
@@ -56,7 +56,7 @@ def make_update(trainer: Trainer, batches: Any) -> None:
 
 def test_nothing_is_read_in_an_update_without_a_row(small: Small) -> None:
     trainer = Run(small(*EXPERTS, "trainer.log_every=3")).trainer
-    trainer.reads_every_update = False
+    trainer.meter.reads_every_update = False
     updates = trainer._updates(0)
     make_update(trainer, next(updates))  # a row, for the switch
     with Reads() as quiet:
@@ -83,7 +83,7 @@ def test_what_was_not_finite_left_the_weights_and_is_told_with_its_own_clock(sma
     before: list[dict[str, torch.Tensor]] = []
     after: list[dict[str, torch.Tensor]] = []
     run = Run(small("schedule=none", "trainer.log_every=3", f"trainer.device={device}"), callbacks=[Poison()])
-    run.trainer.reads_every_update = False
+    run.trainer.meter.reads_every_update = False
     with pytest.raises(NonFiniteError, match=r"the gradient's norm is nan at epoch 0, step 1"):
         run.trainer.fit()
     assert [row["step"] for row in run.rows] == [0]

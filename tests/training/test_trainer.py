@@ -357,6 +357,38 @@ def test_a_longer_run_needs_a_word(small: Small, tmp_path: Path) -> None:
     assert kept.rows[-1]["schedule/route_temp"] == 0.8
 
 
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        # from 1 down to 0 over 4 epochs x 4 updates: the last of 16 has 0, and it stays
+        ("keep_absolute", [1 - step / 15 for step in range(16)] + [0.0] * 8),
+        # the first 8 as they were, then over 6 epochs x 4 updates
+        ("rescale", [1 - step / 15 for step in range(8)] + [1 - step / 23 for step in range(8, 24)]),
+    ],
+)
+def test_a_longer_run_does_with_the_learning_rate_what_it_does_with_the_curriculum(
+    small: Small, tmp_path: Path, policy: str, expected: list[float]
+) -> None:
+    given = (
+        "schedule=none",
+        "optimizer.lr=0.01",
+        "trainer.lr_schedule={start: 1.0, end: 0.0, by: step, type: linear, warmup: 0}",
+        "+schedule.anneals={smooth: {target: label_smoothing, start: 0.5, end: 0.0, by: step}}",
+        "trainer.log_every=1",
+    )
+    first = Run(small(*given, "trainer.max_epochs=4"), checkpoints=Checkpoints(tmp_path))
+    first.trainer.stop_requested = lambda: first.trainer.clock.step == 8
+    with pytest.raises(Interrupted):
+        first.trainer.fit()
+    config = small(*given, "trainer.max_epochs=6", f"schedule.on_horizon_change={policy}")
+    after = Run(config, resume=newest_intact(tmp_path)[0])
+    after.trainer.fit()
+    rows = [row for row in first.rows + after.rows if "lr" in row]
+    assert [row["step"] for row in rows] == list(range(24))
+    assert [row["lr"] for row in rows] == pytest.approx([0.01 * factor for factor in expected], abs=1e-12)
+    assert [row["schedule/smooth"] for row in rows] == pytest.approx([0.5 * factor for factor in expected], abs=1e-12)
+
+
 class Fails(Callback):
     def __init__(self, event: str, step: int) -> None:
         setattr(self, event, self.fail)

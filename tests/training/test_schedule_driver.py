@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from apt_model.schedule import Clock, Horizon, ScheduleRunner
-from apt_model.training.follower import Follower, numbers, sizes
+from apt_model.training.schedule_driver import ScheduleDriver, numbers, sizes
 
 
-def follower(layer: nn.Module, optimizer: torch.optim.Optimizer, **curriculum) -> Follower:
-    made = Follower(ScheduleRunner(horizon=Horizon(epochs=2, updates_per_epoch=3), **curriculum))
+def driver(layer: nn.Module, optimizer: torch.optim.Optimizer, **curriculum) -> ScheduleDriver:
+    made = ScheduleDriver(ScheduleRunner(horizon=Horizon(epochs=2, updates_per_epoch=3), **curriculum))
     made.connect(layer, optimizer)
     return made
 
@@ -17,7 +17,7 @@ def follower(layer: nn.Module, optimizer: torch.optim.Optimizer, **curriculum) -
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_update_that_mixed_precision_skips_has_not_happened(fused: bool) -> None:
     layer = nn.Linear(2, 1)
-    loop = follower(layer, torch.optim.AdamW(layer.parameters(), lr=0.1, fused=fused))
+    loop = driver(layer, torch.optim.AdamW(layer.parameters(), lr=0.1, fused=fused))
     stop = loop.watch()
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for bad in (False, True, False):
@@ -43,7 +43,7 @@ def test_an_update_that_mixed_precision_skips_has_not_happened(fused: bool) -> N
 def test_state_goes_through_plain_values_and_latches_stay() -> None:
     layer = nn.Linear(2, 1)
     latch = {"x": {"enable": "align", "when": {"metric": "m", "above": 1.0}}}
-    loops = [follower(layer, torch.optim.SGD(layer.parameters()), events=latch) for _ in range(2)]
+    loops = [driver(layer, torch.optim.SGD(layer.parameters()), events=latch) for _ in range(2)]
     on: list[bool] = []
     loops[1].schedule.bind(values={}, switches={"align": on.append})
     loops[0].begin_update()
@@ -65,3 +65,10 @@ def test_sizes_are_those_of_the_first_tensor() -> None:
 
 def test_numbers_leave_out_what_is_none() -> None:
     assert numbers({"a": torch.tensor([2.0]), "b": 3, "c": torch.zeros(2), "d": "x"}) == {"a": 2.0, "b": 3.0}
+
+
+def test_the_names_that_loops_were_written_with_mean_the_same() -> None:
+    from apt_model.training import follower, schedule_driver
+
+    assert follower.Follower is schedule_driver.ScheduleDriver
+    assert follower.bind is schedule_driver.bind

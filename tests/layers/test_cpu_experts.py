@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apt_model.layers import blocks
-from apt_model.layers.blocks import STEP, block_rows, combine, compute, gather, places
+from apt_model.layers import cpu_experts
+from apt_model.layers.cpu_experts import STEP, combine, compute, gather, places, tile_rows
 from apt_model.layers.router import Dispatch
 
 
@@ -87,7 +87,7 @@ def alone(x: Tensor, sizes: list[int], ffn: str, into: list[Tensor], down: Tenso
 def test_blocks_compute_what_each_expert_alone_does(
     ffn: str, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_SIZE", 64 * 6)  # experts of more than 64 rows are cut
+    monkeypatch.setattr(cpu_experts, "TILE_SIZE", 64 * 6)  # experts of more than 64 rows are cut
     torch.manual_seed(0)
     ends = torch.tensor(sizes).cumsum(0).int()
     shapes = [(len(sizes), 6, 4)] * (2 if ffn == "swiglu" else 1) + [(len(sizes), 4, 6)]
@@ -110,7 +110,7 @@ def test_blocks_compute_what_each_expert_alone_does(
 
 
 def test_in_16_bits_weights_and_their_gradients_stay_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_SIZE", 64 * 6)
+    monkeypatch.setattr(cpu_experts, "TILE_SIZE", 64 * 6)
     torch.manual_seed(0)
     sizes = [200, 0, 24]
     ends = torch.tensor(sizes).cumsum(0).int()
@@ -143,8 +143,8 @@ def test_activations_see_few_lengths_whatever_the_routing() -> None:
     lengths, rows = set(), 8192
     for _ in range(50):
         cuts = torch.randint(0, rows + 1, (7,), generator=generator).sort().values
-        found = list(blocks._blocks(torch.cat((cuts, torch.tensor([rows]))).int(), block_rows(512)))
+        found = list(cpu_experts._tiles(torch.cat((cuts, torch.tensor([rows]))).int(), tile_rows(512)))
         lengths |= {block.around.stop - block.around.start for block in found}
         assert [row for block in found for row in range(block.rows.start, block.rows.stop)] == list(range(rows))
     assert all(length % STEP == 0 for length in lengths)
-    assert max(lengths) <= block_rows(512) == 2048
+    assert max(lengths) <= tile_rows(512) == 2048

@@ -19,11 +19,11 @@ from torch.autograd.function import once_differentiable
 from apt_model.layers.backend import mkl_products, onednn_multiplies
 from apt_model.layers.router import Dispatch
 
-BLOCK_SIZE = 1 << 20
+TILE_SIZE = 1 << 20
 """What is computed at a time: so many numbers of one tensor of width d_ff."""
 
 STEP = 64
-"""Of this many rows lengths of blocks are multiples where activations work: they, too, may be compiled for each new size."""
+"""Of this many rows lengths of tiles are multiples where activations work: they, too, may be compiled for each new size."""
 
 FEW = 256
 """Rows of an expert, on average; with fewer, MKL does products in float32: new sizes cost oneDNN more than it gains."""
@@ -219,7 +219,7 @@ def compute(x: Tensor, ends: Tensor, ffn: str, *, up: Tensor, down: Tensor, gate
 
 
 class _Experts(torch.autograd.Function):
-    """Products with single matrices, written where they belong, block by block."""
+    """Products with single matrices, written where they belong, tile by tile."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ends: Tensor, ffn: str, *weights: Tensor) -> Tensor:
@@ -227,16 +227,16 @@ class _Experts(torch.autograd.Function):
         activation, width = ACTIVATIONS[ffn], weights[-1].shape[2]
         inner = [x.new_empty(len(x) + STEP, width) for _ in range(len(into) + activation.kept + 1)]
         output = torch.empty_like(x)
-        ctx.blocks = list(_blocks(ends, block_rows(width)))
+        ctx.tiles = list(_tiles(ends, tile_rows(width)))
         ctx.products = nullcontext if by_onednn(len(x), len(ends), x.dtype) else mkl_products
         with ctx.products():
-            for block in ctx.blocks:
-                for part in block.parts():
+            for tile in ctx.tiles:
+                for part in tile.parts():
                     some = x[part.rows]
                     for matrices, result in zip(into, inner, strict=False):
                         _multiply(some, matrices[part.expert], result[part.rows])
-                activation.forward(*(tensor[block.around] for tensor in inner))
-                for part in block.parts():
+                activation.forward(*(tensor[tile.around] for tensor in inner))
+                for part in tile.parts():
                     _multiply(inner[-1][part.rows], down[part.expert], output[part.rows])
         ctx.save_for_backward(x, *weights, *inner)
         ctx.activation, ctx.num_weights = activation, len(weights)
@@ -255,32 +255,32 @@ class _Experts(torch.autograd.Function):
         *into, down = (weight.unbind() for weight in weights)
         *by_into, by_down = (weight.unbind() if weight is not None else None for weight in by_weights)
         width = inner[-1].shape[1]
-        spare = [x.new_empty(block_rows(width), width) for _ in into]
+        spare = [x.new_empty(tile_rows(width), width) for _ in into]
         with ctx.products():
-            for block in ctx.blocks:
-                for part in block.parts():
+            for tile in ctx.tiles:
+                for part in tile.parts():
                     some = grad[part.rows]
                     _multiply(some, down[part.expert], spare[-1][part.here])
                     _products(some, inner[-1][part.rows], by_down, part)
-                around = [tensor[: block.length_around] for tensor in spare]
-                ctx.activation.backward(*around, *(tensor[block.around] for tensor in inner[:-1]))
-                for part in block.parts():
+                around = [tensor[: tile.length_around] for tensor in spare]
+                ctx.activation.backward(*around, *(tensor[tile.around] for tensor in inner[:-1]))
+                for part in tile.parts():
                     some, by_some = x[part.rows], by_x[part.rows]
                     for number, tensor in enumerate(spare):
                         by = tensor[part.here]
                         _multiply(by, into[number][part.expert], by_some, add=number > 0)
                         _products(by, some, by_into[number], part)
-        by_x[block.rows.stop :].zero_()
+        by_x[tile.rows.stop :].zero_()
         return by_x, None, None, *by_weights
 
 
-def block_rows(width: int) -> int:
+def tile_rows(width: int) -> int:
     """Return how many rows of ``width`` numbers are computed at a time: a multiple of :data:`STEP`."""
-    return max(STEP, BLOCK_SIZE // width // STEP * STEP)
+    return max(STEP, TILE_SIZE // width // STEP * STEP)
 
 
-class _Block(NamedTuple):
-    """Rows that are computed together; the first expert may have begun in the block before, the last may go on."""
+class _Tile(NamedTuple):
+    """Rows that are computed together; the first expert may have begun in the tile before, the last may go on."""
 
     begin: int
     first: int  # expert
@@ -317,11 +317,11 @@ class _Block(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Rows of one expert in a block."""
+    """Rows of one expert in a tile."""
 
     expert: int
     rows: slice  # of all rows
-    here: slice  # of the block's
+    here: slice  # of the tile's
     goes_on: bool  # whether the expert had rows before
 
 
@@ -348,19 +348,19 @@ def _products(left: Tensor, right: Tensor, by_weight: Sequence[Tensor] | None, p
         out.copy_(torch.mm(left.t(), right))
 
 
-def _blocks(ends: Tensor, most: int) -> Iterator[_Block]:
+def _tiles(ends: Tensor, most: int) -> Iterator[_Tile]:
     """Put experts together while they have no more than ``most`` rows, and cut those that have more.
 
-    Every expert is in one block at least.
+    Every expert is in one tile at least.
     """
-    block = _Block(0, 0, [], goes_on=False)
+    tile = _Tile(0, 0, [], goes_on=False)
     for expert, size in enumerate(ends.diff(prepend=ends.new_zeros(1)).tolist()):
-        if block.length and block.length + size > most:
-            yield block
-            block = _Block(block.begin + block.length, expert, [], goes_on=False)
+        if tile.length and tile.length + size > most:
+            yield tile
+            tile = _Tile(tile.begin + tile.length, expert, [], goes_on=False)
         for _ in range((size - 1) // most):
-            block.sizes.append(most)
-            yield block
-            block, size = _Block(block.begin + block.length, expert, [], goes_on=True), size - most
-        block.sizes.append(size)
-    yield block
+            tile.sizes.append(most)
+            yield tile
+            tile, size = _Tile(tile.begin + tile.length, expert, [], goes_on=True), size - most
+        tile.sizes.append(size)
+    yield tile

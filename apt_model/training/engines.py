@@ -1,0 +1,60 @@
+"""What runs the forward and backward passes of a rank: the model alone, or replicas whose gradients are averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+from torch.nn.parallel import DistributedDataParallel
+
+from apt_model.gpt import GPT, Output
+
+
+class Engine:
+    """A model on one rank, alone; what the others are more than that is theirs."""
+
+    whole_blocks: ClassVar[bool] = True  # whether a compiler can take a block in one piece
+
+    def __init__(self, model: GPT) -> None:
+        self.model = model
+        self.forward: Callable[..., Output] = model
+        self._had: list[tuple[int, bool]] | None = None
+
+    def switches(self) -> Mapping[str, Callable[[bool], None]]:
+        """Return what enables and disables each module of the model."""
+        return self.model.switches()
+
+    def settle(self) -> None:
+        """Take note of parameters that came, went, froze or thawed; every rank calls it at the same time."""
+        self.rest()
+        has = [(id(parameter), parameter.requires_grad) for parameter in self.model.parameters()]
+        if has != self._had:
+            self._had = has
+            self._settle()
+
+    def _settle(self) -> None:
+        pass
+
+    def batch(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Surround the forward and backward pass of a batch; ``last``: of its update."""
+        return nullcontext()
+
+    def rest(self) -> None:
+        """Come back to where an update begins: after validation, or after a backward pass that never came."""
+
+
+class Replicas(Engine):
+    """Every rank holds the whole model; gradients are averaged while the backward pass runs (DistributedDataParallel)."""
+
+    def _settle(self) -> None:
+        """Wrap the model anew, which also gives every rank the weights and buffers of rank 0."""
+        self.forward = self.model
+        if any(parameter.requires_grad for parameter in self.model.parameters()):
+            self.forward = DistributedDataParallel(self.model, forward_sync_buffers=False, gradient_as_bucket_view=True)
+
+    def batch(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Average gradients after the last batch of an update only."""
+        if last or not isinstance(self.forward, DistributedDataParallel):
+            return nullcontext()
+        return self.forward.no_sync()
