@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 def check_together(values: Mapping[str, Any], groups: Mapping[str, Any], launch: schema.LaunchConfig) -> None:
     """Refuse values that are right each by itself and wrong together."""
-    from apt_launch.config.schema import EXTRAS
 
     model, moe, schedule, optimizer = (groups[name] for name in ("model", "moe", "schedule", "optimizer"))
     problems = []
@@ -41,11 +40,6 @@ def check_together(values: Mapping[str, Any], groups: Mapping[str, Any], launch:
         problems.append(
             f"trainer.batch_size = {groups['trainer'].batch_size} cannot be shared by {ranks} ranks (launch.nodes x "
             f"launch.tasks_per_node). Make it a multiple of {ranks}."
-        )
-    if ranks > 1 and type(groups["trainer"]) in EXTRAS:
-        problems.append(
-            f"launch: {ranks} ranks share batches with trainer=default only. Choose it, or set launch.nodes=1 "
-            "launch.tasks_per_node=1."
         )
     problems += _sharing_problems(groups, ranks)
     problems += schedule.contradictions()
