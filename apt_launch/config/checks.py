@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 def check_together(values: Mapping[str, Any], groups: Mapping[str, Any], launch: schema.LaunchConfig) -> None:
     """Refuse values that are right each by itself and wrong together."""
-
     model, moe, schedule, optimizer = (groups[name] for name in ("model", "moe", "schedule", "optimizer"))
     problems = []
     if model.d_model % (2 * model.num_heads):
