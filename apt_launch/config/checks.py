@@ -46,11 +46,6 @@ def check_together(values: Mapping[str, Any], groups: Mapping[str, Any], launch:
             f"trainer.batch_size = {groups['trainer'].batch_size} cannot be shared by {ranks} ranks (launch.nodes x "
             f"launch.tasks_per_node). Make it a multiple of {ranks}."
         )
-    if ranks > 1 and type(groups["trainer"]) in EXTRAS:
-        problems.append(
-            f"launch: {ranks} ranks share batches with trainer=default only. Choose it, or set launch.nodes=1 "
-            "launch.tasks_per_node=1."
-        )
     problems += _sharing_problems(groups, ranks)
     problems += schedule.contradictions()
     missing = missing_libraries(groups)
