@@ -45,7 +45,11 @@ def end(worker: Worker, number: int) -> None:
         ([Resources()] * 6, 2, [0, 1]),
         ([Resources()] * 6, 100, [0, 1, 2, 3]),
         ([Resources(cpus=2)] * 3, None, [0, 1]),
-        ([Resources(cpus=3), Resources(cpus=2), Resources(cpus=1)], None, [0, 2]),  # the first that fits, in their order
+        (
+            [Resources(cpus=3), Resources(cpus=2), Resources(cpus=1)],
+            None,
+            [0, 2],
+        ),  # the first that fits, in their order
         ([Resources(gpus=1)] * 3, None, [0, 1]),
         ([Resources(gpus=2), Resources(gpus=1), Resources(gpus=0)], None, [0, 2]),
         ([Resources(gpus=1), Resources(gpus=2), Resources(gpus=1)], None, [0, 2]),
