@@ -82,7 +82,7 @@ class Runner:
     facts: dict[str, Any] = field(default_factory=dict)  # what viewers have got of it, beside curves
 
     def read(self, look: int, until: float) -> bool:
-        """Read what is new; say whether that is all of it. Stop at ``until``, seconds of the monotonic clock."""
+        """Read what is new; return whether that is all of it. Stop at ``until``, seconds of the monotonic clock."""
         restarts = self.reader.restarts
         for row in self.reader.rows():
             if self.reader.restarts != restarts:
@@ -126,7 +126,7 @@ class _Answer:
 
     @classmethod
     def ask(cls, folder: Path, before: _Answer | None) -> _Answer:
-        """Ask for the true states, of the jobs that the plan has by now.
+        """Poll the states of the jobs that the plan has by now.
 
         Raises:
             ConfigError: there is no sweep.
