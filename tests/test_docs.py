@@ -25,7 +25,7 @@ from apt_launch.config.catalogue import metrics, parameters, targets
 from apt_launch.config.load import CONF, RunConfig
 from apt_launch.config.schema import GROUPS, Positive
 from apt_launch.record import read_rows
-from apt_launch.sweep import __main__ as sweep
+from apt_launch.sweep import cli as sweep
 from apt_model.schedule import Anneal, Curriculum, Program
 from docs import generated, pictures
 from tests.conftest import SMALL

@@ -83,7 +83,7 @@ class JobSpec:
     min_ranks_key: str = ""
     """Processes that the job needs at least, and the key that says so; checked when the job is sent."""
     config: Any = field(default=None, repr=False, compare=False)
-    """The application's own form of the config, for whoever planned it in this process."""
+    """The application's own form of the config, only in the process that planned the job."""
 
 
 @dataclass(frozen=True)
@@ -189,5 +189,5 @@ def load(name: str) -> Application:
             f"application: {name!r} is not known here, and a folder may name no other. {nearest(name, KNOWN)}"
         )
     module, _, attribute = name.partition(":")
-    made: Application = getattr(importlib.import_module(module), attribute)()
-    return made
+    found: Application = getattr(importlib.import_module(module), attribute)()
+    return found

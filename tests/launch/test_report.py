@@ -18,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from apt_launch.config.load import composed
 from apt_launch.preview.jobs import gather
 from apt_launch.sweep.plan.plan import Plan
-from apt_launch.sweep.report.findings import find, headline
+from apt_launch.sweep.report.findings import Estimate, find, headline, t_95
 from apt_launch.sweep.report.report import group_table, note_on_groups, write_report
 from apt_model.errors import ConfigError
 from tests.browser import QUIET, chromium
@@ -208,4 +208,23 @@ def test_reporting_loads_no_torch(planned: Sweep) -> None:
         "import sys; from pathlib import Path; from apt_launch.sweep.report.report import write_report; "
         f"write_report(Path({str(folder)!r}), {states(plan, *['done'] * 6)!r}); assert 'torch' not in sys.modules"
     )
+<<<<<<< HEAD
     subprocess.run([sys.executable, "-c", code], check=True, timeout=HANGS)
+=======
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("degrees_of_freedom", "t"),
+    [(1, 12.706), (2, 4.303), (5, 2.571), (10, 2.228), (11, 2.201), (30, 2.042), (120, 1.980)],
+)
+def test_an_interval_of_95_percent_has_the_t_of_textbooks(degrees_of_freedom: int, t: float) -> None:
+    assert t_95(degrees_of_freedom) == pytest.approx(t, abs=5e-4)
+
+
+def test_twelve_seeds_have_the_interval_of_eleven_degrees_of_freedom() -> None:
+    # 0 to 11: mean 5.5, variance 143 / 11 = 13, 2.20099 x sqrt(13 / 12) = 2.2909
+    estimate = Estimate.of(range(12))
+    assert (estimate.mean, estimate.half_interval) == (5.5, pytest.approx(2.2909, abs=5e-5))
+    assert Estimate.of([1.0]).half_interval is None
+>>>>>>> sweep

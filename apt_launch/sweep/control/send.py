@@ -66,8 +66,8 @@ class Outcome:
     summary: str
 
 
-def run_batch(before: Plan | None, made: Plan, folder: Path, where: Backend) -> tuple[Plan, dict[str, Outcome]]:
-    """Run the jobs of ``made`` after those of ``before`` in the same sweep; wait; return the joined plan and all results.
+def run_batch(before: Plan | None, batch: Plan, folder: Path, where: Backend) -> tuple[Plan, dict[str, Outcome]]:
+    """Run the jobs of ``batch`` after those of ``before`` in the same sweep; wait; return the joined plan and all results.
 
     A job that is done already is not run again.
 
@@ -77,10 +77,10 @@ def run_batch(before: Plan | None, made: Plan, folder: Path, where: Backend) -> 
     refuse_place(folder, "hydra.sweep.dir")
     if before is None and (folder / "plan.yaml").exists():
         raise ConfigError(f"hydra.sweep.dir: {folder} already holds a sweep. Choose another folder.")
-    where.check(made)
-    _check_ranks(made)
+    where.check(batch)
+    _check_ranks(batch)
     known = {(job.identity, job.resources) for job in before.jobs} if before else set()
-    new = replace(made, jobs=tuple(job for job in made.jobs if (job.identity, job.resources) not in known))
+    new = replace(batch, jobs=tuple(job for job in batch.jobs if (job.identity, job.resources) not in known))
     plan = new if before is None else before.joined(new) if new.jobs else before
     folder.mkdir(parents=True, exist_ok=True)
     plan.write(folder)

@@ -117,7 +117,7 @@ class _Attempt:
                 return STOPPED
             if self.seconds >= self.hours * 3600:
                 spent = BudgetSpentError(
-                    f"it took its {self.hours:g} h. Go on with: python -m apt_launch.sweep resume {self.folder.parent} "
+                    f"it took its {self.hours:g} h. Continue it by: python -m apt_launch.sweep resume {self.folder.parent} "
                     f"launch.hours={2 * self.hours:g}"
                 )
                 self._end("failed", cause=str(spent))

@@ -26,13 +26,13 @@ MOST_POINTS: Final = 512
 """Points of a curve; of more rows every second one is left out, then every second of those, and so on."""
 
 LOOK_SECONDS: Final = 1.0
-"""Records are read at most this often, whoever asks."""
+"""Records are read at most this often, for any number of viewers."""
 
 READ_SECONDS: Final = 0.5
-"""One reading takes at most so long; the next goes on where it stopped."""
+"""One reading takes at most so long; the next continues there."""
 
 ASK_SECONDS: Final = {"local": 2.0, "slurm": 15.0}
-"""True states are asked for at most this often, by launcher: a cluster's accounting is shared by many."""
+"""States are polled at most this often, by launcher: a cluster's accounting is shared by many."""
 
 
 class Curve:
@@ -82,16 +82,16 @@ class Runner:
     facts: dict[str, Any] = field(default_factory=dict)  # what viewers have got of it, beside curves
 
     def read(self, look: int, until: float) -> bool:
-        """Read what is new; say whether that is all of it. Stop at ``until``, seconds of the monotonic clock."""
-        lives = self.reader.restarts
+        """Read what is new; return whether that is all of it. Stop at ``until``, seconds of the monotonic clock."""
+        restarts = self.reader.restarts
         for row in self.reader.rows():
-            if self.reader.restarts != lives:
-                lives = self.reader.restarts
+            if self.reader.restarts != restarts:
+                restarts = self.reader.restarts
                 self._forget(look)
             self._take(look, row)
             if time.monotonic() > until:
                 return False
-        if self.reader.restarts != lives:  # nothing is left
+        if self.reader.restarts != restarts:  # nothing is left
             self._forget(look)
         return True
 
@@ -126,7 +126,7 @@ class _Answer:
 
     @classmethod
     def ask(cls, folder: Path, before: _Answer | None) -> _Answer:
-        """Ask for the true states, of the jobs that the plan has by now.
+        """Poll the states of the jobs that the plan has by now.
 
         Raises:
             ConfigError: there is no sweep.
