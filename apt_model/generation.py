@@ -93,8 +93,9 @@ def generate(
     """Continue each of ``prompts``, all in one batch, with a cache of keys and values.
 
     Prompts of different lengths are read together up to the shortest's end; while one is still being read, others go on
-    already. Where the text outgrows the model's ``seq_len``, the older half is forgotten. Experts have no capacity here:
-    what becomes of a token does not depend on the others of its batch. Draws come from torch's default generator.
+    already. Where the text outgrows the model's ``seq_len``, the older half is forgotten. Experts have no capacity in
+    evaluation, unless the model was given one: what becomes of a token does not depend on others of its batch.
+    Draws come from torch's default generator.
 
     Args:
         prompts: tokens, one or more each.
@@ -146,14 +147,10 @@ def generate(
 
 @contextmanager
 def _reading(model: GPT) -> Iterator[None]:
-    """Put ``model`` into evaluation, its experts without capacity."""
-    training, dropless = model.training, [layer.dropless for layer in model.moe_layers]
+    """Put ``model`` into evaluation."""
+    training = model.training
     model.eval()
-    for layer in model.moe_layers:
-        layer.dropless = True
     try:
         yield
     finally:
         model.train(training)
-        for layer, before in zip(model.moe_layers, dropless, strict=True):
-            layer.dropless = before

@@ -63,7 +63,7 @@ def test_logits_agree_before_and_after_experts_go_on(
     temperature: float, capacity: float, granularity: int, shared_expert: bool
 ) -> None:
     slices = {"num_experts": 4 * granularity, "top_k": 2 * granularity, "granularity": granularity}
-    gpt = model(moe=slices | {"shared_expert": shared_expert}).eval()
+    gpt = model(moe=slices | {"shared_expert": shared_expert})  # in training, where a capacity counts
     tokens = torch.randint(0, 50, (8, 20))
     with torch.no_grad():
         before = gpt(tokens).logits
@@ -73,6 +73,25 @@ def test_logits_agree_before_and_after_experts_go_on(
         after = gpt(tokens)
     assert after.metrics["moe/dropped_tokens"] == 0
     assert torch.allclose(before, after.logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("in_evaluation", "training", "same"), [(None, False, True), (0.25, False, False), (None, True, False)]
+)
+def test_what_becomes_of_a_sequence_in_evaluation_does_not_depend_on_its_batch(
+    in_evaluation: float | None, training: bool, same: bool
+) -> None:
+    gpt = model(moe={"capacity_factor": 0.25, "eval_capacity_factor": in_evaluation})
+    gpt.enable_moe(True)
+    with torch.no_grad():
+        for parameter in gpt.parameters():  # experts that differ
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+        gpt.train(training)
+        tokens = torch.randint(0, 50, (8, 20))
+        together = gpt(tokens)
+        alone = torch.cat([gpt(tokens[row : row + 1]).logits for row in range(8)])
+    assert torch.allclose(together.logits, alone, atol=1e-4) == same
+    assert (together.metrics["moe/drop_fraction"] == 0) == same
 
 
 @pytest.mark.parametrize("chunk", [1, 32, 33, 1000])

@@ -51,7 +51,7 @@ COMMON: Final = {
     "trainer.resume": "auto: go on from the newest checkpoint in the run's folder",
     "logger.mode": "offline, online (needs a key of W&B), disabled",
     "hydra.run.dir": "the run's folder",
-    "seed": "of weights, batches and votes",
+    "seed": "of weights, batches, dropout, votes; not of the split: data.seed",
 }
 """The keys that most runs begin with, and what there is to know of them."""
 

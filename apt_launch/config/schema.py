@@ -68,6 +68,7 @@ class MoEConfig(Group):
     upcycling: Literal["copy", "noise", "drop"]
     upcycling_share: PositiveNumber | None
     capacity_factor: PositiveNumber | None
+    eval_capacity_factor: PositiveNumber | None = None  # runs of earlier versions have no such key
     overflow: Literal["reroute", "drop"] = "drop"  # the default is what runs of earlier versions had
     temperature: PositiveNumber
     router: Annotated[Literal["softmax", "sigmoid"], Role.FIXED]

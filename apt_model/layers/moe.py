@@ -64,7 +64,8 @@ class MoE(nn.Module):
         granularity: d_ff of the dense layer over that of an expert, which it divides.
         upcycling: what makes experts differ when they begin; only ``copy`` leaves the function as it was.
         upcycling_share: how much; see :func:`apt_model.layers.upcycling.make_different`.
-        capacity_factor: slots of an expert over its equal share; None: no limit (dropless).
+        capacity_factor: slots of an expert over its equal share, in training; None: no limit (dropless).
+        eval_capacity_factor: the same in evaluation; None: no limit, so that no token depends on others of its batch.
         overflow: what becomes of a token whose experts are all full: ``reroute`` has a copy serve it that has room, ``drop``
             leaves it out. Only the first keeps the function where the switch meets an uneven router.
         temperature: divides the router's logits.
@@ -82,6 +83,7 @@ class MoE(nn.Module):
     scheduled: ClassVar[dict[str, Domain]] = {**OF_EXPERTS, "dropout": BELOW_ONE}
     temperature: Tensor
     capacity_factor: Tensor
+    eval_capacity_factor: Tensor | None
     balance_loss_weight: Tensor
     z_loss_weight: Tensor
     jitter: Tensor
@@ -97,6 +99,7 @@ class MoE(nn.Module):
         upcycling: Upcycling = "copy",
         upcycling_share: float | None = None,
         capacity_factor: float | None = 1.25,
+        eval_capacity_factor: float | None = None,
         overflow: Overflow = "reroute",
         temperature: float = 1.0,
         router: Scoring = "softmax",
@@ -132,6 +135,8 @@ class MoE(nn.Module):
             ("dropout", dropout),
         ):
             self.register_buffer(name, torch.tensor(float(value)), persistent=False)
+        evaluation = None if eval_capacity_factor is None else torch.tensor(float(eval_capacity_factor))
+        self.register_buffer("eval_capacity_factor", evaluation, persistent=False)
 
     @property
     def enabled(self) -> bool:
@@ -212,14 +217,10 @@ class MoE(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         jitter = self.jitter if self.training and "jitter" in self.expected else None
         routing: Routing = self.router(rows, self.temperature, jitter)
-        capacity = None
-        if not self.dropless:
-            capacity = expert_capacity(
-                self.capacity_factor, tokens=rows.shape[0], top_k=self.top_k, num_experts=self.num_experts
-            )
+        capacity = self._capacity(rows.shape[0])
         reroute = self.granularity if self.overflow == "reroute" else None
         dispatch = plan_dispatch(routing, self.num_experts, capacity, reroute)
-        output = self._mix(rows, dispatch).view_as(x)
+        output = self._mix(rows, dispatch, dropless=capacity is None).view_as(x)
         if self.shared_expert:
             assert self.dense is not None
             output = (output + self.dense(x)) / 2
@@ -227,7 +228,16 @@ class MoE(nn.Module):
             self.router.plan_balance(dispatch.counts, self.bias_update_rate)
         return output, self._report(routing, dispatch, x.shape[0] if with_metrics else None)
 
-    def _mix(self, rows: Tensor, dispatch: Dispatch) -> Tensor:
+    def _capacity(self, tokens: int) -> Tensor | None:
+        """Return the slots that an expert takes of a forward pass on so many tokens, 0-dim; None: no limit."""
+        factor = None if self.dropless else self.capacity_factor
+        if not self.training:
+            factor = self.eval_capacity_factor
+        if factor is None:
+            return None
+        return expert_capacity(factor, tokens=tokens, top_k=self.top_k, num_experts=self.num_experts)
+
+    def _mix(self, rows: Tensor, dispatch: Dispatch, *, dropless: bool) -> Tensor:
         """Compute slots in their order and add each token's, weighted: (tokens, d_model)."""
         assert self.experts is not None
         weights = dispatch.weights * self.granularity if self.granularity > 1 else dispatch.weights
@@ -237,11 +247,11 @@ class MoE(nn.Module):
             return cpu_experts.combine(self.experts(cpu_experts.gather(rows, where), where.ends), weights, where)
         token = dispatch.order // self.top_k
         inputs = rows.index_select(0, token)
-        if not self.dropless:  # past the last end nothing is defined: keep it out of both passes
+        if not dropless:  # past the last end nothing is defined: keep it out of both passes
             computed = (torch.arange(token.shape[0], device=token.device) < dispatch.ends[-1]).unsqueeze(1)
             inputs = inputs.where(computed, 0.0)
         slots = self.experts(inputs, dispatch.ends)
-        if not self.dropless:
+        if not dropless:
             slots = slots.where(computed, 0.0)
         weights = weights.reshape(-1).index_select(0, dispatch.order).unsqueeze(1)
         mixed = torch.zeros(rows.shape, dtype=weights.dtype, device=rows.device)

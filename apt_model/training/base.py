@@ -156,7 +156,7 @@ class BaseTrainer(ScheduleDriver):
 
     @property
     def seed(self) -> int:
-        """The seed of the batches' order and of validation."""
+        """The seed of the order of training's batches."""
         return self.loop.seed
 
     @property
@@ -175,7 +175,7 @@ class BaseTrainer(ScheduleDriver):
             num_tokens=len(tokens),
             seq_len=self.model.seq_len,
             batch_size=self.loop.batch_size,
-            seed=self.loop.seed,
+            seed=self.loop.seed if split == "train" else 0,  # losses of several seeds are of the same batches
             limit=limit,
             name=split,
         )

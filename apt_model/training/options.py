@@ -20,7 +20,7 @@ class LoopOptions:
         batch_size: sequences a batch, of all ranks together.
         lr_schedule: an anneal of the factor on the optimizer's learning rate; None: the rate is that of the optimizer, or
             of a curriculum that writes ``optimizer.lr``.
-        seed: of the batches' order and of validation.
+        seed: of the order of training's batches, and of the votes in validation; its batches are the same for all seeds.
         max_batches_per_epoch: None: all that the corpus gives.
         accumulate: batches an update.
         grad_clip: largest norm of the gradient; None: no limit.

@@ -208,10 +208,7 @@ def test_reporting_loads_no_torch(planned: Sweep) -> None:
         "import sys; from pathlib import Path; from apt_launch.sweep.report.report import write_report; "
         f"write_report(Path({str(folder)!r}), {states(plan, *['done'] * 6)!r}); assert 'torch' not in sys.modules"
     )
-<<<<<<< HEAD
     subprocess.run([sys.executable, "-c", code], check=True, timeout=HANGS)
-=======
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.parametrize(
@@ -227,4 +224,3 @@ def test_twelve_seeds_have_the_interval_of_eleven_degrees_of_freedom() -> None:
     estimate = Estimate.of(range(12))
     assert (estimate.mean, estimate.half_interval) == (5.5, pytest.approx(2.2909, abs=5e-5))
     assert Estimate.of([1.0]).half_interval is None
->>>>>>> sweep

@@ -344,6 +344,20 @@ def test_a_resume_with_an_edited_schedule_is_brought_to_what_the_clock_says(smal
     assert [on[0] for on in watch.on] == [False, False] + [True] * 16
 
 
+def test_seeds_share_the_split_and_the_batches_that_validate(composed: Small) -> None:
+    given = (
+        "trainer.device=cpu",
+        "trainer.max_batches_per_epoch=2",
+        "trainer.validation_batches=2",
+        "model.d_model=16",
+    )
+    first, second = (Run(composed(*given, f"seed={seed}")).trainer for seed in (0, 1))
+    for batches, same in (("val_batches", True), ("train_batches", False)):
+        one, other = getattr(first, batches), getattr(second, batches)
+        assert (one.tokens.array() == other.tokens.array()).all()
+        assert (one.sampler.windows(0) == other.sampler.windows(0)).all() == same
+
+
 def test_a_longer_run_needs_a_word(small: Small, tmp_path: Path) -> None:
     first = Run(small(), checkpoints=Checkpoints(tmp_path))
     first.trainer.fit()
