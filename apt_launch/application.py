@@ -85,10 +85,12 @@ class Trainer:
         """Load torch and what else every run uses."""
         import importlib
 
+        from apt_launch.drawing import load_matplotlib
         from apt_launch.runs.provenance import packages
 
+        load_matplotlib()
         for name in (
-            *("torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg"),
+            "torch._dynamo",
             *("apt_launch.runs.train", "apt_launch.runs.summary", "apt_launch.runs.drill", "apt_launch.runs.console"),
             *("apt_model.gpt", "apt_model.training.trainer"),
             *(["wandb"] if "wandb" in str(values["logger"]["_target_"]) else []),

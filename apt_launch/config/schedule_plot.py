@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apt_launch.drawing import drawing, new_figure
+from apt_launch.drawing import Drawing, new_figure
 
 if TYPE_CHECKING:  # the process that draws needs none of it
     from apt_model.schedule import Program
@@ -76,7 +76,7 @@ def draw_schedule(drawn: Sequence[Sheet], path: Path) -> None:
 
     A picture that fails is a warning.
     """
-    with drawing(path):
+    with Drawing(path):
         _draw(drawn, path)
 
 

@@ -6,11 +6,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from apt_launch.config.schedule_plot import Sheet, draw_schedule
-from apt_launch.drawing import drawing
+from apt_launch.drawing import Drawing
 
 
 class Painter:
@@ -24,8 +25,9 @@ class Painter:
     def draw(self, drawn: Sequence[Sheet], path: Path) -> None:
         """Begin to draw; see :func:`draw_schedule`."""
         assert self.process.stdin is not None
-        json.dump({"path": str(path), "sheets": [asdict(sheet) for sheet in drawn]}, self.process.stdin)
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):  # it has ended, and said why
+            json.dump({"path": str(path), "sheets": [asdict(sheet) for sheet in drawn]}, self.process.stdin)
+            self.process.stdin.close()
 
     def wait(self) -> None:
         """Wait until the picture is there, or the process has said why it cannot be drawn."""
@@ -34,16 +36,15 @@ class Painter:
     def close(self) -> None:
         """End the process, also where nothing was drawn."""
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
 
 def _paint() -> None:
     """Draw what comes on standard input; nothing, where nothing comes."""
-    with drawing(Path("preview.png")):
-        import matplotlib.backends.backend_agg
-        import matplotlib.figure  # noqa: F401
-
+    with Drawing(Path("preview.png")):  # loads all that draws
+        pass
     read = sys.stdin.read()
     if read:
         content = json.loads(read)

@@ -168,13 +168,17 @@ def test_tensorboard_has_every_value_once_at_its_step_also_after_a_resume(tmp_pa
 
 def test_the_wandb_client_keeps_every_row_offline(tmp_path: Path) -> None:
     program = (
+        "import threading\n"
         "from pathlib import Path\n"
         "from apt_launch.tracking.wandb import WandbTracker\n"
+        "before = threading.excepthook\n"
         "tracker = WandbTracker(mode='online', project='p', entity=None, name=None, tags=['t'],\n"
         f"    folder=Path({str(tmp_path)!r}), run_id='abc', config={{'seed': 3}}, updates_per_epoch=10)\n"
         "for step in (0, 3, 9): tracker.log({'step': step, 'train/loss': step / 2})\n"
         "tracker.log({'step': 9, 'val/loss': 7.0})\n"
+        "assert threading.excepthook is not before\n"
         "tracker.close('done')\n"
+        "assert threading.excepthook is before\n"
     )
     home = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
     run = subprocess.run(

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from apt_launch.drawing import Drawing, new_figure
 from apt_launch.sweep.plan.jobs import in_short, short_key
 from apt_launch.sweep.report.findings import SEEDS, Estimate, Findings, Trial
 
@@ -25,27 +26,22 @@ GREY = "#808080"  # to be read on white and on black
 
 def draw(findings: Findings, folder: Path) -> dict[str, str]:
     """Draw what there is data for, as PNG into ``folder``; return the same as SVG, by name."""
-    import matplotlib as mpl
-
     drawn = {}
     style: Any = {
         **{f"{part}.color": GREY for part in ("text", "xtick", "ytick")},
         **{"axes.labelcolor": GREY, "axes.edgecolor": GREY, "axes.titlecolor": GREY, "grid.color": GREY},
         **{"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9, "legend.labelcolor": GREY},
     }
-    with mpl.rc_context(style):
-        for name, figure in (
-            ("losses", _losses(findings)),
-            ("schedules", _schedules(findings)),
-            ("metric", _metric(findings)),
-            ("differences", _differences(findings)),
-        ):
-            if figure is None:
-                continue
-            figure.savefig(folder / f"{name}.png", dpi=110, facecolor="white")
-            text = io.StringIO()
-            figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-            drawn[name] = _inline(text.getvalue(), name)
+    pictures = {"losses": _losses, "schedules": _schedules, "metric": _metric, "differences": _differences}
+    for name, picture in pictures.items():
+        path = folder / f"{name}.png"
+        with Drawing(path, style):
+            figure = picture(findings)
+            if figure is not None:
+                figure.savefig(path, dpi=110, facecolor="white")
+                text = io.StringIO()
+                figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+                drawn[name] = _inline(text.getvalue(), name)
     return drawn
 
 
@@ -61,12 +57,7 @@ def _inline(svg: str, name: str) -> str:
 
 
 def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return new_figure(width, height, layout="constrained")
 
 
 def _names(trials: Sequence[Trial]) -> dict[int, str]:
