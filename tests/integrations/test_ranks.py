@@ -188,3 +188,8 @@ def test_latches_of_all_processes_follow_the_first(group: Ranks, tmp_path: Path)
     assert one["on"] == other["on"]
     assert [False, True] in one["on"]
     assert [False, False] in one["on"]
+
+
+@pytest.mark.parametrize("other", ["lightning", "hf"])
+def test_a_launch_on_several_ranks_is_accepted(other: str) -> None:
+    composed([*SMALL, f"trainer={other}", "launch.tasks_per_node=2"])
