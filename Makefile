@@ -5,19 +5,24 @@ BIN = $(VENV)/bin
 ARGS ?= schedule=gpt5_moe
 
 KILLS ?= 200
+EXAMPLES ?= 400
 TESTS ?= tests
+WORKERS ?= 4
 
-.PHONY: help run test coverage soak gpu lint docs wheel clean
+.PHONY: help run test test-fast coverage soak gpu lint docs wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: $(VENV)/.runs ## train through the whole curriculum on real text: make run ARGS="schedule=none seed=1"
 	$(BIN)/python -m apt_launch $(ARGS)
 
-test: $(VENV)/.installed ## run all tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed ## run all tests, several at a time: make test WORKERS=8
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
+test-fast: $(VENV)/.installed ## run what takes no longer than two minutes: while you edit
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow"
 
 coverage: $(VENV)/.installed ## count what tests run, in all processes, and slower: make coverage TESTS=tests/schedule
 	$(BIN)/coverage erase
@@ -25,8 +30,9 @@ coverage: $(VENV)/.installed ## count what tests run, in all processes, and slow
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-soak: $(VENV)/.installed ## kill training 200 times and compare what comes out: make soak KILLS=1000
-	APT_KILLS=$(KILLS) $(BIN)/python -m pytest -s tests/reliability/test_kills.py
+soak: $(VENV)/.installed ## the same kills, inputs and attacks far more often than in the tests: make soak KILLS=1000
+	APT_KILLS=$(KILLS) APT_EXAMPLES=$(EXAMPLES) APT_EVERYWHERE=1 $(BIN)/python -m pytest -s -n 2 --dist loadgroup \
+		tests/reliability/test_kills.py tests/reliability/test_bad_input.py tests/reliability/test_security.py
 
 gpu: $(VENV)/.installed ## on a machine with a GPU: its tests, benchmarks and a run, told in build/gpu
 	PYTHON=$(BIN)/python sh tests/bench/on_gpu.sh build/gpu
@@ -40,22 +46,25 @@ docs: $(VENV)/.installed ## build the documentation into build/site; a warning i
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 wheel: $(VENV)/.installed ## build the wheel and run it from another folder in an environment of its own
-	PYTHON="$(PYTHON)" TORCH="torch==2.13.0" PYTHON_BIN="$(abspath $(BIN)/python)" sh tests/wheel.sh
+	PYTHON_BIN="$(abspath $(BIN)/python)" sh tests/wheel.sh
 
 clean: ## remove the environment and what tools left
 	rm -rf $(VENV) build dist .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-# torch first and pinned: a range would take the newest build, with gigabytes of libraries
-$(VENV)/.runs: pyproject.toml tests/environment.sh
+# torch pinned: a range would take the newest build, with gigabytes of libraries. Not compiled ahead: what is used is, once.
+PIP = $(BIN)/python -m pip install --quiet --no-compile torch==2.13.0
+
+$(VENV)/.made: tests/environment.sh
 	@echo "Making $(VENV), once: one to three minutes, most of it for torch."
 	@sh tests/environment.sh "$(PYTHON)" "$(VENV)"
-	@echo "Installing torch 2.13.0 ..."
-	@$(BIN)/python -m pip install --quiet torch==2.13.0
-	@echo "Installing apt-launch and what it needs ..."
-	@$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.runs
-	@echo "Installing what tests and documentation need ..."
-	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+$(VENV)/.runs: pyproject.toml $(VENV)/.made
+	@echo "Installing torch 2.13.0, apt-launch and what it needs ..."
+	@$(PIP) --editable .
 	@touch $@
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.made
+	@echo "Installing torch 2.13.0, apt-launch and what it, tests and documentation need ..."
+	@$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.runs

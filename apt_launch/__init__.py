@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from apt_launch.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from apt_launch.notebook import Run
-
-__version__ = "0.1.0"
 
 
 def run(overrides: Sequence[str] = ()) -> Run:

@@ -21,15 +21,17 @@ def run(cfg: DictConfig) -> float:
     from hydra.core.hydra_config import HydraConfig
 
     from apt_launch.config.load import load
+    from apt_launch.runs.folder import Checked, RunFolder
     from apt_launch.runs.train import train
     from apt_model.errors import ConfigError
 
     path = Path(HydraConfig.get().runtime.output_dir)
+    checked: Checked | None = getattr(
+        run, "checked", None
+    )  # by CheckBeforeStart, unless a sweeper of Hydra's came here
     try:
-        return train(load(cfg), path)
+        return train(checked.config if checked else load(cfg), path, checked=checked)
     except ConfigError:  # what only torch or the whole text could tell
-        from apt_launch.runs.folder import RunFolder
-
         RunFolder(path).discard()
         raise
 
@@ -45,10 +47,12 @@ def main() -> None:
         return
     import hydra
 
-    from apt_launch.config.guard import keep_private
-    from apt_launch.config.load import CONF, show_error
+    from apt_launch.config import guard
+    from apt_launch.config.menu import CONF
     from apt_launch.config.profile_file import with_profile_file
+    from apt_launch.sweep.application import TRAINER, application
     from apt_launch.sweep.plugins import register
+    from apt_launch.sweep.secrets import keep_private
     from apt_model.errors import TrainingError
 
     keep_private()
@@ -58,7 +62,8 @@ def main() -> None:
         sys.argv[1:] = with_profile_file(flags_first(sys.argv[1:]))
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on as they are, and we say what they mean
         register()
-        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(run)()
+        guard.install()
+        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(application(TRAINER)(run))()
     except TrainingError as error:
         if wants_traceback or error.__cause__ is not None:
             raise
@@ -66,6 +71,7 @@ def main() -> None:
         sys.exit(1)
     except Exception as error:
         from apt_launch.config.explain import understood
+        from apt_launch.sweep.command import show_error
 
         if wants_traceback:
             raise

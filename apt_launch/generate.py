@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apt_launch.config.guard import keep_private
+from apt_launch.config.ending import ending
+from apt_launch.config.instantiate import build, build_model
 from apt_launch.config.load import parse_groups
-from apt_launch.runs.build import build, build_model
 from apt_launch.runs.folder import find_checkpoint
-from apt_launch.sweep.command import ending
+from apt_launch.sweep.secrets import keep_private
 from apt_launch.sweep.values import read_frozen
 from apt_model.data.tokenizer import ByteTokenizer, load_tokenizer
 from apt_model.errors import ConfigError

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from apt_launch.config.explain import understood
-from apt_launch.config.load import RunConfig, composing, load
+from apt_launch.config.load import composing, load
+from apt_launch.config.run_config import RunConfig
+from apt_launch.record import Row, read_rows
 from apt_launch.runs.alone import alone_in_process
 from apt_launch.runs.folder import RunFolder
-from apt_launch.tracking import Row, read_rows
 from apt_model.errors import ConfigError, Interrupted
 from apt_model.files import write_whole
 
@@ -81,12 +82,12 @@ def _run(overrides: Sequence[str]) -> Run:
     from apt_launch.runs.train import train
 
     config, folder = _composed(overrides)
-    RunFolder(folder).check_free(config)
+    checked = RunFolder(folder).check(config)
     with _as_it_was(), _logging_to(folder):
         (folder / ".hydra").mkdir(exist_ok=True)
         write_whole(folder / ".hydra" / "overrides.yaml", json.dumps([*overrides]) + "\n")
         try:
-            train(config, folder, own_process=False)
+            train(config, folder, checked=checked, own_process=False)
         except Interrupted as interrupted:
             raise KeyboardInterrupt(
                 f"{interrupted}. Go on with: apt_launch.run([..., 'hydra.run.dir={folder}', 'trainer.resume=auto'])"

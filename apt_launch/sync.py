@@ -7,16 +7,18 @@ that W&B has are skipped: twice is as good as once. A run that is offline may be
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-from apt_launch.config.guard import keep_private
-from apt_launch.sweep.command import ending
+from apt_launch.config.ending import ending
+from apt_launch.config.instantiate import build
 from apt_launch.sweep.lease import read_holder
+from apt_launch.sweep.secrets import keep_private
 from apt_launch.sweep.values import read_frozen
-from apt_launch.tracking.projections import deliver
+from apt_launch.tracking.deliver import deliver
 from apt_model.errors import ConfigError
 
 
@@ -79,7 +81,9 @@ def _deliver(folder: Path) -> int:
     if holder is not None and holder.alive is not False and values["logger"].get("mode") == "online":
         raise ConfigError(f"{folder}: process {holder.pid} on {holder.host} is training here, and delivers by itself.")
     try:
-        sent, before = deliver(values, folder, summary["state"])
+        online = {**values["logger"], "mode": "online"}
+        make = functools.partial(build, online, folder=folder, config=values, fallback=False)
+        sent, before = deliver(make, folder, summary["state"])
     except (wandb.Error, TimeoutError) as error:
         sys.stderr.write(f"error: {folder}: W&B: {str(error).strip().rstrip('.')}. Nothing is lost; try again later.\n")
         return 1

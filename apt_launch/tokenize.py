@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from apt_launch.config.checks import missing_library
 from apt_launch.config.corpus import build_corpus, making_tokens
-from apt_launch.config.guard import keep_private
-from apt_launch.config.load import CONF, load_data
-from apt_launch.sweep.command import ending, parsed
+from apt_launch.config.ending import ending
+from apt_launch.config.load import composing, load_data
+from apt_launch.sweep.command import parsed
+from apt_launch.sweep.secrets import keep_private
 from apt_model.errors import ConfigError
+from apt_model.files import refuse_place
 
 if TYPE_CHECKING:
     from apt_model.data.corpora import DocumentCorpus
@@ -71,7 +73,6 @@ examples:
 
 
 def _tokenize(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from apt_launch.runs.folder import refuse_place
     from apt_model.data.shard_writer import SHARD_TOKENS, write
     from apt_model.data.shards import MANIFEST, SPLITS, Shards
 
@@ -109,12 +110,10 @@ def _corpus(overrides: list[str]) -> DocumentCorpus:
     Raises:
         ConfigError: it has no documents, or its config is wrong.
     """
-    from hydra import compose, initialize_config_dir
-
     from apt_model.data.corpora import DocumentCorpus
 
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        corpus = build_corpus(load_data(compose("config", overrides=overrides)))
+    with composing() as compose:
+        corpus = build_corpus(load_data(compose(overrides)))
     if not isinstance(corpus, DocumentCorpus):
         raise ConfigError("data: it has tokens already, and no documents. Choose data=text, jsonl, stdlib or hf.")
     return corpus

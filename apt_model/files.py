@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from apt_model.errors import ConfigError
+
 
 def write_whole(path: Path, text: str, *, safe: bool = False) -> None:
     """Write ``text`` so that a reader finds the old content or the new, never a part.
@@ -44,3 +46,19 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def refuse_place(folder: Path, key: str) -> None:
+    """Make sure that ``folder`` can be one that is written to.
+
+    Raises:
+        ConfigError: it, or what should hold it, is a file, or may not be written; ``key`` is where the user said so.
+    """
+    there = None
+    for path in (folder, *folder.parents):
+        if path.exists():
+            there = there or path
+            if not path.is_dir():
+                raise ConfigError(f"{key}: {path} is a file, and a folder is wanted at {folder}.")
+    if there is not None and not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}: {there} may not be written to. Choose another folder.")

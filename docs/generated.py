@@ -23,8 +23,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from apt_launch.config.load import CONF
-from apt_launch.config.menu import COMMANDS
+from apt_launch.config.menu import COMMANDS, CONF
 from apt_launch.config.schema import GROUPS, LaunchConfig, LocalLauncherConfig, SlurmLauncherConfig, TopLevel
 from apt_model.schedule.anneal import Anneal, Segment
 from apt_model.schedule.spec import Event, When

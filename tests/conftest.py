@@ -17,20 +17,22 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import settings
 
-from apt_launch.config.load import RunConfig
 from apt_launch.config.load import composed as compose
-from apt_launch.tracking import read_rows
+from apt_launch.config.run_config import RunConfig
+from apt_launch.record import read_rows
+from tests.forks import HANGS, REPOSITORY, run_module
 
 if "HF_HOME" not in os.environ:  # what datasets copies there, and it asks nobody
     _HOME = tempfile.TemporaryDirectory()
     os.environ |= {"HF_HOME": _HOME.name, "HF_HUB_OFFLINE": "1"}
 
+# threads that wait for each other sleep meanwhile, and models this small need but one: several tests run at once
+os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+
 # a shell that starts tests in the background has them, and whatever they start, ignore Ctrl-C
 signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("patient", deadline=None)  # how fast an example is, is not what is tested
 settings.load_profile("patient")
-
-REPOSITORY = Path(__file__).parent.parent
 
 SMALL = (
     "model.d_model=16",
@@ -49,6 +51,34 @@ SMALL = (
     "logger.mode=disabled",
 )
 """Overrides that leave a model of a few thousand parameters and 24 updates, still through the whole curriculum."""
+
+
+LONGEST = (
+    *("slurm", "launch/test_sweep", "training/test_compile", "reliability/test_delivery", "test_docs"),
+    *("training/test_data_parallel", "reliability/test_bad_input", "reliability/test_security", "launch/test_sizes"),
+    *("training/test_trainer", "integrations", "launch/test_cli", "launch/test_watch", "launch/test_notebook"),
+    *("reliability", "launch/test_tokenize", "launch/test_generate", "launch/test_report", "launch/test_wandb_agent"),
+)
+"""What takes longest: it begins first where several processes run tests, and is marked slow."""
+
+SHARED_OUT = {"slurm/test_sweeps": 2, "launch/test_sweep": 2, "training/test_compile": 2, "test_docs": 2}
+"""Files whose tests several processes may share, and how many. Those of any other file stay together, with its fixtures."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what is slow; say which tests stay together in one process, and put the longest first, under pytest-xdist."""
+    several = config.pluginmanager.hasplugin("xdist") and getattr(config.option, "dist", "no") != "no"
+    ranks: dict[pytest.Item, int] = {}
+    for number, item in enumerate(items):
+        name = item.path.relative_to(REPOSITORY / "tests").with_suffix("").as_posix()
+        ranks[item] = next((rank for rank, prefix in enumerate(LONGEST) if name.startswith(prefix)), len(LONGEST))
+        if ranks[item] < len(LONGEST):
+            item.add_marker(pytest.mark.slow)
+        if several:
+            item.add_marker(pytest.mark.xdist_group(f"{name}-{number % SHARED_OUT.get(name, 1)}"))
+    if several:
+        items.sort(key=ranks.__getitem__)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -94,20 +124,8 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return cli
 
 
-def run_module(module: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m module`` to its end."""
-    command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300, check=False)
-
-
-def environment() -> dict[str, str]:
-    """The environment of a command under test: no key, no colours, nothing that reaches out."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "HYDRA_"))}
-    return kept | {"WANDB_ERROR_REPORTING": "false", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-
-
-def until(happened: Callable[[], object], what: str, timeout: float = 60.0) -> None:
-    """Wait for what another process will do."""
+def until(happened: Callable[[], object], what: str, timeout: float = HANGS) -> None:
+    """Wait for what another process will do; ``timeout`` seconds only end what hangs."""
     end = time.monotonic() + timeout
     while not happened():
         assert time.monotonic() < end, f"waited {timeout:g} s for {what}"
@@ -123,7 +141,7 @@ def rows_in(run: Path) -> int:
 def wandb_records(folder: Path) -> list[dict[str, Any]]:
     """Read an offline run back with the official client."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=HANGS)
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 

@@ -24,12 +24,12 @@ from pydantic import Field
 from apt_launch.config.catalogue import metrics, parameters, targets
 from apt_launch.config.load import CONF, RunConfig
 from apt_launch.config.schema import GROUPS, Positive
-from apt_launch.sweep import __main__ as sweep
-from apt_launch.tracking import read_rows
+from apt_launch.record import read_rows
+from apt_launch.sweep import cli as sweep
 from apt_model.schedule import Anneal, Curriculum, Program
 from docs import generated, pictures
-from tests.conftest import REPOSITORY, SMALL, environment
-from tests.forks import Ended, Forks, forking
+from tests.conftest import SMALL
+from tests.forks import HANGS, REPOSITORY, Ended, Forks, environment
 from tests.slurm.conftest import shared_cluster  # noqa: F401 - a fixture
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
@@ -167,6 +167,8 @@ def check_spelling(words: list[str]) -> None:
         case ["pytest", *arguments]:
             for path in (argument for argument in arguments if argument.startswith("tests")):
                 assert (REPOSITORY / path).exists(), path
+        case ["git", "clone", _, folder, "&&", "cd", into]:
+            assert folder == into
         case ["wandb", "sweep", path]:
             assert (REPOSITORY / path).exists(), path
         case _:
@@ -195,8 +197,9 @@ def _one_value(override: Override) -> str:
 
 @pytest.fixture(scope="module")
 def forks() -> Iterator[Forks]:
-    with forking() as forks:
-        yield forks
+    forks = Forks()
+    yield forks
+    forks.close()
 
 
 @pytest.fixture
@@ -270,7 +273,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         env={**environment(), "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS,
     )
     assert (told.returncode, told.stdout + told.stderr) == (0, "")
     return folder

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.forks import HANGS
+
 ROOT = Path(__file__).parent.parent
 
 BASE = ("apt_model.errors", "apt_model.files")
-GROUND = ("apt_launch.record", "apt_launch.version")
+GROUND = ("apt_launch.record", "apt_launch.version", "apt_launch.drawing")
 MODEL = ("apt_model.schedule", "apt_model.layers", "apt_model.gpt", "apt_model.data", "apt_model.training")
 SWEEP = ("apt_launch.sweep", "apt_launch.sweep.plan", "apt_launch.sweep.jobs", "apt_launch.sweep.control")
 
@@ -30,6 +32,7 @@ ROOMS: dict[str, tuple[str, ...] | None] = {
     "apt_model.training": (*BASE, "apt_model.schedule", "apt_model.layers", "apt_model.gpt", "apt_model.data"),
     "apt_model.integrations": (*BASE, *MODEL),
     "apt_launch.version": (),
+    "apt_launch.drawing": (),
     "apt_launch.record": (*BASE, "apt_launch.version"),
     "apt_launch.sweep": (*BASE, *GROUND),
     "apt_launch.sweep.plan": (*BASE, *GROUND, "apt_launch.sweep"),
@@ -42,7 +45,10 @@ ROOMS: dict[str, tuple[str, ...] | None] = {
     "apt_launch.sweep.report": (*BASE, *GROUND, *SWEEP),
     "apt_launch.sweep.watch": (*BASE, *GROUND, *SWEEP, "apt_launch.sweep.report"),
     **dict.fromkeys(
-        ("apt_launch.sweep.cli", "apt_launch.sweep.plugins", "apt_launch.sweep.__main__"),
+        (
+            *("apt_launch.sweep.cli", "apt_launch.sweep.plugins", "apt_launch.sweep.__main__"),
+            "apt_launch.sweep.namespace",
+        ),
         (
             *(*BASE, *GROUND, *SWEEP, "apt_launch.sweep.backends", "apt_launch.sweep.report", "apt_launch.sweep.watch"),
             *("apt_launch.sweep.cli", "apt_launch.sweep.plugins"),
@@ -56,6 +62,11 @@ ROOMS: dict[str, tuple[str, ...] | None] = {
     ),
     "apt_launch.preview": (
         *(*BASE, *GROUND, *MODEL, "apt_launch.sweep", "apt_launch.sweep.plan", "apt_launch.config"),
+        "apt_launch.preview.jobs",
+    ),
+    "apt_launch.preview.jobs": (  # plans a sweep as Hydra's command does, by the same plugins
+        *(*BASE, *GROUND, *MODEL, "apt_launch.sweep", "apt_launch.sweep.plan", "apt_launch.config"),
+        *("apt_launch.sweep.backends", "apt_launch.sweep.plugins"),
     ),
     "apt_launch.cli": (*BASE, *GROUND, "apt_model.schedule", "apt_launch.sweep", "apt_launch.config"),
     "apt_launch": None,
@@ -134,7 +145,7 @@ def loaded(code: str) -> set[str]:
     """Run ``code`` in a fresh interpreter and return the libraries that it has loaded."""
     watched = ("torch", "hydra", "wandb", "pydantic", "numpy", "matplotlib", "submitit", "rich", *ONLY_IN)
     program = f"{code}\nimport sys; print(*[m for m in {watched} if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANGS, check=True)
     return set(result.stdout.split("\n")[-2].split())
 
 

@@ -3,9 +3,8 @@
 set -eu
 here=$(mktemp -d)
 trap 'rm -rf "$here"' EXIT
-"$PYTHON_BIN" -m build --wheel --outdir "$here/dist" . >"$here/build.log" 2>&1 || { cat "$here/build.log"; exit 1; }
-sh tests/environment.sh "$PYTHON" "$here/venv"
-"$here/venv/bin/python" -m pip install --quiet "$TORCH" "$here"/dist/*.whl
+"$PYTHON_BIN" -m build --wheel --no-isolation --outdir "$here/dist" . >"$here/build.log" 2>&1 || { cat "$here/build.log"; exit 1; }
+"$PYTHON_BIN" -m tests.wheel "$here"/dist/*.whl "$here/venv"
 mkdir "$here/elsewhere"
 cd "$here/elsewhere"
 "$here/venv/bin/python" -m apt_launch profile=tiny_debug trainer.max_batches_per_epoch=20 hydra.run.dir=run

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from apt_launch.config.menu import COMMANDS, groups, keys
+from apt_launch.config.menu import COMMANDS, entry_point, groups, keys
 
 FLAGS: Final = (
     "--cfg",
@@ -144,7 +144,7 @@ def _actions(module: str, given: list[str]) -> list[argparse.Action]:
     """Return what the command ``module`` takes, or the one of its own commands that was ``given``."""
     if module not in COMMANDS:
         return []
-    actions: list[argparse.Action] = importlib.import_module(module).parser()._actions
+    actions: list[argparse.Action] = importlib.import_module(entry_point(module)).parser()._actions
     for action in actions:
         if isinstance(action, argparse._SubParsersAction) and given and given[0] in action.choices:
             return list(action.choices[given[0]]._actions)

@@ -11,8 +11,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from apt_launch import __version__
 from apt_launch.config.menu import ADDED, COMMANDS, Group, groups, keys
+from apt_launch.version import __version__
 
 EXAMPLES: Final = (
     (

@@ -9,18 +9,22 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from apt_launch.config import schema
 from apt_launch.config.corpus import build_corpus
+from apt_launch.config.schema import EXTRAS, HFConfig, LaunchConfig
 from apt_model.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from apt_launch.config import schema
+    from apt_model.data import Corpus
     from apt_model.schedule import Horizon, Program
 
 
-def check_together(values: Mapping[str, Any], groups: Mapping[str, Any], launch: schema.LaunchConfig) -> None:
-    """Refuse values that are right each by itself and wrong together."""
-    from apt_launch.config.schema import EXTRAS
+def check_together(values: Mapping[str, Any], groups: Mapping[str, Any], launch: LaunchConfig) -> Corpus:
+    """Check values that are right each by itself against each other; return the corpus, whose vocabulary is one of them.
 
+    Raises:
+        ConfigError: with every problem found.
+    """
     model, moe, schedule, optimizer = (groups[name] for name in ("model", "moe", "schedule", "optimizer"))
     problems = []
     if model.d_model % (2 * model.num_heads):
@@ -42,22 +46,26 @@ def check_together(values: Mapping[str, Any], groups: Mapping[str, Any], launch:
             f"trainer.batch_size = {groups['trainer'].batch_size} cannot be shared by {ranks} ranks (launch.nodes x "
             f"launch.tasks_per_node). Make it a multiple of {ranks}."
         )
-    if ranks > 1 and type(groups["trainer"]) in EXTRAS:
-        problems.append(
-            f"launch: {ranks} ranks share batches with trainer=default only. Choose it, or set launch.nodes=1 "
-            "launch.tasks_per_node=1."
-        )
     problems += _sharing_problems(groups, ranks)
     problems += schedule.contradictions()
-    problems += missing_libraries(groups) or _vocabulary_problems(values["data"], model.vocab_size)
+    missing = missing_libraries(groups)
+    problems += missing
+    corpus = None
+    if not missing:
+        try:
+            corpus = build_corpus(values["data"])
+            problems += _vocabulary_problems(corpus, model.vocab_size)
+        except ConfigError as error:
+            problems += error.problems
     problems += _trainer_problems(groups["trainer"])
     if optimizer.weight_decay * optimizer.lr >= 1:
         problems.append(
             f"optimizer.weight_decay x optimizer.lr = {optimizer.weight_decay * optimizer.lr:g}: one update would erase the "
             "weights. Their product must be below 1."
         )
-    if problems:
+    if problems or corpus is None:
         raise ConfigError(*problems)
+    return corpus
 
 
 def _expert_problems(model: schema.GPTConfig, moe: schema.MoEConfig) -> list[str]:
@@ -92,8 +100,6 @@ def _expert_problems(model: schema.GPTConfig, moe: schema.MoEConfig) -> list[str
 
 def _sharing_problems(groups: Mapping[str, Any], ranks: int) -> list[str]:
     """Say why ``ranks`` cannot share the model as the config says; how many a lone process is one of is not known yet."""
-    from apt_launch.config.schema import EXTRAS
-
     model, moe, trainer = groups["model"], groups["moe"], groups["trainer"]
     experts = trainer.expert_parallel
     slices = f" / moe.granularity = {moe.granularity}" if moe.granularity > 1 else ""
@@ -128,8 +134,6 @@ def _sharing_problems(groups: Mapping[str, Any], ranks: int) -> list[str]:
 
 def _trainer_problems(trainer: schema.TrainerConfig) -> list[str]:
     """Say what the chosen trainer was asked for and cannot do."""
-    from apt_launch.config.schema import EXTRAS, HFConfig
-
     problems = []
     if trainer.resume is not None and type(trainer) in EXTRAS:
         option, _ = EXTRAS[type(trainer)]
@@ -148,13 +152,9 @@ def _trainer_problems(trainer: schema.TrainerConfig) -> list[str]:
     return problems
 
 
-def _vocabulary_problems(data: Mapping[str, Any], vocab_size: int) -> list[str]:
+def _vocabulary_problems(corpus: Corpus, vocab_size: int) -> list[str]:
     """Say whether the corpus has tokens that the model has not."""
-    try:
-        corpus = build_corpus(data)
-        needed, place = corpus.vocab_size, corpus.tokenizer_file
-    except ConfigError as error:
-        return list(error.problems)
+    needed, place = corpus.vocab_size, corpus.tokenizer_file
     if needed <= vocab_size:
         return []
     return [
@@ -165,8 +165,6 @@ def _vocabulary_problems(data: Mapping[str, Any], vocab_size: int) -> list[str]:
 
 def missing_libraries(groups: Mapping[str, Any]) -> list[str]:
     """Say what chosen options need and is not installed."""
-    from apt_launch.config.schema import EXTRAS
-
     needed = [
         (name, *EXTRAS.get(type(groups[name]), ("", ())), f"choose {name}={default}")
         for name, default in (("trainer", "default"), ("logger", "wandb"), ("data", "text"))

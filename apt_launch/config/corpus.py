@@ -1,4 +1,4 @@
-"""The corpus that a config describes: built, counted to know a run's length, its tokens made under the user's eyes."""
+"""The corpus that a config describes: built, counted to know a run's length; how far its tokens are made is shown."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from apt_launch.config.instantiate import build
 
 if TYPE_CHECKING:
     from apt_model.data import Corpus
@@ -16,19 +18,17 @@ Counts = dict[str, int]
 
 
 def build_corpus(values: Mapping[str, Any]) -> Corpus:
-    """Build the corpus that the ``data`` group describes; no text is read.
+    """Return the corpus that the ``data`` group describes; no text is read.
 
     Raises:
         ConfigError: its values make no sense together.
     """
-    from apt_launch.runs.build import build
-
     corpus: Corpus = build(values)
     return corpus
 
 
-def plan_horizon(values: Mapping[str, Any], groups: Mapping[str, Any], counts: Counts) -> Horizon:
-    """Count the corpus, unless ``counts`` knows it, and plan the run's updates.
+def plan_horizon(values: Mapping[str, Any], groups: Mapping[str, Any], corpus: Corpus, counts: Counts) -> Horizon:
+    """Return the run's planned length; the corpus is counted, unless ``counts`` has it.
 
     Raises:
         ConfigError: a file is missing or wrong, or the text does not fill one batch.
@@ -41,7 +41,7 @@ def plan_horizon(values: Mapping[str, Any], groups: Mapping[str, Any], counts: C
     for split, limit in (("train", trainer.max_batches_per_epoch), ("val", trainer.validation_batches)):
         counted = json.dumps([values["data"], split])
         if counted not in counts:
-            with making_tokens(build_corpus(values["data"])) as corpus:
+            with making_tokens(corpus):
                 counts[counted] = corpus.count(split)  # type: ignore[arg-type]
         sampler = Sampler(
             num_tokens=counts[counted],
@@ -62,21 +62,22 @@ def plan_horizon(values: Mapping[str, Any], groups: Mapping[str, Any], counts: C
 
 
 @contextmanager
-def making_tokens(corpus: Corpus) -> Iterator[Corpus]:
+def making_tokens(corpus: Corpus) -> Iterator[None]:
     """Show how far the corpus' tokens are made, if they have to be made meanwhile."""
     progress: Any = None
 
     def show(split: str, done: float, tokens: int) -> None:
         nonlocal progress
         if progress is None:
-            from apt_launch.runs.console import TokenProgress
+            from apt_launch.config.token_progress import TokenProgress
 
             progress = TokenProgress()
         progress.tell(split, done, tokens)
 
     corpus.on_progress = show
     try:
-        yield corpus
+        yield
     finally:
+        del corpus.on_progress
         if progress is not None:
             progress.close()

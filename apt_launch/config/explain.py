@@ -9,7 +9,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from apt_launch.config.load import CONF
+from apt_launch.config.menu import CONF
 from apt_launch.config.schema import all_keys
 from apt_launch.sweep.values import flatten
 from apt_model.errors import CheckpointError, ConfigError, nearest

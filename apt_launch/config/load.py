@@ -2,94 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from apt_launch.config import schema
 from apt_launch.config.checks import check_curriculum, check_together, missing_libraries
 from apt_launch.config.corpus import Counts, plan_horizon
 from apt_launch.config.menu import CONF as CONF
-from apt_launch.sweep.values import flatten
+from apt_launch.config.run_config import RunConfig
+from apt_launch.sweep.composing import config_loader
+from apt_launch.sweep.secrets import check_secrets
 from apt_model.errors import ConfigError, nearest, validated
-
-if TYPE_CHECKING:
-    from apt_launch.config import schema
-    from apt_model.schedule import Horizon, Program
-
-
-NEUTRAL = (
-    "data.cache",
-    "data.verify",
-    "launch",
-    "logger",
-    "profile_file",
-    "schedule.on_horizon_change",
-    "trainer.resume",
-    "trainer.parallel",
-    "trainer.expert_parallel",
-    "trainer.activation_checkpointing",
-    "trainer.log_every",
-    "trainer.checkpoint_every_epochs",
-    "trainer.checkpoint_every_minutes",
-    "trainer.keep_last",
-    "trainer.keep_best",
-    "trainer.keep_every",
-    "trainer.stall_minutes",
-    "trainer.keep_freed_memory",
-    "trainer.onednn_products",
-)
-"""Keys that cannot change what a run computes, but for last digits: no part of its identity."""
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """A run's config, checked. ``values`` is what YAML says, resolved; the groups are the same, typed."""
-
-    values: dict[str, Any]
-    seed: int
-    model: schema.GPTConfig
-    moe: schema.MoEConfig
-    align: schema.BiStateConfig
-    voter: schema.VoterConfig
-    schedule: schema.ScheduleConfig
-    data: schema.Group
-    optimizer: schema.AdamWConfig
-    trainer: schema.TrainerConfig
-    logger: schema.Group
-    launch: schema.LaunchConfig
-    horizon: Horizon
-    program: Program
-
-    @property
-    def result_values(self) -> dict[str, Any]:
-        """The values that decide what the run computes, flat: dotted key to value."""
-        flat = flatten(self.values)
-        return {key: value for key, value in flat.items() if not is_neutral(key)}
-
-    @property
-    def identity(self) -> str:
-        """The sha256 of what decides the result."""
-        text = json.dumps(self.result_values, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def resuming(self) -> RunConfig:
-        """Return the same run, to go on from its own newest checkpoint."""
-        values = {**self.values, "trainer": {**self.values["trainer"], "resume": "auto"}}
-        return replace(self, values=values, trainer=self.trainer.model_copy(update={"resume": "auto"}))
-
-
-def is_neutral(key: str) -> bool:
-    """Say whether a key cannot change what a run computes."""
-    return any(key == name or key.startswith(f"{name}.") for name in NEUTRAL)
 
 
 def load(cfg: DictConfig, counts: Counts | None = None) -> RunConfig:
@@ -108,8 +36,6 @@ def load_data(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: with every problem found.
     """
-    from apt_launch.config.guard import check_secrets
-
     values: dict[str, Any] = {"data": _resolved(cfg, "data")}
     check_secrets(values)
     problems = missing_libraries({"data": _parse_group("data", values["data"])})
@@ -134,7 +60,7 @@ def _resolved(cfg: DictConfig, key: str) -> Any:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
 
 
-def composed(overrides: list[str]) -> RunConfig:
+def composed(overrides: Sequence[str]) -> RunConfig:
     """Compose ``conf/`` with ``overrides`` and check it, as the command does.
 
     Raises:
@@ -146,27 +72,27 @@ def composed(overrides: list[str]) -> RunConfig:
 
 
 @contextmanager
-def composing() -> Iterator[Callable[[list[str]], DictConfig]]:
-    """Compose ``conf/`` with overrides meanwhile; what Hydra composes elsewhere in this process stays as it is."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    before = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            yield lambda overrides: compose("config", overrides=overrides, return_hydra_config=True)
-    finally:
-        GlobalHydra.instance().hydra = before
+def composing() -> Iterator[Callable[[Sequence[str]], DictConfig]]:
+    """Compose ``conf/`` with overrides meanwhile, as the command does; Hydra's global state stays as it is."""
+    with config_loader(CONF) as loader:
+        yield lambda overrides: loader.load_configuration("config", list(overrides), run_mode=RunMode.RUN)
 
 
 def parse(values: dict[str, Any], counts: Counts | None = None) -> RunConfig:
     """Check plain values; see :func:`load`. ``counts`` keeps what was counted, for the next of many configs."""
     groups, top = parse_groups(values)
-    check_together(values, groups, top.launch)
-    horizon = plan_horizon(values, groups, {} if counts is None else counts)
+    corpus = check_together(values, groups, top.launch)
+    horizon = plan_horizon(values, groups, corpus, {} if counts is None else counts)
     program = check_curriculum(values, groups, horizon)
-    return RunConfig(values=values, seed=top.seed, launch=top.launch, horizon=horizon, program=program, **groups)
+    return RunConfig(
+        values=values,
+        seed=top.seed,
+        launch=top.launch,
+        corpus=corpus,
+        horizon=horizon,
+        program=program,
+        **groups,
+    )
 
 
 def parse_groups(values: Mapping[str, Any]) -> tuple[dict[str, Any], schema.TopLevel]:
@@ -175,9 +101,6 @@ def parse_groups(values: Mapping[str, Any]) -> tuple[dict[str, Any], schema.TopL
     Raises:
         ConfigError: with every problem found.
     """
-    from apt_launch.config import schema
-    from apt_launch.config.guard import check_secrets
-
     check_secrets(values)
     problems: list[str] = []
     groups: dict[str, Any] = {}
@@ -205,8 +128,6 @@ def _parse_group(name: str, group: Any) -> schema.Group:
     Raises:
         ConfigError: with every problem found.
     """
-    from apt_launch.config import schema
-
     schemas = schema.GROUPS[name]
     if not isinstance(group, Mapping):
         raise ConfigError(f"{name}: {group!r} is not valid: choose one of the group's options, for instance in conf/.")
@@ -215,23 +136,3 @@ def _parse_group(name: str, group: Any) -> schema.Group:
         known = [str(known) for known in schemas]
         raise ConfigError(f"{name}._target_: {target!r} may not be built here. {nearest(str(target), known)}")
     return validated(schemas[target], group, key=name)
-
-
-def show_error(error: ConfigError) -> None:
-    """Tell the user what is wrong with the config."""
-    count = len(error.problems)
-    sys.stderr.write("error: " + (f"{count} problems\n  " if count > 1 else "") + "\n  ".join(error.problems) + "\n")
-
-
-class CheckBeforeStart(Callback):
-    """Checks a run before Hydra makes its folder, so that a mistake leaves nothing behind."""
-
-    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Leave with exit code 2 if the config is wrong. (An exception would be turned into a warning by Hydra.)"""
-        from apt_launch.runs.folder import RunFolder
-
-        try:
-            RunFolder(Path(config.hydra.run.dir)).check_free(load(config))
-        except ConfigError as error:
-            show_error(error)
-            raise SystemExit(2) from None

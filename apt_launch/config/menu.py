@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +20,7 @@ COMMANDS: Final = {
     "apt_launch.tokenize": "memory-mapped shards of a large corpus",
     "apt_launch.sync": "deliver to W&B what a run kept offline",
 }
-"""Commands beside ``python -m apt_launch``."""
+"""Commands beside ``python -m apt_launch``: modules, or packages with a ``__main__``."""
 
 ADDED: Final = {
     "sweeps": "a sweep that is kept, with --multirun",
@@ -119,12 +120,18 @@ def _lines(path: Path) -> Sequence[str]:
     return path.read_text(encoding="utf-8").splitlines()
 
 
+def entry_point(command: str) -> str:
+    """Return the module that ``python -m command`` runs; it has ``parser()``."""
+    spec = find_spec(command)
+    return f"{command}.__main__" if spec is not None and spec.submodule_search_locations else command
+
+
 def version() -> str:
     """Return what runs here, in one line; torch is not loaded."""
     import platform
     from importlib import metadata
 
-    from apt_launch import __version__
+    from apt_launch.version import __version__
 
     def of(package: str) -> Any:
         try:

@@ -124,7 +124,7 @@ def _schedule_overrides(schedules: Mapping[str, Any]) -> list[str]:
 
 
 def _quoted(value: Any) -> str:
-    """Write ``value`` in Hydra's override grammar."""
+    """Return ``value`` in Hydra's override grammar."""
     if value is None:
         return "null"
     if isinstance(value, bool):

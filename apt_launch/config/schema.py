@@ -1,14 +1,18 @@
-"""What every group of ``conf/`` may hold: keys, types, domains. It is also the allow-list of ``_target_``.
+"""What every group of ``conf/`` may hold: keys, types, domains, roles. It is also the allow-list of ``_target_``.
 
 Torch stays unloaded: a config is judged before anything heavy is imported.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from enum import Enum
+from functools import cache
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field
 
+from apt_launch.sweep.options import LaunchConfig as LaunchConfig
+from apt_launch.sweep.options import LocalLauncherConfig, SlurmLauncherConfig
 from apt_model.schedule import Anneal, Curriculum
 from apt_model.schedule.fields import Positive, PositiveNumber, Strict
 
@@ -20,14 +24,27 @@ BetweenZeroAndOne = Annotated[float, Field(gt=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 
 
+class Role(Enum):
+    """What a key is to a run as a whole. Most keys have no role: they decide the result, and a resume may change them."""
+
+    NEUTRAL = "cannot change what a run computes, but for last digits: no part of its identity"
+    PROCESS = "neutral, and read by whoever owns the process and the run's folder, not by the trainer"
+    FIXED = "a resume cannot change it: the weights or the order of the batches would not fit"
+
+
 class Group(Strict):
     """A group's config: ``_target_`` names the class, the other keys are its parameters."""
+
+    role: ClassVar[Role | None] = None
+    """The role of every key that has none of its own."""
 
     target: str | None = Field(alias="_target_")
 
 
 class GPTConfig(Group):
     """``model=gpt``."""
+
+    role = Role.FIXED
 
     vocab_size: Positive
     d_model: Positive
@@ -45,27 +62,27 @@ class GPTConfig(Group):
 class MoEConfig(Group):
     """``moe=experts``."""
 
-    num_experts: Annotated[int, Field(ge=2)]
+    num_experts: Annotated[int, Field(ge=2), Role.FIXED]
     top_k: Positive
-    granularity: Positive
+    granularity: Annotated[Positive, Role.FIXED]
     upcycling: Literal["copy", "noise", "drop"]
     upcycling_share: PositiveNumber | None
     capacity_factor: PositiveNumber | None
     eval_capacity_factor: PositiveNumber | None = None  # runs of earlier versions have no such key
     overflow: Literal["reroute", "drop"] = "drop"  # the default is what runs of earlier versions had
     temperature: PositiveNumber
-    router: Literal["softmax", "sigmoid"]
+    router: Annotated[Literal["softmax", "sigmoid"], Role.FIXED]
     balance_loss_weight: NotNegative
     z_loss_weight: NotNegative
     bias_update_rate: NotNegative
     jitter: BelowOne
-    shared_expert: bool
+    shared_expert: Annotated[bool, Role.FIXED]
 
 
 class BiStateConfig(Group):
     """``align=bistate``."""
 
-    rank: Positive
+    rank: Annotated[Positive, Role.FIXED]
     alpha: Share
     beta: Share
     tau: PositiveNumber
@@ -83,12 +100,16 @@ class VoterConfig(Group):
 class ScheduleConfig(Group, Curriculum):
     """``schedule=...``."""
 
+    on_horizon_change: Annotated[Literal["error", "rescale", "keep_absolute"], Role.NEUTRAL] = "error"
+
 
 class _DocumentsConfig(Group):
     """Documents of text: what makes tokens of them. The defaults are what runs of earlier versions had."""
 
+    role = Role.FIXED
+
     tokenizer: Text | None = None
-    cache: Text | None = None
+    cache: Annotated[Text | None, Role.NEUTRAL] = None
 
 
 class StdlibConfig(_DocumentsConfig):
@@ -136,13 +157,16 @@ class HFDatasetConfig(_DocumentsConfig):
 class ShardsConfig(Group):
     """``data=shards``."""
 
+    role = Role.FIXED
+
     path: Text
-    verify: bool
+    verify: Annotated[bool, Role.NEUTRAL]
 
 
 class AdamWConfig(Group):
     """``optimizer=adamw``."""
 
+    target: Annotated[str | None, Role.FIXED] = Field(alias="_target_")
     lr: PositiveNumber
     betas: Annotated[list[BelowOne], Field(min_length=2, max_length=2)]
     eps: PositiveNumber
@@ -155,28 +179,28 @@ class TrainerConfig(Group):
 
     max_epochs: Positive
     max_batches_per_epoch: Positive | None
-    batch_size: Positive
-    accumulate: Positive
-    parallel: Literal["ddp", "fsdp"]
-    expert_parallel: Positive
+    batch_size: Annotated[Positive, Role.FIXED]
+    accumulate: Annotated[Positive, Role.FIXED]
+    parallel: Annotated[Literal["ddp", "fsdp"], Role.NEUTRAL]
+    expert_parallel: Annotated[Positive, Role.NEUTRAL]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
     compile: bool = False
-    activation_checkpointing: bool = False
+    activation_checkpointing: Annotated[bool, Role.NEUTRAL] = False
     grad_clip: PositiveNumber | None
     lr_schedule: Anneal | None
-    resume: Text | None
-    log_every: Positive
+    resume: Annotated[Text | None, Role.PROCESS]
+    log_every: Annotated[Positive, Role.NEUTRAL]
     validation_batches: Positive | None
-    checkpoint_every_epochs: Positive
-    checkpoint_every_minutes: PositiveNumber | None
-    keep_last: Positive
-    keep_best: Annotated[int, Field(ge=0)]
-    keep_every: Positive | None
+    checkpoint_every_epochs: Annotated[Positive, Role.NEUTRAL]
+    checkpoint_every_minutes: Annotated[PositiveNumber | None, Role.NEUTRAL]
+    keep_last: Annotated[Positive, Role.PROCESS]
+    keep_best: Annotated[int, Field(ge=0), Role.PROCESS]
+    keep_every: Annotated[Positive | None, Role.PROCESS]
     on_nonfinite: Literal["stop", "skip", "rollback"]
-    stall_minutes: PositiveNumber | None
-    keep_freed_memory: bool
-    onednn_products: bool
+    stall_minutes: Annotated[PositiveNumber | None, Role.PROCESS]
+    keep_freed_memory: Annotated[bool, Role.PROCESS]
+    onednn_products: Annotated[bool, Role.PROCESS]
 
 
 class LightningConfig(TrainerConfig):
@@ -187,7 +211,13 @@ class HFConfig(TrainerConfig):
     """``trainer=hf``."""
 
 
-class WandbConfig(Group):
+class LoggerConfig(Group):
+    """``logger=...``."""
+
+    role = Role.NEUTRAL
+
+
+class WandbConfig(LoggerConfig):
     """``logger=wandb``."""
 
     mode: Literal["offline", "online", "disabled"]
@@ -197,19 +227,19 @@ class WandbConfig(Group):
     tags: list[str]
 
 
-class TensorBoardConfig(Group):
+class TensorBoardConfig(LoggerConfig):
     """``logger=tensorboard``."""
 
     mode: Literal["offline", "disabled"]
 
 
-class CsvConfig(Group):
+class CsvConfig(LoggerConfig):
     """``logger=csv``."""
 
     mode: Literal["offline", "disabled"]
 
 
-class NoLoggerConfig(Group):
+class NoLoggerConfig(LoggerConfig):
     """``logger=none``."""
 
     mode: Literal["disabled"]
@@ -252,51 +282,32 @@ EXTRAS: Final[dict[type[Group], tuple[str, tuple[str, ...]]]] = {
 """Choices that need an extra of the package: its name, and the libraries that it brings."""
 
 
-class LaunchConfig(Strict):
-    """``launch``: what a job of a sweep gets to run with, and how the sweep is followed. No part of a run's identity."""
-
-    nodes: Positive
-    tasks_per_node: Positive
-    gpus: Annotated[int, Field(ge=0)] | None
-    cpus: Positive | None
-    mem_gb: PositiveNumber | None
-    hours: PositiveNumber
-    time_limit_minutes: Positive | None
-    max_gpu_hours: PositiveNumber | None
-    wait: bool
-    drill: bool
-
-
-class LocalLauncherConfig(Strict):
-    """``hydra/launcher=local``."""
-
-    max_parallel: Positive | None
-
-
-class SlurmLauncherConfig(Strict):
-    """``hydra/launcher=slurm``."""
-
-    partition: Text | None
-    account: Text | None
-    qos: Text | None
-    constraint: Text | None
-    exclude: Text | None
-    gres: Text | None
-    max_parallel: Positive | None
-    signal_delay_s: Positive
-    setup: list[str]
-    srun_args: list[str]
-    additional_parameters: dict[str, Any]
-    python: Text | None
-    retry_minutes: NotNegative
-
-
 class TopLevel(Strict):
     """What stands beside the groups."""
 
-    seed: Seed
-    profile_file: Text | None
-    launch: LaunchConfig
+    seed: Annotated[Seed, Role.FIXED]
+    profile_file: Annotated[Text | None, Role.NEUTRAL]
+    launch: Annotated[LaunchConfig, Role.NEUTRAL]
+
+
+@cache
+def roles() -> dict[str, Role]:
+    """Return the role of each key and group that has one."""
+    found = {name: schema.role for name, schemas in GROUPS.items() for schema in schemas.values() if schema.role}
+    places: list[tuple[str, type[Strict]]] = [("", TopLevel)]
+    places += [(f"{name}.", schema) for name, schemas in GROUPS.items() for schema in schemas.values()]
+    for prefix, schema in places:
+        for name, field in schema.model_fields.items():
+            found |= {f"{prefix}{field.alias or name}": role for role in field.metadata if isinstance(role, Role)}
+    return found
+
+
+def role_of(key: str) -> Role | None:
+    """Return the role of a dotted key: its own, or that of the key or the group that it belongs to."""
+    known = roles()
+    while key not in known and "." in key:
+        key = key.rpartition(".")[0]
+    return known.get(key)
 
 
 def all_keys() -> list[str]:
@@ -304,7 +315,9 @@ def all_keys() -> list[str]:
     keys = [*TopLevel.model_fields, *GROUPS, "profile", "hydra.run.dir", "hydra.sweep.dir", "hydra.verbose"]
     keys += [f"launch.{key}" for key in LaunchConfig.model_fields]
     keys += [
-        f"hydra.launcher.{key}" for place in (LocalLauncherConfig, SlurmLauncherConfig) for key in place.model_fields
+        f"hydra.launcher.{key}"
+        for launcher in (LocalLauncherConfig, SlurmLauncherConfig)
+        for key in launcher.model_fields
     ]
     for group, schemas in GROUPS.items():
         for schema in schemas.values():

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from apt_launch.config.load import RunConfig
+from apt_launch.config.run_config import RunConfig
 from apt_model.schedule import MODULES, Clock, Program
 from apt_model.schedule.program import LatchState, Subject
 from apt_model.schedule.targets import matching
@@ -122,7 +122,7 @@ def sizes(config: RunConfig, *, on_gpu: bool | None = None) -> list[Phase]:
     """
     import torch
 
-    from apt_launch.runs.build import build_model
+    from apt_launch.config.instantiate import build_model
     from apt_model.layers import scheduled
 
     if on_gpu is None:

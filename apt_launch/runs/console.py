@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
 import time
@@ -11,18 +10,11 @@ from collections.abc import Iterable, Sequence
 from typing import IO, TYPE_CHECKING
 
 from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 from rich.text import Text
 
+from apt_launch.config.token_progress import can_redraw
 from apt_model.schedule import Change
 from apt_model.schedule.rows import anneals, modules_on
 from apt_model.training.callbacks import Callback
@@ -30,10 +22,14 @@ from apt_model.training.callbacks import Callback
 if TYPE_CHECKING:
     from apt_model.training.callbacks import TrainerView
 
+    _Handler = logging.StreamHandler[IO[str]]
+else:  # Python 3.10 cannot say of what
+    _Handler = logging.StreamHandler
+
 logger = logging.getLogger(__name__)
 
 
-class Stdout(logging.StreamHandler[IO[str]]):
+class Stdout(_Handler):
     """Logs to whatever ``sys.stdout`` is at the time, so that a progress bar can keep its line to itself.
 
     Tracebacks are for the log file; what a user should know of an error is told where the command ends.
@@ -65,11 +61,6 @@ def progress_callback() -> Callback:
     """Return the bar for a terminal, else the plain lines."""
     console = Console()
     return ProgressBar(console) if can_redraw(console) else PlainLines()
-
-
-def can_redraw(console: Console) -> bool:
-    """Say whether what was shown can be overwritten: at a terminal, and not in a log that is made to have colours."""
-    return console.is_terminal and not console.is_dumb_terminal and console.file.isatty()
 
 
 class _Announcements(Callback):
@@ -178,50 +169,6 @@ class ProgressBar(_Announcements):
     @staticmethod
     def _epoch(trainer: TrainerView) -> str:
         return f"{min(trainer.clock.epoch + 1, trainer.max_epochs)}/{trainer.max_epochs}"
-
-
-class TokenProgress:
-    """Says on standard error how far tokens are made: a bar for each split on a terminal, else a line every ``seconds``."""
-
-    def __init__(self, seconds: float = 10.0) -> None:
-        self.seconds = seconds
-        self.said = time.monotonic()
-        self.progress = Progress(
-            TextColumn("tokens of {task.description}"),
-            BarColumn(bar_width=None),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self.tasks: dict[str, TaskID] = {}
-        self.began: dict[str, tuple[float, int]] = {}
-
-    def tell(self, split: str, done: float, tokens: int) -> None:
-        """Show that ``done`` of ``split`` (0 to 1; nan: unknown) is ready, ``tokens`` so far; 1 comes once, at the end."""
-        now = time.monotonic()
-        terminal = can_redraw(self.progress.console)
-        if split not in self.tasks:
-            if terminal:
-                self.progress.start()
-            self.tasks[split] = self.progress.add_task(split, total=None, numbers="")
-            self.began[split] = (now, tokens)
-        began, first = self.began[split]
-        speed = (tokens - first) / max(1e-3, now - began)
-        self.progress.update(
-            self.tasks[split],
-            total=None if math.isnan(done) else 1.0,
-            completed=None if math.isnan(done) else done,
-            numbers=f"{tokens:,} tokens, {speed:,.0f} a second",
-        )
-        if not terminal and (done == 1 or now - self.said >= self.seconds):
-            self.said = now
-            self.progress.console.print(f"tokens of {split}: {tokens:,}, {speed:,.0f} a second", highlight=False)
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        self.progress.stop()
 
 
 def curriculum_state(trainer: TrainerView, *, values: bool = True) -> str:

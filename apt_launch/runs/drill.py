@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apt_launch.config.load import RunConfig
+from apt_launch.config.run_config import RunConfig
 from apt_model.errors import Interrupted, TrainingError
 from apt_model.files import write_json
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shlex
 import shutil
 from dataclasses import dataclass
@@ -12,29 +11,14 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from apt_launch.config.corpus import build_corpus
-from apt_launch.config.load import RunConfig
+from apt_launch.config.run_config import RunConfig
+from apt_launch.config.schema import Role, role_of
 from apt_launch.sweep.values import changed_keys
 from apt_model.errors import CheckpointError, ConfigError
-from apt_model.files import write_json
+from apt_model.files import refuse_place, write_json
 from apt_model.schedule import Horizon
 from apt_model.schedule.runner import horizon_changed
 from apt_model.training.checkpoint import Checkpoints, newest_intact, read_manifest
-
-FIXED = (
-    "seed",
-    "model",
-    "data",
-    "moe.num_experts",
-    "moe.granularity",
-    "moe.router",
-    "moe.shared_expert",
-    "align.rank",
-    "optimizer._target_",
-    "trainer.batch_size",
-    "trainer.accumulate",
-)
-"""Keys that a resume cannot change: the weights or the order of the batches would not fit."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +28,15 @@ class Resume:
     checkpoint: Path
     rows: int  # of metrics, logged before it
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A run that may start in its folder."""
+
+    config: RunConfig
+    resume: Resume | None
+    held: tuple[object, ...]  # what the folder held when it was checked
 
 
 class RunFolder:
@@ -82,8 +75,21 @@ class RunFolder:
         kept = [one for one in given if not one.startswith(("hydra.run.dir=", "trainer.resume="))]
         return f"python -m apt_launch {shlex.join([*kept, f'hydra.run.dir={self.path}', 'trainer.resume=auto'])}"
 
+    def check(self, config: RunConfig) -> Checked:
+        """Return that ``config`` may be run here, see :meth:`check_free`."""
+        held = self._held()
+        return Checked(config, self.check_free(config), held)
+
+    def still(self, checked: Checked) -> Checked:
+        """Return ``checked`` if nothing was trained here since, else what a new check says."""
+        return checked if checked.held == self._held() else self.check(checked.config)
+
+    def _held(self) -> tuple[object, ...]:
+        rows = self.metrics.stat().st_size if self.metrics.exists() else None
+        return rows, *(path.name for path in Checkpoints(self.checkpoints).all())
+
     def check_free(self, config: RunConfig) -> Resume | None:
-        """Make sure that nothing of another run would be lost here; return what a resume goes on from, see :meth:`resume`.
+        """Make sure that nothing of another run would be lost here; return what a resume continues from, see :meth:`resume`.
 
         Raises:
             ConfigError: the folder holds a run and ``trainer.resume`` does not say to go on with it.
@@ -137,7 +143,7 @@ class RunFolder:
         saved = about["config"]
         changed = changed_keys(saved, config.result_values)
         known = [key for key in changed if key in saved]  # what came after the checkpoint, its weights will tell
-        fixed = [key for key in known if any(key == name or key.startswith(f"{name}.") for name in FIXED)]
+        fixed = [key for key in known if role_of(key) is Role.FIXED]
         if fixed:
             raise ConfigError(
                 *[
@@ -146,7 +152,7 @@ class RunFolder:
                     for key in fixed
                 ]
             )
-        kept, now = checkpoint.parent.parent / self.tokenizer.name, build_corpus(config.values["data"]).tokenizer_file
+        kept, now = checkpoint.parent.parent / self.tokenizer.name, config.corpus.tokenizer_file
         if now is not None and kept.exists() and kept.read_bytes() != now.read_bytes():
             raise ConfigError(
                 f"data: {now} is not the tokenizer that the run was trained with, which is kept in {kept}."
@@ -156,7 +162,7 @@ class RunFolder:
         notes = [*passed_over]
         if changed:
             notes.append(f"resumed with other values than before: {', '.join(changed)}")
-        return Resume(checkpoint, manifest["rows"], tuple(notes))
+        return Resume(checkpoint.absolute(), manifest["rows"], tuple(notes))
 
 
 def find_checkpoint(path: Path, key: str) -> tuple[Path, list[str]]:
@@ -178,19 +184,3 @@ def find_checkpoint(path: Path, key: str) -> tuple[Path, list[str]]:
         ]
         raise ConfigError(*[f"{key}: {reason}" for reason in reasons])
     return checkpoint, passed_over
-
-
-def refuse_place(folder: Path, key: str) -> None:
-    """Make sure that ``folder`` can be one that is written to.
-
-    Raises:
-        ConfigError: it, or what should hold it, is a file, or may not be written; ``key`` is where the user said so.
-    """
-    there = None
-    for path in (folder, *folder.parents):
-        if path.exists():
-            there = there or path
-            if not path.is_dir():
-                raise ConfigError(f"{key}: {path} is a file, and a folder is wanted at {folder}.")
-    if there is not None and not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{key}: {there} may not be written to. Choose another folder.")

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from apt_launch.config.load import RunConfig
+from apt_launch.config.run_config import RunConfig
+from apt_launch.record import Row
 from apt_launch.runs.folder import RunFolder
-from apt_launch.tracking import Row
 from apt_model.schedule import MODULES
 from apt_model.schedule.rows import anneals, first_on
 

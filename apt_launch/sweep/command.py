@@ -1,17 +1,17 @@
-"""What the commands beside ``python -m apt_launch`` share: how they read their line, and how they end."""
+"""What commands share: how they read their line, how they report an error, and how they end."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from apt_model.errors import ConfigError
 
 
 def parsed(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
-    """Read the command line: the parser's arguments, and overrides.
+    """Read the command line; return the parser's arguments, and the overrides.
 
     Raises:
         ConfigError: an option that is not the parser's.
@@ -23,19 +23,30 @@ def parsed(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[st
     return arguments, overrides
 
 
+def show_error(error: ConfigError) -> None:
+    """Write to standard error what is wrong."""
+    count = len(error.problems)
+    sys.stderr.write("error: " + (f"{count} problems\n  " if count > 1 else "") + "\n  ".join(error.problems) + "\n")
+
+
+def _own(error: Exception) -> ConfigError | None:
+    return error if isinstance(error, ConfigError) else None
+
+
 @contextmanager
-def ending() -> Iterator[None]:
-    """Tell in words what goes wrong, and leave with its exit code: 2 what was asked for is wrong, 130 interrupted."""
+def ending(explain: Callable[[Exception], ConfigError | None] = _own) -> Iterator[None]:
+    """Report what the user can mend and exit with 2; exit with 130 after Ctrl-C.
+
+    Args:
+        explain: returns an error as the user should read it; None: it is no mistake of the user's.
+    """
     try:
         yield
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        from apt_launch.config.explain import understood
-        from apt_launch.config.load import show_error
-
-        told = understood(error)
-        if told is None:
+        explained = explain(error)
+        if explained is None:
             raise
-        show_error(told)
+        show_error(explained)
         sys.exit(2)

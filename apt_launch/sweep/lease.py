@@ -1,4 +1,4 @@
-"""One writer a folder: a lease that says which process it is, and that it lives."""
+"""One writer a folder: a lease file that names the process, whose time of change shows that it lives."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOST = 70
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that may write. ``job_id`` and ``restart`` are SLURM's: a later life of one job may take over."""
+    """The process that may write. ``job_id`` and ``restart`` are SLURM's: a later attempt of one job may take over."""
 
     host: str
     pid: int
@@ -65,9 +65,9 @@ def _began(pid: int) -> str:
 class Lease:
     """Held while a run writes into its folder.
 
-    Who comes and finds it held: by a process of this host that is gone, or by one that shows no sign of life: takes it.
-    By an earlier life of the same SLURM job: takes it, and waits until that one, which sees the loss within ``INTERVAL``,
-    has left. By anyone else: is refused.
+    A process that finds it held takes it over from a process of this host that is gone, and from one of another host that
+    shows no sign of life. From an earlier attempt of the same SLURM job it takes it over, too, and waits until that one,
+    which sees the loss within ``INTERVAL``, has left. In any other case it is refused.
 
     Args:
         path: of the file, in the run's folder.
@@ -129,7 +129,7 @@ class Lease:
     def _keep(self) -> None:
         while not self._released.wait(INTERVAL):
             if self.lost:
-                sys.stderr.write(f"lost the lease {self.path}: another life of this job writes here now. Leaving.\n")
+                sys.stderr.write(f"lost the lease {self.path}: another attempt of this job writes here now. Leaving.\n")
                 sys.stderr.flush()
                 os._exit(LOST)
             try:
@@ -144,7 +144,7 @@ class Lease:
         return now is not None and now.token != self.holder.token
 
     def check(self) -> None:
-        """Leave the process at once if the lease is lost: whoever took it must find nothing changed."""
+        """End the process at once if the lease is lost: whoever took it must find nothing changed."""
         if self.lost:
             os._exit(LOST)
 
@@ -157,11 +157,17 @@ class Lease:
 
 
 def read_holder(path: Path) -> Holder | None:
-    """Return who holds the lease at ``path``; None: nobody."""
+    """Return the holder of the lease at ``path``; None: nobody has it."""
     try:
         return Holder(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def holder_is_alive(folder: Path) -> bool | None:
+    """Return whether the process that writes into ``folder`` lives; None: it cannot be known from here."""
+    holder = read_holder(folder / "lease.json")
+    return False if holder is None else holder.alive
 
 
 def _touched(path: Path) -> int:

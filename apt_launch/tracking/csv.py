@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from apt_launch.tracking import Row
+from apt_launch.record import Row
 
 
 class CsvTracker:

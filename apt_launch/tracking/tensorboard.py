@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from apt_launch.tracking import Row
+from apt_launch.record import Row
 
 
 class TensorBoardTracker:

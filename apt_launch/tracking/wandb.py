@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from apt_launch.tracking import Row
+from apt_launch.record import Row
 
 logger = logging.getLogger(__name__)
 
@@ -78,13 +78,14 @@ class WandbTracker:
         }
         self.updates_per_epoch = updates_per_epoch
         self._held: Row = {}
-        _keep_its_threads_quiet()
-        with _abandoning_client():
+        with contextlib.ExitStack() as quiet, _abandoning_client():
+            quiet.enter_context(_its_threads_quiet())
             self.run: Any = self._online(about, fallback=fallback) if mode == "online" else None
             if self.run is None:
                 _put_earlier_away(folder / "wandb")
                 self.run = wandb.init(mode="offline", **about)
             self.run.define_metric("*", step_metric="trainer/step")
+            self._quiet = quiet.pop_all()  # until the run is finished
         self.delivered = self.run.starting_step - 1
         """The last step that the service has."""
         self.sent = 0
@@ -131,7 +132,7 @@ class WandbTracker:
         """Finish the run; one that failed or was interrupted has exit code 1."""
         if self._held and not (self._awaits_validation() and state != "done"):
             self._send()
-        with _abandoning_client():
+        with self._quiet, _abandoning_client():
             self.run.finish(exit_code=0 if state in ("done", "running") else 1)
 
     def _awaits_validation(self) -> bool:
@@ -161,8 +162,9 @@ def _abandoning_client() -> Iterator[None]:
         raise
 
 
-def _keep_its_threads_quiet() -> None:
-    """Log, not print, what ends a thread of W&B's client: when its process dies, that is told where the next row fails."""
+@contextlib.contextmanager
+def _its_threads_quiet() -> Iterator[None]:
+    """Log, not print, what ends a thread of W&B's client meanwhile: when its process dies, the next row fails and says so."""
     import wandb
 
     place = str(Path(wandb.__file__).parent)
@@ -177,6 +179,11 @@ def _keep_its_threads_quiet() -> None:
             others(ended)
 
     threading.excepthook = hook
+    try:
+        yield
+    finally:
+        if threading.excepthook is hook:  # whoever came later calls it still
+            threading.excepthook = others
 
 
 def _put_earlier_away(folder: Path) -> None:

@@ -8,24 +8,28 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from apt_model.errors import ConfigError, Interrupted
-from apt_model.integrations.loader import EpochLoader
+from apt_model.integrations.horizon import HostRun, anew
+from apt_model.integrations.hosted import EpochLoader, HostedTrainer, deciding_together, over_ranks, trained_parts
 from apt_model.schedule import Clock, ScheduleRunner
-from apt_model.training.base import BaseTrainer
 from apt_model.training.follower import Follower, Switches, Values, bind, numbers, sizes, subject_of
 
 try:
     import lightning.pytorch as pl
     from lightning.pytorch.plugins import MixedPrecision
     from lightning.pytorch.plugins.environments import LightningEnvironment
+    from lightning.pytorch.strategies import DDPStrategy
 except ImportError:
     raise ConfigError(
         "trainer: lightning is not installed. Run: pip install 'apt-launch[lightning]', or choose trainer=default."
@@ -35,12 +39,21 @@ except ImportError:
 class ScheduleCallback(pl.Callback):
     """Takes a curriculum through the training of any LightningModule.
 
-    Before each optimizer update (not each batch) the model is brought to what the clock says; the clock goes on after
-    updates that really changed the weights, of the first optimizer. Samples and tokens are those of ``training_step``'s
-    batches (see :func:`apt_model.training.follower.sizes`), over all processes. Latches see what ``self.log`` logged in the
-    update's last training step, what ``training_step`` returned beside the loss, ``train/loss`` (the mean over the update's
-    batches), and after a validation what was logged there. The clock and the runner's state go into Lightning's
-    checkpoints, and modules are switched before a checkpoint's weights are loaded.
+    Before each optimizer update (not each batch) the model is brought to what the clock says. What the clock counts:
+
+    * steps: updates of the first optimizer that really changed the weights. Where ``training_step`` makes several of them
+      (manual optimization), each is one, and the model is brought to the clock before the next forward pass.
+    * samples and tokens: those of ``training_step``'s batches (see :func:`apt_model.training.follower.sizes`), over all
+      processes, once each, when an update of any optimizer has changed the weights. Those of batches that only accumulate
+      gradients wait for the update that takes them; those of an update that mixed precision skipped are left out.
+    * epochs: Lightning's.
+
+    Latches see what ``self.log`` logged in the update's last training step, what ``training_step`` returned beside the
+    loss, ``train/loss`` (the mean over the update's batches), and after a validation what was logged there; of several
+    updates in one training step, the last one's; in several processes, the first one's. The clock and the runner's state go
+    into Lightning's checkpoints, and modules are switched before a checkpoint's weights are loaded. A ``fit`` that begins
+    at step 0 begins the curriculum anew; one that goes on, in the same trainer or from a checkpoint, goes on with it. In
+    several processes modules can come and go under ``strategy="ddp"``.
 
     Args:
         schedule: a runner that nothing is bound to yet; its horizon must fit the run.
@@ -57,7 +70,18 @@ class ScheduleCallback(pl.Callback):
         self.follower = Follower(schedule)
         self.values = values
         self.switches = switches
-        self._attempted = False
+        self._run: HostRun | None = None
+        self._hooks: list[Callable[[], Any]] = []
+        self._world_size = 1
+        self._wrapped: list[tuple[int, bool]] = []  # what Lightning's engine knows of the model
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forget what no update has had yet."""
+        self._waiting = (0, 0)  # samples and tokens
+        self._attempted = False  # whether an update was tried in this batch
+        self._made = False  # whether the first optimizer made one that the clock does not have yet
+        self._made_by_others = False
         self._losses: list[Tensor] = []
         self._logged_before: dict[str, Any] = {}
 
@@ -74,6 +98,9 @@ class ScheduleCallback(pl.Callback):
         """
         if stage != "fit":
             return
+        self._release()
+        if not trainer.global_step:
+            self.follower.load_state_dict(anew(self.follower.schedule))
         model = subject_of(pl_module)
         bind(self.follower.schedule, model, values=self.values, switches=self.switches)
         theirs = pl_module.on_load_checkpoint
@@ -87,28 +114,116 @@ class ScheduleCallback(pl.Callback):
             theirs(checkpoint)
 
         pl_module.on_load_checkpoint = on_load_checkpoint
+        self._hooks.append(lambda: vars(pl_module).pop("on_load_checkpoint", None))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take up the model and its optimizer."""
-        vars(pl_module).pop("on_load_checkpoint", None)
+        """Take up the model and its optimizers.
+
+        Raises:
+            ConfigError: the run does not fit the horizon.
+        """
+        self._release()
+        self._world_size = trainer.world_size
+        self._compare(trainer, pl_module)
+        if self._world_size > 1:
+            self.follower.schedule.broadcast = deciding_together(self.follower.schedule.broadcast)
+            self._wrapped = trained_parts(pl_module)
         self.follower.connect(subject_of(pl_module), trainer.optimizers[0])
-        self._stop_watching = self.follower.watch()
+        for number, optimizer in enumerate(trainer.optimizers):
+            self._hooks.append(optimizer.register_step_post_hook(partial(self._stepped, number)).remove)
+        if not pl_module.automatic_optimization:  # there may be more than one update a batch
+            for module in pl_module.modules():
+                self._hooks.append(module.register_forward_pre_hook(partial(self._before_forward, pl_module)).remove)
+
+    def _compare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._run = host_run(trainer, pl_module, self.follower.schedule)
+
+    def _release(self) -> None:
+        """Remove what listens to the module and its optimizers."""
+        for remove in self._hooks:
+            remove()
+        self._hooks = []
+        self._forget()
+
+    def _stepped(self, number: int, optimizer: torch.optim.Optimizer, *unused: Any) -> None:
+        # a fused optimizer is called also with gradients that overflowed, and leaves the weights alone
+        if bool(getattr(optimizer, "found_inf", None) or 0.0):
+            return
+        if number:
+            self._made_by_others = True
+            return
+        self._end_update({})  # of an update before this one, in the same batch
+        self._made = True
+
+    def _before_forward(self, pl_module: pl.LightningModule, *unused: Any) -> None:
+        """Bring the model to the clock between two updates of one training step."""
+        if self._made:
+            self._end_update({})
+            self.follower.begin_update()
+            if self._world_size > 1 and trained_parts(pl_module) != self._wrapped:
+                raise ConfigError(
+                    f"strategy: parameters came, went, froze or thawed between two updates of one training_step, at "
+                    f"{self.clock}, and processes that share a model can take that up between batches only. Make one update "
+                    "a batch, or let such events happen where a batch begins."
+                )
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compare the epoch before with the plan, where nobody could before it was over."""
+        if self._run is not None:
+            self._run.begin_epoch(trainer.current_epoch)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Bring the model to the clock, once an update."""
+        """Bring the model to the clock, once an update.
+
+        Raises:
+            ConfigError: parameters came, went, froze or thawed, and the strategy cannot take that up.
+        """
         self.follower.clock = self.follower.clock.at_epoch(trainer.current_epoch)
         if not self.follower.begun:
-            self._losses = []
             self.follower.begin_update()
-        self._count(batch, trainer.world_size)
+            self._wrap(trainer, pl_module)
+        self._count(batch)
         if self.follower.schedule.program.watched:
             self._logged_before = dict(trainer.callback_metrics)
 
-    def _count(self, batch: Any, world_size: int) -> None:
+    def _wrap(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let processes share parameters that are new; Lightning's engine has those of the beginning."""
+        if self._world_size == 1:
+            return
+        found = trained_parts(pl_module)
+        if found == self._wrapped:
+            return
+        if not isinstance(trainer.strategy, DDPStrategy):
+            raise ConfigError(
+                f"strategy: parameters came, went, froze or thawed at {self.clock}, and {type(trainer.strategy).__name__} "
+                "shares those of the beginning. Use strategy='ddp', which can be told of new ones."
+            )
+        self._wrapped = found
+        trainer.strategy.model = pl_module
+        trainer.strategy.configure_ddp()
+
+    def _count(self, batch: Any) -> None:
         samples, tokens = sizes(batch)
-        self.follower.count(samples=samples * world_size, tokens=tokens * world_size)
+        self._waiting = (self._waiting[0] + samples, self._waiting[1] + tokens)
+
+    def _taken(self) -> tuple[int, int]:
+        """Return the samples and tokens that waited for an update, over all processes; it has had them now."""
+        samples, tokens = self._waiting
+        self._waiting = (0, 0)
+        self._made = self._made_by_others = False
+        return over_ranks(samples, tokens, self._world_size)
+
+    def _end_update(self, metrics: Mapping[str, float]) -> None:
+        """Let the clock go on, if the first optimizer has made an update that it does not have yet."""
+        if not self._made:
+            return
+        samples, tokens = self._taken()
+        self.follower.count(samples=samples, tokens=tokens)
+        self.follower.end_update(metrics)
+        if self._run is not None:
+            self._run.end_update()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
@@ -121,13 +236,22 @@ class ScheduleCallback(pl.Callback):
     ) -> None:
         """After the update's last batch: show latches its metrics, and let the clock go on if it has happened."""
         metrics = self._metrics(trainer, outputs)
-        if not self._attempted:
+        if self._made:
+            self._end_update(metrics)
+        elif self._made_by_others:
+            samples, tokens = self._taken()
+            clock = self.follower.clock
+            self.follower.clock = replace(clock, sample=clock.sample + samples, token=clock.token + tokens)
+            self.follower.schedule.observe(metrics)
+        elif self._attempted:
+            self.follower.skip_update()
+            self._waiting = (0, 0)
+            if self._run is not None:
+                self._run.end_update()
+        else:
             return
         self._attempted = False
-        if self.follower.happened:
-            self.follower.end_update(metrics)
-        else:
-            self.follower.skip_update()
+        self._losses = []
 
     def _metrics(self, trainer: pl.Trainer, outputs: Any) -> dict[str, float]:
         if not self.follower.schedule.program.watched:
@@ -153,8 +277,12 @@ class ScheduleCallback(pl.Callback):
             self.follower.schedule.observe(self._logged_since(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let the optimizer go."""
-        self._stop_watching()
+        """Let module and optimizers go."""
+        self._release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Let module and optimizers go, whatever ended the loop."""
+        self._release()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the clock and the runner's state, as plain values."""
@@ -170,11 +298,40 @@ class ScheduleCallback(pl.Callback):
         self.follower.schedule.reconcile()
 
 
-class LightningTrainer(BaseTrainer):
-    """Runs a profile in Lightning: one process, one device. Arguments: see :class:`apt_model.training.base.BaseTrainer`.
+def host_run(trainer: pl.Trainer, module: pl.LightningModule, schedule: ScheduleRunner) -> HostRun | None:
+    """Return the run that ``trainer`` is about to make, compared with the horizon; None: a run to find mistakes.
 
-    Batches, precision, learning rate, rows and checkpoints are those of :class:`apt_model.training.trainer.Trainer`, which
-    can go on from its checkpoints; it cannot do that itself.
+    How many updates manual optimization makes is not known beforehand; nor how long an epoch of a stream is.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    if trainer.fast_dev_run:
+        return None
+    stream = trainer.num_training_batches == math.inf
+    varied = any(
+        isinstance(callback, pl.callbacks.GradientAccumulationScheduler) and len(set(callback.scheduling.values())) > 1
+        for callback in trainer.callbacks
+    )
+    known = module.automatic_optimization and not stream and not varied
+    per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) if known else None
+    limits = [trainer.max_steps] if trainer.max_steps >= 0 and module.automatic_optimization else []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        limits.append(trainer.max_epochs * (per_epoch or schedule.planned.updates_per_epoch))
+    return HostRun(
+        schedule,
+        steps=min(limits, default=None),
+        updates_per_epoch=per_epoch,
+        told_by="max_epochs, max_steps, limit_train_batches or accumulate_grad_batches",
+        stream=stream,
+    )
+
+
+class LightningTrainer(HostedTrainer):
+    """Runs a profile in Lightning. Arguments: see :class:`apt_model.training.base.BaseTrainer`.
+
+    Batches, precision, learning rate, rows, checkpoints and how ranks share a batch are those of
+    :class:`apt_model.training.trainer.Trainer`, which can go on from its checkpoints; it cannot do that itself.
     """
 
     def fit(self) -> None:
@@ -186,10 +343,11 @@ class LightningTrainer(BaseTrainer):
         """
         loop = _Loop(self)
         scaled = self.scaler.is_enabled()
+        self.engine.settle()
         with _quiet():
             trainer = pl.Trainer(
                 accelerator=self.device.type,
-                devices=[self.device.index or 0] if self.device.type == "cuda" else 1,
+                devices=[self.numbered_device.index] if self.device.type == "cuda" else 1,
                 max_epochs=self.max_epochs,
                 accumulate_grad_batches=self.accumulate,
                 callbacks=[loop],
@@ -207,7 +365,7 @@ class LightningTrainer(BaseTrainer):
             )
             self.callbacks.notify("on_train_begin", self)
             try:
-                trainer.fit(_Module(self), EpochLoader(self.train_batches, self.device))
+                trainer.fit(_Module(self), EpochLoader(self))
             except SystemExit:  # Lightning's way to end after SIGTERM; the checkpoint is written by then
                 if not loop.stopped:
                     raise
@@ -218,23 +376,44 @@ class LightningTrainer(BaseTrainer):
 
 
 class _Loop(ScheduleCallback):
-    """Hands the events of Lightning's loop to a trainer of this project."""
+    """Hands the events of Lightning's loop to a trainer of this project, which counts and compares by itself."""
 
     def __init__(self, owner: LightningTrainer) -> None:
         super().__init__(owner.schedule)
         self.follower: LightningTrainer = owner
         self.stopped = False
+        self._batch = ExitStack()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the curriculum bound as it is."""
 
-    def _count(self, batch: Any, world_size: int) -> None:
-        """Leave it to the trainer."""
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        # Lightning ends a run in the middle of an update; stop_requested, which hears of the same signals, does not
+        trainer._signal_connector.teardown()
+
+    def _compare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pass
+
+    def _count(self, batch: Any) -> None:
+        pass
+
+    def _metrics(self, trainer: pl.Trainer, outputs: Any) -> dict[str, float]:
+        return {}
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.follower.callbacks.notify("on_epoch_begin", self.follower)
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        done = batch_idx + 1
+        last = not done % self.follower.accumulate or done == len(self.follower.train_batches)
+        self._batch.enter_context(self.follower.engine.batch(last=last))
+
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._batch.close()
         self.follower.callbacks.notify("on_batch_end", self.follower)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *details: Any) -> None:

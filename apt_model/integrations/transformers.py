@@ -7,8 +7,11 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +19,23 @@ import torch
 from torch import Tensor, nn
 
 from apt_model.errors import ConfigError, Interrupted
-from apt_model.integrations.loader import EpochLoader
+from apt_model.integrations.horizon import HostRun, anew
+from apt_model.integrations.hosted import (
+    EpochLoader,
+    HostedTrainer,
+    as_one_process,
+    deciding_together,
+    over_ranks,
+    trained_parts,
+)
 from apt_model.schedule import Clock, ScheduleRunner
-from apt_model.training.base import BaseTrainer
 from apt_model.training.follower import Follower, Switches, Values, bind, numbers, sizes, subject_of
 
 try:
     import accelerate  # noqa: F401 - transformers' trainer needs it, and says so later
     import transformers
     from transformers.trainer_callback import ExportableState
+    from transformers.trainer_utils import has_length
 except ImportError:
     raise ConfigError(
         "trainer: transformers and accelerate are not installed. Run: pip install 'apt-launch[hf]', or choose trainer=default."
@@ -37,12 +48,22 @@ ALIASES = {"eval_loss": "val/loss", "learning_rate": "lr", "grad_norm": "train/g
 class ScheduleCallback(transformers.TrainerCallback, ExportableState):
     """Takes a curriculum through the training of any model in ``transformers.Trainer``.
 
-    Before each optimizer update (not each batch) the model is brought to what the clock says; the clock goes on after
-    updates that really changed the weights, which ``state.global_step`` does not tell. Samples and tokens are those of the
-    model's inputs (see :func:`apt_model.training.follower.sizes`), over all processes. Latches see ``train/loss`` (the mean
-    of the loss in the model's outputs over the update's batches), the outputs' ``metrics`` if there are any, what the
-    trainer logs, and what an evaluation gives, ``eval_loss`` also as ``val/loss``. The clock and the runner's state go into
-    ``trainer_state.json`` of each checkpoint; before a resume call :meth:`restore`.
+    Before each optimizer update (not each batch) the model is brought to what the clock says. What the clock counts:
+
+    * steps: updates that really changed the weights, which ``state.global_step`` does not tell.
+    * samples and tokens: those of the model's inputs in a batch's first forward pass (see
+      :func:`apt_model.training.follower.sizes`), over all processes, when an update has changed the weights. Batches that
+      are left over where an epoch of a stream ends wait for
+      the next epoch's first update, which their gradients are part of; those of an update that mixed precision skipped are
+      left out.
+    * epochs: how often the trainer has begun one. ``state.epoch`` is a share of ``max_steps`` where data have no length.
+
+    Latches see ``train/loss`` (the mean of the loss in the model's outputs over the update's batches), the outputs'
+    ``metrics`` if there are any, what the trainer logs, and what an evaluation gives, ``eval_loss`` also as ``val/loss``; in
+    several processes, what the first one has. The clock and the runner's state go into ``trainer_state.json`` of each
+    checkpoint; before a resume call :meth:`restore`. A ``train()`` that begins at step 0 begins the curriculum anew.
+
+    In several processes the library's engine shares the parameters of the beginning, so modules cannot come and go.
 
     Args:
         schedule: a runner that nothing is bound to yet; its horizon must fit the run.
@@ -59,11 +80,21 @@ class ScheduleCallback(transformers.TrainerCallback, ExportableState):
         self.follower = Follower(schedule)
         self.values = values
         self.switches = switches
-        self._bound = False
-        self._restored = False
-        self._losses: list[Tensor] = []
-        self._told: Mapping[str, Any] = {}
+        self._restored: tuple[int, dict[str, Any]] | None = None  # the checkpoint's step and the state in it
+        self._run: HostRun | None = None
+        self._epoch = -1
+        self._model: nn.Module
+        self._world_size = 1
+        self._replicas = 1  # of DataParallel, each with its own share of a batch
+        self._wrapped: list[tuple[int, bool]] = []  # what the library's engine knows of the model
         self._hooks: list[Callable[[], None]] = []
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forget what no update has had yet."""
+        self._waiting = (0, 0)  # samples and tokens
+        self._losses: list[Tensor] = []
+        self._summary: Mapping[str, Any] = {}
 
     @property
     def clock(self) -> Clock:
@@ -82,67 +113,155 @@ class ScheduleCallback(transformers.TrainerCallback, ExportableState):
         path = Path(checkpoint) / "trainer_state.json"
         if not path.is_file():
             raise ConfigError(f"{checkpoint} is no checkpoint of transformers: there is no {path.name} in it.")
-        saved = transformers.TrainerState.load_from_json(str(path)).stateful_callbacks or {}
-        if type(self).__name__ not in saved:
+        saved = transformers.TrainerState.load_from_json(str(path))
+        callbacks = saved.stateful_callbacks or {}
+        if type(self).__name__ not in callbacks:
             raise ConfigError(f"{path} has no curriculum in it: it was made without {type(self).__name__}.")
+        state = callbacks[type(self).__name__]["attributes"]["saved"]
+        self._release()
         self._bind(model)
-        self.follower.load_state_dict(saved[type(self).__name__]["attributes"]["saved"])
+        self.follower.load_state_dict(state)
         self.follower.schedule.reconcile()
         getattr(subject_of(model), "take_lineage", list)()  # the checkpoint has the optimizer's state
-        self._restored = True
+        self._restored = (saved.global_step, state)
 
     def _bind(self, model: nn.Module) -> None:
-        if not self._bound:
-            bind(self.follower.schedule, subject_of(model), values=self.values, switches=self.switches)
-            self._bound = True
+        bind(self.follower.schedule, subject_of(model), values=self.values, switches=self.switches)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Bind the curriculum, take up model and optimizer, and listen to them.
 
         Raises:
-            ConfigError: the curriculum names what the model does not have, or this is a resume without :meth:`restore`.
+            ConfigError: the curriculum names what the model does not have, the run does not fit the horizon, or this is a
+                resume without :meth:`restore`.
         """
-        model, optimizer = given["model"], _unwrapped(given["optimizer"])
-        if state.global_step and not self._restored:
-            raise ConfigError(
-                "a resume needs the curriculum's state before the weights are loaded, so that modules are switched. Call "
-                f"{type(self).__name__}.restore(checkpoint, model) before trainer.train(resume_from_checkpoint=checkpoint)."
-            )
+        self._release()
+        model = given["model"]
         self._bind(model)
-        self.follower.connect(subject_of(model), optimizer)
-        self._hooks = [self.follower.watch(), *self._listen(model, args.world_size)]
+        self._go_back(state)
+        stream = not has_length(given["train_dataloader"])
+        self._compare(args, state, given["train_dataloader"], stream=stream)
+        begun = 0 if not state.global_step else self.clock.epoch if stream else int(state.epoch)
+        self._epoch = begun - 1
+        self._model, self._world_size, self._replicas = model, args.world_size, args.n_gpu
+        if self._world_size > 1:
+            self.follower.schedule.broadcast = deciding_together(self.follower.schedule.broadcast)
+            self._wrapped = trained_parts(model)
+        self.follower.connect(subject_of(model), _unwrapped(given["optimizer"]))
 
-    def _listen(self, model: nn.Module, world_size: int) -> list[Callable[[], None]]:
-        """Count each batch that ``model`` trains on, and keep what it tells; callbacks are shown neither."""
+    def _go_back(self, state: Any) -> None:
+        """Bring the clock to where the loop begins, whatever an earlier one has left."""
+        if not state.global_step:
+            self.follower.load_state_dict(anew(self.follower.schedule))
+            return
+        step, saved = self._restored or (None, {})
+        if step != state.global_step:
+            raise ConfigError(
+                f"a resume needs the curriculum's state before the weights are loaded, so that modules are switched. Call "
+                f"{type(self).__name__}.restore(checkpoint, model) before trainer.train(resume_from_checkpoint=checkpoint), "
+                f"with the same checkpoint{f', not one of step {step}' if step else ''}."
+            )
+        self.follower.load_state_dict(saved)
+        self.follower.schedule.reconcile()
 
-        def forward(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any], outputs: Any) -> None:
+    def _compare(self, args: Any, state: Any, data: Any, *, stream: bool) -> None:
+        per_epoch = None if stream else max(1, math.ceil(len(data) / args.gradient_accumulation_steps))
+        self._run = HostRun(
+            self.follower.schedule,
+            steps=state.max_steps,
+            updates_per_epoch=per_epoch,
+            told_by="num_train_epochs, max_steps, per_device_train_batch_size or gradient_accumulation_steps",
+            stream=stream,
+        )
+
+    def _listen(self) -> None:
+        """Count the next batch that the model trains on, and keep what it returns; callbacks are shown neither.
+
+        Nothing is left on the model when its forward pass begins, but for a latch: an error or Ctrl-C ends the loop without
+        a word to callbacks.
+        """
+        self._stop_listening()
+
+        def before(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
             if not module.training:
                 return
             samples, tokens = sizes([given, args])
-            self.follower.count(samples=samples * world_size, tokens=tokens * world_size)
+            self._waiting = (self._waiting[0] + samples, self._waiting[1] + tokens)
+            if self._replicas <= 1:
+                self._stop_listening()
             if self.follower.schedule.program.watched:
-                loss, self._told = (_part(outputs, name) for name in ("loss", "metrics"))
-                if isinstance(loss, Tensor):
-                    self._losses.append(loss.detach())
+                self._hooks.append(module.register_forward_hook(after).remove)
 
-        return [model.register_forward_hook(forward, with_kwargs=True).remove]
+        def after(module: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
+            self._stop_listening()
+            loss, self._summary = (_part(outputs, name) for name in ("loss", "metrics"))
+            if isinstance(loss, Tensor):
+                self._losses.append(loss.detach())
+
+        self._hooks = [self._model.register_forward_pre_hook(before, with_kwargs=True).remove]
+
+    def _stop_listening(self) -> None:
+        for remove in self._hooks:
+            remove()
+        self._hooks = []
+
+    def _release(self) -> None:
+        self._stop_listening()
+        self._forget()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Count the epoch."""
+        self._epoch += 1
+        if self._run is not None:
+            self._run.begin_epoch(self._epoch)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Bring the model to the clock."""
-        self.follower.clock = self.follower.clock.at_epoch(int(state.epoch))
-        self._losses = []
+        """Bring the model to the clock, and listen to its first batch.
+
+        Raises:
+            ConfigError: parameters came, went, froze or thawed, and the library's engine cannot take that up.
+        """
+        self.follower.clock = self.follower.clock.at_epoch(self._epoch)
         self.follower.begin_update()
+        if self._world_size > 1 and trained_parts(self._model) != self._wrapped:
+            raise ConfigError(
+                f"parameters came, went, froze or thawed at {self.clock}, and transformers' engine goes on to share those of "
+                "the beginning among processes. Train in one process, in Lightning with strategy='ddp', or with "
+                "python -m apt_launch trainer=hf."
+            )
+        self._listen()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Listen to the update's next batch."""
+        self._listen()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Notice whether the optimizer really steps."""
+        self._stop_listening()
+        self._hooks = [self.follower.watch()]
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Let the optimizer go."""
+        self._stop_listening()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Show latches the update's metrics, and let the clock go on if it has happened."""
-        if not self.follower.happened:
+        if self.follower.happened:
+            self._end_update()
+        else:
             self.follower.skip_update()
-            return
+        self._forget()
+        if self._run is not None:
+            self._run.end_update()
+
+    def _end_update(self) -> None:
+        samples, tokens = over_ranks(*self._waiting, self._world_size)
         metrics = {}
         if self.follower.schedule.program.watched:
-            metrics = numbers(self._told or {})
+            metrics = numbers(self._summary or {})
             if self._losses:
                 metrics["train/loss"] = torch.stack(self._losses).mean().item()
+        self.follower.count(samples=samples, tokens=tokens)
         self.follower.end_update(metrics)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **given: Any) -> None:
@@ -163,9 +282,8 @@ class ScheduleCallback(transformers.TrainerCallback, ExportableState):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Let model and optimizer go."""
-        for remove in self._hooks:
-            remove()
-        self._hooks = []
+        self._release()
+        self._restored = None
 
     def state(self) -> dict[str, Any]:
         """Return the clock and the runner's state, as the library keeps them: plain values for JSON."""
@@ -183,11 +301,12 @@ def _part(outputs: Any, name: str) -> Any:
     return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
 
 
-class HFTrainer(BaseTrainer):
-    """Runs a profile in ``transformers.Trainer``: one process, one device.
+class HFTrainer(HostedTrainer):
+    """Runs a profile in ``transformers.Trainer``.
 
-    Batches, precision, learning rate, rows and checkpoints are those of :class:`apt_model.training.trainer.Trainer`, which
-    can go on from its checkpoints; it cannot do that itself. Arguments: see :class:`apt_model.training.base.BaseTrainer`.
+    Batches, precision, learning rate, rows, checkpoints and how ranks share a batch are those of
+    :class:`apt_model.training.trainer.Trainer`, which can go on from its checkpoints; it cannot do that itself. Arguments:
+    see :class:`apt_model.training.base.BaseTrainer`.
 
     Raises:
         ConfigError: also for a CUDA device other than the first, which this library cannot choose.
@@ -207,13 +326,14 @@ class HFTrainer(BaseTrainer):
                 f"CUDA_VISIBLE_DEVICES={self.device.index}."
             )
         loop = _Loop(self)
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = transformers.TrainingArguments(
+        self.engine.settle()
+        with tempfile.TemporaryDirectory() as folder, _alone(), as_one_process():
+            arguments = _Arguments(
                 output_dir=folder,  # nothing is written there
                 use_cpu=self.device.type == "cpu",
                 fp16=self.scaler.is_enabled(),
                 num_train_epochs=self.max_epochs,
-                per_device_train_batch_size=self.train_batches.sampler.batch_size,
+                per_device_train_batch_size=self.train_batches.sampler.batch_size // self.ranks.world,
                 gradient_accumulation_steps=self.accumulate,
                 max_grad_norm=float("inf"),  # unscales gradients; this trainer limits them itself
                 seed=self.seed,
@@ -223,8 +343,7 @@ class HFTrainer(BaseTrainer):
                 report_to=[],
                 disable_tqdm=True,
             )
-            if arguments.n_gpu > 1:
-                arguments._n_gpu = 1  # no DataParallel
+            arguments.take(self.numbered_device)
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 trainer = _Trainer(self, arguments, loop)  # which seeds anew
             if trainer.accelerator.scaler is not None:
@@ -238,8 +357,32 @@ class HFTrainer(BaseTrainer):
             raise Interrupted(f"stopped on request before {self.clock}")
 
 
+class _Arguments(transformers.TrainingArguments):
+    """The library's arguments, told of the device of one of several ranks."""
+
+    def take(self, device: torch.device) -> None:
+        """Train on ``device``, without DataParallel."""
+        _ = self.device  # which the library sets up here, and takes the first
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            self.__dict__["_setup_devices"] = self.distributed_state.device = device
+            self._n_gpu = 1
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Leave out the library's warning that it does not take part in this process's group."""
+    theirs = logging.getLogger("transformers.training_args")
+    level = theirs.level
+    theirs.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        theirs.setLevel(level)
+
+
 class _Loop(ScheduleCallback):
-    """Hands the events of transformers' loop to a trainer of this project."""
+    """Hands the events of transformers' loop to a trainer of this project, which counts and compares by itself."""
 
     def __init__(self, owner: HFTrainer) -> None:
         super().__init__(owner.schedule)
@@ -249,14 +392,22 @@ class _Loop(ScheduleCallback):
     def _bind(self, model: nn.Module) -> None:
         """Leave the curriculum bound as it is."""
 
-    def _listen(self, model: nn.Module, world_size: int) -> list[Callable[[], None]]:
-        return []  # the trainer counts
+    def _go_back(self, state: Any) -> None:
+        pass
+
+    def _compare(self, args: Any, state: Any, data: Any, *, stream: bool) -> None:
+        pass
+
+    def _listen(self) -> None:
+        pass
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        super().on_epoch_begin(args, state, control, **given)
         self.follower.callbacks.notify("on_epoch_begin", self.follower)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         self.follower.clip(scaled=self.follower.scaler.is_enabled())
+        super().on_pre_optimizer_step(args, state, control, **given)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         super().on_step_end(args, state, control, **given)
@@ -282,12 +433,13 @@ class _Trainer(transformers.Trainer):
         self.remove_callback(transformers.PrinterCallback)
 
     def get_train_dataloader(self) -> Any:
-        return EpochLoader(self.owner.train_batches, self.owner.device, as_mapping=True)
+        return EpochLoader(self.owner, as_mapping=True)
 
     def compute_loss(self, model: nn.Module, inputs: Mapping[str, Tensor], *unused: Any, **others: Any) -> Tensor:
         return self.owner.loss_of(inputs["tokens"], inputs["targets"])
 
     def training_step(self, *arguments: Any, **others: Any) -> Tensor:
-        loss: Tensor = super().training_step(*arguments, **others)
+        with self.owner.engine.batch(last=self.accelerator.sync_gradients):
+            loss: Tensor = super().training_step(*arguments, **others)
         self.owner.callbacks.notify("on_batch_end", self.owner)
         return loss

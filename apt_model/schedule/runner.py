@@ -31,6 +31,7 @@ class ScheduleRunner:
         modules: names of what the model can enable and disable; those of this project unless said otherwise.
         broadcast: maps a metric that a latch watches to the one that decides: in distributed training that of rank 0, so
             that all ranks switch together.
+        program: of the same curriculum over the same horizon, where it was made already.
         curriculum: the keys of :class:`apt_model.schedule.Curriculum`.
 
     Raises:
@@ -43,11 +44,12 @@ class ScheduleRunner:
         horizon: Horizon,
         modules: Iterable[str] = MODULES,
         broadcast: Callable[[float], float] = lambda value: value,
+        program: Program | None = None,
         **curriculum: Any,
     ) -> None:
-        self.curriculum = Curriculum.read(curriculum)
+        self.program = program or Program(Curriculum.read(curriculum), horizon, modules=modules)
+        self.curriculum = self.program.curriculum
         self.planned = horizon
-        self.program = Program(self.curriculum, horizon, modules=modules)
         self.broadcast = broadcast
         self._setters: dict[str, Callable[[Any], None]] = {}
         self._values: dict[str, bool | float] = {}

@@ -18,8 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from apt_launch.sweep.plan.plan import gather
-from tests.conftest import SMALL, environment
+from apt_launch.preview.jobs import gather
+from tests.conftest import SMALL
+from tests.forks import environment
 from tests.slurm.cluster import Cluster
 
 JOB = ("trainer.max_epochs=1", "trainer.max_batches_per_epoch=1", "schedule=none", "trainer.lr_schedule.warmup=0")
@@ -70,7 +71,7 @@ def main() -> None:
     gather([*base, "seed=0,1"])
     began = time.perf_counter()
     plan = gather([*base, "schedule.route_temp.end=range(0.5,1.0,0.005)", "seed=range(0,10)"])
-    print(f"\nplanning: {(time.perf_counter() - began) / plan.asked * 1000:.2f} ms a job ({plan.told})")
+    print(f"\nplanning: {(time.perf_counter() - began) / plan.asked * 1000:.2f} ms a job ({plan.summary})")
 
 
 def measure(title: str, commands: dict[str, tuple[str, ...]], text: Path, env: dict[str, str]) -> None:

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
+from apt_launch.config.instantiate import build_model
 from apt_launch.config.load import composed
-from apt_launch.runs.build import build_model
-from apt_launch.tracking import Record
+from apt_launch.record import Record
 from apt_model.layers.router import plan_dispatch
 from apt_model.layers.tally import layer_metrics, model_metrics, routing_metrics, tally
 from apt_model.training.device import choose_device, choose_dtype

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from apt_model.data import HFCorpus
 from apt_model.data.tokenizer import train_tokenizer
 from apt_model.errors import ConfigError
+from tests.forks import HANGS
 
 datasets = pytest.importorskip("datasets")
 
@@ -171,5 +172,7 @@ def test_counting_loads_no_torch(files: Path, tmp_path: Path) -> None:
         "    val_split=None, val_documents=3)\n"
         "print(corpus.count('train'), 'torch' in sys.modules)\n"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANGS
+    ).stdout
     assert told.splitlines() == [f"{sum(map(len, TEXTS[:40])) + 40} False", f"{sum(map(len, TEXTS[3:])) + 47} False"]

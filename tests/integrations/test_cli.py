@@ -5,18 +5,27 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from apt_launch.tracking import read_rows
-from tests.conftest import REPOSITORY, SMALL, environment
+from apt_launch.record import read_rows
+from tests.conftest import SMALL, until
+from tests.forks import REPOSITORY, Fork, environment, run_fresh, run_module
+from tests.hold import Hold
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
+LIBRARIES = ("apt_model.integrations.lightning", "apt_model.integrations.transformers")
+
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    """Call ``python -m apt_launch`` in an empty folder, where the libraries are loaded already."""
+    return lambda *arguments: run_module("apt_launch", *arguments, cwd=tmp_path, loaded=LIBRARIES)
 
 
 @pytest.mark.parametrize("other", ["lightning", "hf"])
@@ -54,20 +63,20 @@ def test_a_run_on_a_gpu_comes_to_its_end(cli: Cli, text_file: Path, tmp_path: Pa
     ("other", "library"), [("lightning", "lightning"), ("hf", "transformers"), ("hf", "accelerate")]
 )
 def test_a_missing_extra_is_told_with_the_command_that_brings_it(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str, library: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str, library: str
 ) -> None:
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     (hidden / "sitecustomize.py").write_text(f"import sys\nsys.modules[{library!r}] = None\n")
     monkeypatch.setenv("PYTHONPATH", str(hidden))
-    result = cli(f"trainer={other}", "hydra.run.dir=run")
+    result = run_fresh("-m", "apt_launch", f"trainer={other}", "hydra.run.dir=run", cwd=tmp_path)
     assert result.returncode == 2
     assert f"trainer: {library} cannot be found. Run: pip install 'apt-launch[{other}]'" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
 
     code = f"import apt_model.integrations.{'lightning' if other == 'lightning' else 'transformers'}"
-    direct = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    direct = run_fresh("-c", code)
     assert f"ConfigError: trainer: {other if other == 'lightning' else 'transformers and accelerate'}" in direct.stderr
 
 
@@ -83,13 +92,13 @@ def test_a_missing_extra_is_told_with_the_command_that_brings_it(
     ],
 )
 def test_a_missing_library_for_data_is_told(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str, overrides: list[str], told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str, overrides: list[str], told: str
 ) -> None:
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     (hidden / "sitecustomize.py").write_text(f"import sys\nsys.modules[{library!r}] = None\n")
     monkeypatch.setenv("PYTHONPATH", f"{hidden}:{REPOSITORY}")
-    result = cli(*overrides, "hydra.run.dir=run")
+    result = run_fresh("-m", "apt_launch", *overrides, "hydra.run.dir=run", cwd=tmp_path)
     assert result.returncode == 2
     assert told in result.stderr
 
@@ -109,30 +118,28 @@ def test_a_resume_is_refused_before_anything_is_made(cli: Cli, tmp_path: Path) -
 def test_a_signal_ends_the_run_with_a_checkpoint_and_the_default_trainer_goes_on(
     cli: Cli, text_file: Path, tmp_path: Path, other: str, number: signal.Signals
 ) -> None:
-    long = ["trainer.max_epochs=6", "trainer.max_batches_per_epoch=40", "trainer.log_every=1"]
+    long = ["trainer.max_epochs=6", "trainer.max_batches_per_epoch=8", "trainer.log_every=1"]
     small = [*SMALL, *long, "data=text", f"data.path={text_file}", "hydra.run.dir=run"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "apt_launch", *small, f"trainer={other}"],
+    hold = Hold(tmp_path / "hold", at=12)
+    process = Fork(
+        ["apt_launch", *small, f"trainer={other}"],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
+        env=environment(**hold.environment),
+        loaded=LIBRARIES,
     )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("epoch 0"):
-            break
+    until(hold.holding, "the run to hold, an epoch and a half later")
     process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate()
     assert process.returncode == 130, errors
     assert "finishing this update" in errors
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["state"] == "interrupted"
-    assert 40 <= summary["steps"] < 240
+    assert summary["steps"] == 12
     assert (tmp_path / "run" / "checkpoints" / f"step-{summary['steps']:08d}").is_dir()
 
     result = cli(*small, "trainer=default", "trainer.resume=auto")
     assert result.returncode == 0, result.stderr
     steps = [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "train/loss" in row]
-    assert steps == list(range(240))
+    assert steps == list(range(48))

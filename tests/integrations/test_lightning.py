@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +16,9 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from apt_model.errors import ConfigError
+from apt_model.errors import ConfigError, HorizonError
 from apt_model.gpt import GPT
 from apt_model.integrations.lightning import ScheduleCallback
 from apt_model.layers.moe import MoE
@@ -237,3 +242,200 @@ def test_a_name_that_the_model_does_not_have_is_told_before_the_first_update(tmp
     schedule = runner(anneals={"x": {"target": "blocks.*.ffn.temprature", "start": 1.0, "end": 2.0}})
     with pytest.raises(ConfigError, match=r"temprature.*Did you mean 'blocks\.\d\.ffn\.temperature'"):
         fit(tmp_path, schedule)
+
+
+# --- what the clock counts where training_step makes the updates -----------------------------------------------------
+
+
+class Manual(pl.LightningModule):
+    """Steps its optimizers by itself: ``plan`` says which of them in which batch (counted over epochs), in order."""
+
+    def __init__(self, plan: Callable[[int], Sequence[int]]) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.parts = nn.ModuleList([nn.Linear(3, 1), nn.Linear(3, 1)])
+        self.strength = 0.0
+        self.plan = plan
+        self.batches = 0
+        self.seen: list[tuple[int, int, float]] = []
+        self.callback: ScheduleCallback | None = None
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        for number in self.plan(self.batches):
+            loss = self.parts[number](batch[0]).square().mean()
+            assert self.callback is not None
+            self.seen.append((self.callback.clock.step, self.callback.clock.sample, self.strength))
+            self.manual_backward(loss)
+            optimizer = self.optimizers()[number]
+            optimizer.step()
+            optimizer.zero_grad()
+        self.batches += 1
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in self.parts]
+
+
+def manual(folder: Path, plan: Callable[[int], Sequence[int]], horizon: Horizon, **options: Any) -> Manual:
+    """Train on epochs of 7 batches of 8 samples; ``strength`` is the number of the update."""
+    module = Manual(plan)
+    last = horizon.steps - 1
+    schedule = ScheduleRunner(
+        horizon=horizon, anneals={"s": {"target": "strength", "start": 0.0, "end": float(last), "by": "step"}}
+    )
+    module.callback = ScheduleCallback(schedule, values={"strength": partial(setattr, module, "strength")}, switches={})
+    loader = DataLoader(TensorDataset(torch.randn(56, 3)), batch_size=8)
+    trainer(module.callback, folder, accumulate_grad_batches=1, max_epochs=horizon.epochs, **options).fit(
+        module, loader
+    )
+    return module
+
+
+def test_samples_reach_an_update_of_any_optimizer(tmp_path: Path) -> None:
+    # the first one steps in batches 1, 3 and 5 of 7, the second in each
+    module = manual(tmp_path, lambda batch: [0, 1] if batch % 2 else [1], Horizon(epochs=1, updates_per_epoch=3))
+    assert module.callback is not None
+    assert module.callback.clock == Clock(step=3, sample=56, token=56)
+    assert [(step, sample) for step, sample, _ in module.seen] == [
+        *[(0, 0), (0, 8), (1, 16), (1, 16), (1, 24), (2, 32), (2, 32), (2, 40), (3, 48), (3, 48)],
+    ]
+
+
+def test_each_step_of_one_optimizer_is_an_update(tmp_path: Path) -> None:
+    module = manual(tmp_path, lambda batch: [0, 0], Horizon(epochs=1, updates_per_epoch=14))
+    assert module.callback is not None
+    assert module.callback.clock == Clock(step=14, sample=56, token=56)
+    assert module.seen == [
+        (u, 8 * ((u + 1) // 2), float(u)) for u in range(14)
+    ]  # a batch's samples come with its first
+
+
+def test_batches_that_wait_for_an_update_are_counted_with_it_in_the_next_epoch_too(tmp_path: Path) -> None:
+    module = manual(tmp_path, lambda batch: [0] if batch % 2 else [], Horizon(epochs=2, updates_per_epoch=4))
+    assert module.callback is not None
+    assert module.callback.clock == Clock(epoch=1, step=7, sample=112, token=112)
+    assert [sample for _, sample, _ in module.seen] == [16 * update for update in range(7)]
+
+
+# --- loops that begin again ------------------------------------------------------------------------------------------
+
+
+def test_a_second_fit_begins_the_curriculum_anew(tmp_path: Path) -> None:
+    callback = ScheduleCallback(runner())
+    seen = []
+    for _ in range(2):
+        module = Plain()
+        module.callback = callback
+        trainer(callback, tmp_path).fit(module, batches())
+        assert callback.clock == Clock(epoch=3, step=12, sample=40, token=240)
+        seen.append(module.seen)
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_whatever_ends_a_fit_nothing_stays_behind_and_the_next_begins_anew(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    class Fails(Plain):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            if len(self.seen) == 8:
+                raise error
+            return super().training_step(batch, batch_idx)
+
+    module = Fails()
+    module.callback = ScheduleCallback(runner())
+    first = trainer(module.callback, tmp_path)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
+        first.fit(module, batches())
+    signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
+    assert module.callback.clock.step == 4
+    assert not any(optimizer._optimizer_step_post_hooks for optimizer in first.optimizers)
+    assert "on_load_checkpoint" not in vars(module)
+
+    again = Plain()
+    again.callback = module.callback
+    trainer(again.callback, tmp_path).fit(again, batches())
+    assert [clock.step for clock, *_ in again.seen] == [3 * e + b // 2 for e in range(4) for b in range(5)]
+    assert [on for *_, on, _ in again.seen] == [clock.epoch >= 1 for clock, *_ in again.seen]
+
+
+def test_a_trainer_that_goes_on_goes_on_with_the_curriculum(tmp_path: Path) -> None:
+    module = fit(tmp_path, max_epochs=2)
+    module.made.fit_loop.max_epochs = 4
+    module.made.fit(module, batches())
+    assert [clock.step for clock, *_ in module.seen] == [3 * e + b // 2 for e in range(4) for b in range(5)]
+    assert [on for *_, on, _ in module.seen] == [clock.epoch >= 1 for clock, *_ in module.seen]
+
+
+# --- runs that are not the planned one -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_epochs": 5}, r"this run makes 15 steps: .* Give the runner a horizon of 15 steps, or change max_epochs"),
+        ({"max_epochs": -1}, r"this run has no end\. Set max_epochs"),
+        ({"max_epochs": -1, "max_steps": 13}, r"this run makes 13 steps"),
+        ({"accumulate_grad_batches": 1}, r"this run makes 5 updates an epoch.*updates_per_epoch=5\)"),
+        ({"limit_train_batches": 2}, r"this run makes 1 updates an epoch.*Horizon\(epochs=4, updates_per_epoch=1\)"),
+        ({"limit_train_batches": 0.8}, r"this run makes 2 updates an epoch"),
+    ],
+)
+def test_a_run_that_does_not_fit_the_horizon_is_refused(tmp_path: Path, options: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=r"^horizon: 4 epochs x 3 updates = 12 steps were planned, and " + message):
+        fit(tmp_path, **options)
+
+
+@pytest.mark.parametrize("options", [{"max_epochs": -1, "max_steps": 12}, {"fast_dev_run": 2}])
+def test_other_ways_to_say_how_long_a_run_is_are_read(tmp_path: Path, options: Any) -> None:
+    steps = 2 if "fast_dev_run" in options else 12
+    module = fit(tmp_path, **{"accumulate_grad_batches": 1 if "fast_dev_run" in options else 2} | options)
+    assert module.callback is not None
+    assert module.callback.clock.step == steps
+
+
+def test_a_part_of_the_planned_run_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fit(tmp_path, max_epochs=2)
+    assert "12 steps were planned, and this run ends after 6 steps" in caplog.text
+
+
+def test_a_curriculum_by_step_asks_for_no_more_than_the_number_of_steps(tmp_path: Path) -> None:
+    schedule = ScheduleRunner(
+        horizon=Horizon(epochs=1, updates_per_epoch=12), route_temp={"start": 2.0, "end": 0.9, "by": "step"}
+    )
+    seen = fit(tmp_path, schedule).seen
+    assert [values[0] for _, *values in seen] == pytest.approx([2.0 - 0.1 * clock.step for clock, *_ in seen])
+
+
+class Stream(IterableDataset[Any]):
+    """Batches that do not say how many they are."""
+
+    def __init__(self, number: float) -> None:
+        self.number = number
+
+    def __iter__(self) -> Iterator[Any]:
+        count = itertools.count() if self.number == math.inf else range(int(self.number))
+        for _ in count:
+            yield torch.zeros(2, 6, dtype=torch.int64), torch.zeros(2, 6, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("number", "curriculum", "error"),
+    [
+        (5, CURRICULUM, None),
+        (math.inf, {"route_temp": {"start": 2.0, "end": 0.5, "by": "step"}}, None),
+        (math.inf, CURRICULUM, "an epoch goes on past the 3 updates.*by step, sample or token, give the data a length"),
+        (3, CURRICULUM, "epoch 0 had 2 updates, and 4 epochs x 3 updates = 12 steps were planned"),
+        (math.inf, {"events": {"x": {"enable": "align", "at": "1ep"}}}, "an epoch goes on past the 3 updates"),
+    ],
+)
+def test_streams(tmp_path: Path, number: float, curriculum: Any, error: str | None) -> None:
+    module = Plain()
+    module.callback = ScheduleCallback(runner(**curriculum))
+    made = trainer(module.callback, tmp_path, max_epochs=4, max_steps=12)
+    with pytest.raises(ConfigError if "past" in error else HorizonError, match=error) if error else nullcontext():
+        made.fit(module, DataLoader(Stream(number), batch_size=None))
+    if error is None:
+        assert module.callback.clock.step == 12
+        epochs = [clock.epoch for clock, *_ in module.seen]
+        assert epochs == ([e for e in range(4) for _ in range(5)] if number == 5 else [0] * 24)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from apt_launch.config.load import RunConfig
+from apt_launch.config.run_config import RunConfig
 from apt_launch.runs.build import build_trainer
 from apt_model.errors import CallbackError, ConfigError, HorizonError, Interrupted, NonFiniteError
 from apt_model.layers import scheduled

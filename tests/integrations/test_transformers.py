@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,8 +13,9 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
-from apt_model.errors import ConfigError
+from apt_model.errors import ConfigError, HorizonError
 from apt_model.gpt import GPT
 from apt_model.integrations.transformers import ScheduleCallback
 from apt_model.layers.moe import MoE
@@ -211,3 +215,177 @@ def test_a_name_that_the_model_does_not_have_is_told_before_the_first_update(tmp
     schedule = runner(anneals={"x": {"target": "blocks.*.ffn.temprature", "start": 1.0, "end": 2.0}})
     with pytest.raises(ConfigError, match=r"temprature.*Did you mean 'blocks\.\d\.ffn\.temperature'"):
         trained(tmp_path, schedule)
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+
+class Stream(IterableDataset[Any]):
+    """Rows that do not say how many they are."""
+
+    def __init__(self, number: float) -> None:
+        self.number = number
+
+    def __iter__(self) -> Iterator[Any]:
+        kept = rows(14)
+        count = itertools.count() if self.number == math.inf else range(int(self.number))
+        for number in count:
+            yield kept[number % 14]
+
+
+def streamed(folder: Path, number: float, schedule: ScheduleRunner) -> Plain:
+    model = Plain()
+    model.callback = ScheduleCallback(schedule)
+    trainer = made(model, model.callback, folder, max_steps=12, save_strategy="no")
+    trainer.train_dataset = Stream(number)
+    trainer.train()
+    return model
+
+
+def test_each_epoch_of_a_stream_begins_with_its_first_update(tmp_path: Path) -> None:
+    model = streamed(tmp_path, 12, runner())  # 6 batches, 2 an update
+    clocks = [clock for clock, *_ in model.seen]
+    assert [clock.epoch for clock in clocks] == [batch // 6 for batch in range(24)]
+    assert [clock.step for clock in clocks] == [batch // 2 for batch in range(24)]
+    assert [values[0] for _, *values in model.seen] == [[2.0, 1.5, 1.0, 0.5][batch // 6] for batch in range(24)]
+    assert [moe for *_, moe, _ in model.seen] == [batch >= 6 for batch in range(24)]
+
+
+def test_batches_left_over_in_an_epoch_are_counted_with_the_update_that_takes_them(tmp_path: Path) -> None:
+    model = streamed(tmp_path, 14, runner())  # 7 batches, the last of which waits for the next epoch
+    clocks = [clock for clock, *_ in model.seen]
+    assert len(clocks) == 27  # the last epoch's seventh is not asked for
+    assert [clock.epoch for clock in clocks] == [batch // 7 for batch in range(27)]
+    assert [clock.step for clock in clocks[5:10]] == [2, 3, 3, 3, 4]
+    assert [clock.sample for clock in clocks[5:10]] == [8, 12, 12, 12, 18]
+    assert model.callback is not None
+    assert model.callback.clock == Clock(epoch=3, step=12, sample=54, token=54 * 6)
+
+
+def test_a_stream_that_does_not_go_by_the_planned_epochs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"an epoch goes on past the 3 updates.*give the data a length, or plan Horizon"
+    ):
+        streamed(tmp_path, math.inf, runner())
+    with pytest.raises(HorizonError, match="epoch 0 had 2 updates, and 4 epochs x 3 updates = 12 steps were planned"):
+        streamed(tmp_path, 8, runner())
+    by_step = runner(route_temp={"start": 2.0, "end": 0.9, "by": "step"})
+    seen = streamed(tmp_path, math.inf, by_step).seen
+    assert [clock.epoch for clock, *_ in seen] == [0] * 24
+    assert [values[0] for _, *values in seen] == pytest.approx([2.0 - 0.1 * (batch // 2) for batch in range(24)])
+
+
+# --- loops that begin again ------------------------------------------------------------------------------------------
+
+
+def hooks(model: nn.Module, trainer: transformers.Trainer) -> int:
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return len(model._forward_pre_hooks) + len(model._forward_hooks) + len(optimizer._optimizer_step_post_hooks)
+
+
+def test_a_second_train_begins_the_curriculum_anew(tmp_path: Path) -> None:
+    model, trainer = trained(tmp_path, save_strategy="no")
+    first, model.seen = model.seen, []
+    trainer.train()
+    assert model.seen == first
+    assert model.callback is not None
+    assert model.callback.clock == Clock(epoch=3, step=12, sample=40, token=240)
+    assert hooks(model, trainer) == 0
+
+
+class Stops(transformers.TrainerCallback):
+    """Ends the loop from within, where it is told to."""
+
+    def __init__(self, event: str, error: type[BaseException]) -> None:
+        setattr(self, event, self.stop)
+        self.error: type[BaseException] | None = error
+
+    def stop(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        error = self.error
+        if state.global_step == 4 and error is not None:
+            self.error = None
+            raise error("CUDA out of memory.")
+
+
+@pytest.mark.parametrize("where", ["forward", "on_pre_optimizer_step"])
+def test_after_ctrl_c_nothing_stays_behind_and_the_loop_begins_anew(tmp_path: Path, where: str) -> None:
+    class Stopped(Plain):
+        def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Any]:
+            if where == "forward" and len(self.seen) == 7 and not again:
+                raise KeyboardInterrupt
+            return super().forward(input_ids, labels)
+
+    again = False
+    model = Stopped()
+    model.callback = ScheduleCallback(
+        runner(events={"x": {"enable": "align", "when": {"metric": "batches", "above": 1e9}}})
+    )
+    trainer = made(model, model.callback, tmp_path, save_strategy="no")
+    if where != "forward":
+        trainer.add_callback(Stops(where, KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert hooks(model, trainer) <= 1  # of the latch, or of the optimizer, which the next begin removes
+    model.seen, again = [], True
+    trainer.train()
+    assert [clock.step for clock, *_ in model.seen] == [3 * e + b // 2 for e in range(4) for b in range(5)]
+    assert model.callback.clock == Clock(epoch=3, step=12, sample=40, token=240)
+    assert hooks(model, trainer) == 0
+
+
+def test_a_smaller_batch_that_the_library_finds_begins_anew(tmp_path: Path) -> None:
+    model = Plain()
+    schedule = ScheduleRunner(horizon=Horizon(epochs=8, updates_per_epoch=1), route_temp=CURRICULUM["route_temp"])
+    model.callback = ScheduleCallback(schedule)
+    options = {"per_device_train_batch_size": 10, "num_train_epochs": 8, "auto_find_batch_size": True}
+    trainer = made(model, model.callback, tmp_path, save_strategy="no", **options)
+    trainer.add_callback(Stops("on_step_end", RuntimeError))
+    trainer.train()  # 4 updates of 10 samples; then 8 updates, each of 9 and 1
+    assert trainer.state.train_batch_size == 9
+    assert [clock.sample for clock, *_ in model.seen] == [10 * u for u in range(4)] + [
+        10 * u for u in range(8) for _ in "ab"
+    ]
+    assert model.callback.clock == Clock(epoch=7, step=8, sample=80, token=480)
+
+
+def test_another_model_is_brought_to_the_begin(tmp_path: Path) -> None:
+    model, _ = trained(tmp_path, save_strategy="no")
+    other = Plain()
+    other.callback = model.callback
+    assert other.callback is not None
+    made(other, other.callback, tmp_path, save_strategy="no").train()
+    assert other.seen == model.seen
+
+
+def test_a_resume_needs_the_state_of_its_own_checkpoint(tmp_path: Path) -> None:
+    trained(tmp_path)
+    model = Plain()
+    model.callback = ScheduleCallback(runner())
+    trainer = made(model, model.callback, tmp_path)
+    model.callback.restore(tmp_path / "checkpoint-6", model)
+    with pytest.raises(ConfigError, match=r"with the same checkpoint, not one of step 6"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+
+
+# --- runs that are not the planned one -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_train_epochs": 5}, r"this run makes 15 steps.*or change num_train_epochs, max_steps"),
+        ({"max_steps": 13}, r"this run makes 13 steps"),
+        ({"gradient_accumulation_steps": 1}, r"this run makes 5 updates an epoch.*updates_per_epoch=5\)"),
+        ({"per_device_train_batch_size": 5}, r"this run makes 1 updates an epoch"),
+    ],
+)
+def test_a_run_that_does_not_fit_the_horizon_is_refused(tmp_path: Path, options: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=r"^horizon: 4 epochs x 3 updates = 12 steps were planned, and " + message):
+        trained(tmp_path, **options)
+
+
+def test_a_part_of_the_planned_run_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trained(tmp_path, num_train_epochs=2, save_strategy="no")
+    assert "12 steps were planned, and this run ends after 6 steps" in caplog.text

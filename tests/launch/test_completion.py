@@ -23,7 +23,7 @@ from apt_launch.config import schema
 from apt_launch.config.load import flatten
 from apt_launch.config.menu import CONF, groups, keys
 from apt_model.schedule import Anneal
-from tests.conftest import environment, run_module
+from tests.forks import HANGS, environment, run_module
 from tests.packages import needed
 
 ROUTE_TEMP = [f"schedule.route_temp.{key}=" for key in ("by", "end", "start", "type", "warmup")]
@@ -145,7 +145,7 @@ class Terminal:
     def type(self, keys: str, until: Callable[[str], bool]) -> str:
         """Type ``keys``; return what was shown since, once ``until`` says that it is all."""
         os.write(self.terminal, keys.encode())
-        seen, end = "", time.monotonic() + 30
+        seen, end = "", time.monotonic() + HANGS
         while not until(seen):
             assert time.monotonic() < end, f"typed {keys!r}, and saw {seen!r}"
             if select.select([self.terminal], [], [], 0.1)[0]:
@@ -208,5 +208,5 @@ def test_python_without_us_completes_as_before(terminal: Terminal, tmp_path: Pat
 def test_fish_completes(line: str, expected: list[str], tmp_path: Path) -> None:
     (tmp_path / "script").write_text(script("install=fish"))
     command = [needed("fish"), "--no-config", "-c", f"source {tmp_path}/script; complete -C '{line}'"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, env=environment())
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=HANGS, env=environment())
     assert [found.split("\t")[0] for found in result.stdout.splitlines()] == expected

@@ -10,8 +10,9 @@ from hydra.utils import get_object
 
 from apt_launch.config import schema
 from apt_launch.config.explain import explained
-from apt_launch.config.load import CONF, RunConfig, parse
-from apt_launch.runs.build import OF_THE_PROCESS, build
+from apt_launch.config.instantiate import build
+from apt_launch.config.load import CONF, parse
+from apt_launch.config.run_config import RunConfig, is_neutral
 from apt_model.data.tokenizer import train_tokenizer
 from apt_model.errors import ConfigError
 
@@ -122,10 +123,10 @@ def test_keys_in_yaml_equal_parameters_of_the_class(target: tuple[str, type[sche
     keys = {field.alias or key for key, field in config.model_fields.items()} - {"_target_"}
     parameters = inspect.signature(get_object(name)).parameters
     if name == "apt_model.schedule.ScheduleRunner":
-        assert set(parameters) == {"horizon", "modules", "broadcast", "curriculum"}
+        assert set(parameters) == {"horizon", "modules", "broadcast", "program", "curriculum"}
         return
     if name in schema.GROUPS["trainer"]:
-        keys -= set(OF_THE_PROCESS)
+        keys -= {key for key in keys if schema.role_of(f"trainer.{key}") is schema.Role.PROCESS}
     assert keys <= set(parameters), f"{name} does not take {keys - set(parameters)}"
     given = {"model": {"moe", "align", "voter"}, "optimizer": set()}
     forgotten = {
@@ -250,7 +251,7 @@ def test_a_key_of_another_option_is_told_as_such(composed: Composed) -> None:
         "torch.hub.load",
         "pytest.main",
         "apt_model.gpt.torch.load",
-        "apt_launch.runs.build.instantiate",
+        "apt_launch.config.instantiate.instantiate",
         "apt_model.training.checkpoint.shutil.rmtree",
         "submitit.core.utils.DelayedSubmission.load",
     ],
@@ -263,6 +264,56 @@ def test_nothing_outside_the_allow_list_is_built_also_when_nested(target: str, t
     ):
         with pytest.raises(ConfigError, match=f"{target!r} may not be built here"):
             build(values)
+
+
+ROLES = {
+    "model": "fixed",
+    "data": "fixed",
+    "data.cache": "neutral",
+    "data.verify": "neutral",
+    "moe.num_experts": "fixed",
+    "moe.granularity": "fixed",
+    "moe.router": "fixed",
+    "moe.shared_expert": "fixed",
+    "align.rank": "fixed",
+    "schedule.on_horizon_change": "neutral",
+    "optimizer._target_": "fixed",
+    "trainer.batch_size": "fixed",
+    "trainer.accumulate": "fixed",
+    "trainer.parallel": "neutral",
+    "trainer.expert_parallel": "neutral",
+    "trainer.activation_checkpointing": "neutral",
+    "trainer.resume": "process",
+    "trainer.log_every": "neutral",
+    "trainer.checkpoint_every_epochs": "neutral",
+    "trainer.checkpoint_every_minutes": "neutral",
+    "trainer.keep_last": "process",
+    "trainer.keep_best": "process",
+    "trainer.keep_every": "process",
+    "trainer.stall_minutes": "process",
+    "trainer.keep_freed_memory": "process",
+    "trainer.onednn_products": "process",
+    "logger": "neutral",
+    "seed": "fixed",
+    "profile_file": "neutral",
+    "launch": "neutral",
+}
+
+
+def test_each_key_has_the_role_that_it_should_have() -> None:
+    assert {key: role.name.lower() for key, role in schema.roles().items()} == ROLES
+    for key, role in (
+        ("model.d_model", "fixed"),
+        ("data.cache", "neutral"),
+        ("data.data_files.train", "fixed"),
+        ("launch.drill", "neutral"),
+        ("logger._target_", "neutral"),
+    ):
+        assert schema.role_of(key) is schema.Role[role.upper()], key
+    assert not [key for key in ("optimizer.lr", "schedule.route_temp.end", "moe", "unknown") if schema.role_of(key)]
+    assert [is_neutral(key) for key in ("trainer.resume", "data.cache", "launch.hours", "seed", "optimizer.lr")] == (
+        [True, True, True, False, False]
+    )
 
 
 def test_identity_is_that_of_the_result(composed: Composed) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from apt_launch.runs.console import PlainLines, ProgressBar, progress_callback
 from apt_launch.runs.folder import RunFolder
 from apt_launch.runs.summary import suggest
-from tests.conftest import environment
+from tests.forks import HANGS, environment
 from tests.launch.test_cli import on_terminal, small
 
 CHOICE = "from apt_launch.runs.console import progress_callback; print(type(progress_callback()).__name__)"
@@ -37,7 +37,9 @@ def test_a_log_has_plain_lines_also_where_colours_are_forced(variable: str, monk
 )
 def test_a_terminal_that_can_redraw_has_a_bar(variables: dict[str, str], shown: str) -> None:
     parent, child = os.openpty()
-    subprocess.run([sys.executable, "-c", CHOICE], env=environment() | variables, stdout=child, check=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "-c", CHOICE], env=environment() | variables, stdout=child, check=True, timeout=HANGS
+    )
     os.close(child)
     assert os.read(parent, 1000).decode().strip() == shown
     os.close(parent)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SMALL, run_module
+from tests.conftest import SMALL
+from tests.forks import run_module
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import pytest
 from apt_launch.cli.completion import answer
 from apt_launch.cli.help import COMMON, EXAMPLES, LESS_COMMON, show
 from apt_launch.config.load import composed as compose
-from apt_launch.config.menu import COMMANDS, groups, keys
-from tests.conftest import environment, run_module
+from apt_launch.config.menu import COMMANDS, entry_point, groups, keys
+from tests.forks import environment, run_module
 
 
 @pytest.fixture(params=[60, 80, 140])
@@ -87,7 +87,7 @@ def test_the_version_names_what_is_installed() -> None:
 @pytest.mark.parametrize("module", [*COMMANDS])
 def test_every_command_has_help_that_fits(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    told = importlib.import_module(module).parser().format_help()
+    told = importlib.import_module(entry_point(module)).parser().format_help()
     assert f"usage: python -m {module} " in told
     assert max(len(line) for line in told.splitlines() if not line.startswith("  python -m")) <= 80
     for command in re.findall(r"^  python -m apt_launch(?:\.\w+)? (.*)$", told, flags=re.MULTILINE):

@@ -19,11 +19,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 import apt_launch
-from apt_launch.config.load import CONF
+from apt_launch.config.menu import CONF
 from apt_launch.notebook import Run
-from apt_launch.runs.train import StopRequest
+from apt_launch.runs.stop import StopRequest
 from apt_model.errors import SIGNALS, ConfigError
-from tests.conftest import REPOSITORY, SMALL, environment, rows_in, until
+from tests.conftest import SMALL, until
+from tests.forks import REPOSITORY, environment
+from tests.hold import Hold, install
 
 Train = Callable[..., Run]
 
@@ -89,11 +91,17 @@ def test_it_works_under_a_running_loop_and_in_a_thread(run: Train) -> None:
     assert found[0].summary["state"] == "done"
 
 
-def test_the_stop_button_writes_a_checkpoint_and_the_run_goes_on(run: Train, tmp_path: Path) -> None:
+def test_the_stop_button_writes_a_checkpoint_and_the_run_goes_on(
+    run: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = state_of_the_process()
+    hold = Hold(tmp_path / "hold", at=10)
+    for name, value in hold.environment.items():
+        monkeypatch.setenv(name, value)
+    hook = install()
 
     def stop() -> None:
-        until(lambda: rows_in(tmp_path / "a") > 2, "the first rows")
+        until(hold.holding, "the run to hold")
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=stop)
@@ -101,12 +109,13 @@ def test_the_stop_button_writes_a_checkpoint_and_the_run_goes_on(run: Train, tmp
     with pytest.raises(
         KeyboardInterrupt, match=r"Go on with: apt_launch\.run\(\[\.\.\., 'hydra\.run\.dir=a', 'trainer"
     ):
-        run("hydra.run.dir=a", "trainer.max_batches_per_epoch=40")
+        run("hydra.run.dir=a")
     thread.join()
+    hook.remove()
     assert state_of_the_process() == before
-    assert Run(tmp_path / "a").summary["state"] == "interrupted"
-    done = run("hydra.run.dir=a", "trainer.max_batches_per_epoch=40", "trainer.resume=auto")
-    assert (done.summary["state"], done.summary["steps"]) == ("done", 240)
+    assert (Run(tmp_path / "a").summary["state"], Run(tmp_path / "a").summary["steps"]) == ("interrupted", 10)
+    done = run("hydra.run.dir=a", "trainer.resume=auto")
+    assert (done.summary["state"], done.summary["steps"]) == ("done", 24)
 
 
 def test_pressed_twice_the_stop_button_leaves_at_once_and_the_process_lives() -> None:

@@ -12,9 +12,11 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from apt_launch.config.load import composed
-from apt_launch.sweep.plan.plan import Plan, gather
+from apt_launch.preview.jobs import gather
+from apt_launch.sweep.plan.plan import Plan
 from apt_model.errors import ConfigError
 from tests.conftest import SMALL
+from tests.forks import HANGS
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def labels(plan: Plan) -> list[str]:
 
 def test_equal_configs_are_one_job_whatever_they_are_called(base: list[str]) -> None:
     plan = gather([*base, "seed=1,1", "schedule.route_temp.end=0.6,0.60"])
-    assert plan.told == "4 asked, 1 unique"
+    assert plan.summary == "4 asked, 1 unique"
     assert labels(plan) == ["seed=1 schedule.route_temp.end=0.6"]
 
 
@@ -173,8 +175,8 @@ def test_a_batch_that_ranks_cannot_share_is_refused(base: list[str]) -> None:
 
 def test_planning_loads_no_torch(text_file: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from apt_launch.sweep.plan.plan import gather; import apt_launch.sweep.control.send; "
+        "import sys; from apt_launch.preview.jobs import gather; import apt_launch.sweep.control.send; "
         "import apt_launch.sweep.backends.slurm, apt_launch.sweep.__main__; "
         f"gather({[*SMALL, 'data=text', f'data.path={text_file}', 'seed=0,1']!r}); assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=HANGS, cwd=tmp_path)

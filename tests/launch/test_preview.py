@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from apt_launch.config.catalogue import metrics, parameters, targets
-from apt_launch.config.load import RunConfig
-from apt_launch.preview.__main__ import config_of, page, unread_sweeps
-from apt_launch.sweep.plan.plan import gather
+from apt_launch.config.run_config import RunConfig
+from apt_launch.preview.jobs import config_of, gather
+from apt_launch.preview.page import page
+from apt_launch.preview.terminal import unread_sweeps
 from apt_model.errors import ConfigError
 from apt_model.schedule.timeline import timeline
-from tests.conftest import environment
+from tests.forks import HANGS, environment
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -35,7 +36,7 @@ def test_the_timeline_tells_every_moment_in_every_unit(composed: Callable[..., R
 
 
 def test_what_is_shown_is_what_training_logs(cli: Cli, text_file: Path, tmp_path: Path) -> None:
-    from apt_launch.tracking import read_rows
+    from apt_launch.record import read_rows
     from tests.conftest import SMALL
 
     overrides = [*SMALL, "data=text", f"data.path={text_file}", "schedule.route_temp.type=cosine"]
@@ -59,7 +60,7 @@ def test_the_command_prints_and_draws_without_torch(cli: Cli, tmp_path: Path) ->
         "from apt_launch.preview.__main__ import main; main(); print('torch' in sys.modules)"
     )
     fresh = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=HANGS
     )
     assert fresh.stdout.splitlines()[-1] == "False"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from apt_launch.config.load import RunConfig
 from apt_launch.config.profile_file import with_profile_file
+from apt_launch.config.run_config import RunConfig
 from apt_model.errors import ConfigError
 
 OLD = """

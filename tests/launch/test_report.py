@@ -16,11 +16,14 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from apt_launch.config.load import composed
-from apt_launch.sweep.plan.plan import Plan, gather
-from apt_launch.sweep.report.report import find, group_table, headline, told_groups, write_report
+from apt_launch.preview.jobs import gather
+from apt_launch.sweep.plan.plan import Plan
+from apt_launch.sweep.report.findings import Estimate, find, headline, t_95
+from apt_launch.sweep.report.report import group_table, note_on_groups, write_report
 from apt_model.errors import ConfigError
 from tests.browser import QUIET, chromium
 from tests.conftest import SMALL
+from tests.forks import HANGS
 
 Sweep = Callable[..., tuple[Path, Plan]]
 
@@ -85,11 +88,11 @@ def test_means_and_intervals_over_seeds_are_students(planned: Sweep) -> None:
     folder, plan = planned(SIX, ENDS)
     heads, rows = group_table(find(folder, states(plan, *["done"] * 6)))
     assert heads == ["route_temp.end", "seeds", "val/loss", "more than the best"]
-    # mean 2.3, deviation sqrt((0.09 + 0.01 + 0.16) / 2) = 0.36056, t(2) = 4.303: 4.303 x 0.36056 / sqrt(3) = 0.8957
+    # mean 2.3, deviation sqrt((0.09 + 0.01 + 0.16) / 2) = 0.36056, t(2) = 4.3027: 4.3027 x 0.36056 / sqrt(3) = 0.8957
     assert rows[0] == ["0.6", "3", "2.3000 ± 0.8957", ""]
-    # mean 3.1, deviation 0.1: 4.303 x 0.1 / sqrt(3) = 0.2484
-    # differences 1.0, 0.9, 0.5: mean 0.8, deviation sqrt((0.04 + 0.01 + 0.09) / 2) = 0.26458: 0.6573
-    assert rows[1] == ["0.8", "3", "3.1000 ± 0.2484", "0.8000 ± 0.6573"]
+    # mean 3.1, deviation 0.1: 4.3027 x 0.1 / sqrt(3) = 0.2484
+    # differences 1.0, 0.9, 0.5: mean 0.8, deviation sqrt((0.04 + 0.01 + 0.09) / 2) = 0.26458: 0.6572
+    assert rows[1] == ["0.8", "3", "3.1000 ± 0.2484", "0.8000 ± 0.6572"]
 
 
 def test_differences_are_taken_from_whom_the_user_names(planned: Sweep) -> None:
@@ -97,7 +100,7 @@ def test_differences_are_taken_from_whom_the_user_names(planned: Sweep) -> None:
     done = states(plan, *["done"] * 6)
     heads, rows = group_table(find(folder, done, against="route_temp.end=0.8"))
     assert heads[-1] == "more than route_temp.end=0.8"
-    assert [row[-1] for row in rows] == ["-0.8000 ± 0.6573", ""]
+    assert [row[-1] for row in rows] == ["-0.8000 ± 0.6572", ""]
     with pytest.raises(ConfigError, match=r"--against: no jobs .* 'route_temp.end=0.7'\. Did you mean"):
         find(folder, done, against="route_temp.end=0.7")
 
@@ -111,7 +114,7 @@ def test_a_seed_that_only_one_of_two_groups_has_is_left_out_of_their_difference(
 
 def test_one_seed_gives_no_interval_and_says_so(planned: Sweep) -> None:
     folder, plan = planned(["schedule.route_temp.end=0.6,0.8"], [[(100, 2.0)], [(100, 3.0)]])
-    assert "no interval can be given" in told_groups(find(folder, states(plan, "done", "done")))
+    assert "no interval can be given" in note_on_groups(find(folder, states(plan, "done", "done")))
 
 
 def test_a_partial_sweep_is_compared_at_equal_tokens(planned: Sweep) -> None:
@@ -121,8 +124,8 @@ def test_a_partial_sweep_is_compared_at_equal_tokens(planned: Sweep) -> None:
     assert findings.tokens == 200
     assert findings.values == {0: 3.0, 1: 2.9}
     assert headline(findings) == "Best so far of 2: job 1 (route_temp.end=0.7), val/loss 2.9000."
-    assert "compared at 200 tokens" in findings.told
-    assert "2 of 4 jobs have no val/loss there and are left out" in findings.told
+    assert "compared at 200 tokens" in findings.summary
+    assert "2 of 4 jobs have no val/loss there and are left out" in findings.summary
 
 
 def test_values_that_are_no_numbers_are_left_out(planned: Sweep) -> None:
@@ -186,12 +189,12 @@ def test_a_browser_shows_the_page_and_asks_nobody_for_anything(planned: Sweep, b
     subprocess.run(
         [*command, "--window-size=1000,1400", f"--screenshot={picture}", page.as_uri()],
         capture_output=True,
-        timeout=120,
+        timeout=HANGS,
         check=True,
     )
     assert struct.unpack(">II", picture.read_bytes()[16:24]) == (1000, 1400)
     dom = subprocess.run(
-        [*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+        [*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=HANGS, check=True
     ).stdout
     for section in ("Losses over tokens", "Schedules", "Final val/loss by what was swept", "Mean over seeds", "Jobs"):
         assert f"<h2>{section}</h2>" in dom
@@ -205,4 +208,19 @@ def test_reporting_loads_no_torch(planned: Sweep) -> None:
         "import sys; from pathlib import Path; from apt_launch.sweep.report.report import write_report; "
         f"write_report(Path({str(folder)!r}), {states(plan, *['done'] * 6)!r}); assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=HANGS)
+
+
+@pytest.mark.parametrize(
+    ("degrees_of_freedom", "t"),
+    [(1, 12.706), (2, 4.303), (5, 2.571), (10, 2.228), (11, 2.201), (30, 2.042), (120, 1.980)],
+)
+def test_an_interval_of_95_percent_has_the_t_of_textbooks(degrees_of_freedom: int, t: float) -> None:
+    assert t_95(degrees_of_freedom) == pytest.approx(t, abs=5e-4)
+
+
+def test_twelve_seeds_have_the_interval_of_eleven_degrees_of_freedom() -> None:
+    # 0 to 11: mean 5.5, variance 143 / 11 = 13, 2.20099 x sqrt(13 / 12) = 2.2909
+    estimate = Estimate.of(range(12))
+    assert (estimate.mean, estimate.half_interval) == (5.5, pytest.approx(2.2909, abs=5e-5))
+    assert Estimate.of([1.0]).half_interval is None

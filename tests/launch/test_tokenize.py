@@ -17,16 +17,17 @@ import pytest
 
 from apt_model.data import StdlibCorpus
 from apt_model.data.shards import Shards
-from tests.conftest import SMALL, environment, run_module, until
-from tests.forks import Forks, forking
+from tests.conftest import SMALL, until
+from tests.forks import Fork, Forks, environment, run_module
 
 TEXT = "".join(f"line {i} of some text, {i * i} squared\n" for i in range(600))
 
 
 @pytest.fixture(scope="module")
 def forks() -> Any:
-    with forking() as forks:
-        yield forks
+    forks = Forks()
+    yield forks
+    forks.close()
 
 
 @pytest.fixture(scope="module")
@@ -186,10 +187,8 @@ def test_interrupted_and_killed_it_goes_on_where_it_stood(tmp_path: Path) -> Non
 
 def test_a_terminal_sees_a_bar(made: Path) -> None:
     parent, child = pty.openpty()
-    command = [sys.executable, "-m", "apt_launch.tokenize", "seen", "data=text", "data.path=text.txt"]
-    process = subprocess.Popen(
-        command, cwd=made, env=environment() | {"TERM": "xterm"}, stdout=subprocess.PIPE, stderr=child
-    )
+    command = ["apt_launch.tokenize", "seen", "data=text", "data.path=text.txt"]
+    process = Fork(command, cwd=made, env=environment(TERM="xterm"), stdout=subprocess.PIPE, stderr=child)
     os.close(child)
     shown = b""
     while True:
@@ -206,8 +205,7 @@ def test_a_terminal_sees_a_bar(made: Path) -> None:
 
 def test_a_full_disk_is_told_and_the_same_command_goes_on_where_there_is_room(made: Path, tmp_path: Path) -> None:
     asked = [*("out", "--shard-tokens", "9000", "data=text"), f"data.path={made / 'text.txt'}"]
-    command = ["prlimit", "--fsize=9500", sys.executable, "-m", "apt_launch.tokenize", *asked]  # the text has 19 kB
-    ended = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    ended = run_module("apt_launch.tokenize", *asked, cwd=tmp_path, largest_file=9500)  # the text has 19 kB
     assert ended.returncode == 2, ended.stderr
     assert "error: OUT: tokens could not be made in out: [Errno 27] File too large" in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from apt_launch.tracking import Record, Tracking, read_rows
+from apt_launch.record import Record, read_rows
 from apt_launch.tracking.csv import CsvTracker
+from apt_launch.tracking.projection import Tracking
 from apt_launch.tracking.tensorboard import TensorBoardTracker
-from tests.conftest import environment, wandb_records, wandb_rows
+from tests.conftest import wandb_records, wandb_rows
+from tests.forks import HANGS, environment
 
 
 def test_the_record_has_a_line_a_row_at_once(tmp_path: Path) -> None:
@@ -62,7 +64,7 @@ class Slow:
         self.state = ""
 
     def log(self, row: dict[str, float]) -> None:
-        assert self.answers.wait(60)
+        assert self.answers.wait(HANGS)
         self.rows.append(row)
 
     def close(self, state: str) -> None:
@@ -117,7 +119,7 @@ def test_rows_outlive_a_disk_that_is_full_for_a_while(tmp_path: Path) -> None:
     program = f"""
 import json, resource
 from pathlib import Path
-from apt_launch.tracking import Record, read_rows
+from apt_launch.record import Record, read_rows
 path = Path({str(tmp_path / "metrics.jsonl")!r})
 record = Record(path)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
@@ -134,7 +136,7 @@ record.log({{"step": 20}})
 record.close()
 print(json.dumps([on_disk, synced, [row["step"] for row in read_rows(path)]]))
 """
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=HANGS)
     assert json.loads(told.stdout) == [100, False, list(range(21))]
     assert told.stderr.count("cannot be written") == 1
 
@@ -160,23 +162,27 @@ def test_tensorboard_has_every_value_once_at_its_step_also_after_a_resume(tmp_pa
         f"events = EventAccumulator({str(tmp_path / 'tensorboard')!r}); events.Reload()\n"
         "print([(e.step, e.value) for e in events.Scalars('train/loss')])"
     )
-    read = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    read = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=HANGS)
     assert read.stdout.strip() == "[(0, 2.0), (10, 1.0)]"
 
 
 def test_the_wandb_client_keeps_every_row_offline(tmp_path: Path) -> None:
     program = (
+        "import threading\n"
         "from pathlib import Path\n"
         "from apt_launch.tracking.wandb import WandbTracker\n"
+        "before = threading.excepthook\n"
         "tracker = WandbTracker(mode='online', project='p', entity=None, name=None, tags=['t'],\n"
         f"    folder=Path({str(tmp_path)!r}), run_id='abc', config={{'seed': 3}}, updates_per_epoch=10)\n"
         "for step in (0, 3, 9): tracker.log({'step': step, 'train/loss': step / 2})\n"
         "tracker.log({'step': 9, 'val/loss': 7.0})\n"
+        "assert threading.excepthook is not before\n"
         "tracker.close('done')\n"
+        "assert threading.excepthook is before\n"
     )
     home = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
     run = subprocess.run(
-        [sys.executable, "-c", program], env=environment() | home, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program], env=environment() | home, capture_output=True, text=True, timeout=HANGS
     )
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("there is no API key here") == 1

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from apt_launch.sweep.values import from_yaml, to_yaml
-from tests.conftest import REPOSITORY, SMALL, environment
+from tests.conftest import SMALL
+from tests.forks import HANGS, REPOSITORY, environment
 from tests.wandb_server import WandbServer, serving
 
 
@@ -36,7 +37,7 @@ def test_wandbs_agent_runs_the_kept_sweep_and_sees_its_metric(text_file: Path, t
             "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
         }
         agent = [sys.executable, "-m", "wandb", "agent", "--count", "2", "tester/apt-launch/sweep"]
-        told = subprocess.run(agent, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+        told = subprocess.run(agent, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=HANGS, check=False)
     assert told.returncode == 0, told.stdout + told.stderr
     ends = {path.parent.name: from_yaml(path.read_text()) for path in tmp_path.glob("outputs/*/*/config.yaml")}
     assert sorted(config["schedule"]["route_temp"]["end"] for config in ends.values()) == [0.6, 0.8]

@@ -23,16 +23,19 @@ from urllib.parse import urlsplit
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from apt_launch.runs.folder import write_json
-from apt_launch.sweep.control.ledger import State, write_state
+from apt_launch.preview.jobs import gather
+from apt_launch.record import RecordReader
+from apt_launch.sweep.jobs.state import State
 from apt_launch.sweep.lease import Holder
-from apt_launch.sweep.plan.plan import Plan, gather
+from apt_launch.sweep.plan.plan import Plan
 from apt_launch.sweep.watch.live import MOST_POINTS, Curve, Watch
-from apt_launch.sweep.watch.watch import Server, frame
-from apt_launch.tracking.reader import RecordReader
+from apt_launch.sweep.watch.page import Server
+from apt_launch.sweep.watch.terminal import frame
 from apt_model.errors import ConfigError
+from apt_model.files import write_json
 from tests.browser import browsing
-from tests.conftest import SMALL, environment, run_module, until
+from tests.conftest import SMALL, until
+from tests.forks import HANGS, Fork, environment, run_module
 
 HOSTILE = "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">[/]"
 
@@ -42,6 +45,11 @@ def row(step: int, **more: float) -> dict[str, float]:
     return {"step": step, "epoch": step // 4, "tokens": 32 * (step + 1), "time": 1.0 + step} | {
         name.replace("__", "/"): value for name, value in more.items()
     }
+
+
+def write_state(folder: Path, state: State) -> None:
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "state.json", asdict(state))
 
 
 def append(folder: Path, *rows: dict[str, float]) -> None:
@@ -91,7 +99,7 @@ def serve() -> Iterator[Callable[[Path], Server]]:
 
 
 def ask(server: Server, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=HANGS)
     connection.request(method, path, headers=headers)
     answer = connection.getresponse()
     content = answer.read()
@@ -119,7 +127,7 @@ def test_a_record_is_read_once_and_a_line_that_is_not_whole_is_left_for_later(tm
         file.write('ens": 96}\n')
     assert [one["tokens"] for one in reader.rows()] == [96]
     assert list(reader.rows()) == []
-    assert reader.lives == 0
+    assert reader.restarts == 0
 
 
 def test_a_record_that_a_resume_cut_back_is_read_anew_even_where_it_has_grown_beyond(tmp_path: Path) -> None:
@@ -130,10 +138,10 @@ def test_a_record_that_a_resume_cut_back_is_read_anew_even_where_it_has_grown_be
     reader.path.write_bytes(b"".join(kept))
     append(tmp_path, *(row(step) | {"time": 99.5} for step in range(4, 30)))
     assert [one["step"] for one in reader.rows()] == list(range(30))
-    assert reader.lives == 1
+    assert reader.restarts == 1
     reader.path.unlink()
     assert list(reader.rows()) == []
-    assert reader.lives == 2
+    assert reader.restarts == 2
 
 
 def test_a_long_curve_keeps_its_ends_and_a_viewer_of_differences_sees_the_same() -> None:
@@ -258,7 +266,7 @@ def test_a_folder_that_vanishes_is_told_and_what_was_known_stays(planned: Any, t
     assert "no plan.yaml" in live.news(0)["problem"]
     assert len(live.news(0)["jobs"]) == 2
     (tmp_path / "elsewhere").rename(folder)
-    until(lambda: live.news(0)["problem"] is None, "its end", timeout=30)
+    until(lambda: live.news(0)["problem"] is None, "its end")
 
 
 def test_watching_loads_no_torch(planned: Any) -> None:
@@ -268,7 +276,7 @@ def test_watching_loads_no_torch(planned: Any) -> None:
         "from apt_launch.sweep.watch.live import Watch; "
         f"Watch(Path({str(folder)!r})).news(0); assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=HANGS)
 
 
 # --- the door ----------------------------------------------------------------------------------------------------------
@@ -336,10 +344,10 @@ def test_a_folder_without_a_sweep_is_said(tmp_path: Path) -> None:
 
 
 @contextmanager
-def watching(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def watching(folder: Path) -> Iterator[tuple[Fork, str]]:
     """Start the command; give it and the address that it says."""
-    command = [sys.executable, "-m", "apt_launch.sweep", "watch", str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+    command = ["apt_launch.sweep", "watch", str(folder)]
+    process = Fork(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         assert process.stdout is not None
         address = re.search(r"http://127\.0\.0\.1:\d+/\S+/", process.stdout.readline())
@@ -354,11 +362,11 @@ def test_the_command_says_where_it_serves_and_ctrl_c_ends_it_with_130(planned: A
     folder, _ = planned("seed=0,1")
     with watching(folder) as (process, address):
         where = urlsplit(address)
-        connection = http.client.HTTPConnection(str(where.hostname), where.port, timeout=20)
+        connection = http.client.HTTPConnection(str(where.hostname), where.port, timeout=HANGS)
         connection.request("GET", f"{where.path}data")
         assert len(json.loads(connection.getresponse().read())["jobs"]) == 2
         process.send_signal(signal.SIGINT)  # while a viewer is connected
-        rest, _ = process.communicate(timeout=20)
+        rest, _ = process.communicate(timeout=HANGS)
         connection.close()
     assert process.returncode == 130
     assert rest == ""
@@ -368,12 +376,8 @@ def in_terminal(*command: str, interrupt_at: str | None = None) -> tuple[int, st
     """Run ``sweep`` in a terminal of 24 lines and 100 columns; Ctrl-C once it shows a text."""
     ours, theirs = pty.openpty()
     more = {"LINES": "24", "COLUMNS": "100", "TERM": "xterm"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "apt_launch.sweep", *command],
-        **{"stdin": theirs, "stdout": theirs, "stderr": theirs},
-        env=environment() | more,
-        start_new_session=True,
-    )
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    process = Fork(["apt_launch.sweep", *command], env=environment(**more), start_new_session=True, **streams)
     os.close(theirs)
     shown = b""
     while True:
@@ -388,7 +392,7 @@ def in_terminal(*command: str, interrupt_at: str | None = None) -> tuple[int, st
             interrupt_at = None
             process.send_signal(signal.SIGINT)
     os.close(ours)
-    return process.wait(timeout=20), shown.decode()
+    return process.wait(timeout=HANGS), shown.decode()
 
 
 def test_in_a_terminal_the_table_lives_until_ctrl_c_and_the_cursor_comes_back(planned: Any) -> None:

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.forks import Forks, forking
+from tests.forks import Forks
 
 
 @pytest.fixture(scope="package")
 def forks() -> Iterator[Forks]:
     """Run commands without the seconds that loading torch takes."""
-    with forking() as forks:
-        yield forks
+    forks = Forks()
+    yield forks
+    forks.close()

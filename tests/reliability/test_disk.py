@@ -10,29 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from apt_launch.tracking import read_rows
-from tests.conftest import SMALL, environment
+from apt_launch.record import read_rows
+from tests.conftest import SMALL
+from tests.forks import HANGS, environment, run_module
 
 
 def command(text_file: Path, *more: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "apt_launch",
-        *SMALL,
-        "data=text",
-        f"data.path={text_file}",
-        "hydra.run.dir=run",
-        *more,
-    ]
+    return ["apt_launch", *SMALL, "data=text", f"data.path={text_file}", "hydra.run.dir=run", *more]
 
 
 def test_training_goes_on_while_no_checkpoint_can_be_written(text_file: Path, tmp_path: Path) -> None:
     """No file may grow beyond 100 kB, which every checkpoint would: a full disk that needs no privilege."""
-    limited = ["prlimit", "--fsize=100000", *command(text_file, "schedule=none", "model.d_model=64", "model.d_ff=256")]
-    ended = subprocess.run(
-        limited, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120, check=False
-    )
+    larger = command(text_file, "schedule=none", "model.d_model=64", "model.d_ff=256")
+    ended = run_module(*larger, cwd=tmp_path, largest_file=100_000)
     assert ended.returncode == 1, ended.stderr
     assert ended.stdout.count("Training goes on without it. There is none yet.") == 5
     assert "error: the checkpoint of step 24 could not be written" in ended.stderr
@@ -46,10 +36,7 @@ def test_training_goes_on_while_no_checkpoint_can_be_written(text_file: Path, tm
 
 
 def test_a_disk_that_takes_nothing_at_all_is_named(text_file: Path, tmp_path: Path) -> None:
-    limited = ["prlimit", "--fsize=10", *command(text_file, "schedule=none")]
-    ended = subprocess.run(
-        limited, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120, check=False
-    )
+    ended = run_module(*command(text_file, "schedule=none"), cwd=tmp_path, largest_file=10)
     assert ended.returncode == 1, ended.stderr
     assert "File too large" in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -62,12 +49,12 @@ def test_a_folder_that_may_not_be_written_is_refused(text_file: Path, tmp_path: 
     closed.chmod(0o555)
     as_anybody = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"] if os.geteuid() == 0 else []
     ended = subprocess.run(
-        [*as_anybody, *command(text_file, f"hydra.run.dir=closed/{place}")],
+        [*as_anybody, sys.executable, "-m", *command(text_file, f"hydra.run.dir=closed/{place}")],
         cwd=tmp_path,
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS,
         check=False,
     )
     assert ended.returncode == 2, ended.stderr

@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 import torch
 
-from apt_launch.tracking import read_rows
+from apt_launch.record import read_rows
 from apt_model.training.checkpoint import Checkpoints, load, read_manifest
 from tests.conftest import SMALL, rows_in
 from tests.forks import Forks
 
-KILLS = int(os.environ.get("APT_KILLS", "20"))
+KILLS = int(os.environ.get("APT_KILLS", "8"))
 SEED = int(os.environ.get("APT_KILLS_SEED", "0"))
 
 LIVES = (
@@ -74,7 +74,12 @@ def killed_until_done(forks: Forks, command: list[str], folder: Path, times: ran
         rows_before = rows_in(folder / "run")
         pid = forks.start(*command, "hydra.run.dir=run", cwd=folder)
         if sum(places.values()) < most:
-            time.sleep(times.uniform(0.2, 2.5))
+            farther, moment = times.randrange(-20, 60), times.uniform(0, 0.1)
+            child = forks.child
+            assert child is not None
+            while rows_in(folder / "run") < rows_before + farther and child.poll() is None:
+                time.sleep(0.002)
+            time.sleep(moment)  # anywhere within updates, and anywhere before the first of them
             with contextlib.suppress(ProcessLookupError):  # it was done
                 os.kill(pid, signal.SIGKILL)
         ended = forks.wait()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from apt_launch.config.guard import check_secrets, redacted
+from apt_launch.sweep.secrets import check_secrets, redacted
 from apt_launch.sweep.values import from_yaml, to_yaml
 from apt_model.errors import CheckpointError
 from apt_model.training.checkpoint import load
@@ -47,7 +47,7 @@ HOSTILE = {
     "get_method": ("hydra.utils.get_method", {"path": "os.remove"}),
     "an alias in an allowed module": ("apt_model.gpt.torch.load", {"f": "pickle", "weights_only": False}),
     "an alias in torch": ("torch.optim.adamw.torch.load", {"f": "pickle"}),
-    "an alias in ours": ("apt_launch.runs.train.os.system", {"command": "rm victim"}),
+    "an alias in ours": ("apt_launch.runs.session.os.system", {"command": "rm victim"}),
     "a method of ours": ("apt_model.files.write_whole", {"path": "victim", "text": ""}),
     "a neighbour of what is allowed": ("torch.optim.SGD", {"lr": 1.0}),
     "another group's": ("apt_launch.tracking.wandb.WandbTracker", {}),

@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook
 
-from apt_launch.config.load import RunConfig
+from apt_launch.config.run_config import RunConfig
+from apt_launch.record import read_rows
 from apt_launch.runs.build import build_trainer
 from apt_launch.runs.train import train
-from apt_launch.tracking import read_rows
 from apt_model.errors import NonFiniteError
 from apt_model.gpt import GPT, Output
 from apt_model.schedule import Change, Clock
@@ -228,7 +228,7 @@ def test_a_step_that_stalls_is_told_and_the_log_shows_where_every_thread_stands(
                 self.wait_for_the_dump()
 
         def wait_for_the_dump(self) -> None:
-            until(lambda: "no batch has ended" in caplog.text and log.read_text().count("Thread 0x") >= 2, "a dump", 30)
+            until(lambda: "no batch has ended" in caplog.text and log.read_text().count("Thread 0x") >= 2, "a dump")
 
     watchdog = Watchdog(log, stall_seconds=2.0)
     trainer = build_trainer(

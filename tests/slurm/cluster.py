@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from tests.forks import HANGS
+
 NODES = ("127.0.0.1", "127.0.0.2")
 """Names that are addresses, so that torch.distributed finds a node by its name."""
 
@@ -67,7 +69,7 @@ class Cluster:
             self.start_controller()
             for node in NODES:
                 self._daemon("slurmd", "-N", node)
-            self.wait_until(lambda: self._idle() == len(NODES), "all nodes to be idle", timeout=40)
+            self.wait_until(lambda: self._idle() == len(NODES), "all nodes to be idle")
         except BaseException as error:
             logs = self.logs()
             self.stop()
@@ -78,21 +80,21 @@ class Cluster:
         """Stop what was started, and remove every trace."""
         with suppress(Exception):
             self.run("scancel", "-u", self.user, check=False, timeout=5)
-            self.wait_until(lambda: not self.run("squeue", "-h", check=False).stdout.strip(), "jobs to end", timeout=8)
+            self.wait_until(lambda: not self.run("squeue", "-h", check=False).stdout.strip(), "jobs to end", timeout=60)
         for node in NODES:
             with suppress(Exception):
                 self._kill_node_jobs(node)
         for name in (*(f"slurmd.{node}" for node in NODES), "slurmctld", "slurmdbd", "mariadbd", "munged"):
             self._stop_daemon(name)
         if self.database is not None:
-            self.database.wait(timeout=30)
+            self.database.wait(timeout=HANGS)
         shutil.rmtree(self.state, ignore_errors=True)
 
     def environment(self) -> dict[str, str]:
         """Return the environment in which SLURM's commands talk to this cluster."""
         return {**os.environ, "SLURM_CONF": str(self.state / "etc/slurm.conf")}
 
-    def run(self, *command: str, check: bool = True, timeout: float = 30) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Call one of SLURM's commands."""
         return subprocess.run(
             command, check=check, timeout=timeout, capture_output=True, text=True, env=self.environment()
@@ -103,7 +105,7 @@ class Cluster:
         shown = self.run("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T").stdout
         return dict(line.strip().split("|") for line in shown.splitlines())
 
-    def wait_until(self, happened: Callable[[], object], what: str, timeout: float = 60) -> None:
+    def wait_until(self, happened: Callable[[], object], what: str, timeout: float = HANGS) -> None:
         """Wait for what the cluster will do."""
         end = time.monotonic() + timeout
         while True:
@@ -121,9 +123,7 @@ class Cluster:
     def start_controller(self) -> None:
         """Start the controller, with the state that the last one left."""
         self._daemon("slurmctld")
-        self.wait_until(
-            lambda: self.run("scontrol", "ping", timeout=3).stdout.count("UP"), "the controller", timeout=20
-        )
+        self.wait_until(lambda: self.run("scontrol", "ping", timeout=3).stdout.count("UP"), "the controller")
 
     def kill_slurmd(self, node: str) -> None:
         """Kill only the node's daemon: its jobs' processes live on."""
@@ -166,7 +166,7 @@ class Cluster:
             env=self.environment(),
             capture_output=True,
             stdin=subprocess.DEVNULL,
-            timeout=30,
+            timeout=HANGS,
         )
 
     def _pid(self, name: str) -> int:
@@ -177,7 +177,7 @@ class Cluster:
         with suppress(OSError, ValueError):
             pid = int(path.read_text())
             os.kill(pid, signal.SIGTERM)
-            end = time.monotonic() + 10
+            end = time.monotonic() + 60
             while _lives(pid):
                 if time.monotonic() > end:
                     os.kill(pid, signal.SIGKILL)
@@ -302,7 +302,7 @@ class Cluster:
             ["mariadb-install-db", defaults, f"--user={self.user}", "--auth-root-authentication-method=normal"],
             check=True,
             capture_output=True,
-            timeout=120,
+            timeout=HANGS,
         )
         self.database = subprocess.Popen(
             ["mariadbd", defaults],

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,16 @@ from typing import Any
 import pytest
 
 from apt_launch.sweep.lease import read_holder
-from tests.conftest import SMALL, environment, until
+from tests.conftest import SMALL, until
+from tests.forks import Fork, environment
+from tests.hold import Hold
 from tests.slurm.cluster import NODES, Cluster
 
 LONG = (
-    *("trainer.max_epochs=500", "trainer.log_every=1", "schedule=none", "trainer.validation_batches=1"),
-    *("trainer.checkpoint_every_epochs=50", "trainer.keep_last=2"),
+    *("trainer.max_epochs=12", "trainer.log_every=1", "schedule=none", "trainer.validation_batches=1"),
+    *("trainer.checkpoint_every_epochs=2", "trainer.keep_last=2"),
 )
-"""Overrides of a run of 2000 updates, which takes about ten seconds."""
+"""Overrides of a run of 48 updates, the first checkpoint after the eighth."""
 
 
 class Sweep:
@@ -32,22 +33,45 @@ class Sweep:
         self.folder = folder
         self.base = base
         self.env = environment() | {"SLURM_CONF": cluster.environment()["SLURM_CONF"]}
+        self.holding: Hold
+
+    def hold(self, at: int = 11) -> None:
+        r"""Have each process hold in its ``at``\ th update; those of ``LONG`` then have a checkpoint and are within an epoch."""
+        self.holding = Hold(self.folder.with_name("hold"), at)
+        self.env |= self.holding.environment | {"PYTHONPATH": str(Path(__file__).parent.parent / "hold_site")}
+
+    def holds(self, number: int) -> bool:
+        """Whether the job holds, and, if it is to have one, its checkpoint is written."""
+        if not list(self.folder.glob(f"{number}-*/lease.json")):
+            return False
+        own = self.own(number)
+        holder = read_holder(own / "lease.json")
+        if holder is None or holder.pid not in self.holding.holding():
+            return False
+        return not self.rows(number) or any((own / "checkpoints").glob("step-*"))
+
+    def let_go_again(self, number: int) -> None:
+        """Let the processes go on once the job has come to another attempt."""
+        until(lambda: self.written(number)["restarts"], "another attempt")
+        self.holding.let_go()
 
     def command(self, *overrides: str) -> list[str]:
         sent = ["--multirun", "hydra/launcher=slurm", "launch.gpus=0", *self.base, f"hydra.sweep.dir={self.folder}"]
-        return [sys.executable, "-m", "apt_launch", *sent, *overrides]
+        return ["apt_launch", *sent, *overrides]
 
     def send(self, *overrides: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        result = subprocess.run(self.command(*overrides), capture_output=True, text=True, timeout=200, env=self.env)
+        result = self.run(*self.command(*overrides))
         assert result.returncode == code, result.stdout + result.stderr
         return result
 
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        with Fork(command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, forks=False) as process:
+            out, err = process.communicate()
+        return subprocess.CompletedProcess(command, process.wait(), out, err)
+
     def call(self, *command: str) -> subprocess.CompletedProcess[str]:
         name, *rest = command
-        return subprocess.run(
-            [sys.executable, "-m", "apt_launch.sweep", name, str(self.folder), *rest],
-            **{"capture_output": True, "text": True, "timeout": 240, "env": self.env},
-        )
+        return self.run("apt_launch.sweep", name, str(self.folder), *rest)
 
     def jobs(self) -> dict[int, dict[str, Any]]:
         return {row["number"]: row for row in map(json.loads, self.call("status", "--json").stdout.splitlines())}
@@ -58,22 +82,18 @@ class Sweep:
     def written(self, number: int) -> dict[str, Any]:
         return json.loads((self.own(number) / "state.json").read_text())
 
-    def trains(self, number: int) -> bool:
-        record = self.own(number) / "metrics.jsonl"
-        return record.exists() and record.stat().st_size > 0 and self.written(number)["state"] == "running"
-
-    def saved(self, number: int) -> bool:
-        return self.trains(number) and any((self.own(number) / "checkpoints").glob("step-*"))
-
     def log(self, number: int) -> str:
         path = self.own(number) / "log.txt"
         return path.read_text() if path.exists() else ""
 
-    def steps(self, number: int) -> list[int]:
-        rows = map(json.loads, (self.own(number) / "metrics.jsonl").read_text().splitlines())
-        return [row["step"] for row in rows if "train/loss" in row]
+    def rows(self, number: int) -> list[dict[str, Any]]:
+        record = self.own(number) / "metrics.jsonl"
+        return [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
 
-    def finishes_whole(self, number: int, lives: int = 2, updates: int = 2000) -> None:
+    def steps(self, number: int) -> list[int]:
+        return [row["step"] for row in self.rows(number) if "train/loss" in row]
+
+    def finishes_whole(self, number: int, lives: int = 2, updates: int = 48) -> None:
         """Check that the job comes to its end, each update once, after ``lives`` at least."""
         assert self.call("wait").returncode == 0, self.log(number)
         assert self.steps(number) == list(range(updates))
@@ -94,17 +114,19 @@ def sweep(cluster: Cluster, at: Callable[[Cluster], Sweep]) -> Sweep:
 def test_an_array_of_eight_loses_only_the_job_that_fails_and_the_one_that_dies(sweep: Sweep) -> None:
     sweep.env["MY_SERVICE_TOKEN"] = secret = "c4n4ry-0123456789abcdef-c4n4ry"
     rates = ",".join(["0.001", "0.0011", "0.0012", "0.0013", "0.0014", "0.0015", "0.0016", "1e30"])
+    sweep.hold(at=1)
     told = sweep.send(
-        f"optimizer.lr={rates}", "optimizer.weight_decay=0", "schedule=none", "trainer.max_epochs=60"
+        f"optimizer.lr={rates}", "optimizer.weight_decay=0", "schedule=none", "trainer.max_epochs=3"
     ).stdout
     assert "8 asked, 8 unique" in told
     assert f"apt_launch.sweep status {sweep.folder}" in told
     arrays = {row["job_id"].split("_")[0] for row in sweep.jobs().values()}
     assert len(arrays) == 1
-    until(lambda: sweep.trains(0), "job 0 to train", 90)
+    until(lambda: sweep.holds(0), "job 0 to hold")
     holder = read_holder(sweep.own(0) / "lease.json")
     assert holder is not None
     os.kill(holder.pid, signal.SIGKILL)
+    sweep.holding.let_go()
     assert sweep.call("wait").returncode == 1
 
     jobs = sweep.jobs()
@@ -133,24 +155,30 @@ def test_an_array_of_eight_loses_only_the_job_that_fails_and_the_one_that_dies(s
 @pytest.mark.slow
 def test_a_time_limit_makes_a_checkpoint_and_another_life(sweep: Sweep) -> None:
     limit = ("launch.time_limit_minutes=1", "hydra.launcher.signal_delay_s=45")
-    sweep.send("seed=0", *LONG, "trainer.max_epochs=3500", "trainer.checkpoint_every_epochs=500", *limit)
-    sweep.finishes_whole(0, updates=14000)
+    sweep.hold()
+    sweep.send("seed=0", *LONG, *limit)
+    sweep.let_go_again(0)
+    sweep.finishes_whole(0)
     assert "SIGUSR2" in sweep.log(0)
 
 
 @pytest.mark.parametrize("number", ["USR1", "USR2", "TERM"])
 def test_a_signal_makes_a_checkpoint_and_another_life(sweep: Sweep, number: str) -> None:
+    sweep.hold()
     sweep.send("seed=0", *LONG)
-    until(lambda: sweep.trains(0), "the job to train")
+    until(lambda: sweep.holds(0), "the job to hold")
     sweep.cluster.run("scancel", f"--signal={number}", sweep.written(0)["job_id"])
+    sweep.let_go_again(0)
     sweep.finishes_whole(0)
     assert sweep.written(0)["restarts"] == 1
 
 
 def test_scontrol_requeue_goes_on_from_a_checkpoint(sweep: Sweep) -> None:
+    sweep.hold()
     sweep.send("seed=0", *LONG)
-    until(lambda: sweep.saved(0), "a checkpoint")
+    until(lambda: sweep.holds(0), "the job to hold")
     sweep.cluster.run("scontrol", "requeue", sweep.written(0)["job_id"])
+    sweep.let_go_again(0)
     sweep.finishes_whole(0)
 
 
@@ -160,19 +188,23 @@ def test_a_preempted_job_goes_on_whether_it_was_warned_or_not(
 ) -> None:
     cluster = make_cluster(grace_seconds=10 if warned else 0, signal_on_preemption=warned)
     sweep = at(cluster)
+    sweep.hold()
     sweep.send("seed=0", *LONG)
-    until(lambda: sweep.saved(0), "a checkpoint")
+    until(lambda: sweep.holds(0), "the job to hold")
     cluster.run("sbatch", "-p", "high", "-N2", "--exclusive", "--mem=0", "-o/dev/null", "--wrap=sleep 1")
+    sweep.let_go_again(0)
     sweep.finishes_whole(0)
 
 
 @pytest.mark.slow
 def test_a_node_that_dies_loses_no_job_and_comes_back(sweep: Sweep) -> None:
+    sweep.hold()
     sweep.send("seed=0", *LONG)
-    until(lambda: sweep.saved(0), "a checkpoint")
+    until(lambda: sweep.holds(0), "the job to hold")
     node = sweep.cluster.run("squeue", "-h", "-o", "%N").stdout.strip()
     assert node in NODES
     sweep.cluster.fail_node(node)
+    sweep.let_go_again(0)
     sweep.finishes_whole(0)
     sweep.cluster.start_node(node)
     sweep.cluster.wait_until(lambda: sweep.cluster.node_is_idle(node), f"{node} to be idle")
@@ -180,15 +212,14 @@ def test_a_node_that_dies_loses_no_job_and_comes_back(sweep: Sweep) -> None:
 
 def test_a_controller_that_is_away_at_submission_is_waited_for(sweep: Sweep) -> None:
     sweep.cluster.stop_controller()
-    sending = subprocess.Popen(
-        sweep.command("seed=0,1"), env=sweep.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    sending = Fork(sweep.command("seed=0,1"), env=sweep.env, forks=False, **pipes)
     assert sending.stderr is not None
     try:
         assert "does not answer; trying again" in sending.stderr.readline()
     finally:
         sweep.cluster.start_controller()
-    output, errors = sending.communicate(timeout=120)
+    output, errors = sending.communicate()
     assert sending.returncode == 0, errors
     assert sweep.call("wait").returncode == 0
     assert len([name for name in sweep.cluster.states() if name.split("_")[0] in output]) == 2
@@ -205,8 +236,9 @@ def test_a_controller_that_stays_away_is_told(sweep: Sweep) -> None:
 
 
 def test_a_controller_that_goes_away_makes_states_unknown_and_kills_nothing(sweep: Sweep) -> None:
-    sweep.send("seed=0", *LONG, "trainer.max_epochs=1500")  # squeue alone asks for ten seconds
-    until(lambda: sweep.trains(0), "the job to train")
+    sweep.hold()
+    sweep.send("seed=0", *LONG)
+    until(lambda: sweep.holds(0), "the job to hold")
     sweep.cluster.stop_controller()
     try:
         told = sweep.jobs()[0]
@@ -214,13 +246,16 @@ def test_a_controller_that_goes_away_makes_states_unknown_and_kills_nothing(swee
         assert "SLURM does not answer" in told["cause"]
     finally:
         sweep.cluster.start_controller()
+    assert sweep.jobs()[0]["state"] == "running"
+    sweep.holding.let_go()
     assert sweep.call("wait").returncode == 0
     assert sweep.jobs()[0]["state"] == "done"
 
 
 def test_cancel_leaves_nothing_on_the_cluster_and_resume_goes_on(sweep: Sweep) -> None:
+    sweep.hold()
     sweep.send("seed=range(0,6)", *LONG)
-    until(lambda: sweep.trains(0), "the first job to train")
+    until(lambda: sweep.holds(0), "the first job to hold")
     assert sweep.call("cancel").returncode == 0
     assert not sweep.cluster.run("squeue", "-h").stdout.strip()
     assert {row["state"] for row in sweep.jobs().values()} == {"cancelled"}
@@ -259,13 +294,14 @@ def test_a_job_that_died_unseen_is_unknown_without_accounting_and_failed_with_it
 ) -> None:
     cluster = make_cluster(accounting=accounting, min_job_age=2)
     sweep = at(cluster)
+    sweep.hold()
     sweep.send("seed=0,1", *LONG)
-    until(lambda: sweep.trains(0) and sweep.trains(1), "two jobs to train", 90)
+    until(lambda: sweep.holds(0) and sweep.holds(1), "two jobs to hold")
     for number in (0, 1):
         holder = read_holder(sweep.own(number) / "lease.json")
         assert holder is not None
         os.kill(holder.pid, signal.SIGKILL)
-    cluster.wait_until(lambda: not cluster.states(), "SLURM to forget them", 120)
+    cluster.wait_until(lambda: not cluster.states(), "SLURM to forget them")
     told = sweep.jobs()
     assert {row["state"] for row in told.values()} == {"failed" if accounting else "unknown"}
     assert ("FAILED" if accounting else "no accounting") in told[0]["cause"]

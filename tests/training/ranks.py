@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from apt_launch.config.load import RunConfig
+from apt_launch.config.run_config import RunConfig
 from tests.conftest import SMALL
 from tests.forks import Server, reply, requests, serving
 

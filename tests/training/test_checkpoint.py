@@ -14,6 +14,7 @@ import torch
 
 from apt_model.errors import CheckpointError
 from apt_model.training.checkpoint import Checkpoints, load, newest_intact, read_manifest
+from tests.forks import HANGS
 
 
 def test_what_is_loaded_is_what_was_saved_and_the_manifest_tells_of_the_run(tmp_path: Path) -> None:
@@ -57,7 +58,7 @@ def test_the_best_ones_and_each_so_many_epochs_stay_as_well(tmp_path: Path) -> N
 def test_what_is_written_in_the_background_is_the_state_of_when_it_was_asked_for(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     writes = threading.Event()
-    checkpoints.before = lambda: (writes.wait(60), None)[1]
+    checkpoints.before = lambda: (writes.wait(HANGS), None)[1]
     weights = torch.zeros(1000)
     path = checkpoints.save({"model": {"w": weights}, "more": [weights]}, step=1, wait=False)
     weights += 1
@@ -115,7 +116,7 @@ for step in (1, 2):  # over the same step, and a new one
     told.append(limit - 1)
 print(json.dumps(told))
 """
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANGS)
     assert told.returncode == 0, told.stderr
     kills = json.loads(told.stdout)
     assert all(number >= 12 for number in kills), kills  # mkdir, opens, syncs, renames
@@ -144,7 +145,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM
 assert newest_intact(Path({str(tmp_path)!r}))[0].name == "step-00000001"
 checkpoints.save({{"w": torch.zeros(100_000)}}, step=3)
 """
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANGS)
     assert told.returncode == 0, told.stderr
     assert told.stdout.count("the checkpoint of step 2 could not be written") == 2
     assert told.stderr.count("Training goes on without it. The newest one is step-00000001.") == 2

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from apt_launch.config.load import RunConfig
+from apt_launch.config.run_config import RunConfig
 from apt_model.errors import ConfigError, Interrupted, TrainingError
 from apt_model.gpt import GPT
 from apt_model.layers import scheduled
@@ -28,7 +28,8 @@ from apt_model.schedule.targets import matching
 from apt_model.training.callbacks import Callback
 from apt_model.training.checkpoint import Checkpoints, newest_intact
 from apt_model.training.trainer import Trainer
-from tests.conftest import SMALL, environment, until
+from tests.conftest import SMALL, until
+from tests.forks import HANGS, environment
 from tests.training.test_trainer import Run
 
 STEPS = 50
@@ -338,7 +339,7 @@ def test_a_signal_to_the_whole_group_leaves_the_compiler_at_work_and_a_checkpoin
                 return "cc1plus" in names and log.is_file() and "compiled (" in log.read_text()
             return False
 
-        until(compiles, "a block is compiled", timeout=120)
+        until(compiles, "a block is compiled")
         os.killpg(process.pid, signal.SIGUSR2)
-        assert process.wait(timeout=120) == 130, process.stderr.read().decode()
+        assert process.wait(timeout=HANGS) == 130, process.stderr.read().decode()
     assert newest_intact(tmp_path / "run" / "checkpoints") is not None

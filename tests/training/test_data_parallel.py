@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import SMALL, environment
+from tests.conftest import SMALL
+from tests.forks import environment
 from tests.training.ranks import Ranks, Rows, ranks
 
 PLAIN = (

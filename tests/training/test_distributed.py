@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from apt_model.training.distributed import from_rank_zero
+from tests.forks import HANGS
 
 RANK = """
 import json, sys
@@ -35,7 +36,7 @@ def test_ranks_that_see_different_metrics_switch_together_by_the_first(tmp_path:
     ranks = [
         subprocess.Popen([*command, str(rank), str(tmp_path / "store"), str(tmp_path / "on")]) for rank in range(2)
     ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    assert [rank.wait(timeout=HANGS) for rank in ranks] == [0, 0]
     told = [json.loads((tmp_path / f"on.{rank}").read_text()) for rank in range(2)]
     assert told[0] == told[1] == [0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 0, 0]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from apt_launch.config.load import RunConfig
+from apt_launch.config.run_config import RunConfig
 from apt_model.errors import NonFiniteError
 from apt_model.training.callbacks import Callback
 from apt_model.training.trainer import Trainer

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from apt_launch.config.load import RunConfig
+from apt_launch.config.run_config import RunConfig
 from apt_launch.runs.build import build_trainer
 from apt_model.data.sources import Run, Sources
 from apt_model.layers.feed_forward import FeedForward

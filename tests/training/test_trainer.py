@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from apt_launch.config.load import RunConfig
+from apt_launch.config.run_config import RunConfig
 from apt_launch.runs.build import build_trainer
 from apt_model.errors import CallbackError, ConfigError, HorizonError, Interrupted, NonFiniteError
 from apt_model.schedule import Clock

@@ -1,4 +1,4 @@
-"""``hydra/launcher=slurm``: job arrays through submitit; what SLURM knows of them."""
+"""``hydra/launcher=slurm``: job arrays through submitit, and the states that SLURM knows."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from apt_launch.sweep.control.ledger import Name, Seen, State, read_state, write_state
-from apt_launch.sweep.jobs.process import run_on_slurm
-from apt_launch.sweep.plan.plan import Job, Plan, Resources
+from apt_launch.sweep.application import Resources
+from apt_launch.sweep.backends.slurm_task import run_on_slurm
+from apt_launch.sweep.jobs.state import ObservedState, State, transition
+from apt_launch.sweep.plan.jobs import Job
+from apt_launch.sweep.plan.plan import Plan
 from apt_model.errors import ConfigError
 
 AWAY: Final = re.compile(
@@ -27,7 +29,7 @@ AWAY: Final = re.compile(
     r"temporarily unable|Network is unreachable",
     re.IGNORECASE,
 )
-"""What SLURM's commands say when the controller does not answer."""
+"""In the errors of SLURM's commands when the controller does not answer."""
 
 FAILURES: Final = {
     "BOOT_FAIL": "a node did not boot",
@@ -38,11 +40,13 @@ FAILURES: Final = {
     "TIMEOUT": "it reached its time limit before it could write a checkpoint (hydra.launcher.signal_delay_s)",
     "COMPLETED": "SLURM says COMPLETED, but it wrote no result",
 }
+QUEUED: Final = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"})
 RUNNING: Final = frozenset({"RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT"})
+PREEMPTED: Final = frozenset({"PREEMPTED", "SUSPENDED", "STOPPED"})
 
 
 def slurm_parameters(resources: Resources, values: Mapping[str, Any], *, name: str) -> dict[str, Any]:
-    """Translate a job's resources and the launcher's YAML into submitit's words."""
+    """Return a job's resources and the launcher's YAML as submitit's parameters."""
     limit = resources.hours * 60
     if resources.time_limit_minutes is not None:
         limit = min(limit, resources.time_limit_minutes)
@@ -69,7 +73,7 @@ def slurm_parameters(resources: Resources, values: Mapping[str, Any], *, name: s
     return {key: value for key, value in parameters.items() if value is not None}
 
 
-class SlurmPlace:
+class SlurmBackend:
     """A cluster that this machine can submit to."""
 
     name = "slurm"
@@ -79,7 +83,7 @@ class SlurmPlace:
         self.values = dict(values)
 
     def has_gpus(self) -> bool:
-        """Say whether nodes of the partition have GPUs.
+        """Return whether nodes of the partition have GPUs.
 
         Raises:
             ConfigError: SLURM is not here.
@@ -102,7 +106,7 @@ class SlurmPlace:
                 )
 
     def send(self, plan: Plan, folder: Path, jobs: Sequence[Job]) -> list[str]:
-        """Submit one array for each set of equal resources, split where SLURM wants it; return what to tell.
+        """Submit one array for each set of equal resources, split where SLURM limits it; return lines for the user.
 
         Raises:
             ConfigError: SLURM refuses, or its controller stays away.
@@ -111,13 +115,13 @@ class SlurmPlace:
         groups: dict[Resources, list[Job]] = {}
         for job in jobs:
             groups.setdefault(job.resources, []).append(job)
-        told = []
+        lines = []
         for resources, members in groups.items():
             for begin in range(0, len(members), most):
                 part = members[begin : begin + most]
                 number = self._submit(plan, folder, resources, part)
-                told.append(f"SLURM job {number}: {len(part)} job{'s' if len(part) > 1 else ''}, {resources}")
-        return told
+                lines.append(f"SLURM job {number}: {len(part)} job{'s' if len(part) > 1 else ''}, {resources}")
+        return lines
 
     def _submit(self, plan: Plan, folder: Path, resources: Resources, jobs: Sequence[Job]) -> str:
         import submitit
@@ -130,8 +134,7 @@ class SlurmPlace:
         executor.update_parameters(**slurm_parameters(resources, self.values, name=name))
         paths = [str((folder / job.folder).resolve()) for job in jobs]
         for job in jobs:  # before SLURM can start them
-            before = read_state(folder / job.folder)
-            write_state(folder / job.folder, State("submitted", None, before.restarts, seconds=before.seconds))
+            transition(folder / job.folder, "submitted", job_id="")
 
         def submit() -> list[Any]:
             try:
@@ -148,9 +151,8 @@ class SlurmPlace:
 
         sent = self._patiently(submit)
         for job, handle in zip(jobs, sent, strict=True):
-            state = read_state(folder / job.folder)
-            if state.job_id is None:
-                write_state(folder / job.folder, replace(state, job_id=str(handle.job_id)))
+            # a job that has started meanwhile knows its number
+            transition(folder / job.folder, "submitted", expected="submitted", job_id=str(handle.job_id))
         return str(sent[0].job_id).split("_")[0]
 
     def _patiently(self, action: Callable[[], Any]) -> Any:
@@ -177,18 +179,18 @@ class SlurmPlace:
                 pause = min(30.0, 2 * pause)
 
     def _most_of_an_array(self) -> int:
-        told = self._patiently(lambda: ask("scontrol", "show", "config"))
-        found = re.search(r"MaxArraySize\s*=\s*(\d+)", told)
+        config = self._patiently(lambda: ask("scontrol", "show", "config"))
+        found = re.search(r"MaxArraySize\s*=\s*(\d+)", config)
         return max(1, int(found.group(1)) - 1) if found else 1000
 
-    def look(self, folder: Path, jobs: Mapping[str, State]) -> dict[str, Seen]:
-        """Return the true state of each of ``jobs``, none of which has ended by its own word."""
+    def poll(self, folder: Path, jobs: Mapping[str, State]) -> dict[str, ObservedState]:
+        """Return the observed state of each of ``jobs``, none of which has ended by its own account."""
         ids = {state.job_id for state in jobs.values() if state.job_id}
         try:
             queue = _table(ask("squeue", "-h", "-r", "-t", "all", "-u", getpass.getuser(), "-o", "%i|%T|%r"))
         except (AwayError, RefusedError, ConfigError) as error:
             return {
-                name: Seen("unknown", f"SLURM does not answer ({error}); last known: {s.state}")
+                name: ObservedState("unknown", f"SLURM does not answer ({error}); last known: {s.state}")
                 for name, s in jobs.items()
             }
         missing = sorted({job_id.split("_")[0] for job_id in ids if job_id not in queue})
@@ -198,32 +200,14 @@ class SlurmPlace:
                 book = _table(
                     ask("sacct", "-X", "-n", "-P", "-D", "-o", "JobID,State,ExitCode", "-j", ",".join(missing))
                 )
-        seen = {}
+        observed = {}
         for name, state in jobs.items():
             known = queue.get(state.job_id or "") or book.get(state.job_id or "")
-            seen[name] = self._seen(folder / name, state, known)
-        return seen
-
-    def _seen(self, folder: Path, state: State, known: Sequence[str] | None) -> Seen:
-        if state.job_id is None:
-            return Seen("unknown", "the command that submitted it has not said what SLURM answered")
-        if known is None:
-            return Seen(
-                "unknown", f"SLURM knows no job {state.job_id} any more, and there is no accounting of it", final=True
-            )
-        slurm, detail = known[0].split()[0].rstrip("+"), known[1] if len(known) > 1 else ""
-        lived = state.restarts > 0 or state.state in ("running", "requeued", "preempted")
-        if slurm in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"):
-            name: Name = "requeued" if lived else "pending"
-            return Seen(name, None if detail in ("", "None") else f"SLURM: {detail}")
-        if slurm in RUNNING:
-            return Seen("running")
-        if slurm in ("PREEMPTED", "SUSPENDED", "STOPPED"):
-            return Seen("preempted", f"SLURM: {slurm}")
-        if slurm == "CANCELLED":
-            return Seen("cancelled", "by scancel", final=True)
-        told = FAILURES.get(slurm, slurm)
-        return Seen("failed", f"SLURM: {slurm}, {told} ({detail}).{_last_words(folder, state)}", final=True)
+            observed[name] = observed_state(state, known)
+            if observed[name].state == "failed":
+                last = _last_words(folder / name, state)
+                observed[name] = replace(observed[name], cause=f"{observed[name].cause}{last}")
+        return observed
 
     def cancel(self, folder: Path, jobs: Mapping[str, State]) -> None:
         """Cancel ``jobs``; return when SLURM runs none of them any more.
@@ -248,6 +232,34 @@ class SlurmPlace:
                 ask("scancel", *stray)
             time.sleep(0.3)
         raise ConfigError(f"{folder}: SLURM still shows {len(left)} of its jobs after three minutes: {left[0]}")
+
+
+def observed_state(state: State, known: Sequence[str] | None) -> ObservedState:
+    """Return the state of a job in our names.
+
+    Args:
+        state: what the job or its sender wrote last.
+        known: what squeue or sacct says of it: the state's name in SLURM and a detail; None: they do not know it.
+    """
+    if not state.job_id:
+        return ObservedState("unknown", "the command that submitted it has not written down SLURM's answer")
+    if known is None:
+        return ObservedState(
+            "unknown", f"SLURM knows no job {state.job_id} any more, and there is no accounting of it", final=True
+        )
+    slurm, detail = known[0].split()[0].rstrip("+"), known[1] if len(known) > 1 else ""
+    if slurm in QUEUED:
+        has_run = state.restarts > 0 or state.state in ("running", "requeued", "preempted")
+        return ObservedState(
+            "requeued" if has_run else "pending", None if detail in ("", "None") else f"SLURM: {detail}"
+        )
+    if slurm in RUNNING:
+        return ObservedState("running")
+    if slurm in PREEMPTED:
+        return ObservedState("preempted", f"SLURM: {slurm}")
+    if slurm == "CANCELLED":
+        return ObservedState("cancelled", "by scancel", final=True)
+    return ObservedState("failed", f"SLURM: {slurm}, {FAILURES.get(slurm, slurm)} ({detail}).", final=True)
 
 
 class AwayError(Exception):
@@ -275,8 +287,8 @@ def ask(*command: str) -> str:
     except subprocess.TimeoutExpired:
         raise AwayError(f"{command[0]} did not return within a minute") from None
     if answer.returncode:
-        told = answer.stderr.strip() or f"{command[0]} failed with exit code {answer.returncode}"
-        raise (AwayError if AWAY.search(told) else RefusedError)(told)
+        reason = answer.stderr.strip() or f"{command[0]} failed with exit code {answer.returncode}"
+        raise (AwayError if AWAY.search(reason) else RefusedError)(reason)
     return answer.stdout
 
 

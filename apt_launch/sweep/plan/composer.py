@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from apt_launch.config.corpus import Counts
-from apt_launch.config.load import RunConfig, load
+from apt_launch.sweep.application import JobSpec, load
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -15,27 +14,50 @@ if TYPE_CHECKING:
 
 
 class Composer:
-    """Composes many configs that differ in a few overrides.
+    """Composes and checks many configs that differ in a few overrides.
 
     Hydra composes each choice of groups once; values are then applied by Hydra's own function, in the command line's
     order, so that a job costs milliseconds.
 
     Args:
-        compose: composes ``conf/`` with overrides, as Hydra does.
-        is_group: whether a name is that of a config group.
+        loader: Hydra's, which knows where configs are.
+        config_name: of the primary config.
+        application: whose configs they are; see :func:`apt_launch.sweep.application.load`.
     """
 
-    def __init__(self, compose: Callable[[list[str]], DictConfig], is_group: Callable[[str], bool]) -> None:
+    def __init__(self, loader: Any, config_name: str | None, application: str) -> None:
         from hydra.core.override_parser.overrides_parser import OverridesParser
 
-        self._compose = compose
-        self._is_group = is_group
-        parser = OverridesParser.create()
-        self._parse = cache(lambda override: parser.parse_override(override))
+        self.application = application
+        self._application = load(application)
+        self._loader = loader
+        self._config_name = config_name
+        parser = OverridesParser.create(config_loader=loader)
+        self._parse_all = parser.parse_overrides
+        self._parse = cache(parser.parse_override)
+        self._is_group = cache(lambda name: bool(loader.repository.group_exists(name)))  # Hydra's own lookup
         self._composed: dict[tuple[tuple[str, ...], tuple[str, ...]], DictConfig] = {}
-        self._counts: Counts = {}
 
-    def __call__(self, overrides: Sequence[str]) -> RunConfig:
+    def parse(self, overrides: Sequence[str]) -> list[Override]:
+        """Parse ``overrides``; ``glob`` knows the options of groups.
+
+        Raises:
+            HydraException: one is not of Hydra's grammar.
+        """
+        return self._parse_all(list(overrides))
+
+    def compose(self, overrides: Sequence[str]) -> DictConfig:
+        """Compose one config as Hydra would, with the node ``hydra``.
+
+        Raises:
+            HydraException: an override has no place in the config.
+        """
+        from hydra.types import RunMode
+
+        composed: DictConfig = self._loader.load_configuration(self._config_name, list(overrides), run_mode=RunMode.RUN)
+        return composed
+
+    def __call__(self, overrides: Sequence[str]) -> JobSpec:
         """Compose and check one config.
 
         Raises:
@@ -44,32 +66,30 @@ class Composer:
         from hydra._internal.config_loader_impl import ConfigLoaderImpl
         from hydra.errors import HydraException
 
-        from apt_launch.config.explain import explained
-
         try:
             parsed = [self._parse(override) for override in overrides]
             structural = tuple(str(o.input_line) for o in parsed if self._is_structural(o))
             values = [o for o in parsed if not self._is_structural(o)]
             known = (structural, tuple(o.key_or_group for o in values))
             if known not in self._composed:
-                self._composed[known] = self._compose(list(structural))
+                self._composed[known] = self.compose(structural)
             cfg = self._composed[known]
             if not all(_replaces_a_leaf(cfg, o) for o in values):
                 cfg = cfg.copy()  # what is added, merged or removed must not stay for the next job
             ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
-            return load(cfg, self._counts)
         except HydraException as error:
-            raise explained(error) from None
+            raise self._application.explain(error) from None
+        return self._application.check(cfg)
 
     def _is_structural(self, override: Override) -> bool:
-        """Say whether ``override`` chooses a group's option; the rule is Hydra's."""
+        """Return whether ``override`` chooses a group's option; the rule is Hydra's."""
         if override.package is not None:
             return True
         return self._is_group(override.key_or_group) and not isinstance(override.value(), dict)
 
 
 def _replaces_a_leaf(cfg: DictConfig, override: Override) -> bool:
-    """Say whether ``override`` sets a value where a value stands: the next job sets the same key again."""
+    """Return whether ``override`` sets a value where a value stands: the next job sets the same key again."""
     from omegaconf import DictConfig, OmegaConf
 
     if override.is_add() or override.is_force_add() or override.is_delete():
@@ -79,8 +99,3 @@ def _replaces_a_leaf(cfg: DictConfig, override: Override) -> bool:
     above, _, last = override.key_or_group.rpartition(".")
     parent = OmegaConf.select(cfg, above) if above else cfg
     return isinstance(parent, DictConfig) and last in parent and not OmegaConf.is_config(parent._get_node(last))
-
-
-def groups_of(loader: Any) -> Callable[[str], bool]:
-    """Return a function that says whether a name is that of a config group, by Hydra's own lookup."""
-    return cache(lambda name: bool(loader.repository.group_exists(name)))

@@ -8,14 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apt_launch.sweep.plan.plan import short_key
-from apt_launch.sweep.report.report import SEEDS, Estimate, Findings, Trial, in_short
+from apt_launch.drawing import Drawing, new_figure
+from apt_launch.sweep.plan.jobs import in_short, short_key
+from apt_launch.sweep.report.findings import SEEDS, Estimate, Findings, Trial
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_NAMED = 10
-"""Above this many groups of jobs colours are a scale, and names are left to the table."""
+"""Above this many groups of jobs colours are a scale, and only the table names them."""
 
 MOST_RANKED = 24
 """Groups that are drawn beside each other, the best."""
@@ -25,27 +26,22 @@ GREY = "#808080"  # to be read on white and on black
 
 def draw(findings: Findings, folder: Path) -> dict[str, str]:
     """Draw what there is data for, as PNG into ``folder``; return the same as SVG, by name."""
-    import matplotlib as mpl
-
     drawn = {}
     style: Any = {
         **{f"{part}.color": GREY for part in ("text", "xtick", "ytick")},
         **{"axes.labelcolor": GREY, "axes.edgecolor": GREY, "axes.titlecolor": GREY, "grid.color": GREY},
         **{"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9, "legend.labelcolor": GREY},
     }
-    with mpl.rc_context(style):
-        for name, figure in (
-            ("losses", _losses(findings)),
-            ("schedules", _schedules(findings)),
-            ("metric", _metric(findings)),
-            ("differences", _differences(findings)),
-        ):
-            if figure is None:
-                continue
-            figure.savefig(folder / f"{name}.png", dpi=110, facecolor="white")
-            text = io.StringIO()
-            figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-            drawn[name] = _inline(text.getvalue(), name)
+    pictures = {"losses": _losses, "schedules": _schedules, "metric": _metric, "differences": _differences}
+    for name, picture in pictures.items():
+        path = folder / f"{name}.png"
+        with Drawing(path, style):
+            figure = picture(findings)
+            if figure is not None:
+                figure.savefig(path, dpi=110, facecolor="white")
+                text = io.StringIO()
+                figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+                drawn[name] = _inline(text.getvalue(), name)
     return drawn
 
 
@@ -61,12 +57,7 @@ def _inline(svg: str, name: str) -> str:
 
 
 def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return new_figure(width, height, layout="constrained")
 
 
 def _names(trials: Sequence[Trial]) -> dict[int, str]:
@@ -143,7 +134,7 @@ def _count_tokens(axis: Any) -> None:
 
 
 def _mark_phases(axis: Any, trials: Sequence[Trial], colours: dict[int, Any]) -> None:
-    """Draw a line where a module goes on: grey where all jobs agree, else in the job's colour."""
+    """Draw a line where a part of the program is enabled: grey where all jobs agree, else in the job's colour."""
     for height, module in enumerate(dict.fromkeys(module for trial in trials for module in trial.switches)):
         places = {trial.switches[module] for trial in trials if module in trial.switches}
         alike = len(places) == 1
@@ -162,8 +153,8 @@ def _mark_phases(axis: Any, trials: Sequence[Trial], colours: dict[int, Any]) ->
 
 
 def _schedules(findings: Findings) -> Figure | None:
-    trials = [trial for trial in findings.trials if trial.anneals]
-    names = list(dict.fromkeys(name for trial in trials for name in trial.anneals))
+    trials = [trial for trial in findings.trials if trial.scheduled_values]
+    names = list(dict.fromkeys(name for trial in trials for name in trial.scheduled_values))
     if not names:
         return None
     figure = _figure(9, 1.0 + 1.35 * len(names))

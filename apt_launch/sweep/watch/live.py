@@ -1,4 +1,4 @@
-"""What a sweep looks like at this moment, for whoever watches: read as little as possible, told as differences."""
+"""The present state of a sweep, for any number of viewers: records are read once, and viewers get differences."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from apt_launch.sweep.control.ledger import Ledger, Status, phase
+from apt_launch.record import RecordReader, Row
+from apt_launch.sweep.control.ledger import Ledger, Status
+from apt_launch.sweep.jobs.state import WAITING
 from apt_launch.sweep.plan.plan import Plan
-from apt_launch.sweep.report.report import Findings, Trial, compare, headline, is_number
-from apt_launch.tracking import Row
-from apt_launch.tracking.reader import RecordReader
-from apt_model.schedule.rows import is_anneal, modules_on
+from apt_launch.sweep.report.findings import Findings, Trial, compare, headline
+from apt_launch.sweep.rows import enabled, is_number, is_scheduled_value
 
 METRIC: Final = "val/loss"
 LOSSES: Final = (METRIC, "train/loss")
@@ -25,17 +25,14 @@ LOSSES: Final = (METRIC, "train/loss")
 MOST_POINTS: Final = 512
 """Points of a curve; of more rows every second one is left out, then every second of those, and so on."""
 
-WAITING: Final = ("planned", "submitted", "pending")
-"""States of jobs that have not been heard of."""
-
 LOOK_SECONDS: Final = 1.0
-"""Records are read at most this often, whoever asks."""
+"""Records are read at most this often, for any number of viewers."""
 
 READ_SECONDS: Final = 0.5
-"""One reading takes at most so long; the next goes on where it stopped."""
+"""One reading takes at most so long; the next continues there."""
 
 ASK_SECONDS: Final = {"local": 2.0, "slurm": 15.0}
-"""True states are asked for at most this often, by launcher: a cluster's accounting is shared by many."""
+"""States are polled at most this often, by launcher: a cluster's accounting is shared by many."""
 
 
 class Curve:
@@ -68,12 +65,12 @@ class Curve:
 
 @cache
 def _is_drawn(name: str) -> bool:
-    return name in LOSSES or is_anneal(name)
+    return name in LOSSES or is_scheduled_value(name)
 
 
 @dataclass
 class Runner:
-    """A job as its record tells it."""
+    """A job, as far as its record has been read."""
 
     reader: RecordReader
     born: int  # the look that began to read its record
@@ -81,20 +78,20 @@ class Runner:
     last: Row = field(default_factory=dict)  # the newest values, laid over each other
     compared: list[Row] = field(default_factory=list)  # of each row with the metric, what is compared
     curves: dict[str, Curve] = field(default_factory=dict)
-    switches: dict[str, float] = field(default_factory=dict)  # where each module went on, in tokens
-    told: dict[str, Any] = field(default_factory=dict)  # what viewers were told, beside curves
+    switches: dict[str, float] = field(default_factory=dict)  # where each part was enabled, in tokens
+    facts: dict[str, Any] = field(default_factory=dict)  # what viewers have got of it, beside curves
 
     def read(self, look: int, until: float) -> bool:
-        """Read what is new; say whether that is all of it. Stop at ``until``, seconds of the monotonic clock."""
-        lives = self.reader.lives
+        """Read what is new; return whether that is all of it. Stop at ``until``, seconds of the monotonic clock."""
+        restarts = self.reader.restarts
         for row in self.reader.rows():
-            if self.reader.lives != lives:
-                lives = self.reader.lives
+            if self.reader.restarts != restarts:
+                restarts = self.reader.restarts
                 self._forget(look)
             self._take(look, row)
             if time.monotonic() > until:
                 return False
-        if self.reader.lives != lives:  # nothing is left
+        if self.reader.restarts != restarts:  # nothing is left
             self._forget(look)
         return True
 
@@ -113,15 +110,15 @@ class Runner:
         for name, value in row.items():
             if _is_drawn(name) and is_number(value):
                 self.curves.setdefault(name, Curve()).add(look, row["tokens"], value)
-        for module in modules_on(row):
-            self.switches.setdefault(module, row["tokens"])
+        for part in enabled(row):
+            self.switches.setdefault(part, row["tokens"])
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """What the ledger said."""
+    """The states of the jobs, as of one moment."""
 
-    book: Ledger
+    ledger: Ledger
     written: int  # when its plan was
     statuses: Sequence[Status]
     at: float  # seconds since 1970
@@ -129,20 +126,20 @@ class _Answer:
 
     @classmethod
     def ask(cls, folder: Path, before: _Answer | None) -> _Answer:
-        """Ask for the true states, of the jobs that the plan has by now.
+        """Poll the states of the jobs that the plan has by now.
 
         Raises:
             ConfigError: there is no sweep.
         """
         began = time.monotonic()
         written = _plan_written(folder)
-        book = before.book if before is not None and before.written == written else Ledger(folder)
-        statuses = book.statuses(rows=False)
+        ledger = before.ledger if before is not None and before.written == written else Ledger(folder)
+        statuses = ledger.statuses(rows=False)
         now = time.monotonic()
-        pause = max(ASK_SECONDS[book.plan.launcher], 20 * (now - began))
-        return cls(book, written, statuses, time.time(), now + pause)
+        pause = max(ASK_SECONDS[ledger.plan.launcher], 20 * (now - began))
+        return cls(ledger, written, statuses, time.time(), now + pause)
 
-    def heard(self, status: Status) -> float | None:
+    def last_seen(self, status: Status) -> float | None:
         """Return when a job last showed a sign of life."""
         return None if status.age is None else self.at - status.age
 
@@ -194,7 +191,7 @@ class Watch:
             whole = not self.born <= since <= self.look
             since = -1 if whole else since
             jobs = [
-                runner.told | {"anew": runner.born > since, "curves": _curves(runner, since)}
+                runner.facts | {"anew": runner.born > since, "curves": _curves(runner, since)}
                 for runner in picture.runners
                 if runner.changed > since
             ]
@@ -205,10 +202,10 @@ class Watch:
                 "now": time.time(),
                 "problem": self.problem,
                 "id": picture.plan.id,
-                "about": f"{picture.plan.told}, {picture.plan.launcher}",
+                "about": f"{picture.plan.summary}, {picture.plan.launcher}",
                 "folder": str(self.folder.absolute()),
                 "headline": headline(picture.findings),
-                "told": picture.findings.told,
+                "summary": picture.findings.summary,
                 "best": best.job.number if best else None,
                 "behind": picture.behind,
                 "ended": picture.ended,
@@ -235,16 +232,16 @@ class Watch:
         try:
             self._answer = _Answer.ask(self.folder, self._answer)
             self.problem = None
-        except Exception as error:  # every viewer is told; what was known stays
+        except Exception as error:  # viewers see it, beside what was known
             self.problem = str(error) or type(error).__name__
-            pause = ASK_SECONDS[self._answer.book.plan.launcher]
+            pause = ASK_SECONDS[self._answer.ledger.plan.launcher]
             self._answer = replace(self._answer, good_until=time.monotonic() + pause)
 
     def _look(self) -> Picture:
         self._looked = time.monotonic()
         self.look += 1
         answer = self._answer
-        plan, states = answer.book.plan, answer.statuses
+        plan, states = answer.ledger.plan, answer.statuses
         if self._picture is not None and plan.id != self._picture.plan.id:
             self._runners, self.born = {}, self.look
         behind = False
@@ -255,19 +252,20 @@ class Watch:
             behind = behind or not self._runners[name].read(self.look, self._looked + READ_SECONDS)
         runners = [self._runners[status.job.folder] for status in states]
         trials = [Trial(s.job, s.state, r.compared, s.cause) for s, r in zip(states, runners, strict=True)]
-        findings = compare(plan, trials, METRIC)
+        findings = compare(plan, trials, METRIC, answer.ledger.application.program)
         looks = _looks(trials)
         statuses = []
         for status, runner, trial in zip(states, runners, trials, strict=True):
-            statuses.append(replace(status, row=runner.last))
-            heard = [time for time in (answer.heard(status), runner.reader.touched) if time is not None]
-            told = _told(statuses[-1], runner, trial) | {
+            phase = answer.ledger.application.phase(runner.last) if runner.last else None
+            statuses.append(replace(status, row=runner.last, phase=phase))
+            seen = [time for time in (answer.last_seen(status), runner.reader.touched) if time is not None]
+            facts = _facts(statuses[-1], runner, trial) | {
                 "colour": looks[trial.job.number],
-                "heard": round(max(heard)) if heard and status.state not in WAITING else None,
+                "last_seen": round(max(seen)) if seen and status.state not in WAITING else None,
                 "compared": findings.values.get(trial.job.number),
             }
-            if told != runner.told:
-                runner.told, runner.changed = told, self.look
+            if facts != runner.facts:
+                runner.facts, runner.changed = facts, self.look
         return Picture(plan, statuses, findings, runners, behind)
 
 
@@ -297,22 +295,22 @@ def _looks(trials: Sequence[Trial]) -> dict[int, tuple[int, int]]:
     return {number: (colour, kind) for colour, group in enumerate(groups.values()) for kind, number in enumerate(group)}
 
 
-def _told(status: Status, runner: Runner, trial: Trial) -> dict[str, Any]:
-    """Return what a viewer is told of a job, beside its curves; numbers that are none as words."""
+def _facts(status: Status, runner: Runner, trial: Trial) -> dict[str, Any]:
+    """Return what a viewer gets of a job, beside its curves; a number that JSON has not as text."""
     job, row = status.job, runner.last
     step, tokens, speed = row.get("step"), row.get("tokens", 0), row.get("tokens_per_second")
     total = tokens / (step + 1) * job.steps if step is not None else None
     left = (total - tokens) / speed if total is not None and speed and status.state == "running" else None
-    told: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "number": job.number,
         "label": trial.label,
         "asked": job.label,
         "state": status.state,
-        "life": status.restarts + 1,
+        "attempt": status.restarts + 1,
         "cause": status.cause,
         "steps": job.steps,
         "step": step + 1 if step is not None else 0,
-        "phase": phase(row) if row else None,
+        "phase": status.phase,
         "total": total,
         "train/loss": row.get("train/loss"),
         "val/loss": row.get(METRIC),
@@ -322,5 +320,5 @@ def _told(status: Status, runner: Runner, trial: Trial) -> dict[str, Any]:
     }
     return {
         key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in told.items()
+        for key, value in facts.items()
     }

@@ -1,0 +1,119 @@
+"""The trainer as an application of sweeps: what :class:`apt_launch.sweep.application.Application` asks of a program."""
+
+from __future__ import annotations
+
+import logging.config
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apt_launch.sweep.application import JobContext, JobSpec, Resources, Result
+from apt_launch.sweep.values import from_yaml
+from apt_model.errors import ConfigError
+from apt_model.schedule.rows import modules_on
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from apt_launch.config.corpus import Counts
+
+# Imports inside functions: Hydra, pydantic and torch are loaded by who plans or runs jobs, and not to show a status line.
+
+
+class Trainer:
+    """Plans and runs training runs."""
+
+    program = ("python", "-m", "apt_launch")
+
+    def __init__(self) -> None:
+        self._counts: Counts = {}  # tokens of corpora: many jobs read one text
+
+    def check(self, cfg: DictConfig | Mapping[str, Any]) -> JobSpec:
+        """Check a run's config; see :func:`apt_launch.config.load.load`."""
+        from omegaconf import DictConfig
+
+        from apt_launch.config.load import load, parse
+
+        config = load(cfg, self._counts) if isinstance(cfg, DictConfig) else parse(dict(cfg), self._counts)
+        return JobSpec(
+            values=config.values,
+            identity=config.identity,
+            resources=Resources.of(config.launch),
+            steps=config.horizon.steps,
+            wait=config.launch.wait,
+            max_gpu_hours=config.launch.max_gpu_hours,
+            min_ranks=config.trainer.expert_parallel,
+            min_ranks_key="trainer.expert_parallel",
+            config=config,
+        )
+
+    def explain(self, error: Exception) -> ConfigError:
+        """Return an error of Hydra's in the project's words, with the nearest valid names."""
+        from apt_launch.config.explain import explained
+
+        return explained(error)
+
+    def is_neutral(self, key: str) -> bool:
+        """Return whether a key cannot change what a run computes."""
+        from apt_launch.config.run_config import is_neutral
+
+        return is_neutral(key)
+
+    def run(self, folder: Path, values: Mapping[str, Any], job: JobContext) -> Result:
+        """Train in this process; return the final validation loss."""
+        from apt_launch.config.load import parse
+        from apt_launch.runs.train import train
+        from apt_launch.tracking.deliver import Membership
+
+        _configure_logging(folder if job.rank == 0 else None)
+        if job.cores is not None:
+            import torch
+
+            torch.set_num_threads(job.cores)  # the worker that this process was forked from has loaded it
+        config = parse(dict(values))
+        if job.resume:
+            config = config.resuming()
+        return Result(train(config, folder, Membership(job.sweep, job.overrides)))
+
+    def has_checkpoint(self, folder: Path) -> bool:
+        """Return whether the run in ``folder`` has a checkpoint."""
+        from apt_model.training.checkpoint import Checkpoints
+
+        return bool(Checkpoints(folder / "checkpoints").all())
+
+    def preload(self, values: Mapping[str, Any]) -> None:
+        """Load torch and what else every run uses."""
+        import importlib
+
+        from apt_launch.drawing import load_matplotlib
+        from apt_launch.runs.provenance import packages
+
+        load_matplotlib()
+        for name in (
+            "torch._dynamo",
+            *("apt_launch.runs.train", "apt_launch.runs.summary", "apt_launch.runs.drill", "apt_launch.runs.console"),
+            *("apt_model.gpt", "apt_model.training.trainer"),
+            *(["wandb"] if "wandb" in str(values["logger"]["_target_"]) else []),
+        ):
+            importlib.import_module(name)
+        packages()
+
+    def phase(self, row: Mapping[str, float]) -> str:
+        """Return the modules that are enabled, as the curriculum's phase."""
+        return "+".join(modules_on(row)) or "dense"
+
+    def shared_updates(self, a: JobSpec, b: JobSpec) -> int:
+        """Return 0: runs share no updates yet."""
+        return 0
+
+
+def _configure_logging(folder: Path | None) -> None:
+    """Log as a run of the command does; see ``conf/hydra/job_logging``. None: of a rank that writes nothing."""
+    from apt_launch.config.menu import CONF
+
+    text = (CONF / "hydra" / "job_logging" / "train_log.yaml").read_text(encoding="utf-8")
+    settings = from_yaml(text.replace("${hydra.runtime.output_dir}", str(folder)))
+    if folder is None:
+        del settings["handlers"]["file"]
+        settings["root"]["handlers"] = ["console"]
+    logging.config.dictConfig(settings)

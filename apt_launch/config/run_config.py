@@ -1,0 +1,62 @@
+"""A run's config, checked: its values, typed, with the corpus, the length and the curriculum that follow from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from apt_launch.config import schema
+from apt_launch.config.schema import Role, role_of
+from apt_launch.sweep.values import flatten
+
+if TYPE_CHECKING:
+    from apt_model.data import Corpus
+    from apt_model.schedule import Horizon, Program
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run's config, checked. ``values`` is what YAML says, resolved; the groups are the same, typed.
+
+    ``corpus``, ``horizon`` (the planned length) and ``program`` (the curriculum over that length) follow from them.
+    """
+
+    values: dict[str, Any]
+    seed: int
+    model: schema.GPTConfig
+    moe: schema.MoEConfig
+    align: schema.BiStateConfig
+    voter: schema.VoterConfig
+    schedule: schema.ScheduleConfig
+    data: schema.Group
+    optimizer: schema.AdamWConfig
+    trainer: schema.TrainerConfig
+    logger: schema.Group
+    launch: schema.LaunchConfig
+    corpus: Corpus
+    horizon: Horizon
+    program: Program
+
+    @property
+    def result_values(self) -> dict[str, Any]:
+        """The values that decide what the run computes, flat: dotted key to value."""
+        flat = flatten(self.values)
+        return {key: value for key, value in flat.items() if not is_neutral(key)}
+
+    @property
+    def identity(self) -> str:
+        """The sha256 of what decides the result."""
+        text = json.dumps(self.result_values, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def resuming(self) -> RunConfig:
+        """Return the same run, continued from its own newest checkpoint."""
+        values = {**self.values, "trainer": {**self.values["trainer"], "resume": "auto"}}
+        return replace(self, values=values, trainer=self.trainer.model_copy(update={"resume": "auto"}))
+
+
+def is_neutral(key: str) -> bool:
+    """Return whether a key cannot change what a run computes."""
+    return role_of(key) in (Role.NEUTRAL, Role.PROCESS)

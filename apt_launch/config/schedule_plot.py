@@ -1,0 +1,122 @@
+"""Pictures of a config's curriculum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from apt_launch.drawing import Drawing, new_figure
+
+if TYPE_CHECKING:  # the process that draws needs none of it
+    from apt_model.schedule import Program
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """One curriculum as plain values, ready to be drawn, also by another process."""
+
+    label: str
+    horizon: str
+    num_steps: int
+    steps: list[int]
+    values: dict[str, list[float]]  # anneals: in force at each of steps
+    stretches: dict[str, list[tuple[int, int]]]  # modules: where they are on, in steps
+    notes: dict[str, str]  # modules: what is written beside
+
+
+def sheets(programs: Mapping[str, Program]) -> list[Sheet]:
+    """Evaluate ``programs``, by label, with the functions that training calls."""
+    return [_sheet(label, program) for label, program in programs.items()]
+
+
+def _sheet(label: str, program: Program) -> Sheet:
+    from apt_model.schedule import MODULES
+    from apt_model.schedule.timeline import series
+
+    steps, states = series(program)
+    horizon = program.horizon
+    notes = {}
+    for module in MODULES:
+        first = program.first_step(module)
+        notes[module] = (
+            f"on from epoch {first // horizon.updates_per_epoch}, step {first}" if first is not None else "off"
+        )
+        if any(subject.name == module for subject in program.latches):
+            notes[module] = "when its metric says so"
+    return Sheet(
+        label=label,
+        horizon=str(horizon),
+        num_steps=horizon.steps,
+        steps=steps,
+        values={name: [float(state[name]) for state in states] for name in program.curriculum.all_anneals},
+        stretches={
+            m: _stretches(steps, [bool(state[f"{m}_enabled"]) for state in states], horizon.steps) for m in MODULES
+        },
+        notes=notes,
+    )
+
+
+def _stretches(steps: list[int], on: list[bool], end: int) -> list[tuple[int, int]]:
+    """Return where ``on`` holds, as (begin, end) in steps."""
+    found: list[tuple[int, int]] = []
+    begin: int | None = None
+    for step, value in [*zip(steps, on, strict=True), (end, False)]:
+        if value and begin is None:
+            begin = step
+        elif not value and begin is not None:
+            found.append((begin, step))
+            begin = None
+    return found
+
+
+def draw_schedule(drawn: Sequence[Sheet], path: Path) -> None:
+    """Draw the anneals and switches of one curriculum, or of several laid over each other, into a PNG at ``path``.
+
+    A picture that fails is a warning.
+    """
+    with Drawing(path):
+        _draw(drawn, path)
+
+
+def _draw(drawn: Sequence[Sheet], path: Path) -> None:
+    names = list(dict.fromkeys(name for sheet in drawn for name in sheet.values))
+    longest = max(sheet.num_steps for sheet in drawn)
+    modules = list(drawn[0].stretches)
+    switches_height = 0.28 * len(modules) * len(drawn)
+    height = 0.85 + 1.5 * len(names) + switches_height
+    figure = new_figure(9, height)
+    ratios = [1.2] * len(names) + [switches_height]
+    axes = figure.subplots(len(names) + 1, 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": ratios})[:, 0]
+    figure.subplots_adjust(left=0.08, right=0.98, top=1 - 0.35 / height, bottom=0.5 / height, hspace=0.35)
+    for axis, name in zip(axes, names, strict=False):
+        for number, sheet in enumerate(drawn):
+            if name not in sheet.values:
+                continue
+            values, end = sheet.values[name], sheet.num_steps
+            steps = [*sheet.steps, end]
+            axis.step(steps, [*values, values[-1]], where="post", color=f"C{number}", label=sheet.label, linewidth=1.4)
+            for step, value, side in ((0, values[0], "left"), (end, values[-1], "right")):
+                axis.annotate(
+                    f"{value:.4g}", (step, value), textcoords="offset points", xytext=(0, 3), ha=side, fontsize=8
+                )
+        axis.set_title(name, loc="left", fontsize=10)
+        axis.margins(x=0, y=0.2)
+        axis.grid(alpha=0.3)
+    if len(drawn) > 1 and names:
+        axes[0].legend(fontsize=8, loc="lower left")
+
+    switches = axes[-1]
+    rows = [(module, number) for module in reversed(modules) for number in reversed(range(len(drawn)))]
+    for row, (module, number) in enumerate(rows):
+        sheet = drawn[number]
+        for begin, end in sheet.stretches[module]:
+            switches.barh(row, end - begin, left=begin, height=0.7, color=f"C{number}", alpha=0.6)
+        first = sheet.stretches[module][0][0] if sheet.stretches[module] else 0
+        switches.text(first + longest * 0.005, row, sheet.notes[module], va="center", fontsize=8)
+    switches.set_yticks(range(len(rows)), [module for module, _ in rows])
+    switches.set_ylim(-0.6, len(rows) - 0.4)
+    switches.set_xlim(0, longest)
+    switches.set_xlabel(f"step ({'; '.join(dict.fromkeys(sheet.horizon for sheet in drawn))})")
+    figure.savefig(path, dpi=100)

@@ -1,0 +1,60 @@
+"""The jobs of a sweep, or the one of a run, planned outside of Hydra's command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from apt_launch.config.run_config import RunConfig
+from apt_launch.sweep.plan.jobs import Job
+from apt_launch.sweep.plan.plan import Plan
+from apt_model.errors import ConfigError
+
+
+def gather(arguments: Sequence[str], own_options: Path | None = None) -> Plan:
+    """Plan what ``python -m apt_launch --multirun ARGUMENTS`` would send.
+
+    Args:
+        own_options: a folder of groups and options, as ``--config-dir`` gives it.
+
+    Raises:
+        ConfigError: a job is wrong, or there is no such folder.
+        HydraException: an override that means nothing; see :func:`apt_launch.config.explain.explained`.
+    """
+    from omegaconf import OmegaConf
+
+    from apt_launch.config import guard
+    from apt_launch.config.menu import CONF
+    from apt_launch.sweep.application import TRAINER
+    from apt_launch.sweep.backends.registry import backend_of
+    from apt_launch.sweep.composing import config_loader
+    from apt_launch.sweep.plan.composer import Composer
+    from apt_launch.sweep.plan.expand import make
+    from apt_launch.sweep.plugins import register
+
+    if own_options is not None and not own_options.is_dir():
+        raise ConfigError(f"--config-dir: there is no folder {str(own_options)!r} (looked in {Path.cwd()}).")
+    register()
+    guard.install()
+    with config_loader(CONF, own_options) as loader:
+        composer = Composer(loader, "config", TRAINER)
+        parsed = composer.parse(arguments)
+        hydra = composer.compose([str(o.input_line) for o in parsed if not o.is_sweep_override()]).hydra
+        sweeper = OmegaConf.to_container(hydra.sweeper, resolve=True)
+        launcher = OmegaConf.to_container(hydra.launcher, resolve=True)
+        assert isinstance(sweeper, dict)
+        assert isinstance(launcher, dict)
+        return make(
+            [str(o.input_line) for o in parsed if not o.key_or_group.startswith(("hydra.", "hydra/"))],
+            target=backend_of(hydra.runtime.choices["hydra/launcher"], {str(key): launcher[key] for key in launcher}),
+            composer=composer,
+            params=sweeper.get("params"),
+            zipped=sweeper.get("zip") or (),
+        )
+
+
+def config_of(job: Job) -> RunConfig:
+    """Return the config of a job that was planned by this process."""
+    config: RunConfig | None = job.config
+    assert config is not None
+    return config

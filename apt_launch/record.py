@@ -1,0 +1,176 @@
+"""``metrics.jsonl``, the record of a run: one JSON object a row. Here is the only writer of it, and the only reader."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, float]
+"""Metrics by name, with ``step``."""
+
+CHUNK = 1 << 20
+TAIL = 1 << 14
+"""Bytes that are read at once: of a record from its beginning, and of its end alone."""
+
+
+class Record:
+    """Writes a record: each row is on its way to the disk as soon as it is logged.
+
+    Where the disk takes no more, rows stay in memory until it does, and training continues.
+
+    Args:
+        keep_rows: rows that stay from before, when a run is resumed; later ones will be computed again.
+    """
+
+    def __init__(self, path: Path, *, keep_rows: int = 0) -> None:
+        self.path = path
+        kept = path.read_bytes().splitlines(keepends=True)[:keep_rows] if path.exists() and keep_rows else []
+        if kept and not kept[-1].endswith(b"\n"):  # cut off by a crash
+            kept.pop()
+        if len(kept) < keep_rows:
+            logger.warning("%s has %d rows, but the checkpoint knew %d.", path, len(kept), keep_rows)
+        aside = path.with_name(f".{path.name}.tmp")
+        aside.write_bytes(b"".join(kept))
+        aside.replace(path)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        self._unwritten = b""
+        self._lock = threading.Lock()
+        self._warned = False
+
+    def log(self, row: Row) -> None:
+        """Append ``row``."""
+        with self._lock:
+            self._unwritten += json.dumps(row).encode() + b"\n"
+        try:
+            self._write()
+        except OSError as error:
+            if not self._warned:
+                logger.warning("%s cannot be written (%s): its rows are kept in memory until it can.", self.path, error)
+            self._warned = True
+
+    def _write(self) -> None:
+        with self._lock:
+            while self._unwritten:
+                self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
+
+    def sync(self) -> None:
+        """Make sure that all rows are on the disk.
+
+        Raises:
+            OSError: they are not.
+        """
+        self._write()
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        """Close the file."""
+        try:
+            self._write()
+        except OSError as error:
+            lost = self._unwritten.count(b"\n")
+            logger.error("%s: the last %d rows could not be written (%s).", self.path, lost, error)
+        os.close(self._file)
+
+
+class RecordReader:
+    """Reads a record while it grows: each row once, however often it is asked.
+
+    A last line without its end is left for later. A whole line that is no row is left out; ``damaged`` has its number.
+
+    A resume cuts the record back to its checkpoint and appends to that. The reader finds out by the bytes before the position
+    that it has come to, which are then no longer those that it read; it reads from the beginning again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.restarts = 0
+        """How often reading began again."""
+        self.touched: float | None = None
+        """When the record was last written, as its file system counts."""
+        self.damaged: list[int] = []
+        """Numbers of the damaged lines, from 1."""
+        self._lines = self._end = 0  # that were read, and where they end, in bytes
+        self._last = b""  # the line before that
+        self._seen = (0, 0)
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows that are new; none where there is no record."""
+        try:
+            about = self.path.stat()
+            self.touched = about.st_mtime
+            if self._seen == (about.st_size, about.st_mtime_ns):
+                return
+            with self.path.open("rb") as file:
+                file.seek(self._end - len(self._last))
+                if file.read(len(self._last)) != self._last:
+                    self._begin_again()
+                    file.seek(0)
+                rest = b""
+                while chunk := file.read(CHUNK):
+                    *lines, rest = (rest + chunk).split(b"\n")
+                    for line in lines:
+                        self._lines += 1
+                        self._end += len(line) + 1
+                        self._last = line + b"\n"
+                        row = _row(line)
+                        if row is None:
+                            self.damaged.append(self._lines)
+                        else:
+                            yield row
+            self._seen = (about.st_size, about.st_mtime_ns)
+        except FileNotFoundError:
+            if self._end:
+                self._begin_again()
+
+    def _begin_again(self) -> None:
+        self.restarts += 1
+        self.damaged = []
+        self._lines, self._end, self._last, self._seen = 0, 0, b"", (0, 0)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a record, without a last line that was cut off; damaged rows are left out, with a warning.
+
+    Raises:
+        FileNotFoundError: there is no record.
+    """
+    path.stat()
+    reader = RecordReader(path)
+    rows = list(reader.rows())
+    if reader.damaged:
+        first, more = reader.damaged[0], len(reader.damaged) - 1
+        logger.warning("%s: line %d%s is damaged and left out.", path, first, f" (and {more} more)" if more else "")
+    return rows
+
+
+def last_row(path: Path) -> Row:
+    """Return the newest value of each metric in the last rows of a record; empty: it has no row yet. It reads the end alone."""
+    try:
+        with path.open("rb") as file:
+            size, length = path.stat().st_size, TAIL
+            while True:
+                file.seek(max(0, size - length))
+                *lines, _ = file.read().split(b"\n")
+                found = [row for row in map(_row, lines) if row is not None]  # the first line may lack its beginning
+                if found or length >= size:
+                    break
+                length *= 4
+    except FileNotFoundError:
+        return {}
+    return {name: value for row in found for name, value in row.items()}
+
+
+def _row(line: bytes) -> Row | None:
+    """Return the row that a whole line has; None: it is damaged."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(row, dict) and "step" in row and all(isinstance(value, int | float) for value in row.values())
+    return row if whole else None

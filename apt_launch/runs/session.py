@@ -1,0 +1,194 @@
+"""One attempt of a run: from its trainer to its summary."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import OmegaConf
+
+from apt_launch.config.run_config import RunConfig
+from apt_launch.config.schedule_plot import draw_schedule, sheets
+from apt_launch.record import Record, read_rows
+from apt_launch.runs import summary
+from apt_launch.runs.build import build_trainer
+from apt_launch.runs.console import progress_callback
+from apt_launch.runs.drill import Drill, Drilled
+from apt_launch.runs.folder import Checked, RunFolder
+from apt_launch.runs.projections import project
+from apt_launch.runs.provenance import provenance
+from apt_launch.runs.stop import StopRequest
+from apt_launch.tracking.deliver import Membership
+from apt_launch.tracking.projection import Tracking
+from apt_model.errors import Interrupted, NonFiniteError, cause_of
+from apt_model.files import write_json, write_whole
+
+if TYPE_CHECKING:
+    from apt_model.training.checkpoint import Checkpoints
+    from apt_model.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+MOST_ROLLBACKS = 10
+"""After which a run has failed: something is wrong that no batch is to blame for."""
+
+
+class RolledBack(Interrupted):
+    """The run goes back to its last checkpoint, and will leave an update out."""
+
+
+def may_roll_back(config: RunConfig, left_out: list[tuple[int, int]]) -> bool:
+    """Return whether the run continues from its last checkpoint after an update that is not finite."""
+    return config.trainer.on_nonfinite == "rollback" and len(left_out) < MOST_ROLLBACKS
+
+
+def run_once(checked: Checked, folder: RunFolder, stop: StopRequest, member: Membership | None) -> float:
+    """Train until the run is done, and keep its folder; return the final validation loss.
+
+    Raises:
+        Drilled: the drill interrupted it.
+        RolledBack: it is to continue from its last checkpoint.
+        Interrupted: it was stopped on request.
+        Exception: why it failed.
+    """
+    from apt_model.training.checkpoint import Checkpoints
+    from apt_model.training.distributed import barrier
+    from apt_model.training.watchdogs import CollapseWatch, SpikeWatch, Watchdog
+
+    began = time.time()
+    barrier()
+    config, resume, left_out = checked.config, checked.resume, folder.left_out()
+    minutes = config.trainer.stall_minutes
+    watchdog = Watchdog(folder.log, stall_seconds=60 * minutes if minutes else None)
+    drill = Drill(folder.path, config)
+    checkpoints = Checkpoints(
+        folder.checkpoints,
+        keep_last=config.trainer.keep_last,
+        keep_best=config.trainer.keep_best,
+        keep_every=config.trainer.keep_every,
+        about={"identity": config.identity, "config": config.result_values, "horizon": asdict(config.horizon)},
+    )
+    trainer = build_trainer(  # before anything is written: what it refuses leaves the folder as it was
+        config,
+        callbacks=[progress_callback(), SpikeWatch(), CollapseWatch(), watchdog, *drill.callbacks],
+        checkpoints=checkpoints,
+        resume=resume.checkpoint if resume else None,
+        leave_out=left_out,
+        stop_requested=drill.stop_or(stop),
+    )
+    session = Session(checked, folder, trainer, checkpoints, began)
+    try:
+        session.start(member)
+        drill.fit(trainer)
+    except Interrupted as interrupted:
+        session.finish("interrupted")
+        if not isinstance(interrupted, Drilled) and member is None and stop.own_process:
+            logger.info("%s. Go on with: %s", interrupted, folder.going_on())
+        raise
+    except NonFiniteError as error:
+        if not may_roll_back(config, left_out):
+            session.fail(error)
+            raise
+        folder.leave_out([*left_out, (trainer.clock.epoch, trainer.batches_done)])
+        session.close("interrupted")
+        logger.warning("rolling back to the last checkpoint, from where this update will be left out: %s", error)
+        raise RolledBack(str(error)) from None
+    except BaseException as error:
+        session.fail(error)
+        raise
+    loss = session.finish("done")
+    if member is None and stop.own_process and sys.stdout.isatty():
+        summary.suggest(folder)
+    return loss
+
+
+class Session:
+    """Keeps a run's folder: its record and what is shown of it, its config, origin, picture and summary.
+
+    Args:
+        checked: what the trainer was built from.
+        began: when, in seconds since 1970.
+    """
+
+    def __init__(
+        self, checked: Checked, folder: RunFolder, trainer: Trainer, checkpoints: Checkpoints, began: float
+    ) -> None:
+        self.config, self.resume = checked.config, checked.resume
+        self.folder = folder
+        self.trainer = trainer
+        self.checkpoints = checkpoints
+        self.began = began
+        keep_rows = self.resume.rows if self.resume and folder.owns(self.resume.checkpoint) else 0
+        write_whole(folder.config, OmegaConf.to_yaml(OmegaConf.create(self.config.values)))
+        if self.config.corpus.tokenizer_file is not None:  # what the weights mean without the corpus
+            write_whole(folder.tokenizer, self.config.corpus.tokenizer_file.read_text(encoding="utf-8"))
+        self.tracking = Tracking(Record(folder.metrics, keep_rows=keep_rows))
+        trainer.log = self.tracking.log
+        checkpoints.before = self.tracking.record.sync
+
+    def start(self, member: Membership | None) -> None:
+        """Write where the run comes from and what it will do, and say so."""
+        config, trainer = self.config, self.trainer
+        write_json(self.folder.summary, {"state": "running", "identity": config.identity})
+        write_json(self.folder.provenance, self._origin())
+        draw_schedule(sheets({"": config.program}), self.folder.schedule)
+        project(self.tracking, config, self.folder.path, member)
+        for note in (*(self.resume.notes if self.resume else ()), *config.program.notes()):
+            logger.warning("note: %s", note)
+        logger.info(
+            "%s%s: %s parameters on %s in %s%s, %s. Folder: %s",
+            "resuming " if self.resume else "",
+            config.identity[:8],
+            f"{sum(p.numel() for p in trainer.model.parameters()):,}",
+            trainer.device,
+            _name(trainer),
+            ", compiled (the first updates of each phase wait for that)" if trainer.compiled else "",
+            config.horizon,
+            self.folder.path,
+        )
+
+    def _origin(self) -> dict[str, object]:
+        return provenance(Path.cwd()) | {
+            "device": str(self.trainer.device),
+            "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
+            "compute_dtype": _name(self.trainer),
+        }
+
+    def close(self, state: str) -> None:
+        """Wait for the last checkpoint, and for whoever is shown the rows."""
+        self.checkpoints.wait()
+        self.tracking.close(state)
+
+    def finish(self, state: str, cause: str | None = None) -> float:
+        """Close, write and show the summary; return the last validation loss, nan where there is none."""
+        self.close(state)
+        rows = read_rows(self.folder.metrics)
+        content = {
+            "state": state,
+            "cause": cause,
+            "identity": self.config.identity,
+            "steps": self.trainer.clock.step,
+            "seconds": round(time.time() - self.began, 3),
+            "tokens_per_second": round(self.trainer.tokens_per_second, 1),
+        } | summary.summarise(rows)
+        try:
+            write_json(self.folder.summary, content)
+        except OSError as error:
+            logger.error("%s could not be written: %s", self.folder.summary, error)
+        summary.show(content, self.config, self.folder)
+        return next((row["val/loss"] for row in reversed(rows) if "val/loss" in row), math.nan)
+
+    def fail(self, error: BaseException) -> None:
+        """Log what ended the run, and finish."""
+        logger.error("failed: %s", cause_of(error), exc_info=True)
+        self.finish("failed", cause_of(error))
+
+
+def _name(trainer: Trainer) -> str:
+    return str(trainer.autocast_dtype).removeprefix("torch.")

@@ -1,0 +1,152 @@
+"""The worker of ``hydra/launcher=local``: starts jobs where there is room, and writes how those ended that could not."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from apt_launch.sweep.application import Resources, load
+from apt_launch.sweep.backends.machine import Machine, worker_file
+from apt_launch.sweep.jobs import process
+from apt_launch.sweep.jobs.state import ENDED, read_state, transition
+from apt_launch.sweep.lease import Holder
+from apt_launch.sweep.plan.plan import Plan
+from apt_model.files import write_json
+
+MOST_RESTARTS = 20
+"""Interruptions of one job after which it has failed."""
+
+GRACE_SECONDS = 60
+"""Time of a cancelled job for its checkpoint."""
+
+
+def work(sweep: str, name: str, names: Sequence[str], machine: Machine, max_parallel: int | None) -> None:
+    """Run the jobs with the folders ``names``, as many at once as fit: what submitit calls in the worker's process."""
+    os.setsid()  # Ctrl-C in the terminal is not for this process
+    write_json(worker_file(Path(sweep), name), asdict(Holder.this_process()))
+    Worker(Path(sweep), names, machine, max_parallel).run()
+
+
+class Worker:
+    """Starts jobs where there is room, and notes how they ended."""
+
+    def __init__(self, sweep: Path, names: Sequence[str], machine: Machine, max_parallel: int | None) -> None:
+        self.sweep = sweep
+        self.machine = machine
+        self.waiting = list(names)
+        self.running: dict[int, tuple[str, Resources, tuple[str, ...]]] = {}
+        self.free_gpus = list(machine.gpus)
+        self.max_parallel = max_parallel or machine.cores
+        self.cancelled = False
+        self.plan = Plan.read(sweep)
+        self.resources = {name: self.plan.by_folder[name].resources for name in names}
+        at_once = max(1, min(len(names), self.max_parallel, *(machine.room_for(r) for r in self.resources.values())))
+        self.cores_each = max(1, machine.cores // at_once)
+
+    def run(self) -> None:
+        """Run all jobs."""
+        signal.signal(signal.SIGTERM, self._cancel)
+        load(self.plan.application).preload(self.plan.values(self.plan.jobs[0]))
+        gc.collect()
+        gc.freeze()  # what is shared with the jobs is never touched again
+        while self.waiting or self.running:
+            while not self.cancelled and (name := self.take_next()) is not None:
+                self._start(name)
+            if not self.running:
+                break
+            pid, status = os.wait()
+            if pid in self.running:
+                self._note_end(pid, os.waitstatus_to_exitcode(status))
+        for name in self.waiting:
+            transition(self.sweep / name, "cancelled", cause="before it began")
+
+    def take_next(self) -> str | None:
+        """Return the first waiting job that there is room for, which then waits no more; None: there is none."""
+        taken = [resources for _, resources, _ in self.running.values()]
+        cores = self.machine.cores - sum(r.cpus or 1 for r in taken)
+        memory = self.machine.mem_gb - sum(r.mem_gb or 0 for r in taken)
+        if len(self.running) >= self.max_parallel:
+            return None
+        for name in self.waiting:
+            wanted = self.resources[name]
+            fits = (wanted.cpus or 1) <= cores and (wanted.gpus or 0) <= len(self.free_gpus)
+            if fits and (wanted.mem_gb or 0) <= memory:
+                self.waiting.remove(name)
+                return name
+        return None
+
+    def _start(self, name: str) -> None:
+        resources = self.resources[name]
+        gpus = tuple(self.free_gpus[: resources.gpus or 0])
+        del self.free_gpus[: len(gpus)]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid == 0:
+            code = process.FAILED
+            try:
+                code = _be_job(self.sweep / name, gpus, resources.cpus or self.cores_each)
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        self.running[pid] = (name, resources, gpus)
+
+    def _note_end(self, pid: int, code: int) -> None:
+        name, _, gpus = self.running.pop(pid)
+        self.free_gpus += gpus
+        folder = self.sweep / name
+        state = read_state(folder)
+        if code == process.AGAIN and not self.cancelled:
+            if state.restarts < MOST_RESTARTS:
+                transition(folder, "requeued", restarts=state.restarts + 1)
+                self.waiting.append(name)
+            else:
+                transition(folder, "failed", cause=f"interrupted {MOST_RESTARTS} times")
+        elif state.state not in ENDED:
+            cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
+            if code == -signal.SIGKILL:
+                cause += ", perhaps for want of memory"
+            transition(folder, "cancelled" if self.cancelled else "failed", cause=cause)
+
+    def _cancel(self, number: int, frame: Any) -> None:
+        """Ask every job to stop, and kill those that have not after :data:`GRACE_SECONDS`."""
+        self.cancelled = True
+        for pid, (name, _, _) in self.running.items():
+            (self.sweep / name / "cancel").touch()
+            os.kill(pid, signal.SIGTERM)
+
+        def kill(number: int, frame: Any) -> None:
+            for pid in self.running:
+                os.kill(pid, signal.SIGKILL)
+
+        signal.signal(signal.SIGALRM, kill)
+        signal.alarm(GRACE_SECONDS)
+
+
+def _be_job(folder: Path, gpus: Sequence[str], cores: int) -> int:
+    """Run a job in a process just forked; return its exit code."""
+    _end_with_parent()
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    os.environ["OMP_NUM_THREADS"] = str(cores)
+    return process.perform(folder, cores=cores)
+
+
+def _end_with_parent() -> None:
+    """Ask Linux for a SIGTERM when the worker dies: no job stays behind alone."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)

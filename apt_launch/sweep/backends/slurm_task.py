@@ -1,0 +1,85 @@
+"""A job as a task of SLURM: what submitit calls there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+
+from apt_launch.sweep.jobs.process import AGAIN, DONE, perform
+from apt_launch.sweep.jobs.state import read_state, transition
+
+
+def run_on_slurm(folder: str) -> float | None:
+    """Run the job of ``folder`` as a task of SLURM; return its result, None if another attempt will continue it.
+
+    Raises:
+        Exception: what made it fail: the task ends with exit code 1, and SLURM's job is FAILED.
+    """
+    environment = os.environ
+    rank = int(environment.get("SLURM_PROCID", "0"))
+    cores = environment.get("SLURM_CPUS_PER_TASK") or _cores_of_a_task(environment)
+    environment.setdefault("OMP_NUM_THREADS", cores)  # of this task, not of the whole node; read when libraries load
+    _name_ranks(environment)
+    array = environment.get("SLURM_ARRAY_JOB_ID")
+    job_id = f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array else environment["SLURM_JOB_ID"]
+    path = Path(folder)
+    code = perform(
+        path, job_id=job_id, restart=int(environment.get("SLURM_RESTART_COUNT", "0")), rank=rank, requeue=_requeue
+    )
+    if code != DONE:
+        sys.stdout.flush()
+        os._exit(0 if code == AGAIN else code)
+    return read_state(path).loss
+
+
+def _cores_of_a_task(environment: Mapping[str, str]) -> str:
+    tasks = int(environment.get("SLURM_NTASKS_PER_NODE", "1"))
+    return str(max(1, int(environment.get("SLURM_CPUS_ON_NODE", "1")) // tasks))
+
+
+def _name_ranks(environment: MutableMapping[str, str]) -> None:
+    """Set the variables by which ranks find each other, those of torchrun. CUDA_VISIBLE_DEVICES stays as SLURM set it."""
+    world = int(environment.get("SLURM_NTASKS", "1"))
+    if world == 1:
+        return
+    import submitit
+
+    hosts = submitit.JobEnvironment().hostnames
+    environment.update(
+        RANK=environment["SLURM_PROCID"],
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=environment["SLURM_LOCALID"],
+        LOCAL_WORLD_SIZE=str(world // int(environment.get("SLURM_JOB_NUM_NODES", "1"))),
+        MASTER_ADDR=hosts[0],
+        MASTER_PORT=str(20000 + int(environment["SLURM_JOB_ID"]) % 10000),
+    )
+
+
+def _requeue(folder: Path) -> None:
+    """Give the job back to SLURM, which starts it again in this folder; unless somebody cancelled it."""
+    number = os.environ["SLURM_JOB_ID"]
+    attempts = read_state(folder).restarts + 1
+    until = time.monotonic() + 120
+    while time.monotonic() < until:  # SLURM kills this process when it has taken the job back
+        shown = _slurm("squeue", "-h", "-j", number, "-o", "%T")
+        if shown is not None and shown.strip() in ("CANCELLED", "DEADLINE"):
+            transition(folder, "cancelled", cause="by scancel; its checkpoint is kept", restarts=attempts - 1)
+            return
+        transition(folder, "requeued", restarts=attempts)
+        if _slurm("scontrol", "requeue", number) is not None:
+            return
+        time.sleep(2)
+    transition(folder, "failed", cause="SLURM did not take it back (scontrol requeue failed)", restarts=attempts - 1)
+
+
+def _slurm(*command: str) -> str | None:
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    sys.stderr.write(answer.stderr)
+    return answer.stdout if answer.returncode == 0 else None

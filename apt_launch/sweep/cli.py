@@ -1,0 +1,147 @@
+"""``python -m apt_launch.sweep status|watch|wait|resume|cancel|report DIR``: a sweep after its launch, from any terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from apt_launch.sweep.backends.registry import backend
+from apt_launch.sweep.command import ending
+from apt_launch.sweep.control import cancel as cancelling
+from apt_launch.sweep.control import resume as resuming
+from apt_launch.sweep.control.follow import follow, say
+from apt_launch.sweep.control.ledger import Ledger, Status
+from apt_launch.sweep.control.table import show
+from apt_launch.sweep.plan.plan import Plan
+from apt_launch.sweep.secrets import keep_private
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 a job failed, 2 the command line or the folder is wrong, 130 interrupted."""
+    arguments = parser().parse_args()
+    keep_private()
+    with ending():
+        sys.exit(COMMANDS[arguments.command](arguments))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m apt_launch.sweep",
+        description="Look after a sweep that python -m apt_launch --multirun has sent; from any terminal, any day.",
+        epilog="Each command has a --help of its own. Example: python -m apt_launch.sweep status multirun/DATE/TIME",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in (
+        ("status", "show every job: state, progress, loss, age of its last sign of life"),
+        (
+            "watch",
+            "follow it live: a page with curves and schedules, on this machine alone, and a table in the terminal",
+        ),
+        ("wait", "wait until all jobs have ended"),
+        ("resume", "send again what failed, was cancelled or is missing; overrides such as launch.hours=48 may follow"),
+        ("cancel", "stop all jobs, with a checkpoint of each"),
+        ("report", "write tables, plots and a page that say which job won"),
+    ):
+        command = commands.add_parser(name, help=text, description=text.capitalize() + ".", allow_abbrev=False)
+        command.add_argument("folder", metavar="DIR", type=Path, help="the sweep's folder, as its launch printed it")
+        if name == "status":
+            command.add_argument("--json", action="store_true", help="for programs: one JSON object a job and line")
+        if name == "watch":
+            command.add_argument("--port", type=int, help="of the page; a free one unless said otherwise")
+            command.add_argument("--terminal", action="store_true", help="no page; ends with the sweep")
+        if name == "resume":
+            command.add_argument("overrides", nargs="*", help="of keys that cannot change a result")
+        if name in ("wait", "resume"):
+            command.add_argument(
+                "--wait", action="store_true", help=argparse.SUPPRESS if name == "wait" else "wait for them, too"
+            )
+        if name == "report":
+            command.add_argument(
+                "--metric", default="val/loss", metavar="NAME", help="what decides, the lowest wins (val/loss)"
+            )
+            command.add_argument(
+                "--against",
+                metavar="WHAT",
+                help="the jobs that others are compared with, seed by seed, such as study=dense",
+            )
+    return parser
+
+
+def status(arguments: argparse.Namespace) -> int:
+    """Show the jobs."""
+    ledger = Ledger(arguments.folder)
+    statuses = ledger.statuses()
+    if arguments.json:
+        for one in statuses:
+            sys.stdout.write(json.dumps(_as_json(one)) + "\n")
+    else:
+        show(ledger.plan, statuses, arguments.folder)
+    return 1 if any(one.state == "failed" for one in statuses) else 0
+
+
+def watch(arguments: argparse.Namespace) -> int:
+    """Follow the jobs live."""
+    from apt_launch.sweep.watch.watch import watch
+
+    return watch(arguments.folder, port=arguments.port, page=not arguments.terminal)
+
+
+def wait(arguments: argparse.Namespace) -> int:
+    """Wait for the jobs."""
+    return follow(arguments.folder)
+
+
+def resume(arguments: argparse.Namespace) -> int:
+    """Send jobs again."""
+    plan = Plan.read(arguments.folder)
+    number = resuming.resume(arguments.folder, arguments.overrides)
+    if not number:
+        say("Nothing to send: every job is done or on its way.")
+        return 0
+    if arguments.wait or not backend(plan.launcher, plan.launcher_values).detaches:
+        return follow(arguments.folder)
+    say(f"Look at it by: python -m apt_launch.sweep status {arguments.folder}")
+    return 0
+
+
+def cancel(arguments: argparse.Namespace) -> int:
+    """Cancel the jobs."""
+    statuses = cancelling.cancel(arguments.folder)
+    show(Plan.read(arguments.folder), statuses, arguments.folder)
+    return 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Write the report."""
+    from apt_launch.sweep.report.report import write_report
+
+    statuses = Ledger(arguments.folder).statuses(rows=False)
+    states = {one.job.folder: one.state for one in statuses}
+    causes = {one.job.folder: one.cause for one in statuses}
+    for path in write_report(arguments.folder, states, arguments.metric, causes, arguments.against):
+        sys.stdout.write(f"{path}\n")
+    return 0
+
+
+COMMANDS = {"status": status, "watch": watch, "wait": wait, "resume": resume, "cancel": cancel, "report": report}
+
+
+def _as_json(one: Status) -> dict[str, Any]:
+    return {
+        "number": one.job.number,
+        "folder": str(one.folder),
+        "overrides": list(one.job.overrides),
+        "state": one.state,
+        "cause": one.cause,
+        "job_id": one.job_id,
+        "restarts": one.restarts,
+        "loss": one.loss,
+        "age": one.age,
+        "phase": one.phase,
+        "row": dict(one.row),
+    }

@@ -1,0 +1,35 @@
+"""Hydra outside of ``hydra.main``: the one place where a folder of configs is opened for composing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def config_loader(folder: Path, more: Path | None = None) -> Iterator[Any]:
+    """Give Hydra's loader of the configs in ``folder``; what Hydra has composed elsewhere in this process stays as it is.
+
+    Args:
+        more: another folder of groups and options, as Hydra's command takes it by ``--config-dir``.
+    """
+    from hydra import initialize_config_dir
+    from hydra.core.config_search_path import SearchPathQuery
+    from hydra.core.global_hydra import GlobalHydra
+
+    hydra = GlobalHydra.instance()
+    before = hydra.hydra
+    hydra.clear()
+    try:
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            loader: Any = hydra.config_loader()
+            if more is not None:
+                # hydra.searchpath would add the folder for composing only: glob(*) and names of groups ask the repository
+                path = loader.get_search_path()
+                path.prepend("command-line", f"file://{more.absolute()}", SearchPathQuery(provider="schema"))
+                loader.repository.initialize_sources(path)
+            yield loader
+    finally:
+        hydra.hydra = before

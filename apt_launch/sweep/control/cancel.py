@@ -1,0 +1,27 @@
+"""Cancels a sweep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from apt_launch.sweep.backends.registry import backend
+from apt_launch.sweep.control.ledger import Ledger, Status
+from apt_launch.sweep.jobs.state import ENDED, read_state, transition
+
+
+def cancel(folder: Path) -> list[Status]:
+    """Cancel every job of the sweep that has not ended; return the states when none of its jobs runs any more.
+
+    Raises:
+        ConfigError: there is no sweep, or the cluster does not answer.
+    """
+    ledger = Ledger(folder)
+    not_ended = {
+        job.folder: state for job in ledger.plan.jobs if (state := read_state(folder / job.folder)).state not in ENDED
+    }
+    sent = {name: state for name, state in not_ended.items() if state.state != "planned"}
+    if sent:
+        backend(ledger.plan.launcher, ledger.plan.launcher_values).cancel(folder, sent)
+    for name in not_ended:
+        transition(folder / name, "cancelled", cause="on request")
+    return ledger.statuses()

@@ -1,0 +1,114 @@
+"""``state.json``: the state of a job, as the job or its sender last wrote it. :func:`transition` is its only writer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Final, Literal
+
+from apt_model.files import write_json
+
+Name = Literal[
+    "planned", "submitted", "pending", "running", "preempted", "requeued", "failed", "cancelled", "done", "unknown"
+]
+
+ENDED: Final[frozenset[Name]] = frozenset({"failed", "cancelled", "done"})
+"""States that do not change by themselves."""
+
+WAITING: Final[frozenset[Name]] = frozenset({"planned", "submitted", "pending"})
+"""States of jobs that have never run."""
+
+TRANSITIONS: Final[dict[Name, frozenset[Name]]] = {
+    "planned": frozenset({"submitted", "running", "preempted", "failed", "cancelled"}),
+    "submitted": frozenset({"submitted", "running", "preempted", "failed", "cancelled"}),
+    # to running: a cluster started it again without a word; to submitted: it died without a word, and is resumed
+    "running": frozenset({"submitted", "running", "preempted", "requeued", "failed", "cancelled", "done"}),
+    "preempted": frozenset({"submitted", "running", "preempted", "requeued", "failed", "cancelled"}),
+    "requeued": frozenset({"submitted", "running", "preempted", "requeued", "failed", "cancelled"}),
+    # a cluster may start a job again whatever became of it
+    "failed": frozenset({"submitted", "running"}),
+    "cancelled": frozenset({"submitted", "running"}),
+    "done": frozenset({"running"}),
+}
+"""To which states each one may change. ``pending`` and ``unknown`` are only observed, never written."""
+
+
+@dataclass(frozen=True)
+class State:
+    """The content of ``state.json``."""
+
+    state: Name = "planned"
+    job_id: str | None = None  # SLURM's, or the local worker's name
+    restarts: int = 0  # attempts before this one
+    since: str = ""  # when the state began
+    seconds: float = 0.0  # taken by the attempts before this one
+    cause: str | None = None
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class ObservedState:
+    """What the machine or the cluster says of a job; ``final``: it will never say anything else."""
+
+    state: Name
+    cause: str | None = None
+    final: bool = False
+
+
+def read_state(folder: Path) -> State:
+    """Return the state of the job in ``folder``; ``planned`` where nothing is written yet."""
+    try:
+        return State(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return State()
+
+
+def is_allowed(before: Name, after: Name) -> bool:
+    """Return whether a job may change from the state ``before`` to ``after``."""
+    return after in TRANSITIONS.get(before, frozenset())
+
+
+def transition(
+    folder: Path,
+    to: Name,
+    *,
+    expected: Name | None = None,
+    cause: str | None = None,
+    loss: float | None = None,
+    job_id: str | None = None,
+    restarts: int | None = None,
+    seconds: float | None = None,
+) -> State:
+    """Change the state of the job in ``folder``, with the time of now, and return it.
+
+    A job that has ended stays as it is: of a job that ends while it is cancelled the first word counts. The state that stands
+    is returned.
+
+    Args:
+        expected: change from this state only; another one stays.
+        job_id: None: as before, and so ``restarts`` and ``seconds``; empty: not known yet.
+
+    Raises:
+        ValueError: no job may change like that.
+    """
+    before = read_state(folder)
+    if (expected is not None and before.state != expected) or (
+        before.state in ENDED and not is_allowed(before.state, to)
+    ):
+        return before
+    if not is_allowed(before.state, to):
+        raise ValueError(f"{folder}: a job cannot change from {before.state} to {to}")
+    after = State(
+        state=to,
+        job_id=before.job_id if job_id is None else job_id or None,
+        restarts=before.restarts if restarts is None else restarts,
+        since=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        seconds=before.seconds if seconds is None else seconds,
+        cause=cause,
+        loss=loss,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "state.json", asdict(after))
+    return after

@@ -1,0 +1,48 @@
+"""A job of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from apt_launch.sweep.application import JobSpec, Resources
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep."""
+
+    number: int
+    identity: str
+    overrides: tuple[str, ...]  # those that vary within the sweep
+    differs: Mapping[str, Any]  # dotted key to value, of every key that is not the same in all jobs
+    resources: Resources
+    steps: int = 0  # updates that it plans
+    spec: JobSpec | None = field(default=None, repr=False, compare=False)  # only where the plan was made
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder, inside the sweep's."""
+        return f"{self.number}-{self.identity[:8]}"
+
+    @property
+    def label(self) -> str:
+        """What distinguishes it from the others, in the user's words."""
+        return " ".join(self.overrides)
+
+    @property
+    def config(self) -> Any:
+        """The application's own form of its config; None: this process did not plan it."""
+        return None if self.spec is None else self.spec.config
+
+
+def short_key(key: str) -> str:
+    """Return the part of a key that distinguishes it: ``route_temp.end``, ``lr``, ``study`` of ``+sweeps/study``."""
+    parts = key.lstrip("+").rpartition("/")[2].split(".")
+    return ".".join(parts[-2:] if parts[-1] in ("start", "end", "warmup", "by", "type", "at") else parts[-1:])
+
+
+def in_short(settings: Mapping[str, str]) -> str:
+    """Return settings with the parts of keys that distinguish them."""
+    return " ".join(f"{short_key(key)}={value}" for key, value in settings.items())

@@ -1,0 +1,255 @@
+"""What a sweep has found: its jobs compared, over seeds and group by group, from what they have recorded so far."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from apt_launch.record import Row, read_rows
+from apt_launch.sweep.application import load
+from apt_launch.sweep.plan.jobs import Job, in_short
+from apt_launch.sweep.plan.plan import Plan
+from apt_launch.sweep.rows import first_enabled, is_number, is_scheduled_value
+from apt_model.errors import ConfigError, nearest
+
+SEEDS = ("seed", "data.seed")
+"""Keys whose values are repetitions of one experiment."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A job and its record."""
+
+    job: Job
+    state: str
+    rows: Sequence[Row] = field(repr=False)
+    cause: str | None = None
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The overrides by which it differs: key to value, as the user wrote them."""
+        return {
+            key.lstrip("+"): value for key, _, value in (override.partition("=") for override in self.job.overrides)
+        }
+
+    @property
+    def without_seeds(self) -> dict[str, str]:
+        """Its settings but for the seeds."""
+        return {key: value for key, value in self.settings.items() if key not in SEEDS}
+
+    @property
+    def label(self) -> str:
+        """Its settings in short."""
+        return in_short(self.settings) or f"job {self.job.number}"
+
+    def series(self, name: str) -> list[tuple[float, float]]:
+        """Return (tokens, value) of a metric, wherever it is a finite number."""
+        return [(row["tokens"], row[name]) for row in self.rows if name in row and is_number(row[name])]
+
+    def at(self, name: str, tokens: float) -> float | None:
+        """Return the metric's last value until ``tokens``."""
+        values = [value for seen, value in self.series(name) if seen <= tokens]
+        return values[-1] if values else None
+
+    @property
+    def switches(self) -> dict[str, float]:
+        """Where each part of the program was enabled, in tokens."""
+        return {part: row["tokens"] for part, row in first_enabled(self.rows).items()}
+
+    @property
+    def scheduled_values(self) -> list[str]:
+        """The metrics that are scheduled values."""
+        return sorted({name for row in self.rows for name in row if is_scheduled_value(name)})
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean, and half of its 95 % interval (Student's); None: one value has no spread."""
+
+    mean: float
+    half_interval: float | None
+
+    @classmethod
+    def of(cls, values: Collection[float]) -> Estimate:
+        """Return that of one value or more."""
+        count = len(values)
+        mean = sum(values) / count
+        if count < 2:
+            return cls(mean, None)
+        variance = sum((value - mean) ** 2 for value in values) / (count - 1)
+        return cls(mean, t_95(count - 1) * math.sqrt(variance / count))
+
+
+def t_95(degrees_of_freedom: int) -> float:
+    """Return Student's t for a two-sided interval of 95 %."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees_of_freedom, 0.975))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Trials that differ in their seeds only."""
+
+    settings: Mapping[str, str]
+    by_seed: Mapping[tuple[str, ...], float]  # the metric
+
+    @property
+    def label(self) -> str:
+        """Its settings in short."""
+        return in_short(self.settings) or "all"
+
+    @property
+    def estimate(self) -> Estimate:
+        """The metric."""
+        return Estimate.of(self.by_seed.values())
+
+    def over(self, other: Group) -> Estimate | None:
+        """Return how much more it is than ``other``, seed by seed: what a seed does to both is left out."""
+        both = [value - other.by_seed[seed] for seed, value in self.by_seed.items() if seed in other.by_seed]
+        return Estimate.of(both) if both else None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What can be said of a sweep as far as it is."""
+
+    plan: Plan
+    metric: str
+    trials: Sequence[Trial]
+    tokens: float | None  # where jobs are compared; None: at their ends, which are equal
+    values: Mapping[int, float]  # the metric there, by the job's number
+    program: Sequence[str]  # the command line without overrides
+    against: str | None = None  # the group that the others are compared with, by its label; None: the best one
+
+    @property
+    def best(self) -> Trial | None:
+        """The trial with the lowest value."""
+        with_value = [trial for trial in self.trials if trial.job.number in self.values]
+        return min(with_value, key=lambda trial: self.values[trial.job.number], default=None)
+
+    @property
+    def keys(self) -> list[str]:
+        """The swept keys, in the order that they were asked in."""
+        return list(dict.fromkeys(key for trial in self.trials for key in trial.settings))
+
+    @property
+    def has_seeds(self) -> bool:
+        """Whether seeds are among what was swept."""
+        return any(key in SEEDS for key in self.keys)
+
+    @property
+    def groups(self) -> list[Group]:
+        """The trials by everything but their seeds, the lowest mean first."""
+        members: dict[tuple[tuple[str, str], ...], dict[tuple[str, ...], float]] = {}
+        for trial in self.trials:
+            if trial.job.number in self.values:
+                settings = tuple(trial.without_seeds.items())
+                seeds = tuple(value for key, value in trial.settings.items() if key in SEEDS)
+                members.setdefault(settings, {})[seeds] = self.values[trial.job.number]
+        groups = [Group(dict(settings), by_seed) for settings, by_seed in members.items()]
+        return sorted(groups, key=lambda group: group.estimate.mean)
+
+    @property
+    def reference(self) -> Group:
+        """The group that the others are compared with; there is a value."""
+        return next((group for group in self.groups if group.label == self.against), self.groups[0])
+
+    @property
+    def compared_with(self) -> str:
+        """What :attr:`reference` is called."""
+        return self.against or "the best"
+
+    @property
+    def summary(self) -> str:
+        """Where the jobs are compared, and which are left out."""
+        have, all_of = len(self.values), len(self.trials)
+        left = (
+            f" {all_of - have} of {all_of} jobs have no {self.metric} there and are left out." if have < all_of else ""
+        )
+        if not have:
+            return f"No job has recorded {self.metric} yet."
+        if self.tokens is None:
+            return (
+                f"All {have} jobs are compared at their end."
+                if not left
+                else f"{have} jobs are compared at their end.{left}"
+            )
+        return (
+            f"The sweep is partial: {have} jobs are compared at {self.tokens:,.0f} tokens, which all of them have reached; no "
+            f"result is final.{left}"
+        )
+
+    def command(self, trial: Trial) -> str:
+        """Return the command line that runs one trial again."""
+        swept = set(trial.settings)
+        fixed = []
+        for override in self.plan.command:
+            key = override.lstrip("+~").partition("=")[0]
+            if key not in swept and not key.startswith(("hydra.", "hydra/", "launch.")):
+                fixed.append(override)
+        return shlex.join([*self.program, *fixed, *trial.job.overrides])
+
+
+def headline(findings: Findings) -> str:
+    """Return the answer in a sentence."""
+    best = findings.best
+    if best is None:
+        return f"{findings.plan.summary}; nothing to compare yet."
+    word = "Best" if findings.tokens is None else "Best so far"
+    value = findings.values[best.job.number]
+    return f"{word} of {len(findings.values)}: job {best.job.number} ({best.label}), {findings.metric} {value:.4f}."
+
+
+Texts = Mapping[str, "str | None"]
+
+
+def find(
+    sweep: Path,
+    states: Mapping[str, str],
+    metric: str = "val/loss",
+    causes: Texts | None = None,
+    against: str | None = None,
+) -> Findings:
+    """Read the records of the sweep in ``sweep``.
+
+    Args:
+        states: the jobs' true states, by folder.
+        metric: what is compared; less is better.
+        causes: why jobs failed, by folder.
+        against: the group of seeds that others are compared with, such as ``study=dense``; None: the best one.
+
+    Raises:
+        ConfigError: there is no such group; see :func:`compare`.
+    """
+    plan = Plan.read(sweep)
+    trials = []
+    for job in plan.jobs:
+        path = sweep / job.folder / "metrics.jsonl"
+        rows = read_rows(path) if path.exists() else []
+        trials.append(Trial(job, states.get(job.folder, "planned"), rows, (causes or {}).get(job.folder)))
+    findings = replace(compare(plan, trials, metric, load(plan.application).program), against=against)
+    labels = [group.label for group in findings.groups]
+    if against is not None and labels and against not in labels:
+        raise ConfigError(f"--against: no jobs of this sweep are {against!r}. {nearest(against, labels)}")
+    return findings
+
+
+def compare(plan: Plan, trials: Sequence[Trial], metric: str, program: Sequence[str]) -> Findings:
+    """Compare ``trials``, the jobs of ``plan``, by ``metric``: at their ends, or as far as all of them have come.
+
+    Raises:
+        ConfigError: jobs have records, but none of them has the metric.
+    """
+    seen = {name for trial in trials for row in trial.rows for name in row}
+    if seen and metric not in seen and any(trial.state == "done" for trial in trials):
+        raise ConfigError(f"--metric: no job has recorded {metric!r}. {nearest(metric, seen)}")
+    reached = {trial.job.number: trial.series(metric)[-1][0] for trial in trials if trial.series(metric)}
+    complete = {t.job.number for t in trials if t.state == "done"} >= set(reached) and len(set(reached.values())) <= 1
+    tokens = None if complete or not reached else min(reached.values())
+    end = math.inf if tokens is None else tokens
+    values = {t.job.number: value for t in trials if (value := t.at(metric, end)) is not None}
+    return Findings(plan, metric, trials, tokens, values, program)

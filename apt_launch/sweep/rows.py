@@ -1,0 +1,43 @@
+"""What the names of metrics say in rows of a record, whatever the application.
+
+``schedule/NAME`` is a scheduled value; ``schedule/PART_enabled`` (0 or 1) says whether a part of the program is enabled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+Row = Mapping[str, float]
+
+PREFIX: Final = "schedule/"
+SWITCH: Final = "_enabled"
+
+
+def is_scheduled_value(name: str) -> bool:
+    """Return whether the metric ``name`` is a scheduled value."""
+    return name.startswith(PREFIX) and not name.endswith((SWITCH, "_frozen"))
+
+
+def enabled(row: Row) -> list[str]:
+    """Return the parts that ``row`` says are enabled."""
+    return [
+        name[len(PREFIX) : -len(SWITCH)]
+        for name, value in row.items()
+        if name.startswith(PREFIX) and name.endswith(SWITCH) and value
+    ]
+
+
+def first_enabled(rows: Sequence[Row]) -> dict[str, Row]:
+    """Return, for each part that was ever enabled, the first of ``rows`` that says so."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        for part in enabled(row):
+            found.setdefault(part, row)
+    return found
+
+
+def is_number(value: Any) -> bool:
+    """Return whether ``value`` can be drawn."""
+    return isinstance(value, int | float) and math.isfinite(value)
