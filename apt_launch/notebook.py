@@ -21,7 +21,7 @@ from apt_launch.record import Row, read_rows
 from apt_launch.runs.alone import alone_in_process
 from apt_launch.runs.folder import RunFolder
 from apt_model.errors import ConfigError, Interrupted
-from apt_model.files import write_whole
+from apt_model.files import write_atomic
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _run(overrides: Sequence[str]) -> Run:
     checked = RunFolder(folder).check(config)
     with _as_it_was(), _logging_to(folder):
         (folder / ".hydra").mkdir(exist_ok=True)
-        write_whole(folder / ".hydra" / "overrides.yaml", json.dumps([*overrides]) + "\n")
+        write_atomic(folder / ".hydra" / "overrides.yaml", json.dumps([*overrides]) + "\n")
         try:
             train(config, folder, checked=checked, own_process=False)
         except Interrupted as interrupted:

@@ -12,7 +12,7 @@ from typing import Any
 from apt_model.errors import ConfigError
 
 
-def write_whole(path: Path, text: str, *, safe: bool = False) -> None:
+def write_atomic(path: Path, text: str, *, safe: bool = False) -> None:
     """Write ``text`` so that a reader finds the old content or the new, never a part.
 
     Args:
@@ -27,7 +27,7 @@ def write_whole(path: Path, text: str, *, safe: bool = False) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` as JSON, whole or not at all."""
-    write_whole(path, json.dumps(content, indent=2) + "\n")
+    write_atomic(path, json.dumps(content, indent=2) + "\n")
 
 
 def sync(path: Path) -> None:

@@ -17,7 +17,7 @@ from apt_model.data.shards import MANIFEST, SPLITS, Manifest, Shard, SplitShards
 from apt_model.data.sources import Run, joined
 from apt_model.data.tokenizer import FILE_NAME, Tokenizer
 from apt_model.errors import ConfigError
-from apt_model.files import sync, write_whole
+from apt_model.files import sync, write_atomic
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -79,7 +79,7 @@ def _write(folder: Path, corpus: Documents, tokenizer: Tokenizer, on_progress: O
     def save(split: Split, progress: SplitShards) -> None:
         splits[split] = progress
         kept = {name: found.model_dump() for name, found in splits.items()}
-        write_whole(partial / PROGRESS, json.dumps({"about": about, "splits": kept}), safe=True)
+        write_atomic(partial / PROGRESS, json.dumps({"about": about, "splits": kept}), safe=True)
 
     try:
         for split in reversed(SPLITS):  # what is wrong with the smaller one is found before hours go into the other
@@ -91,7 +91,7 @@ def _write(folder: Path, corpus: Documents, tokenizer: Tokenizer, on_progress: O
             shutil.rmtree(partial, ignore_errors=True)
         raise
     if tokenizer.content is not None:
-        write_whole(partial / FILE_NAME, tokenizer.content, safe=True)
+        write_atomic(partial / FILE_NAME, tokenizer.content, safe=True)
     manifest = Manifest(
         dtype=tokenizer.dtype.str.replace("|", "<"),
         vocab_size=tokenizer.vocab_size,
@@ -100,7 +100,7 @@ def _write(folder: Path, corpus: Documents, tokenizer: Tokenizer, on_progress: O
         source=about,
         splits=splits,
     )
-    write_whole(partial / MANIFEST, manifest.model_dump_json(indent=2), safe=True)
+    write_atomic(partial / MANIFEST, manifest.model_dump_json(indent=2), safe=True)
     (partial / PROGRESS).unlink()
     sync(partial)
     partial.rename(folder)

@@ -48,7 +48,7 @@ HOSTILE = {
     "an alias in an allowed module": ("apt_model.gpt.torch.load", {"f": "pickle", "weights_only": False}),
     "an alias in torch": ("torch.optim.adamw.torch.load", {"f": "pickle"}),
     "an alias in ours": ("apt_launch.runs.session.os.system", {"command": "rm victim"}),
-    "a method of ours": ("apt_model.files.write_whole", {"path": "victim", "text": ""}),
+    "a method of ours": ("apt_model.files.write_atomic", {"path": "victim", "text": ""}),
     "a neighbour of what is allowed": ("torch.optim.SGD", {"lr": 1.0}),
     "another group's": ("apt_launch.tracking.wandb.WandbTracker", {}),
     "functools": ("functools.partial", {"_args_": ["os.remove"]}),

@@ -13,7 +13,7 @@ from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
 from apt_launch.sweep.values import to_yaml
 from apt_model.errors import ConfigError
-from apt_model.files import refuse_place, write_json, write_whole
+from apt_model.files import refuse_place, write_atomic, write_json
 
 
 def carry_out(plan: Plan, folder: Path, where: Backend) -> None:
@@ -102,8 +102,8 @@ def prepare(plan: Plan, folder: Path, jobs: Sequence[Job]) -> None:
         own = folder / job.folder
         (own / ".hydra").mkdir(parents=True, exist_ok=True)
         values = plan.values(job)
-        write_whole(own / "config.yaml", to_yaml(values))
-        write_whole(own / ".hydra" / "overrides.yaml", to_yaml({"overrides": list(job.overrides)}))
+        write_atomic(own / "config.yaml", to_yaml(values))
+        write_atomic(own / ".hydra" / "overrides.yaml", to_yaml({"overrides": list(job.overrides)}))
         about = {
             "sweep": plan.id,
             "number": job.number,

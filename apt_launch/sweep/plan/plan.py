@@ -12,7 +12,7 @@ from apt_launch.sweep.application import TRAINER, Resources
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.values import flatten, from_yaml, to_yaml, unflatten
 from apt_model.errors import ConfigError
-from apt_model.files import write_whole
+from apt_model.files import write_atomic
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Plan:
             ],
         }
         head = f"# {self.summary}. A job's config: what all share, and under its own config, by dotted key, what differs.\n"
-        write_whole(folder / "plan.yaml", head + to_yaml(content))
+        write_atomic(folder / "plan.yaml", head + to_yaml(content))
 
     @classmethod
     def read(cls, folder: Path) -> Plan:

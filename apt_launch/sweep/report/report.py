@@ -11,7 +11,7 @@ from typing import Any
 from apt_launch.record import Row
 from apt_launch.sweep.plan.jobs import short_key
 from apt_launch.sweep.report.findings import Estimate, Findings, Texts, find, headline
-from apt_model.files import write_whole
+from apt_model.files import write_atomic
 
 
 def write_report(
@@ -34,7 +34,7 @@ def write_report(
         "report.html": as_page(findings, drawn),
     }
     for name, text in files.items():
-        write_whole(folder / name, text)
+        write_atomic(folder / name, text)
     return [folder / name for name in files] + [folder / f"{name}.png" for name in drawn]
 
 
