@@ -286,6 +286,8 @@ def commands_page() -> str:
 def help_of(name: str, *more: str) -> str:
     """Return what a command prints with ``--help``, 100 columns wide and without colours."""
     module = importlib.import_module(f"apt_launch.{name}")
+    if hasattr(module, "__path__"):  # a package
+        module = importlib.import_module(f"apt_launch.{name}.__main__")
     said = io.StringIO()
     before = sys.argv, os.environ.copy()
     try:
