@@ -288,7 +288,7 @@ def on_terminal(arguments: list[str], folder: Path, variables: dict[str, str] | 
     process = Fork(
         ["apt_launch", *arguments],
         cwd=folder,
-        env=environment(TERM="xterm-256color", COLUMNS="100", **(variables or {})),
+        env=environment(**{"TERM": "xterm-256color", "COLUMNS": "100"} | (variables or {})),
         stdin=child,
         stdout=child,
         stderr=child,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from apt_launch.config.load import CONF, parse
 from apt_launch.config.run_config import RunConfig, is_neutral
 from apt_model.data.tokenizer import train_tokenizer
 from apt_model.errors import ConfigError
+from apt_model.training.options import CONCERNS
 
 Composed = Callable[..., RunConfig]
 
@@ -125,9 +127,12 @@ def test_keys_in_yaml_equal_parameters_of_the_class(target: tuple[str, type[sche
     if name == "apt_model.schedule.ScheduleRunner":
         assert set(parameters) == {"horizon", "modules", "broadcast", "program", "curriculum"}
         return
+    taken = set(parameters)
     if name in schema.GROUPS["trainer"]:
         keys -= {key for key in keys if schema.role_of(f"trainer.{key}") is schema.Role.PROCESS}
-    assert keys <= set(parameters), f"{name} does not take {keys - set(parameters)}"
+        assert CONCERNS.keys() <= taken
+        taken |= {option.name for kind in CONCERNS.values() for option in fields(kind)}
+    assert keys <= taken, f"{name} does not take {keys - taken}"
     given = {"model": {"moe", "align", "voter"}, "optimizer": set()}
     forgotten = {
         parameter.name
@@ -135,7 +140,7 @@ def test_keys_in_yaml_equal_parameters_of_the_class(target: tuple[str, type[sche
         if parameter.default is inspect.Parameter.empty and parameter.kind is inspect.Parameter.KEYWORD_ONLY
     } - keys
     injected = {"moe", "model", "optimizer", "schedule", "corpus", "d_model", "folder"}
-    injected |= {"run_id", "config", "updates_per_epoch"}
+    injected |= {"run_id", "config", "updates_per_epoch", *CONCERNS}
     assert forgotten <= injected | given["model"], f"{name} needs {forgotten}, which no key gives"
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from apt_launch.drawing import Drawing, new_figure
-from tests.conftest import REPOSITORY, SMALL, environment
+from tests.conftest import SMALL
+from tests.forks import REPOSITORY, environment
 
 SWEEP = REPOSITORY / "tests" / "fixtures" / "earlier_sweeps" / "finished"
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import SMALL, environment
+from tests.conftest import SMALL
+from tests.forks import environment
 
 PROGRAM = """
 import collections, json, os, sys

@@ -25,7 +25,7 @@ from apt_launch.sweep.control.ledger import Ledger
 from apt_launch.sweep.plan.plan import Plan
 from apt_launch.sweep.watch.live import Watch
 from apt_model.errors import ConfigError
-from tests.conftest import REPOSITORY, environment, run_module
+from tests.forks import HANGS, REPOSITORY, environment, run_module
 
 Sweep = Callable[[str], Path]
 
@@ -117,6 +117,6 @@ def test_a_folder_cannot_name_code(earlier: Sweep) -> None:
     about = json.loads((own / "job.json").read_text())
     (own / "job.json").write_text(json.dumps({**about, "application": name}))
     code = f"from apt_launch.job import perform; from pathlib import Path; perform(Path({str(own)!r}))"
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), timeout=HANGS, check=False)
     assert done.returncode == 1
     assert "is not known here" in (own / "log.txt").read_text()

@@ -18,7 +18,8 @@ from apt_launch.sweep.jobs.state import read_state, transition
 from apt_launch.sweep.lease import Holder
 from apt_launch.sweep.report.report import write_report
 from apt_launch.sweep.watch.live import Watch
-from tests.conftest import SMALL, run_module
+from tests.conftest import SMALL
+from tests.forks import run_module
 
 
 @pytest.fixture
