@@ -188,7 +188,7 @@ def test_the_half_of_sweeps_loads_nothing_of_the_trainer() -> None:
         f"import {', '.join(name for name in theirs if not name.endswith('__main__'))}\n"
         "import sys; print(*[name for name in sys.modules if name.startswith(('apt_model.', 'apt_launch.'))])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGS, check=True)
     others = {name for name in result.stdout.split() if not name.startswith("apt_launch.sweep")}
     assert others <= {*BASE, *GROUND}
     assert "torch" not in loaded(code)

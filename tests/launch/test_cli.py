@@ -9,6 +9,7 @@ import re
 import select
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -283,16 +284,19 @@ def test_a_terminal_gets_a_progress_bar_with_the_curriculum(text_file: Path, tmp
     assert "epoch 2, step 8: moe on" in shown
 
 
-def on_terminal(arguments: list[str], folder: Path, variables: dict[str, str] | None = None) -> tuple[str, int]:
+def on_terminal(
+    arguments: list[str], folder: Path, variables: dict[str, str] | None = None, *, fresh: bool = False
+) -> tuple[str, int]:
+    """Run the command on a terminal; return what that showed, and the exit code. ``fresh``: torch is not loaded yet."""
     parent, child = pty.openpty()
-    process = Fork(
-        ["apt_launch", *arguments],
-        cwd=folder,
-        env=environment(**{"TERM": "xterm-256color", "COLUMNS": "100"} | (variables or {})),
-        stdin=child,
-        stdout=child,
-        stderr=child,
-    )
+    env = environment(**{"TERM": "xterm-256color", "COLUMNS": "100"} | (variables or {}))
+    streams = {"stdin": child, "stdout": child, "stderr": child}
+    command = ["apt_launch", *arguments]
+    process: Fork | subprocess.Popen[bytes]
+    if fresh:
+        process = subprocess.Popen([sys.executable, "-m", *command], cwd=folder, env=env, **streams)
+    else:
+        process = Fork(command, cwd=folder, env=env, **streams)
     os.close(child)
     shown = b""
     while True:

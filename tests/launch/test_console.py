@@ -65,7 +65,7 @@ def test_the_bar_has_colours_unless_they_are_unwanted(no_color: bool, monkeypatc
 
 
 def test_a_dumb_terminal_gets_a_whole_run_without_a_control_character(text_file: Path, tmp_path: Path) -> None:
-    shown, returncode = on_terminal(small(text_file), tmp_path, {"TERM": "dumb"})
+    shown, returncode = on_terminal(small(text_file), tmp_path, {"TERM": "dumb"}, fresh=True)
     assert returncode == 0
     assert "\x1b" not in shown
     assert "\r" not in shown.replace("\r\n", "")

@@ -11,7 +11,7 @@ import pytest
 
 from apt_launch.drawing import Drawing, new_figure
 from tests.conftest import SMALL
-from tests.forks import REPOSITORY, environment
+from tests.forks import HANGS, REPOSITORY, environment
 
 SWEEP = REPOSITORY / "tests" / "fixtures" / "earlier_sweeps" / "finished"
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -26,7 +26,7 @@ def call(module: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess
         "MPLCONFIGDIR": str(cwd / "no_fonts"),
     }
     command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=HANGS, check=False)
 
 
 @pytest.mark.parametrize(

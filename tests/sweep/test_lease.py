@@ -18,6 +18,7 @@ import pytest
 from apt_launch.sweep import lease as module
 from apt_launch.sweep.lease import Holder, Lease, holder_is_alive, read_holder
 from apt_model.errors import ConfigError
+from tests.forks import HANGS
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def gone() -> Holder:
     """A holder of this host whose process has ended."""
     code = "import json, dataclasses; from apt_launch.sweep.lease import Holder; "
     code += "print(json.dumps(dataclasses.asdict(Holder.this_process('7', 0))))"
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANGS)
     return Holder(**json.loads(printed.stdout))
 
 
