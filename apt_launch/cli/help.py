@@ -40,7 +40,7 @@ EXAMPLES: Final = (
 
 COMMON: Final = {
     "schedule.route_temp.end": "the router's temperature at the end; also start, by, type, warmup",
-    "schedule.enable_moe_at_epoch": "when experts go on (null: never); also align, voter",
+    "schedule.enable_moe_at_epoch": "when experts are enabled (null: never); also align, voter",
     "trainer.max_epochs": "length of the run",
     "trainer.max_batches_per_epoch": "null: all that the text gives",
     "trainer.batch_size": "sequences of model.seq_len tokens",
@@ -68,7 +68,7 @@ FLAGS: Final = {
 
 MORE: Final = (
     "Every key with its default and meaning: conf/, one file a choice. Guides: README.md and docs/.",
-    "A mistake in the config is told before anything starts, with the nearest valid names.",
+    "A mistake in the config is reported before anything starts, with the nearest valid names.",
     "Exit codes: 0 done, 1 a run failed, 2 the config or the command line is wrong, 130 interrupted.",
 )
 
@@ -97,9 +97,9 @@ def _print(console: Console) -> None:
             column.overflow = "fold"
         console.print(table)
 
-    def told_of(group: Group) -> Sequence[str]:
+    def purpose_of(group: Group) -> Sequence[str]:
         options = ", ".join(f"{option}*" if option == group.default else option for option in group.options)
-        return (group.told, options) if console.width >= 76 else (f"{group.told}\n{options}",)
+        return (group.purpose, options) if console.width >= 76 else (f"{group.purpose}\n{options}",)
 
     console.print(
         Text(
@@ -111,23 +111,23 @@ def _print(console: Console) -> None:
     heading("Usage")
     console.print(Text("  python -m apt_launch [FLAG ...] [GROUP=OPTION ...] [KEY=VALUE ...]\n  apt-launch: the same"))
     heading("Examples")
-    for told, command in EXAMPLES:
-        if told:
-            console.print(Text(f"  {told}", style="dim"))
+    for text, command in EXAMPLES:
+        if text:
+            console.print(Text(f"  {text}", style="dim"))
         console.print(Text(f"    {command}", style="cyan"), soft_wrap=True)
     heading("Groups: GROUP=OPTION (* is what you get without a word)")
     listed(
-        (f"+{name}" if name in ADDED else name, *told_of(group))
+        (f"+{name}" if name in ADDED else name, *purpose_of(group))
         for name, group in groups().items()
         if name not in LESS_COMMON
     )
     heading("Common keys: KEY=VALUE (with the value they have)")
     known = keys()
-    listed((f"{key}={value if len(value := known[key].value) < 12 else '...'}", told) for key, told in COMMON.items())
+    listed((f"{key}={value if len(value := known[key].value) < 12 else '...'}", text) for key, text in COMMON.items())
     heading("Flags")
     listed(FLAGS.items())
     heading("Other commands (each has --help)")
-    listed((f"python -m {module}", told) for module, told in COMMANDS.items())
+    listed((f"python -m {module}", text) for module, text in COMMANDS.items())
     heading("More")
     for sentence in MORE:
         console.print(Padding(Text(sentence), (0, 0, 0, 2)))

@@ -1,6 +1,6 @@
 """What is right by itself and wrong together: values of different groups, a curriculum in its run, what is not installed.
 
-Each check tells all that it finds. Torch stays unloaded.
+Each check reports all that it finds. Torch stays unloaded.
 """
 
 from __future__ import annotations

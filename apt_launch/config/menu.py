@@ -26,20 +26,20 @@ ADDED: Final = {
     "sweeps": "a sweep that is kept, with --multirun",
     "sweeps/study": "one of the ways that +sweeps=study compares",
 }
-"""Groups that no run has unless it is told to, by ``+``, and what they are for."""
+"""Groups that no run has unless they are added, by ``+``, and what they are for."""
 
-DEFAULT = re.compile(r"  - (?:override )?(?P<group>[\w/]+): (?P<option>\w+)(?: # (?P<told>.*))?")
+DEFAULT = re.compile(r"  - (?:override )?(?P<group>[\w/]+): (?P<option>\w+)(?: # (?P<comment>.*))?")
 HIDDEN = re.compile(r"(^|\.)_\w+_$|^hydra\.(callbacks|help|job|job_logging)\.")
 """Keys that nobody sets."""
 
-ENTRY = re.compile(r"(?P<indent> *)(?P<key>[\w/]+):(?: (?P<value>[^#\n]*[^#\s]))?(?: +# (?P<told>.*))?")
+ENTRY = re.compile(r"(?P<indent> *)(?P<key>[\w/]+):(?: (?P<value>[^#\n]*[^#\s]))?(?: +# (?P<comment>.*))?")
 
 
 @dataclass(frozen=True)
 class Group:
     """A group: what it is for, the names of its files, and which is chosen where nothing is said (None: none of them)."""
 
-    told: str
+    purpose: str
     options: tuple[str, ...]
     default: str | None
 
@@ -49,9 +49,9 @@ def groups() -> dict[str, Group]:
     found = {}
     for match in map(DEFAULT.fullmatch, _lines(CONF / "config.yaml")):
         if match:
-            name, option, told = match["group"], match["option"], match["told"] or ""
-            found[name] = Group(told, _options(name), None if option == "null" else option)
-    return found | {name: Group(told, _options(name), None) for name, told in ADDED.items()}
+            name, option, comment = match["group"], match["option"], match["comment"] or ""
+            found[name] = Group(comment, _options(name), None if option == "null" else option)
+    return found | {name: Group(comment, _options(name), None) for name, comment in ADDED.items()}
 
 
 def _options(group: str) -> tuple[str, ...]:
@@ -104,15 +104,15 @@ def _keys_of(path: Path) -> dict[str, Key]:
         above.append((len(match["indent"]), match["key"]))
         if match["value"] is not None:
             key = ".".join(key for _, key in above)
-            found[key] = Key(match["value"], _choices(match["value"], match["told"] or ""))
+            found[key] = Key(match["value"], _choices(match["value"], match["comment"] or ""))
     return found
 
 
-def _choices(value: str, told: str) -> tuple[str, ...]:
+def _choices(value: str, comment: str) -> tuple[str, ...]:
     """Return the words that a comment lists: ``sdpa, eager``, also after a colon and with remarks in brackets."""
     if value in ("true", "false"):
         return ("true", "false")
-    listed = re.sub(r"\s*\([^)]*\)", "", told).rpartition(": ")[2].split(", ")
+    listed = re.sub(r"\s*\([^)]*\)", "", comment).rpartition(": ")[2].split(", ")
     return tuple(listed) if value in listed and all(re.fullmatch(r"[\w:]+", word) for word in listed) else ()
 
 

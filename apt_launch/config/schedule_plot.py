@@ -21,7 +21,7 @@ class Sheet:
     horizon: str
     num_steps: int
     steps: list[int]
-    values: dict[str, list[float]]  # anneals: in force at each of steps
+    values: dict[str, list[float]]  # anneals: the scheduled value at each of steps
     stretches: dict[str, list[tuple[int, int]]]  # modules: where they are on, in steps
     notes: dict[str, str]  # modules: what is written beside
 

@@ -194,8 +194,8 @@ def table(
     if config.trainer.precision == "auto" and phases[0].compute_bytes == FP32:
         phases = sizes(config, on_gpu=True)
     if gpu is not None:
-        told = cost(config, phases, gpu=gpu, num_gpus=num_gpus, mfu=mfu)
-        return _drawn(phases, told, told.per_device, num_gpus, sequences(config, num_gpus))
+        estimate = cost(config, phases, gpu=gpu, num_gpus=num_gpus, mfu=mfu)
+        return _drawn(phases, estimate, estimate.per_device, num_gpus, sequences(config, num_gpus))
     if problems := _sharing_problems(config, num_gpus):
         raise ConfigError(*problems)
     share = sequences(config, num_gpus)

@@ -18,7 +18,7 @@ Memory of one device, in bytes:
 
 FLOPs are those of matrix products, 2 a multiply-add. The backward pass takes twice the forward pass (arXiv:2001.08361);
 attention scores are counted without their causal half, and what is computed again in the backward pass (model.loss_chunk,
-trainer.activation_checkpointing) is not counted, as is usual where MFU is told (PaLM, arXiv:2204.02311).
+trainer.activation_checkpointing) is not counted, as is usual where MFU is stated (PaLM, arXiv:2204.02311).
 """
 
 from __future__ import annotations

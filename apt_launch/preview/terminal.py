@@ -49,7 +49,7 @@ def _plan_table(plan: Plan) -> Table:
         ("identity", "left"),
         ("what differs", "left"),
         ("steps", "right"),
-        ("gets", "left"),
+        ("resources", "left"),
     ):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for job in plan.jobs:

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 class Stdout(_Handler):
     """Logs to whatever ``sys.stdout`` is at the time, so that a progress bar can keep its line to itself.
 
-    Tracebacks are for the log file; what a user should know of an error is told where the command ends.
+    Tracebacks are for the log file; what a user should know of an error is printed where the command ends.
     """
 
     def __init__(self) -> None:
@@ -72,8 +72,8 @@ class _Announcements(Callback):
         for change in changes:
             if isinstance(change.value, bool) and (change.value or trainer.clock.step):
                 name, state = change.name.rsplit("_", 1)
-                told = {"enabled": ("on", "off"), "frozen": ("frozen", "trained again")}[state]
-                logger.info("%s: %s %s", trainer.clock, name, told[0] if change.value else told[1])
+                words = {"enabled": ("on", "off"), "frozen": ("frozen", "trained again")}[state]
+                logger.info("%s: %s %s", trainer.clock, name, words[0] if change.value else words[1])
 
     def on_epoch_end(self, trainer: TrainerView) -> None:
         state = curriculum_state(trainer, values=self.tells_values)
@@ -172,7 +172,7 @@ class ProgressBar(_Announcements):
 
 
 def curriculum_state(trainer: TrainerView, *, values: bool = True) -> str:
-    """Return what is in force in one short line: modules that are on, then ``values``."""
+    """Return the scheduled values in one short line: modules that are enabled, then ``values``."""
     metrics = trainer.schedule.metrics()
     on = " + ".join(modules_on(metrics))
     moving = [f"{name} {value:.3g}" for name, value in anneals(metrics).items()] if values else []

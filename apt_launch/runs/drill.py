@@ -1,7 +1,7 @@
 """``launch.drill``: interrupt a run on purpose, and prove that it continues exactly.
 
-Half-way the run stops as it would for a cluster's signal, with a checkpoint. The interrupted process then goes on a little
-by itself, in its memory only: what it computes there is what an uninterrupted run would have. The life that goes on from
+Half-way the run stops as it would for a cluster's signal, with a checkpoint. The interrupted process then continues a little
+by itself, in its memory only: what it computes there is what an uninterrupted run would have. The attempt that continues from
 the checkpoint must give the same rows and the same weights, bit for bit.
 """
 
@@ -44,15 +44,15 @@ class Drill:
         self.wanted = config.launch.drill
         self.half = config.horizon.steps // 2
         self.last = config.horizon.steps
-        self.told: dict[str, Any] | None = None
+        self.saved: dict[str, Any] | None = None
         if self.wanted and self.path.exists():
-            self.told = json.loads(self.path.read_text(encoding="utf-8"))
+            self.saved = json.loads(self.path.read_text(encoding="utf-8"))
         self._trainer: BaseTrainer | None = None
 
     @property
     def to_come(self) -> bool:
         """Whether the interruption is still ahead."""
-        return self.wanted and self.told is None
+        return self.wanted and self.saved is None
 
     def stop_or(self, stop: Callable[[], bool]) -> Callable[[], bool]:
         """Return a request to stop when the drill wants it, or when ``stop`` says so."""
@@ -65,38 +65,38 @@ class Drill:
 
     @property
     def callbacks(self) -> list[Callback]:
-        """What compares, in the life after the interruption."""
+        """What compares, in the attempt after the interruption."""
         from apt_model.training.callbacks import Callback
 
-        if self.told is None or self.told["verified"]:
+        if self.saved is None or self.saved["verified"]:
             return []
 
         class Compare(Callback):
-            def __init__(self, path: Path, told: dict[str, Any]) -> None:
-                self.path, self.told = path, told
-                self.rows = {row["step"]: row for row in told["rows"]}
+            def __init__(self, path: Path, saved: dict[str, Any]) -> None:
+                self.path, self.saved = path, saved
+                self.rows = {row["step"]: row for row in saved["rows"]}
 
             def on_step(self, trainer: TrainerView) -> None:
                 step = trainer.clock.step
                 if step in self.rows and trainer.last_row.get("step") == step and "train/loss" in trainer.last_row:
                     _compare(self.rows[step], _comparable(trainer.last_row))
-                if step == self.told["until"] - 1:
+                if step == self.saved["until"] - 1:
                     digest = weights(trainer)  # on every rank, one of which notes it
-                    if digest != self.told["weights"]:
+                    if digest != self.saved["weights"]:
                         raise TrainingError(
                             f"drill: the weights after step {step} are not those of the uninterrupted run."
                         )
                     if not _is_other_rank():
-                        write_json(self.path, self.told | {"verified": True})
+                        write_json(self.path, self.saved | {"verified": True})
                     logger.info(
                         "drill: interrupted before step %d, continued exactly: %d rows and all weights after step %d are "
                         "those of the uninterrupted run, bit for bit",
-                        self.told["step"],
+                        self.saved["step"],
                         len(self.rows),
                         step,
                     )
 
-        return [Compare(self.path, self.told)]
+        return [Compare(self.path, self.saved)]
 
     def fit(self, trainer: BaseTrainer) -> None:
         """Train; where the drill stopped it, note what an uninterrupted run would have computed next.
@@ -126,7 +126,7 @@ class Drill:
         trainer.stop_requested = lambda: trainer.clock.step >= until
         with contextlib.suppress(Interrupted):
             trainer.fit()
-        told = {
+        saved = {
             "step": begun,
             "until": until,
             "rows": [_comparable(row) for row in rows if "train/loss" in row],
@@ -134,7 +134,7 @@ class Drill:
             "verified": False,
         }
         if not _is_other_rank():
-            write_json(self.path, told)
+            write_json(self.path, saved)
 
 
 def _is_other_rank() -> bool:
@@ -151,8 +151,8 @@ def _compare(expected: dict[str, float], found: dict[str, float]) -> None:
     """Raise if ``found`` differs anywhere; ``expected`` was logged in full, which not every row is."""
     names = sorted(name for name in found if expected.get(name) != found[name])
     if names:
-        told = ", ".join(f"{name} {found.get(name)!r} instead of {expected.get(name)!r}" for name in names[:3])
-        raise TrainingError(f"drill: step {expected['step']} is not that of the uninterrupted run: {told}.")
+        differences = ", ".join(f"{name} {found.get(name)!r} instead of {expected.get(name)!r}" for name in names[:3])
+        raise TrainingError(f"drill: step {expected['step']} is not that of the uninterrupted run: {differences}.")
 
 
 def weights(trainer: TrainerView) -> str:

@@ -1,4 +1,4 @@
-"""A run's folder: where things lie, whether it is free, and what a resume goes on from."""
+"""A run's folder: where things lie, whether it is free, and what a resume continues from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from apt_model.training.checkpoint import Checkpoints, newest_intact, read_manif
 
 @dataclass(frozen=True)
 class Resume:
-    """A checkpoint to go on from, and what there is to say about it."""
+    """A checkpoint to continue from, and remarks about it."""
 
     checkpoint: Path
     rows: int  # of metrics, logged before it
@@ -68,8 +68,8 @@ class RunFolder:
                 with contextlib.suppress(OSError):  # it holds more
                     above.rmdir()
 
-    def going_on(self) -> str:
-        """Return the command that goes on with the run: what began it, from its newest checkpoint."""
+    def resume_command(self) -> str:
+        """Return the command that continues the run: what began it, from its newest checkpoint."""
         path = self.path / ".hydra" / "overrides.yaml"
         given = [str(one) for one in OmegaConf.load(path)] if path.exists() else []
         kept = [one for one in given if not one.startswith(("hydra.run.dir=", "trainer.resume="))]
@@ -96,8 +96,8 @@ class RunFolder:
         """
         refuse_place(self.path, "hydra.run.dir")
         resume = self.resume(config)
-        going_on = resume is not None and self.owns(resume.checkpoint)
-        if self.holds_a_run and not going_on and config.trainer.resume != "auto":
+        own = resume is not None and self.owns(resume.checkpoint)
+        if self.holds_a_run and not own and config.trainer.resume != "auto":
             raise ConfigError(
                 f"hydra.run.dir: {self.path} already holds a run. Go on with it by trainer.resume=auto, or choose another "
                 "folder."
@@ -115,7 +115,7 @@ class RunFolder:
         return [(epoch, batch) for epoch, batch in json.loads(self._left_out.read_text(encoding="utf-8"))["updates"]]
 
     def leave_out(self, updates: list[tuple[int, int]]) -> None:
-        """Note updates that every later life leaves out."""
+        """Note updates that every later attempt leaves out."""
         write_json(self._left_out, {"updates": updates})
 
     def resume(self, config: RunConfig) -> Resume | None:

@@ -49,5 +49,5 @@ class StopRequest:
             return
         self.made = True
         more = "; once more leaves at once" if number == signal.SIGINT else ""
-        told = f"{signal.Signals(number).name}: finishing this update and writing a checkpoint{more}.\n"
-        os.write(2, told.encode())  # a handler may interrupt a write: nothing that buffers is safe here
+        text = f"{signal.Signals(number).name}: finishing this update and writing a checkpoint{more}.\n"
+        os.write(2, text.encode())  # a handler may interrupt a write: nothing that buffers is safe here

@@ -17,7 +17,7 @@ from apt_model.schedule.rows import anneals, first_on
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return the first, last and best losses, when modules went on, and the ends that anneals had."""
+    """Return the first, last and best losses, when modules were enabled, and the ends that anneals had."""
     train = [row for row in rows if "train/loss" in row]
     val = [row for row in rows if "val/loss" in row]
     on = first_on(train)
@@ -73,9 +73,9 @@ def suggest(folder: RunFolder) -> None:
     """Say what can be done after a run."""
     console = Console(highlight=False)
     console.print("\nWhat next?", style="bold")
-    for told, command in (
+    for text, command in (
         ("text from this model", f"apt_launch.generate {shlex.quote(str(folder.path))} --prompt 'def '"),
         ("other curricula, before they run", "apt_launch.preview schedule.route_temp.end=0.6,0.8"),
         ("and which of them is better", "apt_launch --multirun schedule.route_temp.end=0.6,0.8"),
     ):
-        console.print(f"  {told}:\n    python -m {command}", soft_wrap=True, markup=False)
+        console.print(f"  {text}:\n    python -m {command}", soft_wrap=True, markup=False)

@@ -40,9 +40,9 @@ def train(
         own_process: whether the process is the run's own, which a second Ctrl-C ends.
 
     Raises:
-        ConfigError: the folder is taken or not the same on all ranks, or something that only torch can tell is wrong.
+        ConfigError: the folder is taken or not the same on all ranks, or something that only torch can find out is wrong.
         TrainingError: the run failed; ``summary.json`` has the cause.
-        Interrupted: it was stopped on request and can go on.
+        Interrupted: it was stopped on request and can continue.
     """
     folder = RunFolder(path)
     checked = checked or folder.check(config)

@@ -19,12 +19,11 @@ def config_loader(folder: Path, more: Path | None = None) -> Iterator[Any]:
     from hydra.core.config_search_path import SearchPathQuery
     from hydra.core.global_hydra import GlobalHydra
 
-    hydra = GlobalHydra.instance()
-    before = hydra.hydra
-    hydra.clear()
+    before = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
-            loader: Any = hydra.config_loader()
+            loader: Any = GlobalHydra.instance().config_loader()
             if more is not None:
                 # hydra.searchpath would add the folder for composing only: glob(*) and names of groups ask the repository
                 path = loader.get_search_path()
@@ -32,4 +31,4 @@ def config_loader(folder: Path, more: Path | None = None) -> Iterator[Any]:
                 loader.repository.initialize_sources(path)
             yield loader
     finally:
-        hydra.hydra = before
+        GlobalHydra.instance().hydra = before  # not the instance of above: leaving initialize_config_dir makes another

@@ -22,7 +22,7 @@ PATIENCE = {"done": 60.0, "failed": 60.0, "interrupted": 15.0}
 
 
 class Tracker(Protocol):
-    """A service that is shown the rows of a run, all of them at each start. It may fail; the run goes on."""
+    """A service that is shown the rows of a run, all of them at each start. It may fail; the run continues."""
 
     def log(self, row: Row) -> None:
         """Take one row, or skip one that it has; ``row["step"]`` never falls."""

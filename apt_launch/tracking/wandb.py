@@ -28,7 +28,7 @@ class WandbTracker:
     Args:
         mode: ``offline``; or ``online``, which needs a key and is offline without one, or while the service is away.
         folder: the run's folder.
-        run_id: the same for every life of the run.
+        run_id: the same for every attempt of the run.
         config: what W&B shows as the run's config.
         updates_per_epoch: planned; see above.
         group: the sweep that the run belongs to.
@@ -187,7 +187,7 @@ def _its_threads_quiet() -> Iterator[None]:
 
 
 def _put_earlier_away(folder: Path) -> None:
-    """Make room for a whole offline run: what earlier lives left of it is kept, out of the way of ``wandb sync``."""
+    """Make room for a whole offline run: what earlier attempts left of it is kept, out of the way of ``wandb sync``."""
     for earlier in folder.glob("offline-run-*"):
         (folder / "earlier").mkdir(exist_ok=True)
         earlier.rename(folder / "earlier" / earlier.name)
