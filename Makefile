@@ -9,7 +9,7 @@ EXAMPLES ?= 400
 TESTS ?= tests
 WORKERS ?= 4
 
-.PHONY: help run test test-fast coverage soak gpu lint docs wheel clean
+.PHONY: help run test test-fast coverage soak gpu lint docs wheel pythons clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -47,6 +47,9 @@ docs: $(VENV)/.installed ## build the documentation into build/site; a warning i
 
 wheel: $(VENV)/.installed ## build the wheel and run it from another folder in an environment of its own
 	PYTHON_BIN="$(abspath $(BIN)/python)" sh tests/wheel.sh
+
+pythons: $(VENV)/.installed ## what needs no torch, on Python 3.10 and 3.13, where they are
+	PYTHON_BIN="$(abspath $(BIN)/python)" sh tests/pythons.sh
 
 clean: ## remove the environment and what tools left
 	rm -rf $(VENV) build dist .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis
