@@ -68,7 +68,7 @@ SHARED_OUT = {"slurm/test_sweeps": 2, "launch/test_sweep": 2, "training/test_com
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what is slow; say which tests stay together in one process, and put the longest first, under pytest-xdist."""
-    several = config.pluginmanager.hasplugin("xdist") and getattr(config.option, "dist", "no") != "no"
+    several = hasattr(config, "workerinput")  # in a process of pytest-xdist's
     ranks: dict[pytest.Item, int] = {}
     for number, item in enumerate(items):
         name = item.path.relative_to(REPOSITORY / "tests").with_suffix("").as_posix()
