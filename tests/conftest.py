@@ -65,8 +65,8 @@ SHARED_OUT = {"slurm/test_sweeps": 2, "launch/test_sweep": 2, "training/test_com
 """Files whose tests several processes may share, and how many. Those of any other file stay together, with its fixtures."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m chooses
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)  # before -m chooses, and before pytest-xdist reads its groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     """Mark what is slow; say which tests stay together in one process, and put the longest first, under pytest-xdist."""
     several = hasattr(config, "workerinput")  # in a process of pytest-xdist's
     ranks: dict[pytest.Item, int] = {}
@@ -79,6 +79,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group(f"{name}-{number % SHARED_OUT.get(name, 1)}"))
     if several:
         items.sort(key=ranks.__getitem__)
+    yield
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
