@@ -79,7 +79,7 @@ def test_how_to_go_on_is_the_whole_command(tmp_path: Path) -> None:
     (tmp_path / ".hydra" / "overrides.yaml").write_text(
         "- schedule=none\n- data.path=my texts\n- trainer.resume=auto\n"
     )
-    assert folder.going_on() == (
+    assert folder.resume_command() == (
         f"python -m apt_launch schedule=none 'data.path=my texts' hydra.run.dir={tmp_path} trainer.resume=auto"
     )
 
