@@ -53,9 +53,10 @@ def start(base: list[str], sweep: Path, tmp_path: Path) -> Iterator[Start]:
     yield start
     for process in started:
         process.kill()
-        process.communicate()
     if (sweep / "plan.yaml").exists():
         after(sweep, "cancel")
+    for process in started:  # jobs hold what they print into
+        process.communicate()
 
 
 @pytest.fixture
@@ -272,13 +273,13 @@ def test_ctrl_c_asks_and_the_jobs_go_on_when_one_leaves(sweep: Path, start: Star
     until(lambda: holds(sweep, 0, hold), "the job to hold")
     process.send_signal(signal.SIGINT)
     os.write(main, b"leave\n")
-    output, _ = process.communicate()
+    assert process.wait() == 130
     os.close(main)
     os.close(terminal)
-    assert process.returncode == 130
-    assert f"apt_launch.sweep status {sweep}" in output
     assert states(sweep)[0]["state"] == "running"
     hold.let_go()
+    output, _ = process.communicate()
+    assert f"apt_launch.sweep status {sweep}" in output
     assert after(sweep, "wait").returncode == 0
     assert states(sweep)[0]["state"] == "done"
 
