@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 from apt_launch.config.ending import ending
 from apt_launch.config.instantiate import build, build_model
 from apt_launch.config.load import parse_groups
-from apt_launch.runs.folder import find_checkpoint
+from apt_launch.runs.folder import About, find_checkpoint
 from apt_launch.sweep.secrets import keep_private
 from apt_launch.sweep.values import read_frozen
 from apt_model.data.tokenizer import ByteTokenizer, load_tokenizer
 from apt_model.errors import ConfigError
-from apt_model.schedule import Horizon
+from apt_model.files import read_regular
 from apt_model.schedule.targets import OF_OPTIMIZER
 from apt_model.training.checkpoint import load, read_manifest
 
@@ -125,8 +125,8 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     prompts: list[str] = list(arguments.prompt or [])
     if arguments.prompt_file is not None:
         try:
-            prompts += arguments.prompt_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            prompts += read_regular(arguments.prompt_file).decode("utf-8").splitlines()
+        except (FileNotFoundError, UnicodeDecodeError) as error:
             raise ConfigError(f"--prompt-file: {error}") from None
     problems = []
     if not prompts:
@@ -155,7 +155,7 @@ def restored(checkpoint: Path, device: torch.device) -> tuple[GPT, Tokenizer]:
     path = checkpoint.parent.parent / "config.yaml"
     values = read_frozen(path)
     parse_groups(values)
-    horizon = Horizon(**read_manifest(checkpoint)["about"]["horizon"])
+    horizon = About.of(checkpoint, read_manifest(checkpoint)).horizon
     model = build_model(values)
     schedule = build(values["schedule"], horizon=horizon)
     bind(schedule, model, more=dict.fromkeys(OF_OPTIMIZER, lambda value: None))

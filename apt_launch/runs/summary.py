@@ -25,8 +25,8 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "final": {name: value for row in (train[-1:] + val[-1:]) for name, value in row.items()},
         "first": train[0] if train else {},
-        "best": {name: best[name] for name in ("val/loss", "step", "epoch", "tokens")} if best else {},
-        "val/loss": {int(row["epoch"]): row["val/loss"] for row in val},
+        "best": {name: best[name] for name in ("val/loss", "step", "epoch", "tokens") if name in best} if best else {},
+        "val/loss": {int(row["epoch"]): row["val/loss"] for row in val if "epoch" in row},
         "switched_on": {
             module: {name: on[module][name] for name in ("epoch", "step")} if module in on else None
             for module in MODULES

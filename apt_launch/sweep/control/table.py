@@ -60,7 +60,7 @@ def table(plan: Plan, statuses: Sequence[Status], width: int, more: Mapping[str,
             )
             for one in statuses
         ],
-        "epoch": [f"{int(one.row['epoch'])}" if one.row else "" for one in statuses],
+        "epoch": [_number(one.row, "epoch", ".0f") for one in statuses],
         "step": [f"{int(one.row['step']) + 1}/{one.job.steps}" if one.row else "" for one in statuses],
         "phase": [one.phase or "" for one in statuses],
         "train/loss": [_number(one.row, "train/loss", ".4f") for one in statuses],

@@ -64,7 +64,7 @@ def lines(findings: Findings) -> list[list[Any]]:
                 *(settings.get(key, "") for key in findings.keys),
                 trial.state,
                 int(last["step"]) + 1 if last else None,
-                int(last["tokens"]) if last else None,
+                int(last["tokens"]) if "tokens" in last else None,
                 findings.values.get(trial.job.number),
                 best,
                 last.get("train/loss"),
