@@ -119,7 +119,7 @@ def test_a_damaged_file_is_named_with_the_place_and_a_remedy(tmp_path: Path, nam
         assert str(path) in message, (kind, message)
         assert "damaged (" in message
         assert message.rstrip(")").endswith("."), message
-        if kind in values:
+        if kind in values and kind != "[{}]":  # "a row has no step" says it
             assert key in message, (kind, message)
     for kind in ("pipe", "folder", "device"):
         path.unlink()
