@@ -37,6 +37,8 @@ class Drawing:
         self._context.callback(chatter.setLevel, chatter.level)
         chatter.setLevel(logging.ERROR)
         try:
+            if self.path.is_symlink():  # the picture takes its place, and not that of what it leads to
+                self.path.unlink()
             load_matplotlib()
             import matplotlib
 

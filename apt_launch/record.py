@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from apt_model.errors import ConfigError
-from apt_model.files import open_regular
+from apt_model.files import open_new, open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +43,10 @@ class Record:
         if len(kept) < keep_rows:
             logger.warning("%s has %d rows, but the checkpoint knew %d.", path, len(kept), keep_rows)
         aside = path.with_name(f".{path.name}.tmp")
-        aside.write_bytes(b"".join(kept))
+        with open_new(aside) as file:
+            file.write(b"".join(kept))
         aside.replace(path)
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
         self._unwritten = b""
         self._lock = threading.Lock()
         self._warned = False

@@ -28,7 +28,8 @@ def write_atomic(path: Path, text: str, *, safe: bool = False) -> None:
         safe: whether it is to outlive a crash of the machine, too: it is on the disk before it gets its name.
     """
     aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
+    with open_new(aside) as file:
+        file.write(text.encode())
     if safe:
         sync(aside)
     aside.replace(path)
@@ -37,6 +38,15 @@ def write_atomic(path: Path, text: str, *, safe: bool = False) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` as JSON, whole or not at all."""
     write_atomic(path, json.dumps(content, indent=2) + "\n")
+
+
+def open_new(path: Path) -> BinaryIO:
+    """Open a new file to be written. What had the name before is gone, and no link is followed to what it led to."""
+    while True:
+        try:
+            return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb")
+        except FileExistsError:
+            path.unlink(missing_ok=True)
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -151,6 +161,10 @@ def refuse_place(folder: Path, key: str) -> None:
         ConfigError: it, or what should hold it, is a file, or may not be written; ``key`` is where the user said so.
     """
     there = None
+    if folder.is_symlink() and not folder.exists():
+        raise ConfigError(
+            f"{key}: {folder} is a link to {folder.readlink()}, which is not there. Make it, or remove the link."
+        )
     for path in (folder, *folder.parents):
         if path.exists():
             there = there or path
@@ -158,3 +172,18 @@ def refuse_place(folder: Path, key: str) -> None:
                 raise ConfigError(f"{key}: {path} is a file, and a folder is wanted at {folder}.")
     if there is not None and not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"{key}: {there} may not be written to. Choose another folder.")
+
+
+def refuse_links(folder: Path, key: str) -> None:
+    """Make sure that nothing that is written in ``folder``, or in the folder ``.hydra`` in it, is written elsewhere.
+
+    Raises:
+        ConfigError: an entry is a symbolic link; ``key`` is where the user named the folder.
+    """
+    for place in (folder, folder / ".hydra"):
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            if path.is_symlink():
+                raise ConfigError(
+                    f"{key}: {path} is a link to {path.readlink()}, and nothing is written through links. Remove it, or put "
+                    "what it leads to in its place."
+                )

@@ -38,7 +38,7 @@ def _preview(arguments: argparse.Namespace, overrides: list[str], painter: Paint
     from apt_launch.preview.jobs import config_of, gather
     from apt_launch.preview.page import page
     from apt_launch.preview.terminal import MOST_OVERLAID, show
-    from apt_model.files import refuse_place
+    from apt_model.files import refuse_place, write_atomic
 
     plan = gather(with_profile_file(overrides), arguments.config_dir)
     jobs = plan.jobs[:MOST_OVERLAID]
@@ -49,7 +49,7 @@ def _preview(arguments: argparse.Namespace, overrides: list[str], painter: Paint
     programs = {job.label if len(jobs) > 1 else "": config_of(job).program for job in jobs}
     painter.draw(sheets(programs), folder / "preview.png")
     show(plan, Console())
-    (folder / "preview.html").write_text(page(programs), encoding="utf-8")
+    write_atomic(folder / "preview.html", page(programs))
     painter.wait()
     for label, table in tables:
         Console().print(*([f"\n{label}"] if label else []), table)

@@ -17,7 +17,7 @@ from apt_launch.config.run_config import RunConfig
 from apt_launch.config.schema import Role, role_of
 from apt_launch.sweep.values import changed_keys
 from apt_model.errors import CheckpointError, ConfigError
-from apt_model.files import from_json, read_json, read_regular, refuse_place, write_json
+from apt_model.files import from_json, read_json, read_regular, refuse_links, refuse_place, write_json
 from apt_model.schedule import Horizon
 from apt_model.schedule.runner import horizon_changed
 from apt_model.training.checkpoint import Checkpoints, newest_intact, read_manifest
@@ -93,7 +93,11 @@ class RunFolder:
 
     def discard(self) -> None:
         """Remove what Hydra has put here for a run that was refused, if there is nothing else."""
-        if self.path.is_dir() and {path.name for path in self.path.iterdir()} <= {".hydra", self.log.name}:
+        if (
+            self.path.is_dir()
+            and not self.path.is_symlink()
+            and {path.name for path in self.path.iterdir()} <= {".hydra", self.log.name}
+        ):
             shutil.rmtree(self.path)
             ours = Path.cwd() / "outputs"
             for above in (above for above in self.path.absolute().parents if ours in (above, *above.parents)):
@@ -127,6 +131,7 @@ class RunFolder:
             ConfigError: the folder holds a run and ``trainer.resume`` does not say to go on with it.
         """
         refuse_place(self.path, "hydra.run.dir")
+        refuse_links(self.path, "hydra.run.dir")
         resume = self.resume(config)
         going_on = resume is not None and self.owns(resume.checkpoint)
         if self.holds_a_run and not going_on and config.trainer.resume != "auto":

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
+from typing import TextIO
 
 from apt_launch.record import Row
+from apt_model.files import open_new
 
 
 class CsvTracker:
@@ -14,7 +17,7 @@ class CsvTracker:
     def __init__(self, *, mode: str, folder: Path) -> None:
         self.path = folder / "metrics.csv"
         self.columns: list[str] = []
-        self._file = self.path.open("w", newline="", encoding="utf-8")
+        self._file: TextIO = io.TextIOWrapper(open_new(self.path), encoding="utf-8", newline="")
 
     def log(self, row: Row) -> None:
         """Write one row."""
@@ -31,7 +34,7 @@ class CsvTracker:
             rows = list(csv.DictReader(file))
         self.columns += columns
         aside = self.path.with_name(f".{self.path.name}.tmp")
-        with aside.open("w", newline="", encoding="utf-8") as file:
+        with io.TextIOWrapper(open_new(aside), encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(rows)

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from apt_launch.record import RecordReader, last_row, read_rows
+from apt_launch.record import Record, RecordReader, last_row, read_rows
 from apt_launch.runs.drill import Told
 from apt_launch.runs.folder import RunFolder
 from apt_launch.sweep.application import Resources
 from apt_launch.sweep.control.ledger import Ledger
+from apt_launch.sweep.control.send import prepare
 from apt_launch.sweep.jobs.process import About
 from apt_launch.sweep.jobs.state import read_state, transition
 from apt_launch.sweep.lease import Holder, read_holder
@@ -26,8 +27,10 @@ from apt_launch.sweep.values import from_yaml, read_frozen, to_yaml
 from apt_launch.tracking.deliver import Identity, Summary
 from apt_model.data.tokenizer import load_tokenizer
 from apt_model.errors import CheckpointError, ConfigError
-from apt_model.files import read_json, read_regular
+from apt_model.files import read_json, read_regular, write_atomic
 from apt_model.training.checkpoint import read_manifest
+from tests.conftest import SMALL
+from tests.forks import Forks
 
 MANIFEST = {
     "step": 3,
@@ -247,3 +250,50 @@ def test_a_lease_that_is_damaged_is_nobodys(tmp_path: Path) -> None:
     for text in ("", "{", "[]", "1", '{"host": 1}'):
         path.write_text(text)
         assert read_holder(path) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["train.log", ".config.yaml.tmp", ".hydra", ".hydra/config.yaml", "checkpoints", "metrics.csv"]
+)
+def test_a_link_in_a_runs_folder_is_refused_and_nothing_is_written_elsewhere(
+    forks: Forks, text_file: Path, tmp_path: Path, name: str
+) -> None:
+    victim, run = tmp_path / "victim", tmp_path / "run"
+    run.mkdir()
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).symlink_to(victim)  # dangling
+    ended = forks.run(*SMALL, "data=text", f"data.path={text_file}", f"hydra.run.dir={run}", cwd=tmp_path)
+    assert ended.code == 2, ended
+    assert f"hydra.run.dir: {run / name} is a link to {victim}" in ended.err
+    assert not victim.exists()
+
+
+def test_a_run_folder_that_is_a_link_to_nothing_is_refused(forks: Forks, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to(tmp_path / "nowhere")
+    ended = forks.run(*SMALL, "data=text", f"data.path={text_file}", "hydra.run.dir=run", cwd=tmp_path)
+    assert (ended.code, "Traceback" in ended.err) == (2, False)
+    assert "run is a link to" in ended.err
+
+
+def test_a_link_in_the_place_of_a_new_file_is_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("alive")
+    (tmp_path / ".file.tmp").symlink_to(victim)
+    (tmp_path / "file").symlink_to(victim)
+    write_atomic(tmp_path / "file", "new")
+    assert (victim.read_text(), (tmp_path / "file").read_text()) == ("alive", "new")
+    assert not (tmp_path / "file").is_symlink()
+    (tmp_path / ".metrics.jsonl.tmp").symlink_to(victim)
+    Record(tmp_path / "metrics.jsonl").close()
+    assert victim.read_text() == "alive"
+
+
+def test_a_job_whose_folder_leads_out_of_the_sweep_gets_nothing(tmp_path: Path) -> None:
+    elsewhere, sweep = tmp_path / "elsewhere", tmp_path / "sweep"
+    elsewhere.mkdir()
+    sweep.mkdir()
+    (sweep / PLAN.jobs[1].folder).symlink_to(elsewhere)
+    with pytest.raises(ConfigError, match="is a link"):
+        prepare(PLAN, sweep, PLAN.jobs)
+    assert not list(elsewhere.iterdir())
+    assert not (sweep / PLAN.jobs[0].folder).exists()

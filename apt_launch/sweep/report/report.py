@@ -11,7 +11,7 @@ from typing import Any
 from apt_launch.record import Row
 from apt_launch.sweep.plan.jobs import short_key
 from apt_launch.sweep.report.findings import Estimate, Findings, Texts, find, headline
-from apt_model.files import write_atomic
+from apt_model.files import refuse_links, write_atomic
 
 
 def write_report(
@@ -26,6 +26,7 @@ def write_report(
 
     findings = find(sweep, states, metric, causes, against)
     folder = sweep / "report"
+    refuse_links(sweep, "DIR") if folder.is_symlink() else refuse_links(folder, "DIR")
     folder.mkdir(exist_ok=True)
     drawn = draw(findings, folder)
     files = {
