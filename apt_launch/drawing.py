@@ -9,10 +9,13 @@ from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+PLAIN: Final = {"text.parse_math": False, "text.usetex": False}
+"""Names in pictures are text, and no TeX."""
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +46,7 @@ class Drawing:
             import matplotlib
 
             settings: Any = {key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}
-            self._context.enter_context(matplotlib.rc_context(settings | self.style))
+            self._context.enter_context(matplotlib.rc_context(settings | PLAIN | self.style))
         except Exception as error:
             self._warn(error)
 

@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 from typing import TextIO
 
+from apt_launch.escapes import cell
 from apt_launch.record import Row
 from apt_model.files import open_new
 
@@ -31,12 +32,13 @@ class CsvTracker:
         """Write the file anew, with more columns."""
         self._file.close()
         with self.path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+            next(file, None)  # the names, of which some may have an apostrophe
+            rows = list(csv.DictReader(file, self.columns))
         self.columns += columns
         aside = self.path.with_name(f".{self.path.name}.tmp")
         with io.TextIOWrapper(open_new(aside), encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
+            writer.writerow({name: cell(name) for name in self.columns})
             writer.writerows(rows)
         aside.replace(self.path)
         self._file = self.path.open("a", newline="", encoding="utf-8")
