@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from apt_launch.config.ending import ending
 from apt_launch.config.instantiate import build, build_model
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from apt_model.data.tokenizer import Tokenizer
     from apt_model.generation import Generated
     from apt_model.gpt import GPT
+
+LOWEST_TEMPERATURE: Final = 1e-30
+"""Above 0: logits divided by less overflow."""
 
 
 def main() -> None:
@@ -138,6 +143,24 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
         for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("seed", 0))
         if getattr(arguments, name) < least
     ]
+    problems += [
+        f"--{name.replace('_', '-')} = {getattr(arguments, name)} must be at most {most}."
+        for name, most in (
+            ("seed", (1 << 63) - 1),
+            ("max_new_tokens", 1 << 31),
+            ("num_samples", 1 << 20),
+            ("top_k", 1 << 31),
+        )
+        if (getattr(arguments, name) or 0) > most
+    ]
+    if arguments.vote_threshold is not None and not math.isfinite(arguments.vote_threshold):
+        problems.append(f"--vote-threshold = {arguments.vote_threshold} must be a finite number.")
+    if 0 < arguments.temperature < LOWEST_TEMPERATURE:
+        problems.append(
+            f"--temperature = {arguments.temperature} must be 0 (always the likeliest token), or {LOWEST_TEMPERATURE} or more."
+        )
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", arguments.device):
+        problems.append(f"--device = {arguments.device!r} is not one of auto, cpu, cuda or cuda:N.")
     if problems:
         raise ConfigError(*problems)
     return [prompt for prompt in prompts for _ in range(arguments.num_samples)]

@@ -166,7 +166,13 @@ def refuse_place(folder: Path, key: str) -> None:
             f"{key}: {folder} is a link to {folder.readlink()}, which is not there. Make it, or remove the link."
         )
     for path in (folder, *folder.parents):
-        if path.exists():
+        try:
+            is_there = path.exists()
+        except OSError as error:
+            raise ConfigError(
+                f"{key}: {str(path)[:200]} cannot be a folder ({error.strerror}). Choose another."
+            ) from None
+        if is_there:
             there = there or path
             if not path.is_dir():
                 raise ConfigError(f"{key}: {path} is a file, and a folder is wanted at {folder}.")
