@@ -52,7 +52,12 @@ def test_a_mistake_ends_with_2_and_leaves_nothing(cli: Cli, tmp_path: Path, name
 @pytest.mark.parametrize(
     "override",
     [
-        *("+hydra.job.env_set.A=1", "hydra.job.env_copy=[PATH]", "hydra.job.chdir=true", "hydra.output_subdir=null"),
+        *(
+            "+hydra.job.env_set.A=1",
+            "hydra.job.env_copy=[OMP_NUM_THREADS]",
+            "hydra.job.chdir=true",
+            "hydra.output_subdir=null",
+        ),
         *(
             "hydra.output_subdir=other",
             "hydra.sweep.subdir=a",
