@@ -9,10 +9,13 @@ from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+PLAIN: Final = {"text.parse_math": False, "text.usetex": False}
+"""Names in pictures are text, and no TeX."""
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +40,13 @@ class Drawing:
         self._context.callback(chatter.setLevel, chatter.level)
         chatter.setLevel(logging.ERROR)
         try:
+            if self.path.is_symlink():  # the picture takes its place, and not that of what it leads to
+                self.path.unlink()
             load_matplotlib()
             import matplotlib
 
             settings: Any = {key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}
-            self._context.enter_context(matplotlib.rc_context(settings | self.style))
+            self._context.enter_context(matplotlib.rc_context(settings | PLAIN | self.style))
         except Exception as error:
             self._warn(error)
 

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from apt_launch.config.ending import ending
 from apt_launch.config.instantiate import build, build_model
 from apt_launch.config.load import parse_groups
-from apt_launch.runs.folder import find_checkpoint
+from apt_launch.runs.folder import About, find_checkpoint
 from apt_launch.sweep.secrets import keep_private
 from apt_launch.sweep.values import read_frozen
 from apt_model.data.tokenizer import ByteTokenizer, load_tokenizer
 from apt_model.errors import ConfigError
-from apt_model.schedule import Horizon
+from apt_model.files import read_regular
 from apt_model.schedule.targets import OF_OPTIMIZER
 from apt_model.training.checkpoint import load, read_manifest
 
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from apt_model.data.tokenizer import Tokenizer
     from apt_model.generation import Generated
     from apt_model.gpt import GPT
+
+LOWEST_TEMPERATURE: Final = 1e-30
+"""Above 0: logits divided by less overflow."""
 
 
 def main() -> None:
@@ -125,8 +130,8 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     prompts: list[str] = list(arguments.prompt or [])
     if arguments.prompt_file is not None:
         try:
-            prompts += arguments.prompt_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            prompts += read_regular(arguments.prompt_file).decode("utf-8").splitlines()
+        except (FileNotFoundError, UnicodeDecodeError) as error:
             raise ConfigError(f"--prompt-file: {error}") from None
     problems = []
     if not prompts:
@@ -138,6 +143,24 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
         for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("seed", 0))
         if getattr(arguments, name) < least
     ]
+    problems += [
+        f"--{name.replace('_', '-')} = {getattr(arguments, name)} must be at most {most}."
+        for name, most in (
+            ("seed", (1 << 63) - 1),
+            ("max_new_tokens", 1 << 31),
+            ("num_samples", 1 << 20),
+            ("top_k", 1 << 31),
+        )
+        if (getattr(arguments, name) or 0) > most
+    ]
+    if arguments.vote_threshold is not None and not math.isfinite(arguments.vote_threshold):
+        problems.append(f"--vote-threshold = {arguments.vote_threshold} must be a finite number.")
+    if 0 < arguments.temperature < LOWEST_TEMPERATURE:
+        problems.append(
+            f"--temperature = {arguments.temperature} must be 0 (always the likeliest token), or {LOWEST_TEMPERATURE} or more."
+        )
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", arguments.device):
+        problems.append(f"--device = {arguments.device!r} is not one of auto, cpu, cuda or cuda:N.")
     if problems:
         raise ConfigError(*problems)
     return [prompt for prompt in prompts for _ in range(arguments.num_samples)]
@@ -155,7 +178,7 @@ def restored(checkpoint: Path, device: torch.device) -> tuple[GPT, Tokenizer]:
     path = checkpoint.parent.parent / "config.yaml"
     values = read_frozen(path)
     parse_groups(values)
-    horizon = Horizon(**read_manifest(checkpoint)["about"]["horizon"])
+    horizon = About.of(checkpoint, read_manifest(checkpoint)).horizon
     model = build_model(values)
     schedule = build(values["schedule"], horizon=horizon)
     bind(schedule, model, more=dict.fromkeys(OF_OPTIMIZER, lambda value: None))

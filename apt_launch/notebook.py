@@ -21,7 +21,7 @@ from apt_launch.record import Row, read_rows
 from apt_launch.runs.alone import alone_in_process
 from apt_launch.runs.folder import RunFolder
 from apt_model.errors import ConfigError, Interrupted
-from apt_model.files import write_atomic
+from apt_model.files import read_json, write_atomic
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class Run:
     @property
     def summary(self) -> dict[str, Any]:
         """What ``summary.json`` holds: state, final and best metrics, when modules went on."""
-        summary: dict[str, Any] = json.loads(RunFolder(self.folder).summary.read_text(encoding="utf-8"))
-        return summary
+        return read_json(RunFolder(self.folder).summary, dict[str, Any], remedy="Resume the run, which writes it anew.")
 
     def curve(self, metric: str) -> tuple[list[int], list[float]]:
         """Return the steps at which ``metric`` was logged, and its values: ``plt.plot(*run.curve("val/loss"))``."""

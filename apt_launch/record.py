@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from apt_model.errors import ConfigError
+from apt_model.files import open_new, open_regular
+
 logger = logging.getLogger(__name__)
 
 Row = dict[str, float]
 """Metrics by name, with ``step``."""
+
+COUNTERS = ("step", "epoch", "samples", "tokens", "time")
+"""What counts how far a run is: finite in every row that has it."""
 
 CHUNK = 1 << 20
 TAIL = 1 << 14
@@ -30,15 +37,16 @@ class Record:
 
     def __init__(self, path: Path, *, keep_rows: int = 0) -> None:
         self.path = path
-        kept = path.read_bytes().splitlines(keepends=True)[:keep_rows] if path.exists() and keep_rows else []
+        kept = _first_lines(path, keep_rows) if path.exists() and keep_rows else []
         if kept and not kept[-1].endswith(b"\n"):  # cut off by a crash
             kept.pop()
         if len(kept) < keep_rows:
             logger.warning("%s has %d rows, but the checkpoint knew %d.", path, len(kept), keep_rows)
         aside = path.with_name(f".{path.name}.tmp")
-        aside.write_bytes(b"".join(kept))
+        with open_new(aside) as file:
+            file.write(b"".join(kept))
         aside.replace(path)
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
         self._unwritten = b""
         self._lock = threading.Lock()
         self._warned = False
@@ -95,6 +103,8 @@ class RecordReader:
         """When the record was last written, as its file system counts."""
         self.damaged: list[int] = []
         """Numbers of the damaged lines, from 1."""
+        self.problem: str | None = None
+        """Why the record cannot be read at all."""
         self._lines = self._end = 0  # that were read, and where they end, in bytes
         self._last = b""  # the line before that
         self._seen = (0, 0)
@@ -102,11 +112,12 @@ class RecordReader:
     def rows(self) -> Iterator[Row]:
         """Yield the rows that are new; none where there is no record."""
         try:
+            self.problem = None
             about = self.path.stat()
             self.touched = about.st_mtime
             if self._seen == (about.st_size, about.st_mtime_ns):
                 return
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 file.seek(self._end - len(self._last))
                 if file.read(len(self._last)) != self._last:
                     self._begin_again()
@@ -124,6 +135,8 @@ class RecordReader:
                         else:
                             yield row
             self._seen = (about.st_size, about.st_mtime_ns)
+        except ConfigError as error:
+            self.problem = str(error)
         except FileNotFoundError:
             if self._end:
                 self._begin_again()
@@ -139,10 +152,13 @@ def read_rows(path: Path) -> list[Row]:
 
     Raises:
         FileNotFoundError: there is no record.
+        ConfigError: it is no regular file, or cannot be read.
     """
     path.stat()
     reader = RecordReader(path)
     rows = list(reader.rows())
+    if reader.problem is not None:
+        raise ConfigError(reader.problem)
     if reader.damaged:
         first, more = reader.damaged[0], len(reader.damaged) - 1
         logger.warning("%s: line %d%s is damaged and left out.", path, first, f" (and {more} more)" if more else "")
@@ -150,9 +166,13 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def last_row(path: Path) -> Row:
-    """Return the newest value of each metric in the last rows of a record; empty: it has no row yet. It reads the end alone."""
+    """Return the newest value of each metric in the last rows of a record; empty: it has no row yet. It reads the end alone.
+
+    Raises:
+        ConfigError: it is no regular file, or cannot be read.
+    """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size, length = path.stat().st_size, TAIL
             while True:
                 file.seek(max(0, size - length))
@@ -166,11 +186,23 @@ def last_row(path: Path) -> Row:
     return {name: value for row in found for name, value in row.items()}
 
 
+def _first_lines(path: Path, count: int) -> list[bytes]:
+    with open_regular(path) as file:
+        return [line for _, line in zip(range(count), file, strict=False)]
+
+
 def _row(line: bytes) -> Row | None:
     """Return the row that a whole line has; None: it is damaged."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    whole = isinstance(row, dict) and "step" in row and all(isinstance(value, int | float) for value in row.values())
-    return row if whole else None
+    if not isinstance(row, dict) or "step" not in row or not all(map(_is_metric, row.values())):
+        return None
+    counted = all(math.isfinite(row[name]) and row[name] >= 0 for name in COUNTERS if name in row)
+    return row if counted else None
+
+
+def _is_metric(value: object) -> bool:
+    """Return whether ``value`` is a number that fits a float; not a number and infinity are what a loss may become."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 63)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +17,9 @@ from apt_launch.config.instantiate import build
 from apt_launch.sweep.lease import read_holder
 from apt_launch.sweep.secrets import keep_private
 from apt_launch.sweep.values import read_frozen
-from apt_launch.tracking.deliver import deliver
+from apt_launch.tracking.deliver import Summary, deliver
 from apt_model.errors import ConfigError
+from apt_model.files import read_json
 
 
 def main() -> None:
@@ -74,16 +74,18 @@ def _deliver(folder: Path) -> int:
 
     values = read_frozen(folder / "config.yaml")
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        state = read_json(folder / "summary.json", Summary, remedy="Resume the run, which writes it anew.").state
+    except FileNotFoundError as error:
         raise ConfigError(f"{folder}: {error}") from None
     holder = read_holder(folder / "lease.json")
+    if not isinstance(values.get("logger"), dict):
+        raise ConfigError(f"{folder / 'config.yaml'}: damaged: its logger is missing.")
     if holder is not None and holder.alive is not False and values["logger"].get("mode") == "online":
         raise ConfigError(f"{folder}: process {holder.pid} on {holder.host} is training here, and delivers by itself.")
     try:
         online = {**values["logger"], "mode": "online"}
         make = functools.partial(build, online, folder=folder, config=values, fallback=False)
-        sent, before = deliver(make, folder, summary["state"])
+        sent, before = deliver(make, folder, state)
     except (wandb.Error, TimeoutError) as error:
         sys.stderr.write(f"error: {folder}: W&B: {str(error).strip().rstrip('.')}. Nothing is lost; try again later.\n")
         return 1

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from apt_launch.config.checks import missing_library
 from apt_launch.config.corpus import build_corpus, making_tokens
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 TRAINED_ON = 1 << 30
 """Characters of the training split, from its begin, that a tokenizer is trained on at the most."""
+
+MOST: Final = (1 << 31) - 1
+"""Tokens of a vocabulary or of a file, at the most."""
 
 
 def main() -> None:
@@ -81,7 +84,14 @@ def _tokenize(arguments: argparse.Namespace, overrides: list[str]) -> None:
         raise ConfigError(
             f"OUT: {str(out)!r} is an override. Name the folder first: python -m apt_launch.tokenize OUT data=..."
         )
+    if not out.name or out.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise ConfigError(
+            f"OUT: {str(out)!r} is the folder that you are in, or holds it. Name one that is not there yet."
+        )
     refuse_place(out, "OUT")
+    for flag, given in (("--train-tokenizer", arguments.train_tokenizer), ("--shard-tokens", arguments.shard_tokens)):
+        if given is not None and given > MOST:
+            raise ConfigError(f"{flag} = {given} must be at most {MOST}.")
     if (out / MANIFEST).exists():
         raise ConfigError(
             f"OUT: {out} holds shards already. Train from them by data=shards data.path={out}, or choose another folder."

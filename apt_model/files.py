@@ -5,11 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar
 
 from apt_model.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter, ValidationError
+
+Schema = TypeVar("Schema")
+
+MOST_BYTES: Final = 64 << 20
+"""More than any file has that a run or a sweep keeps for itself, but for data, weights and plans."""
 
 
 def write_atomic(path: Path, text: str, *, safe: bool = False) -> None:
@@ -19,7 +28,8 @@ def write_atomic(path: Path, text: str, *, safe: bool = False) -> None:
         safe: whether it is to outlive a crash of the machine, too: it is on the disk before it gets its name.
     """
     aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
+    with open_new(aside) as file:
+        file.write(text.encode())
     if safe:
         sync(aside)
     aside.replace(path)
@@ -28,6 +38,102 @@ def write_atomic(path: Path, text: str, *, safe: bool = False) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` as JSON, whole or not at all."""
     write_atomic(path, json.dumps(content, indent=2) + "\n")
+
+
+def open_new(path: Path) -> BinaryIO:
+    """Open a new file to be written. What had the name before is gone, and no link is followed to what it led to."""
+    while True:
+        try:
+            return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb")
+        except FileExistsError:
+            path.unlink(missing_ok=True)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file to be read. A device, a pipe or a socket in its place is refused, for reading might never end.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ConfigError: it is no regular file, or may not be read.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # before it is opened: opening a device may have effects
+            raise ConfigError(f"{path}: {_kind(path)}, and a regular file is wanted. Remove it.")
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise ConfigError(f"{path}: it is no regular file. Remove it.")
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: it cannot be read ({reason}). Make it readable, or remove it.") from None
+    return os.fdopen(handle, "rb")
+
+
+def read_regular(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
+    """Return the content of a regular file of at most ``most_bytes``; see :func:`open_regular`.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ConfigError: it is no regular file, is longer, or cannot be read.
+    """
+    with open_regular(path) as file:
+        try:
+            content = file.read(most_bytes + 1)
+        except OSError as error:
+            raise ConfigError(f"{path}: it cannot be read ({error.strerror}).") from None
+    if len(content) > most_bytes:
+        raise ConfigError(f"{path}: it has more than {most_bytes:,} bytes, and is not what belongs there. Remove it.")
+    return content
+
+
+def read_json(path: Path, schema: type[Schema], *, remedy: str, most_bytes: int = MOST_BYTES) -> Schema:
+    """Return what the JSON file ``path`` holds, as ``schema`` says: a dataclass, or another type that pydantic knows.
+
+    Args:
+        remedy: what the user can do about a damaged file, a sentence.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ConfigError: it is damaged, or no regular file; with the place in it.
+    """
+    return from_json(read_regular(path, most_bytes), schema, where=str(path), remedy=remedy)
+
+
+def from_json(text: bytes | str, schema: type[Schema], *, where: str, remedy: str) -> Schema:
+    """Return what ``text``, which stands in ``where``, holds; see :func:`read_json`."""
+    from pydantic import TypeAdapter, ValidationError
+
+    if schema not in _adapters:
+        _adapters[schema] = TypeAdapter(schema)
+    adapter: TypeAdapter[Schema] = _adapters[schema]
+    try:
+        return adapter.validate_json(text)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: damaged ({_first(error)}). {remedy}") from None
+
+
+_adapters: dict[Any, TypeAdapter[Any]] = {}
+"""What pydantic has made of each schema: that takes longer than to read a file."""
+
+
+def _first(error: ValidationError) -> str:
+    """Return the first problem with its place, and how many more there are."""
+    first, *others = error.errors(include_url=False)
+    place = ".".join(map(str, first["loc"]))
+    reason = first["msg"][:1].lower() + first["msg"][1:]
+    if first["type"] == "value_error":  # in words of our own
+        reason = str(first["ctx"]["error"])
+    found = "" if first["type"] in ("missing", "json_invalid", "value_error") else f", not {repr(first['input'])[:60]}"
+    more = f"; and {len(others)} more" if others else ""
+    return f"{place}: {reason}{found}{more}" if place else f"{reason}{found}{more}"
+
+
+def _kind(path: Path) -> str:
+    mode = path.stat().st_mode
+    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+    return f"it is {next((name for check, name in kinds if check(mode)), 'a device')}"
 
 
 def sync(path: Path) -> None:
@@ -40,9 +146,9 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Return the checksum of a file, in hexadecimal digits."""
+    """Return the checksum of a file, in hexadecimal digits; see :func:`open_regular`."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
@@ -55,10 +161,35 @@ def refuse_place(folder: Path, key: str) -> None:
         ConfigError: it, or what should hold it, is a file, or may not be written; ``key`` is where the user said so.
     """
     there = None
+    if folder.is_symlink() and not folder.exists():
+        raise ConfigError(
+            f"{key}: {folder} is a link to {folder.readlink()}, which is not there. Make it, or remove the link."
+        )
     for path in (folder, *folder.parents):
-        if path.exists():
+        try:
+            is_there = path.exists()
+        except OSError as error:
+            raise ConfigError(
+                f"{key}: {str(path)[:200]} cannot be a folder ({error.strerror}). Choose another."
+            ) from None
+        if is_there:
             there = there or path
             if not path.is_dir():
                 raise ConfigError(f"{key}: {path} is a file, and a folder is wanted at {folder}.")
     if there is not None and not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"{key}: {there} may not be written to. Choose another folder.")
+
+
+def refuse_links(folder: Path, key: str) -> None:
+    """Make sure that nothing that is written in ``folder``, or in the folder ``.hydra`` in it, is written elsewhere.
+
+    Raises:
+        ConfigError: an entry is a symbolic link; ``key`` is where the user named the folder.
+    """
+    for place in (folder, folder / ".hydra"):
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            if path.is_symlink():
+                raise ConfigError(
+                    f"{key}: {path} is a link to {path.readlink()}, and nothing is written through links. Remove it, or put "
+                    "what it leads to in its place."
+                )

@@ -1,6 +1,7 @@
-"""The reference pages, made from the code when the site is built: keys from ``conf/`` and the schema, options from ``--help``.
+"""``python -m docs.generated`` writes the reference pages, which are kept in the repository, from the code.
 
-A key's meaning is the comment beside it, in YAML or in the class that reads it.
+Keys come from ``conf/`` and the schema, options from ``--help``. A key's meaning is the comment beside it, in
+YAML or in the class that reads it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -190,8 +191,8 @@ def config_page() -> str:
     """Return the reference of every key."""
     parts = [
         "# Config keys\n",
-        "Made from `conf/` and `apt_launch/config/schema.py` when these pages are built. A key is given on the command line as "
-        "`key=value`; where `conf/` does not list it, as `+key=value`. Defaults are those of the option; `???` has to be "
+        "Made from `conf/` and `apt_launch/config/schema.py` by `python -m docs.generated`. A key is given on the command "
+        "line as `key=value`; where `conf/` does not list it, as `+key=value`. Defaults are those of the option; `???` has to be "
         "given. What would run: `python -m apt_launch --cfg job --resolve`.\n",
         "## No group\n",
         _table([*_top_rows()]),
@@ -273,7 +274,7 @@ def _profiles() -> str:
 
 def commands_page() -> str:
     """Return what ``--help`` of each command says."""
-    parts = ["# Commands\n", "What `--help` says, taken when these pages are built.\n"]
+    parts = ["# Commands\n", "What `--help` says; written here by `python -m docs.generated`.\n"]
     parts.append(f"## python -m apt_launch\n\n```text\n{help_of('__main__')}\n```\n")
     for name in (module.removeprefix("apt_launch.") for module in COMMANDS):
         said = help_of(name)
@@ -302,4 +303,15 @@ def help_of(name: str, *more: str) -> str:
     return said.getvalue().strip()
 
 
-PAGES: Mapping[str, Any] = {"reference/config.md": config_page, "reference/commands.md": commands_page}
+PAGES: Mapping[str, Callable[[], str]] = {"reference/config.md": config_page, "reference/commands.md": commands_page}
+"""The pages, by their paths below ``docs``."""
+
+
+def write() -> None:
+    """Write the pages anew."""
+    for path, page in PAGES.items():
+        (Path(__file__).parent / path).write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()

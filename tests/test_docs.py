@@ -32,7 +32,8 @@ from tests.conftest import SMALL
 from tests.forks import HANGS, REPOSITORY, Ended, Forks, environment
 from tests.slurm.conftest import shared_cluster  # noqa: F401 - a fixture
 
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+DOCS = REPOSITORY / "docs"
+PAGES = [REPOSITORY / "README.md", *sorted({*DOCS.rglob("*.md")} - {DOCS / path for path in generated.PAGES})]
 HOME = "/home/me"
 """What stands in the pages for the folder that commands are run in."""
 
@@ -287,6 +288,12 @@ def test_the_site_brings_nothing_from_elsewhere(site: Path) -> None:
         assert not [address for address in brought if re.match(r"(https?:)?//", address)], page
     for style in site.rglob("*.css"):
         assert not re.findall(r"(?:@import|url\()[^;)]*//", style.read_text()), style
+
+
+@pytest.mark.parametrize("path", generated.PAGES)
+def test_a_reference_page_is_what_the_code_says(path: str) -> None:
+    kept = (DOCS / path).read_text(encoding="utf-8")
+    assert kept == generated.PAGES[path](), f"docs/{path} is out of date. Renew it by: python -m docs.generated"
 
 
 def test_every_key_of_every_option_stands_in_the_reference_with_a_meaning() -> None:

@@ -19,4 +19,4 @@ def ending() -> Iterator[None]:
 def _explained(error: Exception) -> ConfigError | None:
     from apt_launch.config.explain import understood  # Hydra, which most commands need not load to end well
 
-    return understood(error)
+    return command.mistake(error) or understood(error)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apt_launch.drawing import Drawing, new_figure
+from apt_launch.escapes import label as plain
 
 if TYPE_CHECKING:  # the process that draws needs none of it
     from apt_model.schedule import Program
@@ -96,12 +97,14 @@ def _draw(drawn: Sequence[Sheet], path: Path) -> None:
                 continue
             values, end = sheet.values[name], sheet.num_steps
             steps = [*sheet.steps, end]
-            axis.step(steps, [*values, values[-1]], where="post", color=f"C{number}", label=sheet.label, linewidth=1.4)
+            axis.step(
+                steps, [*values, values[-1]], where="post", color=f"C{number}", label=plain(sheet.label), linewidth=1.4
+            )
             for step, value, side in ((0, values[0], "left"), (end, values[-1], "right")):
                 axis.annotate(
                     f"{value:.4g}", (step, value), textcoords="offset points", xytext=(0, 3), ha=side, fontsize=8
                 )
-        axis.set_title(name, loc="left", fontsize=10)
+        axis.set_title(plain(name), loc="left", fontsize=10)
         axis.margins(x=0, y=0.2)
         axis.grid(alpha=0.3)
     if len(drawn) > 1 and names:
@@ -114,9 +117,9 @@ def _draw(drawn: Sequence[Sheet], path: Path) -> None:
         for begin, end in sheet.stretches[module]:
             switches.barh(row, end - begin, left=begin, height=0.7, color=f"C{number}", alpha=0.6)
         first = sheet.stretches[module][0][0] if sheet.stretches[module] else 0
-        switches.text(first + longest * 0.005, row, sheet.notes[module], va="center", fontsize=8)
-    switches.set_yticks(range(len(rows)), [module for module, _ in rows])
+        switches.text(first + longest * 0.005, row, plain(sheet.notes[module]), va="center", fontsize=8)
+    switches.set_yticks(range(len(rows)), [plain(module) for module, _ in rows])
     switches.set_ylim(-0.6, len(rows) - 0.4)
     switches.set_xlim(0, longest)
-    switches.set_xlabel(f"step ({'; '.join(dict.fromkeys(sheet.horizon for sheet in drawn))})")
+    switches.set_xlabel(f"step ({'; '.join(dict.fromkeys(plain(sheet.horizon) for sheet in drawn))})")
     figure.savefig(path, dpi=100)

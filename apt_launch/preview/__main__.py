@@ -31,14 +31,13 @@ def main() -> None:
 
 
 def _preview(arguments: argparse.Namespace, overrides: list[str], painter: Painter) -> None:
-    from rich.console import Console
-
     from apt_launch.config.profile_file import with_profile_file
     from apt_launch.config.schedule_plot import sheets
+    from apt_launch.escapes import console
     from apt_launch.preview.jobs import config_of, gather
     from apt_launch.preview.page import page
     from apt_launch.preview.terminal import MOST_OVERLAID, show
-    from apt_model.files import refuse_place
+    from apt_model.files import refuse_place, write_atomic
 
     plan = gather(with_profile_file(overrides), arguments.config_dir)
     jobs = plan.jobs[:MOST_OVERLAID]
@@ -48,12 +47,12 @@ def _preview(arguments: argparse.Namespace, overrides: list[str], painter: Paint
     folder.mkdir(parents=True, exist_ok=True)
     programs = {job.label if len(jobs) > 1 else "": config_of(job).program for job in jobs}
     painter.draw(sheets(programs), folder / "preview.png")
-    show(plan, Console())
-    (folder / "preview.html").write_text(page(programs), encoding="utf-8")
+    show(plan, console())
+    write_atomic(folder / "preview.html", page(programs))
     painter.wait()
     for label, table in tables:
-        Console().print(*([f"\n{label}"] if label else []), table)
-    Console().print(f"pictures  {folder}/preview.png  {folder}/preview.html", highlight=False, soft_wrap=True)
+        console().print(*([f"\n{label}"] if label else []), table)
+    console().print(f"pictures  {folder}/preview.png  {folder}/preview.html", highlight=False, soft_wrap=True)
 
 
 def _size_tables(jobs: Sequence[Job], arguments: argparse.Namespace) -> list[tuple[str, object]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from apt_launch.config.schedule_plot import Sheet, sheets
+from apt_launch.escapes import visible
 from apt_model.schedule import Program
 from apt_model.schedule.timeline import timeline
 
@@ -45,7 +46,7 @@ def page(programs: Mapping[str, Program]) -> str:
         parts.append(f"<h2>Timeline{': ' + escape(label) if label else ''}</h2><p>{escape(str(program.horizon))}</p>")
         parts.append(_html_table(program))
         parts += [f"<p>Note: {escape(note)}</p>" for note in program.notes()]
-    return "".join(parts) + "</body></html>\n"
+    return visible("".join(parts)) + "</body></html>\n"
 
 
 def _html_table(program: Program) -> str:
@@ -94,14 +95,14 @@ def _svg_of_values(drawn: Sequence[Sheet], name: str) -> str:
             f"H{x(end):.1f}V{y(after):.1f}" for end, after in zip(ends, [*values[1:], values[-1]], strict=True)
         )
         lines.append(f'<path d="{path}" fill="none" stroke="{COLORS[number % len(COLORS)]}" stroke-width="1.6"/>')
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">{"".join(lines)}</svg>'
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)}">{"".join(lines)}</svg>'
 
 
 def _svg_of_switches(drawn: Sequence[Sheet]) -> str:
     scale = (WIDTH - LEFT - 10) / max(sheet.num_steps for sheet in drawn)
     bars, y = [], 4
     for module in drawn[0].stretches:
-        bars.append(f'<text x="{LEFT - 6}" y="{y + 11}" text-anchor="end">{module}</text>')
+        bars.append(f'<text x="{LEFT - 6}" y="{y + 11}" text-anchor="end">{escape(module)}</text>')
         for number, sheet in enumerate(drawn):
             bars += [
                 f'<rect x="{LEFT + begin * scale:.1f}" y="{y}" width="{(end - begin) * scale:.1f}" height="13" '
@@ -109,7 +110,7 @@ def _svg_of_switches(drawn: Sequence[Sheet]) -> str:
                 for begin, end in sheet.stretches[module]
             ]
             first = sheet.stretches[module][0][0] if sheet.stretches[module] else 0
-            bars.append(f'<text x="{LEFT + 4 + first * scale:.1f}" y="{y + 11}">{sheet.notes[module]}</text>')
+            bars.append(f'<text x="{LEFT + 4 + first * scale:.1f}" y="{y + 11}">{escape(sheet.notes[module])}</text>')
             y += 16
         y += 5
     return f'<svg viewBox="0 0 {WIDTH} {y}" role="img" aria-label="modules">{"".join(bars)}</svg>'

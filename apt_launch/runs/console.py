@@ -15,6 +15,7 @@ from rich.table import Column
 from rich.text import Text
 
 from apt_launch.config.token_progress import can_redraw
+from apt_launch.escapes import console, visible
 from apt_model.schedule import Change
 from apt_model.schedule.rows import anneals, modules_on
 from apt_model.training.callbacks import Callback
@@ -42,6 +43,10 @@ class Stdout(_Handler):
         """Leave out records with a traceback."""
         return record.exc_info is None and bool(super().filter(record))
 
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, without what a terminal would obey."""
+        return visible(super().format(record))
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Go on in silence once nobody reads: the run and its log file do not depend on that."""
         if isinstance(sys.exc_info()[1], BrokenPipeError):
@@ -59,8 +64,8 @@ class Stdout(_Handler):
 
 def progress_callback() -> Callback:
     """Return the bar for a terminal, else the plain lines."""
-    console = Console()
-    return ProgressBar(console) if can_redraw(console) else PlainLines()
+    screen = console()
+    return ProgressBar(screen) if can_redraw(screen) else PlainLines()
 
 
 class _Announcements(Callback):

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from apt_launch.config.run_config import RunConfig
 from apt_model.errors import Interrupted, TrainingError
-from apt_model.files import write_json
+from apt_model.files import read_json, write_json
 
 if TYPE_CHECKING:
     from apt_model.training.base import BaseTrainer
@@ -36,6 +35,24 @@ class Drilled(Interrupted):
     """The run was interrupted on purpose."""
 
 
+@dataclass(frozen=True)
+class SavedDrill:
+    """The schema of ``drill.json``: what an uninterrupted run would have computed next."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"strict": True, "extra": "forbid"}
+
+    step: int
+    until: int
+    rows: tuple[dict[str, float], ...]
+    weights: str
+    verified: bool
+
+    def __post_init__(self) -> None:
+        """Refuse rows of no step."""
+        if not all("step" in row for row in self.rows):
+            raise ValueError("a row has no step")
+
+
 class Drill:
     """The drill of the run in ``folder``, as far as it has come; without ``launch.drill`` it does nothing."""
 
@@ -44,9 +61,10 @@ class Drill:
         self.wanted = config.launch.drill
         self.half = config.horizon.steps // 2
         self.last = config.horizon.steps
-        self.saved: dict[str, Any] | None = None
+        self.saved: SavedDrill | None = None
         if self.wanted and self.path.exists():
-            self.saved = json.loads(self.path.read_text(encoding="utf-8"))
+            remedy = "Remove it, and the drill is made at the next start; or set launch.drill=false."
+            self.saved = read_json(self.path, SavedDrill, remedy=remedy)
         self._trainer: BaseTrainer | None = None
 
     @property
@@ -68,30 +86,30 @@ class Drill:
         """What compares, in the attempt after the interruption."""
         from apt_model.training.callbacks import Callback
 
-        if self.saved is None or self.saved["verified"]:
+        if self.saved is None or self.saved.verified:
             return []
 
         class Compare(Callback):
-            def __init__(self, path: Path, saved: dict[str, Any]) -> None:
+            def __init__(self, path: Path, saved: SavedDrill) -> None:
                 self.path, self.saved = path, saved
-                self.rows = {row["step"]: row for row in saved["rows"]}
+                self.rows = {row["step"]: row for row in saved.rows}
 
             def on_step(self, trainer: TrainerView) -> None:
                 step = trainer.clock.step
                 if step in self.rows and trainer.last_row.get("step") == step and "train/loss" in trainer.last_row:
                     _compare(self.rows[step], _comparable(trainer.last_row))
-                if step == self.saved["until"] - 1:
+                if step == self.saved.until - 1:
                     digest = weights(trainer)  # on every rank, one of which notes it
-                    if digest != self.saved["weights"]:
+                    if digest != self.saved.weights:
                         raise TrainingError(
                             f"drill: the weights after step {step} are not those of the uninterrupted run."
                         )
                     if not _is_other_rank():
-                        write_json(self.path, self.saved | {"verified": True})
+                        write_json(self.path, asdict(replace(self.saved, verified=True)))
                     logger.info(
                         "drill: interrupted before step %d, continued exactly: %d rows and all weights after step %d are "
                         "those of the uninterrupted run, bit for bit",
-                        self.saved["step"],
+                        self.saved.step,
                         len(self.rows),
                         step,
                     )

@@ -6,8 +6,10 @@ import contextlib
 import json
 import shlex
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 from omegaconf import OmegaConf
 
@@ -15,7 +17,7 @@ from apt_launch.config.run_config import RunConfig
 from apt_launch.config.schema import Role, role_of
 from apt_launch.sweep.values import changed_keys
 from apt_model.errors import CheckpointError, ConfigError
-from apt_model.files import refuse_place, write_json
+from apt_model.files import from_json, read_json, read_regular, refuse_links, refuse_place, write_json
 from apt_model.schedule import Horizon
 from apt_model.schedule.runner import horizon_changed
 from apt_model.training.checkpoint import Checkpoints, newest_intact, read_manifest
@@ -37,6 +39,36 @@ class Checked:
     config: RunConfig
     resume: Resume | None
     held: tuple[object, ...]  # what the folder held when it was checked
+
+
+@dataclass(frozen=True)
+class _LeftOut:
+    """The schema of ``left_out.json``."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"strict": True, "extra": "forbid"}
+
+    updates: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class About:
+    """The schema of what a run's checkpoint says of the run, in its manifest."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"strict": True}
+
+    identity: str
+    config: dict[str, Any]
+    horizon: Horizon
+
+    @classmethod
+    def of(cls, checkpoint: Path, manifest: Mapping[str, Any]) -> About:
+        """Return it.
+
+        Raises:
+            ConfigError: something is missing or of another type.
+        """
+        text = json.dumps(manifest["about"])
+        return from_json(text, cls, where=f"{checkpoint / 'manifest.json'}: about", remedy="Remove that checkpoint.")
 
 
 class RunFolder:
@@ -61,7 +93,11 @@ class RunFolder:
 
     def discard(self) -> None:
         """Remove what Hydra has put here for a run that was refused, if there is nothing else."""
-        if self.path.is_dir() and {path.name for path in self.path.iterdir()} <= {".hydra", self.log.name}:
+        if (
+            self.path.is_dir()
+            and not self.path.is_symlink()
+            and {path.name for path in self.path.iterdir()} <= {".hydra", self.log.name}
+        ):
             shutil.rmtree(self.path)
             ours = Path.cwd() / "outputs"
             for above in (above for above in self.path.absolute().parents if ours in (above, *above.parents)):
@@ -95,6 +131,7 @@ class RunFolder:
             ConfigError: the folder holds a run and ``trainer.resume`` does not say to go on with it.
         """
         refuse_place(self.path, "hydra.run.dir")
+        refuse_links(self.path, "hydra.run.dir")
         resume = self.resume(config)
         own = resume is not None and self.owns(resume.checkpoint)
         if self.holds_a_run and not own and config.trainer.resume != "auto":
@@ -109,10 +146,16 @@ class RunFolder:
         return checkpoint.parent.resolve() == self.checkpoints.resolve()
 
     def left_out(self) -> list[tuple[int, int]]:
-        """Return the updates that rollbacks found: (epoch, first batch)."""
-        if not self._left_out.exists():
+        """Return the updates that rollbacks found: (epoch, first batch).
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        remedy = "Remove it: the updates that it names are then tried again."
+        try:
+            return list(read_json(self._left_out, _LeftOut, remedy=remedy).updates)
+        except FileNotFoundError:
             return []
-        return [(epoch, batch) for epoch, batch in json.loads(self._left_out.read_text(encoding="utf-8"))["updates"]]
 
     def leave_out(self, updates: list[tuple[int, int]]) -> None:
         """Note updates that every later attempt leaves out."""
@@ -139,8 +182,8 @@ class RunFolder:
             manifest = read_manifest(checkpoint)
         except CheckpointError as error:
             raise ConfigError(f"trainer.resume: {error}") from None
-        about = manifest["about"]
-        saved = about["config"]
+        about = About.of(checkpoint, manifest)
+        saved = about.config
         changed = changed_keys(saved, config.result_values)
         known = [key for key in changed if key in saved]  # what came after the checkpoint, its weights will tell
         fixed = [key for key in known if role_of(key) is Role.FIXED]
@@ -153,16 +196,16 @@ class RunFolder:
                 ]
             )
         kept, now = checkpoint.parent.parent / self.tokenizer.name, config.corpus.tokenizer_file
-        if now is not None and kept.exists() and kept.read_bytes() != now.read_bytes():
+        if now is not None and kept.exists() and read_regular(kept) != read_regular(now):
             raise ConfigError(
                 f"data: {now} is not the tokenizer that the run was trained with, which is kept in {kept}."
             )
-        if config.schedule.on_horizon_change == "error" and Horizon(**about["horizon"]) != config.horizon:
-            raise ConfigError(horizon_changed(Horizon(**about["horizon"]), config.horizon))
+        if config.schedule.on_horizon_change == "error" and about.horizon != config.horizon:
+            raise ConfigError(horizon_changed(about.horizon, config.horizon))
         notes = [*passed_over]
         if changed:
             notes.append(f"resumed with other values than before: {', '.join(changed)}")
-        return Resume(checkpoint.absolute(), manifest["rows"], tuple(notes))
+        return Resume(checkpoint.absolute(), manifest.get("rows", 0), tuple(notes))
 
 
 def find_checkpoint(path: Path, key: str) -> tuple[Path, list[str]]:

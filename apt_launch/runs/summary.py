@@ -6,10 +6,10 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from apt_launch.config.run_config import RunConfig
+from apt_launch.escapes import console
 from apt_launch.record import Row
 from apt_launch.runs.folder import RunFolder
 from apt_model.schedule import MODULES
@@ -25,8 +25,8 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "final": {name: value for row in (train[-1:] + val[-1:]) for name, value in row.items()},
         "first": train[0] if train else {},
-        "best": {name: best[name] for name in ("val/loss", "step", "epoch", "tokens")} if best else {},
-        "val/loss": {int(row["epoch"]): row["val/loss"] for row in val},
+        "best": {name: best[name] for name in ("val/loss", "step", "epoch", "tokens") if name in best} if best else {},
+        "val/loss": {int(row["epoch"]): row["val/loss"] for row in val if "epoch" in row},
         "switched_on": {
             module: {name: on[module][name] for name in ("epoch", "step")} if module in on else None
             for module in MODULES
@@ -41,7 +41,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
 
 def show(summary: dict[str, Any], config: RunConfig, folder: RunFolder) -> None:
     """Print the table at the end of a run."""
-    console = Console()
+    screen = console()
     table = Table(title=f"{summary['state']}: {summary['steps']} of {config.horizon.steps} steps", title_justify="left")
     table.add_column("curriculum")
     table.add_column("from", justify="right")
@@ -56,26 +56,26 @@ def show(summary: dict[str, Any], config: RunConfig, folder: RunFolder) -> None:
     losses = list(summary["val/loss"].values())
     if losses:
         table.add_row("val/loss", f"{losses[0]:.4f}", f"{losses[-1]:.4f}")
-    console.print(table)
+    screen.print(table)
     if losses:
         epochs = "  ".join(f"{epoch}: {loss:.4f}" for epoch, loss in summary["val/loss"].items())
-        console.print(f"val/loss by epoch  {epochs}", highlight=False, soft_wrap=True)
+        screen.print(f"val/loss by epoch  {epochs}", highlight=False, soft_wrap=True)
     speed = f", {summary['tokens_per_second']:,.0f} tokens/s" if summary.get("tokens_per_second") else ""
     seconds = int(summary["seconds"])
-    console.print(
+    screen.print(
         f"{summary['final'].get('tokens', 0):,} tokens in {seconds // 60}:{seconds % 60:02d}{speed}",
         highlight=False,
     )
-    console.print(f"run folder  {folder.path}", highlight=False, soft_wrap=True)
+    screen.print(f"run folder  {folder.path}", highlight=False, soft_wrap=True)
 
 
 def suggest(folder: RunFolder) -> None:
     """Say what can be done after a run."""
-    console = Console(highlight=False)
-    console.print("\nWhat next?", style="bold")
+    screen = console(highlight=False)
+    screen.print("\nWhat next?", style="bold")
     for text, command in (
         ("text from this model", f"apt_launch.generate {shlex.quote(str(folder.path))} --prompt 'def '"),
         ("other curricula, before they run", "apt_launch.preview schedule.route_temp.end=0.6,0.8"),
         ("and which of them is better", "apt_launch --multirun schedule.route_temp.end=0.6,0.8"),
     ):
-        console.print(f"  {text}:\n    python -m {command}", soft_wrap=True, markup=False)
+        screen.print(f"  {text}:\n    python -m {command}", soft_wrap=True, markup=False)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from apt_model.errors import ConfigError
+from apt_model.files import read_json
 
 INTERVAL = 2.0
 """Seconds between signs of life."""
@@ -159,8 +160,8 @@ class Lease:
 def read_holder(path: Path) -> Holder | None:
     """Return the holder of the lease at ``path``; None: nobody has it."""
     try:
-        return Holder(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return read_json(path, Holder, remedy="Remove it once nobody writes here.")
+    except (OSError, ConfigError):
         return None
 
 

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 PACKAGE: Final = "hydra_plugins.apt_launch"
 """Where Hydra finds the classes. It builds plugins of this package only, and knows a plugin by its class's module."""
 
+OUTPUT_SUBDIR: Final = ".hydra"
+SUBDIR: Final = "${hydra.job.num}"
+"""Hydra's defaults of ``hydra.output_subdir`` and ``hydra.sweep.subdir``."""
+
 
 class PlanSweeper(Sweeper):
     """Composes and checks every job, drops duplicates, freezes the plan, and sends it.
@@ -85,6 +89,46 @@ def composer_of(context: HydraContext, task: TaskFunction, config: DictConfig) -
     return Composer(context.config_loader, config.hydra.job.config_name, application_of(task))
 
 
+def _refuse_dropped(config: DictConfig) -> None:
+    """Refuse what Hydra obeys in a single run, and a planned job, which Hydra does not start, would not.
+
+    Raises:
+        ConfigError: with every such key.
+    """
+    from omegaconf import OmegaConf
+
+    from apt_model.errors import ConfigError
+
+    node: Any = OmegaConf.to_container(config.hydra, resolve=False)
+    job = node.get("job") or {}
+    problems = []
+    copied = [str(name) for name in job.get("env_copy") or ()]  # Hydra has put them into env_set, too
+    if names := ", ".join(name for name in map(str, job.get("env_set") or {}) if name not in copied):
+        problems.append(
+            f"hydra.job.env_set: jobs of a sweep would not get {names}. Set it in the environment of the command."
+        )
+    if copied:
+        problems.append("hydra.job.env_copy: jobs of a sweep have the environment of the command anyway. Leave it out.")
+    if job.get("chdir"):
+        problems.append(
+            "hydra.job.chdir: jobs of a sweep stay in the folder of the command, where relative paths begin. Leave it out."
+        )
+    if node.get("output_subdir", OUTPUT_SUBDIR) != OUTPUT_SUBDIR:
+        problems.append(f"hydra.output_subdir: jobs of a sweep keep their overrides in {OUTPUT_SUBDIR}. Leave it out.")
+    if (node.get("sweep") or {}).get("subdir", SUBDIR) != SUBDIR:
+        problems.append(
+            "hydra.sweep.subdir: jobs of a sweep have folders named by number and identity. Leave it out; hydra.sweep.dir "
+            "names the folder that holds them."
+        )
+    asked = [str(override).lstrip("+~") for override in (node.get("overrides") or {}).get("hydra") or ()]
+    if any(override.startswith(("hydra.job_logging", "hydra/job_logging")) for override in asked):
+        problems.append(
+            "hydra.job_logging: jobs of a sweep log to train.log and log.txt in their folders. Leave it out."
+        )
+    if problems:
+        raise ConfigError(*problems)
+
+
 class _PlannedLauncher(Launcher):
     """A launcher whose jobs get frozen configs: the common part of both."""
 
@@ -99,10 +143,11 @@ class _PlannedLauncher(Launcher):
         """Take what Hydra gives to a launcher.
 
         Raises:
-            ConfigError: a value of the launcher is wrong.
+            ConfigError: a value of the launcher is wrong, or a key of Hydra's would be dropped in silence.
         """
         from apt_launch.sweep.backends.registry import backend
 
+        _refuse_dropped(config)
         self.backend: Backend = backend(self.name, self.values)
         self.context = hydra_context
         self.task_function = task_function

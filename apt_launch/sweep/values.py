@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from apt_model.errors import ConfigError
+from apt_model.files import read_regular
+
+MOST_VALUES: Final = 1 << 24
+"""Values of one file, each counted wherever YAML's aliases repeat it; more of them are an attack."""
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -53,17 +57,31 @@ def from_yaml(text: str) -> dict[str, Any]:
     """Return what ``text`` holds.
 
     Raises:
-        ValueError: it is no YAML, or no mapping.
+        ValueError: it is no YAML, no mapping, or repeats itself without an end.
     """
     import yaml
 
     try:
         content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        if not isinstance(content, dict):
+            raise ValueError("not a mapping")
+        if _count(content, {}) > MOST_VALUES:
+            raise ValueError("its aliases stand for more values than any config has")
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
-    if not isinstance(content, dict):
-        raise ValueError("not a mapping")
+    except RecursionError:
+        raise ValueError("it is nested too deeply, or holds itself") from None
     return content
+
+
+def _count(value: Any, known: dict[int, int]) -> int:
+    """Return how many values there are in ``value``, each wherever it stands; ``known`` has those of its parts."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count(part, known) for part in parts)
+    return known[id(value)]
 
 
 def read_frozen(path: Path) -> dict[str, Any]:
@@ -73,6 +91,6 @@ def read_frozen(path: Path) -> dict[str, Any]:
         ConfigError: it is missing or damaged.
     """
     try:
-        return from_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return from_yaml(read_regular(path).decode("utf-8"))
+    except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"{path}: the config of the run cannot be read: {error}") from None

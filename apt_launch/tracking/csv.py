@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
+from typing import TextIO
 
+from apt_launch.escapes import cell
 from apt_launch.record import Row
+from apt_model.files import open_new
 
 
 class CsvTracker:
@@ -14,7 +18,7 @@ class CsvTracker:
     def __init__(self, *, mode: str, folder: Path) -> None:
         self.path = folder / "metrics.csv"
         self.columns: list[str] = []
-        self._file = self.path.open("w", newline="", encoding="utf-8")
+        self._file: TextIO = io.TextIOWrapper(open_new(self.path), encoding="utf-8", newline="")
 
     def log(self, row: Row) -> None:
         """Write one row."""
@@ -28,12 +32,13 @@ class CsvTracker:
         """Write the file anew, with more columns."""
         self._file.close()
         with self.path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+            next(file, None)  # the names, of which some may have an apostrophe
+            rows = list(csv.DictReader(file, self.columns))
         self.columns += columns
         aside = self.path.with_name(f".{self.path.name}.tmp")
-        with aside.open("w", newline="", encoding="utf-8") as file:
+        with io.TextIOWrapper(open_new(aside), encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
+            writer.writerow({name: cell(name) for name in self.columns})
             writer.writerows(rows)
         aside.replace(self.path)
         self._file = self.path.open("a", newline="", encoding="utf-8")

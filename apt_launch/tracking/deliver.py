@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from apt_launch.record import read_rows
 from apt_launch.tracking.projection import Tracker
 from apt_model.errors import ConfigError
-from apt_model.files import write_json
+from apt_model.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,11 @@ class Identity:
         """Return that of the run in ``folder``.
 
         Raises:
-            ConfigError: the run was not logged to W&B.
+            ConfigError: the run was not logged to W&B, or the file is damaged.
         """
         try:
-            values = json.loads(_path(folder).read_text(encoding="utf-8"))
-            return cls(**{**values, "job_tags": tuple(values["job_tags"])})
-        except (OSError, ValueError, TypeError, KeyError):
+            return read_json(_path(folder), cls, remedy="Resume the run, which writes it anew.")
+        except FileNotFoundError:
             raise ConfigError(
                 f"{folder}: this run was not logged to W&B (logger=wandb, logger.mode=offline or online)."
             ) from None
@@ -74,6 +72,13 @@ class Identity:
 def _agents_run() -> str | None:
     """Return the run that W&B's own agent has made for this process, if it is one that the agent started."""
     return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The schema of ``summary.json``, as far as a delivery reads it."""
+
+    state: Literal["running", "done", "failed", "interrupted"]
 
 
 class Delivery(Tracker, Protocol):

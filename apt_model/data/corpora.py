@@ -24,6 +24,7 @@ from apt_model.data.sources import Run, joined, sources_of
 from apt_model.data.tokenizer import ByteTokenizer, Tokenizer, find_tokenizer, load_tokenizer
 from apt_model.data.tokens import Tokens
 from apt_model.errors import ConfigError
+from apt_model.files import open_regular
 
 DOCUMENT_END = b"\0"
 
@@ -156,14 +157,14 @@ class _Files(ByteCorpus):
     def read_bytes(self, split: Split) -> bytearray:
         tokens = bytearray()
         for path in self.files(split):
-            tokens += _utf8(path, path.read_bytes()) + DOCUMENT_END
+            tokens += _utf8(path, _content(path)) + DOCUMENT_END
         return tokens
 
     def documents(self, split: Split) -> Iterator[Document]:
         files = self.files(split)
         total, done = self.count_bytes(split), 0
         for path, source in zip(files, sources_of(files, self.root), strict=True):
-            content = _utf8(path, path.read_bytes())
+            content = _utf8(path, _content(path))
             done += len(content) + len(DOCUMENT_END)
             yield Document(content.decode(), done / total, source)
 
@@ -285,7 +286,7 @@ class TextCorpus(_Files):
             yield from super().documents(split)
             return
         (path,) = self._all_files()
-        whole = _utf8(path, path.read_bytes())
+        whole = _utf8(path, _content(path))
         _, border = self._part("train", len(whole) + len(DOCUMENT_END))
         while border < len(whole) and whole[border] & 0xC0 == 0x80:  # within a character
             border += 1
@@ -458,7 +459,7 @@ def _jsonl_bytes(path: Path, keys: Keys, key: str, mtime_ns: int, size: int) -> 
 
 def _read_jsonl(path: Path, keys: Keys, key: str) -> Iterator[Document]:
     size, begin, found = path.stat().st_size, 0, False
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for number, line in enumerate(file, start=1):
             _utf8(path, line, begin)
             begin += len(line)
@@ -490,6 +491,12 @@ def stats(paths: Iterable[Path]) -> dict[str, Any]:
     found = [(str(path.absolute()), about.st_size, about.st_mtime_ns) for path in paths for about in (path.stat(),)]
     digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()
     return {"files": len(found), "bytes": sum(size for _, size, _ in found), "sha256": digest}
+
+
+def _content(path: Path) -> bytes:
+    """Return the content of a text file, however long it is."""
+    with open_regular(path) as file:
+        return file.read()
 
 
 def _utf8(path: Path, content: bytes, begin: int = 0) -> bytes:

@@ -17,7 +17,7 @@ from apt_model.data.shards import MANIFEST, SPLITS, Manifest, Shard, SplitShards
 from apt_model.data.sources import Run, joined
 from apt_model.data.tokenizer import FILE_NAME, Tokenizer
 from apt_model.errors import ConfigError
-from apt_model.files import sync, write_atomic
+from apt_model.files import read_regular, sync, write_atomic
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -217,7 +217,7 @@ def _batches(pieces: Iterator[_Piece], skip: int) -> Iterator[list[_Piece]]:
 def _progress(partial: Path, about: Mapping[str, Any]) -> dict[Split, SplitShards] | None:
     """Return how far an earlier attempt at the same came; None: there was none, or what it left is damaged."""
     try:
-        kept = json.loads((partial / PROGRESS).read_bytes())
+        kept = json.loads(read_regular(partial / PROGRESS))
         if kept["about"] != about:
             return None
         splits: dict[Split, SplitShards] = {
@@ -227,7 +227,7 @@ def _progress(partial: Path, about: Mapping[str, Any]) -> dict[Split, SplitShard
             for shard in progress.shards:
                 if checksum(partial / shard.file) != shard.sha256:
                     return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ConfigError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return splits
 

@@ -21,7 +21,7 @@ from apt_model.data.sources import Run
 from apt_model.data.tokenizer import FILE_NAME, ByteTokenizer, Tokenizer, load_tokenizer
 from apt_model.data.tokens import Tokens
 from apt_model.errors import ConfigError
-from apt_model.files import sha256
+from apt_model.files import read_regular, sha256
 
 MANIFEST: Final = "manifest.json"
 SPLITS: Final[tuple[Split, ...]] = ("train", "val")
@@ -92,8 +92,8 @@ class Shards:
                 "python -m apt_launch.tokenize OUT data=..."
             )
         try:
-            self.manifest = Manifest.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError) as error:
+            self.manifest = Manifest.model_validate_json(read_regular(path))
+        except (OSError, ConfigError, ValidationError) as error:
             reason = f"{error.errors()[0]['msg']}" if isinstance(error, ValidationError) else str(error)
             raise ConfigError(f"{key}: {path} is no manifest of shards, or damaged: {reason}.") from None
         for split in SPLITS:
@@ -194,5 +194,5 @@ def checksum(path: Path) -> str | None:
     """Return the checksum of a file; None: it cannot be read."""
     try:
         return sha256(path)
-    except OSError:
+    except (OSError, ConfigError):
         return None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apt_model.errors import ConfigError
+from apt_model.files import read_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 BYTE_VOCABULARY = 256
 FILE_NAME = "tokenizer.json"
+LONGEST = 1 << 28
+"""Bytes of a tokenizer's file at the most."""
 END = "<|endoftext|>"
 ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
 """How a document's end is called: ours, then those of others, in the order in which they are looked for."""
@@ -152,8 +155,8 @@ def load_tokenizer(file: Path) -> FileTokenizer:
 def _load(file: Path, size: int, mtime_ns: int) -> FileTokenizer:
     """Load a file once; the last two arguments notice a changed one."""
     try:
-        content = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        content = read_regular(file, LONGEST).decode("utf-8")
+    except (FileNotFoundError, ConfigError, UnicodeDecodeError) as error:
         raise ConfigError(f"data.tokenizer: {file} cannot be read: {error}") from None
     return FileTokenizer(content, name=str(file))
 

@@ -12,11 +12,12 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from apt_model.errors import CheckpointError
-from apt_model.files import sha256, sync
+from apt_model.errors import CheckpointError, ConfigError
+from apt_model.files import from_json, read_regular, sha256, sync
 
 logger = logging.getLogger(__name__)
 
@@ -154,12 +155,58 @@ def _replaced(final: Path) -> Path:
     return final.with_name(f".{final.name}.old")
 
 
+@dataclass(frozen=True)
+class _File:
+    """The schema of a file in a manifest."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"strict": True}
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """The schema of ``manifest.json``; callers of :meth:`Checkpoints.save` may add to it."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"strict": True}
+
+    step: int
+    about: dict[str, Any]
+    files: dict[str, _File]
+    rows: int = 0
+    epochs: int | None = None
+    loss: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what no checkpoint can have."""
+        if min(self.step, self.rows, self.epochs or 0) < 0:
+            raise ValueError("steps, rows and epochs cannot be negative")
+        if not {STATE} <= set(self.files) <= {STATE, WEIGHTS}:
+            raise ValueError(f"its files are not {STATE} and {WEIGHTS}")
+
+
+def _read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Return a checkpoint's manifest, without a look at the files that it names.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    path = checkpoint / MANIFEST
+    try:
+        text = read_regular(path)
+        from_json(text, _Manifest, where=str(path), remedy="Remove that checkpoint: the one before it is taken then.")
+    except (FileNotFoundError, ConfigError) as error:
+        raise CheckpointError(f"{checkpoint} is no checkpoint: {MANIFEST} cannot be read ({error})") from None
+    manifest: dict[str, Any] = json.loads(text)
+    return manifest
+
+
 def _manifest_or_empty(checkpoint: Path) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return _read_manifest(checkpoint)
+    except CheckpointError:
         return {}
-    return manifest
 
 
 def _copy(state: Any) -> Any:
@@ -194,17 +241,16 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: something is missing or damaged.
     """
-    try:
-        manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint} is no checkpoint: {MANIFEST} cannot be read ({error})") from None
-    for name in {STATE, *files}:
+    manifest = _read_manifest(checkpoint)
+    files = manifest["files"]
+    for name in files:
         try:
-            found = _fingerprint(checkpoint / name)
+            found = _fingerprint(checkpoint / name, files[name]["bytes"])
         except OSError as error:
             raise CheckpointError(f"{checkpoint} is damaged: {name} cannot be read ({error.strerror})") from None
-        if found != files.get(name):
+        except ConfigError as error:
+            raise CheckpointError(f"{checkpoint} is damaged: {error}") from None
+        if found != files[name]:
             raise CheckpointError(f"{checkpoint} is damaged: {name} differs from its checksum in {MANIFEST}")
     return manifest
 
@@ -226,13 +272,19 @@ def load(checkpoint: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True, mmap=True)
         if WEIGHTS in files:
             state["model"] = load_file(checkpoint / WEIGHTS) | state["model"]
-    except (pickle.UnpicklingError, RuntimeError, SafetensorError) as error:
+    except (
+        *(pickle.UnpicklingError, RuntimeError, SafetensorError, EOFError, OSError),
+        *(KeyError, IndexError, TypeError, ValueError, AttributeError),  # of plain values that are not a state
+    ) as error:
         raise CheckpointError(f"{checkpoint} holds something else than tensors and plain values: {error}") from None
     return state
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def _fingerprint(path: Path, expected: int | None = None) -> dict[str, Any]:
+    """Return size and checksum of a file; one of another size than ``expected`` is not read."""
     about = path.stat()
+    if expected not in (None, about.st_size):
+        return {"bytes": about.st_size}
     return {"bytes": about.st_size, "sha256": _sha256(path, about.st_size, about.st_mtime_ns, about.st_ino)}
 
 

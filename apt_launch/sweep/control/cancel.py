@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from apt_launch.sweep.backends.registry import backend
 from apt_launch.sweep.control.ledger import Ledger, Status
 from apt_launch.sweep.jobs.state import ENDED, read_state, transition
+from apt_model.errors import ConfigError
 
 
 def cancel(folder: Path) -> list[Status]:
@@ -16,9 +18,11 @@ def cancel(folder: Path) -> list[Status]:
         ConfigError: there is no sweep, or the cluster does not answer.
     """
     ledger = Ledger(folder)
-    not_ended = {
-        job.folder: state for job in ledger.plan.jobs if (state := read_state(folder / job.folder)).state not in ENDED
-    }
+    not_ended = {}
+    for job in ledger.plan.jobs:
+        with suppress(ConfigError):  # a damaged state hides no other job; the table names it
+            if (state := read_state(folder / job.folder)).state not in ENDED:
+                not_ended[job.folder] = state
     sent = {name: state for name, state in not_ended.items() if state.state != "planned"}
     if sent:
         backend(ledger.plan.launcher, ledger.plan.launcher_values).cancel(folder, sent)

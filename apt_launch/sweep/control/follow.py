@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from apt_launch.escapes import visible
 from apt_launch.sweep.control.cancel import cancel
 from apt_launch.sweep.control.ledger import Ledger, Status, record_ends
 from apt_launch.sweep.control.table import show
@@ -16,7 +17,7 @@ from apt_launch.sweep.control.table import show
 
 def say(line: str) -> None:
     """Print a line, now."""
-    sys.stdout.write(line + "\n")
+    sys.stdout.write(visible(line) + "\n")
     sys.stdout.flush()
 
 

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from apt_launch.record import last_row
 from apt_launch.sweep.application import load
 from apt_launch.sweep.backends.registry import backend
-from apt_launch.sweep.jobs.state import ENDED, Name, ObservedState, read_state, transition
+from apt_launch.sweep.jobs.state import ENDED, Name, ObservedState, State, read_state, transition
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
+from apt_model.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Status:
     phase: str | None = None  # of that row; None: it has none
     age: float | None = None  # seconds since its last sign of life
     final: bool = False  # the state will not change by itself
+    damaged: bool = False  # a file of the job cannot be read: the state is unknown, and ``cause`` names the file
 
     @property
     def summary(self) -> str:
@@ -50,7 +53,13 @@ class Ledger:
 
     def statuses(self, *, rows: bool = True) -> list[Status]:
         """Return what is known of each job now; ``rows``: also the last row of its record."""
-        written = {job.folder: read_state(self.folder / job.folder) for job in self.plan.jobs}
+        written: dict[str, State] = {}
+        damaged: dict[str, str] = {}
+        for job in self.plan.jobs:
+            try:
+                written[job.folder] = read_state(self.folder / job.folder)
+            except ConfigError as error:  # it hides no other job
+                damaged[job.folder] = str(error)
         running = {name: state for name, state in written.items() if state.state not in (*ENDED, "planned")}
         observed: dict[str, ObservedState] = {}
         if running:
@@ -58,14 +67,24 @@ class Ledger:
         found = []
         for job in self.plan.jobs:
             folder = self.folder / job.folder
+            row: Mapping[str, float] = {}
+            try:
+                row = last_row(folder / "metrics.jsonl") if rows else {}
+            except ConfigError as error:
+                damaged.setdefault(job.folder, str(error))
+            if job.folder in damaged:
+                found.append(
+                    Status(job, folder, "unknown", damaged[job.folder], age=_age(folder), final=True, damaged=True)
+                )
+                continue
             state = written[job.folder]
             seen = ObservedState(state.state, state.cause, final=state.state in ENDED)
             if job.folder in observed:
                 seen = observed[job.folder]
-                again = read_state(folder)
-                if again.state in ENDED:  # it ended while the backend was asked
-                    state, seen = again, ObservedState(again.state, again.cause, final=True)
-            row = last_row(folder / "metrics.jsonl") if rows else {}
+                with suppress(ConfigError):  # the next look reports it
+                    state = read_state(folder)
+                if state.state in ENDED:  # it ended while the backend was asked
+                    seen = ObservedState(state.state, state.cause, final=True)
             found.append(
                 Status(
                     job=job,

@@ -34,7 +34,9 @@ def resume(folder: Path, overrides: Sequence[str] = ()) -> int:
             *(f"{key}: a resume cannot change it, for it would be another run. Start a new sweep." for key in refused)
         )
     statuses = ledger.statuses(rows=False)
-    problems = [status.summary for status in statuses if status.state == "unknown" and not status.final]
+    problems = [
+        status.summary for status in statuses if status.state == "unknown" and (status.damaged or not status.final)
+    ]
     wanted = {s.job.number for s in statuses if s.state in ("failed", "cancelled", "planned", "unknown")}
     jobs = []
     for job in ledger.plan.jobs:

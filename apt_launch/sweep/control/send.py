@@ -13,7 +13,7 @@ from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
 from apt_launch.sweep.values import to_yaml
 from apt_model.errors import ConfigError
-from apt_model.files import refuse_place, write_atomic, write_json
+from apt_model.files import refuse_links, refuse_place, write_atomic, write_json
 
 
 def carry_out(plan: Plan, folder: Path, where: Backend) -> None:
@@ -97,7 +97,18 @@ def run_batch(before: Plan | None, batch: Plan, folder: Path, where: Backend) ->
 
 
 def prepare(plan: Plan, folder: Path, jobs: Sequence[Job]) -> None:
-    """Make the folders of ``jobs``, each with all that the job will read."""
+    """Make the folders of ``jobs``, each with all that the job will read.
+
+    Raises:
+        ConfigError: a link in a job's folder, or in its place, leads elsewhere; nothing was written.
+    """
+    for job in jobs:
+        own = folder / job.folder
+        if own.is_symlink():
+            raise ConfigError(
+                f"{own} is a link, and nothing is written through links. Remove it: the job is then run anew."
+            )
+        refuse_links(own, f"job {job.number}")
     for job in jobs:
         own = folder / job.folder
         (own / ".hydra").mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from apt_launch.escapes import console
 from apt_launch.sweep.control.ledger import Status
 from apt_launch.sweep.plan.jobs import short_key
 from apt_launch.sweep.plan.plan import Plan
@@ -19,24 +20,22 @@ STYLES = {"done": "green", "failed": "bold red", "cancelled": "yellow", "running
 
 def show(plan: Plan, statuses: Sequence[Status], folder: Path) -> None:
     """Print the table of the jobs, and the causes of those that failed."""
-    from rich.console import Console
-
-    console = Console()
-    console.print(f"sweep {plan.id}: {plan.summary}, {plan.launcher}", style="bold", highlight=False)
-    console.print(table(plan, statuses, console.width))
-    console.print(counted(statuses), highlight=False)
+    screen = console()
+    screen.print(f"sweep {plan.id}: {plan.summary}, {plan.launcher}", style="bold", highlight=False)
+    screen.print(table(plan, statuses, screen.width))
+    screen.print(counted(statuses), highlight=False)
     for one in statuses:
         if one.state in ("failed", "unknown") or (one.state == "cancelled" and one.cause):
             log = one.folder / "log.txt"
             where = f" Log: {log}" if log.exists() else ""
-            console.print(
+            screen.print(
                 f"job {one.job.number} ({one.job.label}) {one.state}: {one.cause}{where}",
                 highlight=False,
                 soft_wrap=True,
                 markup=False,
             )
     if any(one.state in ("failed", "cancelled") for one in statuses):
-        console.print(
+        screen.print(
             f"Run them again, from their checkpoints: python -m apt_launch.sweep resume {folder}",
             highlight=False,
             soft_wrap=True,
@@ -60,7 +59,7 @@ def table(plan: Plan, statuses: Sequence[Status], width: int, more: Mapping[str,
             )
             for one in statuses
         ],
-        "epoch": [f"{int(one.row['epoch'])}" if one.row else "" for one in statuses],
+        "epoch": [_number(one.row, "epoch", ".0f") for one in statuses],
         "step": [f"{int(one.row['step']) + 1}/{one.job.steps}" if one.row else "" for one in statuses],
         "phase": [one.phase or "" for one in statuses],
         "train/loss": [_number(one.row, "train/loss", ".4f") for one in statuses],

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from apt_launch.sweep.application import TRAINER, JobContext, Result, load
 from apt_launch.sweep.jobs.state import State, read_state, transition
@@ -18,6 +19,7 @@ from apt_launch.sweep.lease import Holder, Lease
 from apt_launch.sweep.secrets import keep_private
 from apt_launch.sweep.values import read_frozen
 from apt_model.errors import ConfigError, Interrupted, TrainingError, cause_of
+from apt_model.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,25 @@ STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 class BudgetSpentError(TrainingError):
     """The job took all its hours."""
+
+
+@dataclass(frozen=True)
+class About:
+    """The schema of ``job.json``: what a job's process has to know beside its config."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"strict": True, "extra": "forbid"}
+
+    sweep: str
+    number: int
+    overrides: tuple[str, ...]
+    cwd: str
+    hours: float
+    application: str = TRAINER
+
+    def __post_init__(self) -> None:
+        """Refuse what nobody can have planned."""
+        if not 0 < self.hours < math.inf:
+            raise ValueError("its hours must be a number above 0")
 
 
 class _StoppedEarly(Interrupted):
@@ -98,9 +119,14 @@ class _Attempt:
         self.attempts = attempts
         self.rank = rank
         self.cores = cores
-        self.about: dict[str, Any] = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-        self.hours: float = self.about["hours"]
         self.began = time.time()
+        try:
+            self.about = read_json(folder / "job.json", About, remedy="sweep resume writes it anew.")
+        except (ConfigError, FileNotFoundError) as error:
+            self._end("failed", cause=cause_of(error))
+            logger.error("failed: %s", cause_of(error))
+            raise
+        self.hours = self.about.hours
 
     @property
     def seconds(self) -> float:
@@ -155,8 +181,8 @@ class _Attempt:
 
     def _run(self) -> Result:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        application = load(self.about.get("application", TRAINER))
-        os.chdir(self.about["cwd"])
+        application = load(self.about.application)
+        os.chdir(self.about.cwd)
         values = read_frozen(self.folder / "config.yaml")
         resume = application.has_checkpoint(self.folder)
         if not resume:  # rows of an attempt that came to no checkpoint will be computed again
@@ -176,9 +202,9 @@ class _Attempt:
 
     def _context(self, resume: bool) -> JobContext:
         return JobContext(
-            sweep=self.about["sweep"],
-            number=self.about["number"],
-            overrides=tuple(self.about["overrides"]),
+            sweep=self.about.sweep,
+            number=self.about.number,
+            overrides=self.about.overrides,
             rank=self.rank,
             attempt=self.attempts,
             resume=resume,
@@ -194,7 +220,7 @@ def wants_cancel(folder: Path) -> bool:
 def _write_output_to(path: Path) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.close(file)

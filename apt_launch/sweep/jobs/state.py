@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
-from apt_model.files import write_json
+from apt_model.files import read_json, write_json
 
 Name = Literal[
     "planned", "submitted", "pending", "running", "preempted", "requeued", "failed", "cancelled", "done", "unknown"
@@ -37,15 +37,22 @@ TRANSITIONS: Final[dict[Name, frozenset[Name]]] = {
 
 @dataclass(frozen=True)
 class State:
-    """The content of ``state.json``."""
+    """The content of ``state.json``, and its schema."""
 
-    state: Name = "planned"
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"strict": True, "extra": "forbid"}
+
+    state: Name
     job_id: str | None = None  # SLURM's, or the local worker's name
     restarts: int = 0  # attempts before this one
     since: str = ""  # when the state began
     seconds: float = 0.0  # taken by the attempts before this one
     cause: str | None = None
-    loss: float | None = None
+    loss: float | None = None  # not a number, too: what a run that diverged has
+
+    def __post_init__(self) -> None:
+        """Refuse what no job can have written."""
+        if not 0 <= self.restarts < 1 << 31 or not 0 <= self.seconds < math.inf:
+            raise ValueError("restarts and seconds cannot be negative or endless")
 
 
 @dataclass(frozen=True)
@@ -58,11 +65,17 @@ class ObservedState:
 
 
 def read_state(folder: Path) -> State:
-    """Return the state of the job in ``folder``; ``planned`` where nothing is written yet."""
+    """Return the state of the job in ``folder``; ``planned`` where nothing is written yet.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    path = folder / "state.json"
+    remedy = "Nobody knows what became of the job. Remove the file: sweep resume then runs it, from its checkpoint."
     try:
-        return State(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+        return read_json(path, State, remedy=remedy)
     except FileNotFoundError:
-        return State()
+        return State("planned")
 
 
 def is_allowed(before: Name, after: Name) -> bool:

@@ -2,17 +2,86 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Final, Literal
 
 from apt_launch.sweep.application import TRAINER, Resources
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.values import flatten, from_yaml, to_yaml, unflatten
 from apt_model.errors import ConfigError
-from apt_model.files import write_atomic
+from apt_model.files import from_json, read_regular, write_atomic
+
+MOST_BYTES: Final = 1 << 28
+"""Of a plan; one of 10,000 jobs has a few per cent of that."""
+
+REMEDY: Final = (
+    "Restore it from a copy, or start the sweep anew in another folder: each job's folder has its own config.yaml."
+)
+
+STRICT: Final = {"strict": True, "extra": "forbid"}
+
+
+@dataclass(frozen=True)
+class _KeptJob:
+    """The schema of a job in ``plan.yaml``."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    number: int
+    identity: str
+    overrides: tuple[str, ...]
+    resources: Resources
+    steps: int
+    config: dict[str, Any]
+    folder: str | None = None  # what number and identity say, for people
+
+    def __post_init__(self) -> None:
+        """Refuse a job whose folder would lead out of the sweep's, and numbers that mean nothing."""
+        if not re.fullmatch("[0-9A-Za-z]+", self.identity):
+            raise ValueError(f"its identity {self.identity!r} is no hexadecimal number")
+        if min(self.number, self.steps) < 0:
+            raise ValueError("its number and its steps cannot be negative")
+        if self.folder not in (None, self.job.folder):
+            raise ValueError(f"its folder {self.folder!r} is not the one that its number and identity say")
+        amounts = asdict(self.resources).values()
+        if any(not (math.isfinite(amount) and amount >= 0) for amount in amounts if amount is not None):
+            raise ValueError("its resources cannot be negative or endless")
+
+    @property
+    def job(self) -> Job:
+        """The job that it stands for."""
+        return Job(self.number, self.identity, self.overrides, self.config, self.resources, self.steps)
+
+
+@dataclass(frozen=True)
+class _KeptPlan:
+    """The schema of ``plan.yaml``."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    id: str
+    created: str
+    command: tuple[str, ...]
+    launcher: Literal["local", "slurm"]
+    launcher_values: dict[str, Any]
+    cwd: str
+    asked: int
+    shared: dict[str, Any]
+    jobs: tuple[_KeptJob, ...]
+    application: str = TRAINER
+
+    def __post_init__(self) -> None:
+        """Refuse a plan without jobs, and one whose jobs share a folder."""
+        if not self.jobs:
+            raise ValueError("it has no jobs")
+        if len({job.number for job in self.jobs}) < len(self.jobs):
+            raise ValueError("two of its jobs have one number")
 
 
 @dataclass(frozen=True)
@@ -86,32 +155,26 @@ class Plan:
         """
         path = folder / "plan.yaml"
         try:
-            content = from_yaml(path.read_text(encoding="utf-8"))
-            jobs = tuple(
-                Job(
-                    job["number"],
-                    job["identity"],
-                    tuple(job["overrides"]),
-                    job["config"],
-                    Resources(**job["resources"]),
-                    job["steps"],
-                )
-                for job in content["jobs"]
-            )
-            kept = {key: content[key] for key in ("id", "created", "launcher", "launcher_values", "cwd", "asked")}
+            content = from_yaml(read_regular(path, MOST_BYTES).decode("utf-8"))
+            kept = from_json(json.dumps(content), _KeptPlan, where=str(path), remedy=REMEDY)
             return cls(
-                command=tuple(content["command"]),
-                application=content.get("application", TRAINER),
-                shared=flatten(content["shared"]),
-                jobs=jobs,
-                **kept,
+                id=kept.id,
+                created=kept.created,
+                command=kept.command,
+                launcher=kept.launcher,
+                launcher_values=kept.launcher_values,
+                cwd=kept.cwd,
+                asked=kept.asked,
+                application=kept.application,
+                shared=flatten(kept.shared),
+                jobs=tuple(job.job for job in kept.jobs),
             )
         except FileNotFoundError:
             near = sorted(p.parent for p in folder.parent.glob("*/plan.yaml")) if folder.parent.is_dir() else []
             hint = f" There is one in {near[-1]}." if near else ""
             raise ConfigError(f"{folder}: there is no sweep here, for it has no plan.yaml.{hint}") from None
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{path}: damaged ({type(error).__name__}: {error}).") from None
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{path}: damaged ({error}). {REMEDY}") from None
 
     def joined(self, other: Plan) -> Plan:
         """Return this plan with the jobs of ``other`` after its own, for a sweeper that asks in batches."""

@@ -47,7 +47,7 @@ class Trial:
 
     def series(self, name: str) -> list[tuple[float, float]]:
         """Return (tokens, value) of a metric, wherever it is a finite number."""
-        return [(row["tokens"], row[name]) for row in self.rows if name in row and is_number(row[name])]
+        return [(row["tokens"], row[name]) for row in self.rows if "tokens" in row and is_number(row.get(name))]
 
     def at(self, name: str, tokens: float) -> float | None:
         """Return the metric's last value until ``tokens``."""
@@ -57,7 +57,7 @@ class Trial:
     @property
     def switches(self) -> dict[str, float]:
         """Where each part of the program was enabled, in tokens."""
-        return {part: row["tokens"] for part, row in first_enabled(self.rows).items()}
+        return {part: row["tokens"] for part, row in first_enabled(self.rows).items() if "tokens" in row}
 
     @property
     def scheduled_values(self) -> list[str]:
@@ -229,8 +229,12 @@ def find(
     trials = []
     for job in plan.jobs:
         path = sweep / job.folder / "metrics.jsonl"
-        rows = read_rows(path) if path.exists() else []
-        trials.append(Trial(job, states.get(job.folder, "planned"), rows, (causes or {}).get(job.folder)))
+        state, cause, rows = states.get(job.folder, "planned"), (causes or {}).get(job.folder), []
+        try:
+            rows = read_rows(path) if path.exists() else []
+        except ConfigError as error:  # it hides no other job
+            state, cause = "unknown", str(error)
+        trials.append(Trial(job, state, rows, cause))
     findings = replace(compare(plan, trials, metric, load(plan.application).program), against=against)
     labels = [group.label for group in findings.groups]
     if against is not None and labels and against not in labels:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apt_launch.drawing import Drawing, new_figure
+from apt_launch.escapes import label
 from apt_launch.sweep.plan.jobs import in_short, short_key
 from apt_launch.sweep.report.findings import SEEDS, Estimate, Findings, Trial
 
@@ -63,7 +64,8 @@ def _figure(width: float, height: float) -> Figure:
 def _names(trials: Sequence[Trial]) -> dict[int, str]:
     """Return what jobs are called, by number: those that differ in their seeds only alike, where there are others."""
     alike = {trial.job.number: in_short(trial.without_seeds) for trial in trials}
-    return alike if len(set(alike.values())) > 1 else {trial.job.number: trial.label for trial in trials}
+    names = alike if len(set(alike.values())) > 1 else {trial.job.number: trial.label for trial in trials}
+    return {number: label(name) for number, name in names.items()}
 
 
 def _colours(names: Mapping[int, str]) -> dict[int, Any]:
@@ -145,7 +147,7 @@ def _mark_phases(axis: Any, trials: Sequence[Trial], colours: dict[int, Any]) ->
                 if alike:
                     break
         axis.annotate(
-            f" {module} on",
+            f" {label(module)} on",
             (min(places), 1 - 0.07 * (height + 1)),
             xycoords=("data", "axes fraction"),
             fontsize=8,
@@ -173,7 +175,7 @@ def _schedules(findings: Findings) -> Figure | None:
                 linewidth=1.3,
                 alpha=0.8,
             )
-        axis.set_title(name.removeprefix("schedule/"), loc="left", fontsize=9)
+        axis.set_title(label(name.removeprefix("schedule/")), loc="left", fontsize=9)
         axis.grid(alpha=0.25)
         axis.margins(y=0.15)
     _count_tokens(axes[-1])
@@ -214,14 +216,14 @@ def _metric(findings: Findings) -> Figure | None:
             capsize=3,
             linestyle="-" if numeric else "none",
         )
-        axis.set_xlabel(short_key(key))
+        axis.set_xlabel(label(short_key(key)))
         if not numeric:
-            axis.set_xticks(list(place.values()), [name[:32] for name in names], rotation=25, ha="right")
+            axis.set_xticks(list(place.values()), [label(name[:32]) for name in names], rotation=25, ha="right")
         elif len(names) <= 6:
             axis.set_xticks([place[name] for name in names], names)
         axis.grid(alpha=0.25)
     interval = "\nand 95 % interval over seeds" if only_seeds else " of the jobs with that value"
-    axes[0].set_ylabel(f"{findings.metric}\n(red: mean{interval})")
+    axes[0].set_ylabel(f"{label(findings.metric)}\n(red: mean{interval})")
     return figure
 
 
@@ -242,9 +244,11 @@ def _differences(findings: Findings) -> Figure | None:
         single = [v - reference.by_seed[seed] for seed, v in group.by_seed.items() if seed in reference.by_seed]
         axis.scatter(single, [place] * len(single), s=18, color="C0", alpha=0.55)
         axis.errorbar(more.mean, place, xerr=more.half_interval or 0.0, color="C3", marker="|", linewidth=1, capsize=3)
-    axis.set_yticks(range(len(groups)), [group.label for group in groups])
+    axis.set_yticks(range(len(groups)), [label(group.label) for group in groups])
     axis.invert_yaxis()
-    axis.set_xlabel(f"{findings.metric} more than {findings.compared_with}, seed by seed (red: mean and 95 % interval)")
+    axis.set_xlabel(
+        f"{label(findings.metric)} more than {label(findings.compared_with)}, seed by seed (red: mean and 95 % interval)"
+    )
     axis.grid(alpha=0.25, axis="x")
     return figure
 

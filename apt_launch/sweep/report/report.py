@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from apt_launch.escapes import cell, markdown, visible
 from apt_launch.record import Row
 from apt_launch.sweep.plan.jobs import short_key
 from apt_launch.sweep.report.findings import Estimate, Findings, Texts, find, headline
-from apt_model.files import write_atomic
+from apt_model.files import refuse_links, write_atomic
 
 
 def write_report(
@@ -26,6 +27,7 @@ def write_report(
 
     findings = find(sweep, states, metric, causes, against)
     folder = sweep / "report"
+    refuse_links(sweep, "DIR") if folder.is_symlink() else refuse_links(folder, "DIR")
     folder.mkdir(exist_ok=True)
     drawn = draw(findings, folder)
     files = {
@@ -64,7 +66,7 @@ def lines(findings: Findings) -> list[list[Any]]:
                 *(settings.get(key, "") for key in findings.keys),
                 trial.state,
                 int(last["step"]) + 1 if last else None,
-                int(last["tokens"]) if last else None,
+                int(last["tokens"]) if "tokens" in last else None,
                 findings.values.get(trial.job.number),
                 best,
                 last.get("train/loss"),
@@ -81,11 +83,13 @@ def as_csv(findings: Findings) -> str:
     """Return the table as CSV, numbers in full."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*columns(findings), "folder", "command"])
+    writer.writerow([*map(cell, columns(findings)), "folder", "command"])
     by_number = {trial.job.number: trial for trial in findings.trials}
     for line in lines(findings):
         trial = by_number[line[0]]
-        writer.writerow([*("" if cell is None else cell for cell in line), trial.job.folder, findings.command(trial)])
+        writer.writerow(
+            [*("" if value is None else cell(value) for value in line), trial.job.folder, findings.command(trial)]
+        )
     return text.getvalue()
 
 
@@ -101,22 +105,28 @@ def shown(cell: Any, head: str = "") -> str:
 def as_markdown(findings: Findings, pictures: Sequence[str]) -> str:
     """Return the report as Markdown."""
     heads = columns(findings)
-    parts = [f"# Sweep {findings.plan.id}", "", headline(findings), "", findings.summary, ""]
+    parts = [
+        f"# Sweep {markdown(findings.plan.id)}",
+        "",
+        markdown(headline(findings)),
+        "",
+        markdown(findings.summary),
+        "",
+    ]
     best = findings.best
     if best is not None:
-        parts += ["```sh", findings.command(best), "```", ""]
-    parts += [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+        parts += ["```sh", findings.command(best).replace("```", "` ` `"), "```", ""]
+    parts += [f"| {' | '.join(map(markdown, heads))} |", f"|{'---|' * len(heads)}"]
     parts += [
-        f"| {' | '.join(shown(c, h).replace('|', '/') for c, h in zip(line, heads, strict=True))} |"
-        for line in lines(findings)
+        f"| {' | '.join(markdown(shown(c, h)) for c, h in zip(line, heads, strict=True))} |" for line in lines(findings)
     ]
     if findings.has_seeds:
         heads, rows = group_table(findings)
-        parts += ["", "## Mean over seeds", "", f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-        parts += [f"| {' | '.join(row)} |" for row in rows]
+        parts += ["", "## Mean over seeds", "", f"| {' | '.join(map(markdown, heads))} |", f"|{'---|' * len(heads)}"]
+        parts += [f"| {' | '.join(map(markdown, row))} |" for row in rows]
     parts += ["", note_on_groups(findings), ""]
     parts += [f"![{name}]({name}.png)\n" for name in pictures]
-    return "\n".join(parts)
+    return visible("\n".join(parts))
 
 
 def note_on_groups(findings: Findings) -> str:
@@ -138,7 +148,7 @@ def group_table(findings: Findings) -> tuple[list[str], list[list[str]]]:
     rows = []
     for group in findings.groups:
         more = group.over(findings.reference) if group.label != findings.reference.label else None
-        settings = [group.settings.get(key, "").replace("|", "/") for key in keys]
+        settings = [group.settings.get(key, "") for key in keys]
         rows.append([*settings, str(len(group.by_seed)), _shown(group.estimate), _shown(more) if more else ""])
     return heads, rows
 
@@ -168,7 +178,7 @@ def as_page(findings: Findings, drawn: Mapping[str, str]) -> str:
         "metric": f"Final {findings.metric} by what was swept",
         "differences": f"Differences from {findings.compared_with}, seed by seed",
     }
-    return page.get_template("report.html").render(
+    html = page.get_template("report.html").render(
         findings=findings,
         headline=headline(findings),
         command=findings.command(best) if best is not None else None,
@@ -182,3 +192,4 @@ def as_page(findings: Findings, drawn: Mapping[str, str]) -> str:
             for line in lines(findings)
         ],
     )
+    return visible(html)

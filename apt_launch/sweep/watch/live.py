@@ -254,9 +254,11 @@ class Watch:
         trials = [Trial(s.job, s.state, r.compared, s.cause) for s, r in zip(states, runners, strict=True)]
         findings = compare(plan, trials, METRIC, answer.ledger.application.program)
         looks = _looks(trials)
-        statuses = []
+        statuses: list[Status] = []
         for status, runner, trial in zip(states, runners, trials, strict=True):
             phase = answer.ledger.application.phase(runner.last) if runner.last else None
+            if (problem := runner.reader.problem) is not None:
+                status = replace(status, state="unknown", cause=problem, damaged=True)
             statuses.append(replace(status, row=runner.last, phase=phase))
             seen = [time for time in (answer.last_seen(status), runner.reader.touched) if time is not None]
             facts = _facts(statuses[-1], runner, trial) | {

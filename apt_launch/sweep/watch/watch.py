@@ -7,6 +7,7 @@ import socket
 import threading
 from pathlib import Path
 
+from apt_launch.escapes import console
 from apt_launch.sweep.control.follow import follow
 from apt_launch.sweep.watch.live import Watch
 from apt_launch.sweep.watch.page import HOST, Server
@@ -24,23 +25,21 @@ def watch(folder: Path, *, port: int | None = None, page: bool = True) -> int:
         ConfigError: there is no sweep, or the port cannot be had.
         KeyboardInterrupt: the user has seen enough.
     """
-    from rich.console import Console
-
-    console = Console()
-    if not page and not console.is_terminal:
+    screen = console()
+    if not page and not screen.is_terminal:
         return follow(folder, record=False)
     live = Watch(folder)
     if not page:
-        return show_live(live, console, until_ended=True)
+        return show_live(live, screen, until_ended=True)
     with Server(live, port) as server:
         threading.Thread(target=server.serve_forever, name="page", daemon=True).start()
-        console.print(
+        screen.print(
             f"Watch it at {server.address} (Ctrl-C ends the page, not the sweep)", highlight=False, soft_wrap=True
         )
         if os.environ.get("SSH_CONNECTION"):
             tunnel = f"ssh -L {server.port}:{HOST}:{server.port} {socket.gethostname()}"
-            console.print(f"From your own machine, first: {tunnel}", highlight=False, soft_wrap=True)
+            screen.print(f"From your own machine, first: {tunnel}", highlight=False, soft_wrap=True)
         try:
-            return show_live(live, console, until_ended=False)
+            return show_live(live, screen, until_ended=False)
         finally:
             server.shutdown()

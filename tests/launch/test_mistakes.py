@@ -1,0 +1,76 @@
+"""Mistakes on the command lines of commands that compose no run: exit 2, no traceback, and nothing left behind."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+LONG = "x" * 300
+HUGE = "9" * 30
+
+MISTAKES: dict[str, tuple[str, ...]] = {
+    "a file for a sweep": ("sweep", "report", "file"),
+    "a file for a sweep to look at": ("sweep", "status", "file"),
+    "too long a name for a sweep": ("sweep", "status", LONG),
+    "too long a name for a delivery": ("sync", LONG),
+    "a file for a delivery": ("sync", "file"),
+    "too long a name for a run": ("generate", LONG, "--prompt", "a"),
+    "too long a name for prompts": ("generate", ".", "--prompt-file", LONG),
+    "a folder for prompts": ("generate", ".", "--prompt-file", "."),
+    "a device for prompts": ("generate", ".", "--prompt-file", "/dev/zero"),
+    "too low a temperature": ("generate", ".", "--prompt", "a", "--temperature", "1e-300"),
+    "too great a seed": ("generate", ".", "--prompt", "a", "--seed", "18446744073709551616"),
+    "a device that computes nothing": ("generate", ".", "--prompt", "a", "--device", "meta"),
+    "too many samples": ("generate", ".", "--prompt", "a", "--num-samples", HUGE),
+    "no threshold": ("generate", ".", "--prompt", "a", "--vote-threshold", "nan"),
+    "too large a vocabulary": ("tokenize", "out", "--train-tokenizer", HUGE),
+    "too large a file of tokens": ("tokenize", "out", "--shard-tokens", HUGE),
+    "the folder that one is in": ("tokenize", "."),
+    "the folder above": ("tokenize", ".."),
+    "too long a name for shards": ("tokenize", LONG),
+    "a place where no folder can be made": ("preview", "--out", "/proc/x"),
+    "too long a name for pictures": ("preview", "--out", LONG),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_ends_with_2_and_leaves_nothing(cli: Cli, tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    command, *arguments = MISTAKES[name]
+    result = cli(*arguments, module=f"apt_launch.{command}")
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(
+            "+hydra.job.env_set.A=1",
+            "hydra.job.env_copy=[OMP_NUM_THREADS]",
+            "hydra.job.chdir=true",
+            "hydra.output_subdir=null",
+        ),
+        *(
+            "hydra.output_subdir=other",
+            "hydra.sweep.subdir=a",
+            "hydra/job_logging=none",
+            "hydra.job_logging.root.level=DEBUG",
+        ),
+    ],
+)
+def test_what_a_sweep_would_drop_in_silence_is_refused_while_planning(cli: Cli, tmp_path: Path, override: str) -> None:
+    result = cli("--multirun", "seed=0,1", override, "hydra.sweep.dir=sweep")
+    key = (
+        override.lstrip("+").split("=")[0].replace("env_set.A", "env_set").replace("/", ".").removesuffix(".root.level")
+    )
+    assert (result.returncode, "Traceback" in result.stderr) == (2, False), result.stderr
+    assert f"{key}: jobs of a sweep" in result.stderr
+    assert not list(tmp_path.iterdir())
