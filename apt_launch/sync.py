@@ -15,7 +15,7 @@ from pathlib import Path
 
 from apt_launch.config.ending import ending
 from apt_launch.config.instantiate import build
-from apt_launch.sweep.lease import read_holder
+from apt_launch.sweep.lease import holder_is_alive, read_holder
 from apt_launch.sweep.secrets import keep_private
 from apt_launch.sweep.values import read_frozen
 from apt_launch.tracking.deliver import deliver
@@ -78,8 +78,8 @@ def _deliver(folder: Path) -> int:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: {error}") from None
     holder = read_holder(folder / "lease.json")
-    if holder is not None and holder.alive is not False and values["logger"].get("mode") == "online":
-        raise ConfigError(f"{folder}: process {holder.pid} on {holder.host} is training here, and delivers by itself.")
+    if holder is not None and values["logger"].get("mode") == "online" and holder_is_alive(folder):
+        raise ConfigError(f"{folder}: process {holder.pid} on {holder.where} is training here, and delivers by itself.")
     try:
         online = {**values["logger"], "mode": "online"}
         make = functools.partial(build, online, folder=folder, config=values, fallback=False)
