@@ -16,7 +16,7 @@ from tests.forks import HANGS
 ROOT = Path(__file__).parent.parent
 
 BASE = ("apt_model.errors", "apt_model.files")
-GROUND = ("apt_launch.record", "apt_launch.version", "apt_launch.drawing")
+GROUND = ("apt_launch.record", "apt_launch.version", "apt_launch.drawing", "apt_launch.commands")
 MODEL = ("apt_model.schedule", "apt_model.layers", "apt_model.gpt", "apt_model.data", "apt_model.training")
 SWEEP = ("apt_launch.sweep", "apt_launch.sweep.plan", "apt_launch.sweep.jobs", "apt_launch.sweep.control")
 
@@ -33,6 +33,7 @@ ROOMS: dict[str, tuple[str, ...] | None] = {
     "apt_model.integrations": (*BASE, *MODEL),
     "apt_launch.version": (),
     "apt_launch.drawing": (),
+    "apt_launch.commands": (),
     "apt_launch.record": (*BASE, "apt_launch.version"),
     "apt_launch.sweep": (*BASE, *GROUND),
     "apt_launch.sweep.plan": (*BASE, *GROUND, "apt_launch.sweep"),

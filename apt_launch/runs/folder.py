@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from apt_launch.commands import command, config_flags, override
 from apt_launch.config.run_config import RunConfig
 from apt_launch.config.schema import Role, role_of
 from apt_launch.sweep.values import changed_keys
@@ -19,6 +20,9 @@ from apt_model.files import refuse_place, write_json
 from apt_model.schedule import Horizon
 from apt_model.schedule.runner import horizon_changed
 from apt_model.training.checkpoint import Checkpoints, newest_intact, read_manifest
+
+OF_ONE_ATTEMPT = ("hydra.mode", "hydra.run.dir", "trainer.resume")
+"""Keys whose values a command that goes on with a run has of its own."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,18 @@ class RunFolder:
     def going_on(self) -> str:
         """Return the command that goes on with the run: what began it, from its newest checkpoint."""
         path = self.path / ".hydra" / "overrides.yaml"
-        given = [str(one) for one in OmegaConf.load(path)] if path.exists() else []
-        kept = [one for one in given if not one.startswith(("hydra.run.dir=", "trainer.resume="))]
-        return f"python -m apt_launch {shlex.join([*kept, f'hydra.run.dir={self.path}', 'trainer.resume=auto'])}"
+        flags: list[str] = []
+        if (
+            HydraConfig.initialized()
+        ):  # the command's own process: the file has no overrides of hydra.*, and may be elsewhere
+            overrides = HydraConfig.get().overrides
+            flags = config_flags()
+            given = [str(one) for one in (*overrides.hydra, *overrides.task) if str(one) not in flags]
+        else:
+            given = [str(one) for one in OmegaConf.load(path)] if path.exists() else []
+        kept = [one for one in given if one.lstrip("+").partition("=")[0] not in OF_ONE_ATTEMPT]
+        place = override("hydra.run.dir", self.path)
+        return command("apt_launch", *flags, *kept, place, "trainer.resume=auto")
 
     def check(self, config: RunConfig) -> Checked:
         """Return that ``config`` may be run here, see :meth:`check_free`."""

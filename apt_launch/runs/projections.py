@@ -6,6 +6,7 @@ import functools
 from dataclasses import asdict
 from pathlib import Path
 
+from apt_launch.commands import command
 from apt_launch.config.instantiate import build
 from apt_launch.config.run_config import RunConfig
 from apt_launch.config.schema import WandbConfig
@@ -25,4 +26,4 @@ def project(tracking: Tracking, config: RunConfig, folder: Path, member: Members
     identity = Identity.of(config.identity, folder, member, config.horizon.updates_per_epoch)
     identity.write(folder)
     make = functools.partial(build, values, folder=folder, config=config.values, **asdict(identity))
-    tracking.project(make, name="W&B", remedy=f"Deliver the rest with: python -m apt_launch.sync {folder}")
+    tracking.project(make, name="W&B", remedy=f"Deliver the rest with: {command('apt_launch.sync', folder)}")

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from apt_launch.commands import command
 from apt_launch.record import Row
 
 logger = logging.getLogger(__name__)
@@ -106,9 +107,9 @@ class WandbTracker:
                 raise
             _abandon_client()
             logger.warning(
-                "W&B: %s. This run is kept offline; deliver it later with: python -m apt_launch.sync %s",
+                "W&B: %s. This run is kept offline; deliver it later with: %s",
                 str(error).strip().splitlines()[0].rstrip("."),
-                about["dir"],
+                command("apt_launch.sync", about["dir"]),
             )
             return None
         logger.info("W&B: %s", run.url)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from apt_launch.commands import command
 from apt_launch.sweep.application import TRAINER, JobContext, Result, load
 from apt_launch.sweep.jobs.state import State, read_state, transition
 from apt_launch.sweep.lease import Holder, Lease
@@ -117,8 +118,8 @@ class _Attempt:
                 return STOPPED
             if self.seconds >= self.hours * 3600:
                 spent = BudgetSpentError(
-                    f"it took its {self.hours:g} h. Continue it by: python -m apt_launch.sweep resume {self.folder.parent} "
-                    f"launch.hours={2 * self.hours:g}"
+                    f"it took its {self.hours:g} h. Continue it by: "
+                    + command("apt_launch.sweep", "resume", self.folder.parent, f"launch.hours={2 * self.hours:g}")
                 )
                 self._end("failed", cause=str(spent))
                 raise spent from None

@@ -29,6 +29,7 @@ class Plan:
     application: str  # see apt_launch.sweep.application.load
     shared: Mapping[str, Any]
     jobs: tuple[Job, ...]
+    flags: tuple[str, ...] = ()  # of the command: where configs are
 
     @cached_property
     def by_folder(self) -> dict[str, Job]:
@@ -55,6 +56,7 @@ class Plan:
             "id": self.id,
             "created": self.created,
             "command": list(self.command),
+            "flags": list(self.flags),
             "launcher": self.launcher,
             "launcher_values": dict(self.launcher_values),
             "cwd": self.cwd,
@@ -101,6 +103,7 @@ class Plan:
             kept = {key: content[key] for key in ("id", "created", "launcher", "launcher_values", "cwd", "asked")}
             return cls(
                 command=tuple(content["command"]),
+                flags=tuple(content.get("flags", ())),
                 application=content.get("application", TRAINER),
                 shared=flatten(content["shared"]),
                 jobs=jobs,
