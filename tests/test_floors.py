@@ -15,7 +15,7 @@ from tests.forks import HANGS
 
 ROOT = Path(__file__).parent.parent
 
-BASE = ("apt_model.errors", "apt_model.files")
+BASE = ("apt_model.errors", "apt_model.files", "apt_model.limits")
 GROUND = ("apt_launch.record", "apt_launch.version", "apt_launch.drawing", "apt_launch.commands")
 MODEL = ("apt_model.schedule", "apt_model.layers", "apt_model.gpt", "apt_model.data", "apt_model.training")
 SWEEP = ("apt_launch.sweep", "apt_launch.sweep.plan", "apt_launch.sweep.jobs", "apt_launch.sweep.control")
@@ -23,6 +23,7 @@ SWEEP = ("apt_launch.sweep", "apt_launch.sweep.plan", "apt_launch.sweep.jobs", "
 ROOMS: dict[str, tuple[str, ...] | None] = {
     "apt_model": (),
     "apt_model.errors": (),
+    "apt_model.limits": (),
     "apt_model.files": ("apt_model.errors",),
     "apt_model.schedule": BASE,
     "apt_model.layers": (*BASE, "apt_model.schedule"),
@@ -78,7 +79,7 @@ What stands in no inner room of ``apt_launch.sweep`` is its ground: the protocol
 """
 
 WITHOUT = {
-    "torch": ("apt_model.errors", "apt_model.files", "apt_model.schedule", *GROUND, "apt_launch.sweep"),
+    "torch": (*BASE, "apt_model.schedule", *GROUND, "apt_launch.sweep"),
     **dict.fromkeys(("hydra", "omegaconf", "submitit", "wandb", "rich", "matplotlib"), ("apt_model",)),
 }
 """Libraries, and the packages and modules that do not import them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -131,3 +132,38 @@ def test_a_worker_of_another_container_is_judged_by_its_signs_of_life_and_not_si
     where.cancel(tmp_path, jobs)
     write_json(own, asdict(replace(Holder.this_process(), host="another-host")))
     assert where.poll(tmp_path, jobs)["0-a"].cause == "it was started on another-host; ask there"
+
+
+@pytest.mark.parametrize(
+    ("of_process", "files"),
+    [
+        ("0::/job", {"job/cpu.max": "100000 100000", "cpu.max": "max 100000", "job/memory.max": str(2 << 30)}),
+        ("0::/job/step", {"job/cpu.max": "150000 100000", "memory.max": str(2 << 30)}),  # of groups above
+        (
+            "4:memory:/job\n1:cpu,cpuacct:/job",
+            {
+                **{"cpu,cpuacct/job/cpu.cfs_quota_us": "50000", "cpu,cpuacct/job/cpu.cfs_period_us": "100000"},
+                "memory/job/memory.limit_in_bytes": str(2 << 30),
+            },
+        ),
+    ],
+)
+def test_a_machine_has_what_its_control_groups_allow(tmp_path: Path, of_process: str, files: dict[str, str]) -> None:
+    found = {"proc/self/cgroup": of_process} | {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    for name in [name for name in found if name.endswith(("memory.max", "memory.limit_in_bytes"))]:
+        place = name.rpartition("/")[0]
+        found |= {f"{place}/{n}": "0" for n in ("memory.current", "memory.usage_in_bytes")} | {
+            f"{place}/memory.stat": "anon 0"
+        }
+    for name, text in found.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    here = Machine.here(tmp_path)
+    assert (here.cores, here.mem_gb) == (1, 2.0)
+    assert here.room_for(Resources(mem_gb=8)) == 0
+    assert here.room_for(Resources(mem_gb=1)) == 1
+
+
+def test_a_machine_without_limits_has_all_there_is(tmp_path: Path) -> None:
+    assert Machine.here(tmp_path).cores == len(os.sched_getaffinity(0))
+    assert Machine.here(tmp_path).mem_gb == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
