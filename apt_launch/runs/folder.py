@@ -16,7 +16,7 @@ from apt_launch.config.run_config import RunConfig
 from apt_launch.config.schema import Role, role_of
 from apt_launch.sweep.values import changed_keys
 from apt_model.errors import CheckpointError, ConfigError
-from apt_model.files import refuse_place, write_json
+from apt_model.files import in_home, refuse_place, write_json
 from apt_model.schedule import Horizon
 from apt_model.schedule.runner import horizon_changed
 from apt_model.training.checkpoint import Checkpoints, newest_intact, read_manifest
@@ -147,7 +147,7 @@ class RunFolder:
                     raise ConfigError(*[f"trainer.resume: {reason}" for reason in passed_over])
                 return None
         else:
-            checkpoint, passed_over = find_checkpoint(Path(asked).expanduser(), "trainer.resume")
+            checkpoint, passed_over = find_checkpoint(in_home(asked, "trainer.resume"), "trainer.resume")
         try:
             manifest = read_manifest(checkpoint)
         except CheckpointError as error:

@@ -24,6 +24,7 @@ from apt_model.data.sources import Run, joined, sources_of
 from apt_model.data.tokenizer import ByteTokenizer, Tokenizer, find_tokenizer, load_tokenizer
 from apt_model.data.tokens import Tokens
 from apt_model.errors import ConfigError
+from apt_model.files import in_home
 
 DOCUMENT_END = b"\0"
 
@@ -39,9 +40,18 @@ class DocumentCorpus(Corpus):
     max_tokens: int | None = None  # of a split
 
     def __init__(self, *, tokenizer: str | None = None, cache: str | None = None) -> None:
-        self._tokenizer_file = find_tokenizer(Path(tokenizer).expanduser()) if tokenizer else None
+        self._tokenizer_file = find_tokenizer(in_home(tokenizer, "data.tokenizer")) if tokenizer else None
         caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        self.cache = Path(cache or f"{caches}/apt_launch").expanduser()
+        self._cache = cache or f"{caches}/apt_launch"
+
+    @property
+    def cache(self) -> Path:
+        """The folder for shards.
+
+        Raises:
+            ConfigError: it is in a home folder, and there is none.
+        """
+        return in_home(self._cache, "data.cache")
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -248,7 +258,7 @@ class TextCorpus(_Files):
         cache: str | None = None,
     ) -> None:
         super().__init__(tokenizer=tokenizer, cache=cache)
-        self.path = Path(path).expanduser()
+        self.path = in_home(path, "data.path")
         self.suffix = suffix
         self.val_fraction = val_fraction
         self.seed = seed
@@ -339,8 +349,8 @@ class JsonlCorpus(ByteCorpus):
     ) -> None:
         super().__init__(tokenizer=tokenizer, cache=cache)
         self.paths: dict[Split, Path] = {
-            "train": Path(train_path).expanduser(),
-            "val": Path(val_path).expanduser(),
+            "train": in_home(train_path, "data.train_path"),
+            "val": in_home(val_path, "data.val_path"),
         }
         self.keys = Keys(text_key, source_key)
 
@@ -379,7 +389,7 @@ class ShardsCorpus(Corpus):
     """
 
     def __init__(self, *, path: str, verify: bool = True) -> None:
-        self.path = Path(path).expanduser()
+        self.path = in_home(path, "data.path")
         self.verify = verify
 
     @functools.cached_property
