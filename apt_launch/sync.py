@@ -24,9 +24,9 @@ from apt_model.errors import ConfigError
 
 def main() -> None:
     """Run the command line. Exit codes: 0 all delivered, 1 W&B did not take it, 2 nothing to deliver, 130 interrupted."""
-    folder: Path = parser().parse_args().folder
     keep_private()
     with ending():
+        folder: Path = parser().parse_args().folder
         runs = runs_in(folder)
         sys.exit(_deliver(runs[0]) if len(runs) == 1 else _deliver_each(runs))
 

@@ -22,9 +22,9 @@ from apt_launch.sweep.secrets import keep_private
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 a job failed, 2 the command line or the folder is wrong, 130 interrupted."""
-    arguments = parser().parse_args()
     keep_private()
     with ending():
+        arguments = parser().parse_args()
         sys.exit(COMMANDS[arguments.command](arguments))
 
 

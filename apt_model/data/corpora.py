@@ -6,11 +6,13 @@ and for other tokens by making them once, into memory-mapped shards that later r
 
 from __future__ import annotations
 
+import codecs
 import functools
 import hashlib
 import json
 import os
 import random
+import shlex
 import sysconfig
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -504,11 +506,29 @@ def stats(paths: Iterable[Path]) -> dict[str, Any]:
 
 def _utf8(path: Path, content: bytes, begin: int = 0) -> bytes:
     """Return ``content``, which stands at the offset ``begin`` of the file, once it is known to be UTF-8."""
+    if begin == 0 and (encoding := _wide_encoding(content[:4096])):
+        convert = shlex.join(["iconv", "-f", encoding, "-t", "utf-8", path.name])
+        raise ConfigError(f"data: {path} is not UTF-8, but {encoding.upper()}. Convert it, for instance: {convert}")
     try:
         content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"data: {path} is not UTF-8: byte {content[error.start]:#04x} at offset {begin + error.start}. "
-            f"Convert it, for instance: iconv -f latin1 -t utf-8 {path.name}"
+            f"Convert it, for instance: iconv -f latin1 -t utf-8 {shlex.quote(path.name)}"
         ) from None
     return content
+
+
+def _wide_encoding(begin: bytes) -> str | None:
+    """Return the encoding of a text with two or four bytes a character, as iconv names it; None: it is none of these."""
+    if begin.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    for first, encoding in (
+        (1, "utf-16le"),
+        (0, "utf-16be"),
+    ):  # letters without a mark have a zero at every other place
+        if (zeros := begin[first::2].count(0)) and zeros >= len(begin) / 4:
+            return encoding
+    return None

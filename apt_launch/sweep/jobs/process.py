@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 
 from apt_launch.commands import command
 from apt_launch.sweep.application import TRAINER, JobContext, Result, load
+from apt_launch.sweep.command import take_any_character
 from apt_launch.sweep.jobs.state import State, read_state, transition
 from apt_launch.sweep.lease import Holder, Lease
 from apt_launch.sweep.secrets import keep_private
@@ -72,6 +73,7 @@ def perform(
     for number in STOP_SIGNALS:
         signal.signal(number, _stop_early)
     _write_output_to(folder / ("log.txt" if rank == 0 else f"log-{rank}.txt"))
+    take_any_character()
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s", force=True)
     before = read_state(folder)
     attempts = restart if restart is not None else before.restarts
