@@ -28,6 +28,7 @@ def run(cfg: DictConfig) -> float:
     from apt_model.errors import ConfigError
 
     path = Path(HydraConfig.get().runtime.output_dir)
+    os.chdir(HydraConfig.get().runtime.cwd)  # where relative paths were checked, whatever hydra.job.chdir says
     checked: Checked | None = getattr(
         run, "checked", None
     )  # by CheckBeforeStart, unless a sweeper of Hydra's came here

@@ -25,6 +25,7 @@ def main() -> None:
     keep_private()
     with ending():
         arguments = parser().parse_args()
+        arguments.folder = arguments.folder.absolute()  # jobs and workers change directory
         sys.exit(COMMANDS[arguments.command](arguments))
 
 

@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from apt_launch.commands import command, config_flags, override
 from apt_launch.sweep.control.ledger import Ledger
+from apt_launch.sweep.jobs.state import transition
 from tests.conftest import SMALL, until
 from tests.forks import Fork, environment, run_module
 from tests.hold import Hold
@@ -117,4 +118,13 @@ def test_commands_of_a_sweep_work_as_they_are_printed(text_file: Path, tmp_path:
     assert again.returncode == 2
     line = re.findall(r"Continue it by: (.*), or choose another", again.stderr)[0]
     assert "Nothing to send" in printed(line, tmp_path).stdout
+    assert {status.state for status in Ledger(sweep).statuses()} == {"done"}
+
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    last = sorted(sweep.glob("1-*"))[0]
+    transition(last, "running")
+    transition(last, "failed", cause="on purpose")
+    resumed = run_module("apt_launch.sweep", "resume", "../my sweeps/(1), b", cwd=elsewhere)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert not list(elsewhere.iterdir())
     assert {status.state for status in Ledger(sweep).statuses()} == {"done"}
