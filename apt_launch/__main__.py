@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from apt_launch.sweep.command import output
+
 if TYPE_CHECKING:  # Hydra is loaded where a config is composed, and not to show a page of help
     from omegaconf import DictConfig
 
@@ -26,6 +28,7 @@ def run(cfg: DictConfig) -> float:
     from apt_model.errors import ConfigError
 
     path = Path(HydraConfig.get().runtime.output_dir)
+    os.chdir(HydraConfig.get().runtime.cwd)  # where relative paths were checked, whatever hydra.job.chdir says
     checked: Checked | None = getattr(
         run, "checked", None
     )  # by CheckBeforeStart, unless a sweeper of Hydra's came here
@@ -38,6 +41,11 @@ def run(cfg: DictConfig) -> float:
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 a run failed, 2 config or command line wrong, 130 interrupted."""
+    with output():
+        _main()
+
+
+def _main() -> None:
     if tell(sys.argv[1:]):
         return
     if "--dry-run" in sys.argv:
@@ -69,6 +77,8 @@ def main() -> None:
             raise
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
+    except BrokenPipeError:
+        raise
     except Exception as error:
         from apt_launch.config.explain import understood
         from apt_launch.sweep.command import show_error

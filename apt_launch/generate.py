@@ -40,14 +40,9 @@ LOWEST_TEMPERATURE: Final = 1e-30
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 the command line or the folder is wrong, 130 interrupted."""
-    arguments = parser().parse_args()
     keep_private()
     with ending():
-        try:
-            _generate(arguments)
-        except BrokenPipeError:  # whoever read has seen enough
-            sys.stderr.close()
-            sys.exit(0)
+        _generate(parser().parse_args())
 
 
 def parser() -> argparse.ArgumentParser:

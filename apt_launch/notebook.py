@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from apt_launch.commands import override
 from apt_launch.config.explain import understood
 from apt_launch.config.load import composing, load
 from apt_launch.config.run_config import RunConfig
@@ -89,7 +90,7 @@ def _run(overrides: Sequence[str]) -> Run:
             train(config, folder, checked=checked, own_process=False)
         except Interrupted as interrupted:
             raise KeyboardInterrupt(
-                f"{interrupted}. Go on with: apt_launch.run([..., 'hydra.run.dir={folder}', 'trainer.resume=auto'])"
+                f"{interrupted}. Go on with: apt_launch.run([..., {override('hydra.run.dir', folder)!r}, 'trainer.resume=auto'])"
             ) from None
         except ConfigError:
             RunFolder(folder).discard()

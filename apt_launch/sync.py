@@ -14,7 +14,7 @@ from pathlib import Path
 
 from apt_launch.config.ending import ending
 from apt_launch.config.instantiate import build
-from apt_launch.sweep.lease import read_holder
+from apt_launch.sweep.lease import holder_is_alive, read_holder
 from apt_launch.sweep.secrets import keep_private
 from apt_launch.sweep.values import read_frozen
 from apt_launch.tracking.deliver import Summary, deliver
@@ -24,9 +24,9 @@ from apt_model.files import read_json
 
 def main() -> None:
     """Run the command line. Exit codes: 0 all delivered, 1 W&B did not take it, 2 nothing to deliver, 130 interrupted."""
-    folder: Path = parser().parse_args().folder
     keep_private()
     with ending():
+        folder: Path = parser().parse_args().folder
         runs = runs_in(folder)
         sys.exit(_deliver(runs[0]) if len(runs) == 1 else _deliver_each(runs))
 
@@ -80,8 +80,8 @@ def _deliver(folder: Path) -> int:
     holder = read_holder(folder / "lease.json")
     if not isinstance(values.get("logger"), dict):
         raise ConfigError(f"{folder / 'config.yaml'}: damaged: its logger is missing.")
-    if holder is not None and holder.alive is not False and values["logger"].get("mode") == "online":
-        raise ConfigError(f"{folder}: process {holder.pid} on {holder.host} is training here, and delivers by itself.")
+    if holder is not None and values["logger"].get("mode") == "online" and holder_is_alive(folder):
+        raise ConfigError(f"{folder}: process {holder.pid} on {holder.where} is training here, and delivers by itself.")
     try:
         online = {**values["logger"], "mode": "online"}
         make = functools.partial(build, online, folder=folder, config=values, fallback=False)

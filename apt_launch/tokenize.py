@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from apt_launch.commands import command, override
 from apt_launch.config.checks import missing_library
 from apt_launch.config.corpus import build_corpus, making_tokens
 from apt_launch.config.ending import ending
@@ -42,7 +43,7 @@ def main() -> None:
         try:
             _tokenize(arguments, overrides)
         except KeyboardInterrupt:
-            sys.stderr.write(f"interrupted. Go on with: python -m apt_launch.tokenize {shlex.join(sys.argv[1:])}\n")
+            sys.stderr.write(f"interrupted. Go on with: {command('apt_launch.tokenize', *sys.argv[1:])}\n")
             sys.stderr.flush()
             raise
 
@@ -93,9 +94,8 @@ def _tokenize(arguments: argparse.Namespace, overrides: list[str]) -> None:
         if given is not None and given > MOST:
             raise ConfigError(f"{flag} = {given} must be at most {MOST}.")
     if (out / MANIFEST).exists():
-        raise ConfigError(
-            f"OUT: {out} holds shards already. Train from them by data=shards data.path={out}, or choose another folder."
-        )
+        train = shlex.join(["data=shards", override("data.path", out)])
+        raise ConfigError(f"OUT: {out} holds shards already. Train from them by {train}, or choose another folder.")
     shard_tokens = SHARD_TOKENS if arguments.shard_tokens is None else arguments.shard_tokens
     if shard_tokens < 1:
         raise ConfigError(f"--shard-tokens = {shard_tokens} must be 1 or more.")
@@ -107,11 +107,9 @@ def _tokenize(arguments: argparse.Namespace, overrides: list[str]) -> None:
         write(out, corpus, tokenizer, key="OUT", on_progress=corpus.on_progress, shard_tokens=shard_tokens)
     made = Shards(out, key="OUT")
     counts = ", ".join(f"{made.count(split):,} of {split}" for split in SPLITS)
-    needed = f" model.vocab_size={made.vocab_size}" if made.tokenizer_file else ""
-    sys.stdout.write(
-        f"{out}: {counts}, {made.vocab_size} kinds of tokens. Train: python -m apt_launch data=shards "
-        f"data.path={shlex.quote(str(out))}{needed}\n"
-    )
+    needed = [f"model.vocab_size={made.vocab_size}"] if made.tokenizer_file else []
+    train = command("apt_launch", "data=shards", override("data.path", out), *needed)
+    sys.stdout.write(f"{out}: {counts}, {made.vocab_size} kinds of tokens. Train: {train}\n")
 
 
 def _corpus(overrides: list[str]) -> DocumentCorpus:

@@ -21,6 +21,21 @@ MOST_BYTES: Final = 64 << 20
 """More than any file has that a run or a sweep keeps for itself, but for data, weights and plans."""
 
 
+def in_home(path: str | Path, key: str) -> Path:
+    """Return ``path`` with the home folder for ``~``.
+
+    Raises:
+        ConfigError: nobody knows that folder; ``key`` is where the user named it.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"{key}: {str(path)!r} is in a home folder, and there is none here: HOME is not set, or there is no such user. "
+            "Write the whole path."
+        ) from None
+
+
 def write_atomic(path: Path, text: str, *, safe: bool = False) -> None:
     """Write ``text`` so that a reader finds the old content or the new, never a part.
 

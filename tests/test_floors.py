@@ -15,14 +15,18 @@ from tests.forks import HANGS
 
 ROOT = Path(__file__).parent.parent
 
-BASE = ("apt_model.errors", "apt_model.files")
-GROUND = ("apt_launch.record", "apt_launch.version", "apt_launch.drawing", "apt_launch.escapes")
+BASE = ("apt_model.errors", "apt_model.files", "apt_model.limits")
+GROUND = (
+    *("apt_launch.record", "apt_launch.version", "apt_launch.drawing", "apt_launch.escapes"),
+    "apt_launch.commands",
+)
 MODEL = ("apt_model.schedule", "apt_model.layers", "apt_model.gpt", "apt_model.data", "apt_model.training")
 SWEEP = ("apt_launch.sweep", "apt_launch.sweep.plan", "apt_launch.sweep.jobs", "apt_launch.sweep.control")
 
 ROOMS: dict[str, tuple[str, ...] | None] = {
     "apt_model": (),
     "apt_model.errors": (),
+    "apt_model.limits": (),
     "apt_model.files": ("apt_model.errors",),
     "apt_model.schedule": BASE,
     "apt_model.layers": (*BASE, "apt_model.schedule"),
@@ -34,6 +38,7 @@ ROOMS: dict[str, tuple[str, ...] | None] = {
     "apt_launch.version": (),
     "apt_launch.drawing": (),
     "apt_launch.escapes": (),
+    "apt_launch.commands": (),
     "apt_launch.record": (*BASE, "apt_launch.version"),
     "apt_launch.sweep": (*BASE, *GROUND),
     "apt_launch.sweep.plan": (*BASE, *GROUND, "apt_launch.sweep"),
@@ -78,7 +83,7 @@ What stands in no inner room of ``apt_launch.sweep`` is its ground: the protocol
 """
 
 WITHOUT = {
-    "torch": ("apt_model.errors", "apt_model.files", "apt_model.schedule", *GROUND, "apt_launch.sweep"),
+    "torch": (*BASE, "apt_model.schedule", *GROUND, "apt_launch.sweep"),
     **dict.fromkeys(("hydra", "omegaconf", "submitit", "wandb", "rich", "matplotlib"), ("apt_model",)),
 }
 """Libraries, and the packages and modules that do not import them."""

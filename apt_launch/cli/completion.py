@@ -131,7 +131,7 @@ def _files(word: str) -> list[str]:
     folder, name = word[:at], word[at:]
     try:
         entries = list(Path(folder or ".").expanduser().iterdir())
-    except OSError:
+    except (OSError, RuntimeError):  # no such folder, or no home
         return []
     return [
         f"{folder}{entry.name}" + ("/" if entry.is_dir() else "")

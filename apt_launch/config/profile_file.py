@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from apt_launch.sweep.values import flatten
 from apt_model.errors import ConfigError
+from apt_model.files import in_home
 
 KEYS = {
     "model.d_model": "model.d_model",
@@ -60,7 +61,7 @@ def with_profile_file(arguments: list[str]) -> list[str]:
     if path in ("", "null"):
         return arguments
     chosen = {argument.split("=", 1)[0] for argument in arguments if "=" in argument and not argument.startswith("-")}
-    overrides, unused = read_profile(Path(path.strip("'\"")).expanduser(), chosen)
+    overrides, unused = read_profile(in_home(path.strip("'\""), "profile_file"), chosen)
     if unused:
         sys.stderr.write(f"profile_file: not used: {', '.join(unused)}\n")
     first = next((i for i, argument in enumerate(arguments) if "=" in argument and not argument.startswith("-")), 0)

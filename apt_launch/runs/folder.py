@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from apt_launch.commands import command, config_flags, override
 from apt_launch.config.run_config import RunConfig
 from apt_launch.config.schema import Role, role_of
 from apt_launch.sweep.values import changed_keys
 from apt_model.errors import CheckpointError, ConfigError
-from apt_model.files import from_json, read_json, read_regular, refuse_links, refuse_place, write_json
+from apt_model.files import from_json, in_home, read_json, read_regular, refuse_links, refuse_place, write_json
 from apt_model.schedule import Horizon
 from apt_model.schedule.runner import horizon_changed
 from apt_model.training.checkpoint import Checkpoints, newest_intact, read_manifest
+
+OF_ONE_ATTEMPT = ("hydra.mode", "hydra.run.dir", "trainer.resume")
+"""Keys whose values a command that goes on with a run has of its own."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +111,18 @@ class RunFolder:
     def resume_command(self) -> str:
         """Return the command that continues the run: what began it, from its newest checkpoint."""
         path = self.path / ".hydra" / "overrides.yaml"
-        given = [str(one) for one in OmegaConf.load(path)] if path.exists() else []
-        kept = [one for one in given if not one.startswith(("hydra.run.dir=", "trainer.resume="))]
-        return f"python -m apt_launch {shlex.join([*kept, f'hydra.run.dir={self.path}', 'trainer.resume=auto'])}"
+        flags: list[str] = []
+        if (
+            HydraConfig.initialized()
+        ):  # the command's own process: the file has no overrides of hydra.*, and may be elsewhere
+            overrides = HydraConfig.get().overrides
+            flags = config_flags()
+            given = [str(one) for one in (*overrides.hydra, *overrides.task) if str(one) not in flags]
+        else:
+            given = [str(one) for one in OmegaConf.load(path)] if path.exists() else []
+        kept = [one for one in given if one.lstrip("+").partition("=")[0] not in OF_ONE_ATTEMPT]
+        place = override("hydra.run.dir", self.path)
+        return command("apt_launch", *flags, *kept, place, "trainer.resume=auto")
 
     def check(self, config: RunConfig) -> Checked:
         """Return that ``config`` may be run here, see :meth:`check_free`."""
@@ -177,7 +190,7 @@ class RunFolder:
                     raise ConfigError(*[f"trainer.resume: {reason}" for reason in passed_over])
                 return None
         else:
-            checkpoint, passed_over = find_checkpoint(Path(asked).expanduser(), "trainer.resume")
+            checkpoint, passed_over = find_checkpoint(in_home(asked, "trainer.resume"), "trainer.resume")
         try:
             manifest = read_manifest(checkpoint)
         except CheckpointError as error:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
 
+from apt_launch.commands import command
 from apt_launch.config.run_config import RunConfig
 from apt_launch.escapes import console
 from apt_launch.record import Row
@@ -73,9 +73,9 @@ def suggest(folder: RunFolder) -> None:
     """Say what can be done after a run."""
     screen = console(highlight=False)
     screen.print("\nWhat next?", style="bold")
-    for text, command in (
-        ("text from this model", f"apt_launch.generate {shlex.quote(str(folder.path))} --prompt 'def '"),
-        ("other curricula, before they run", "apt_launch.preview schedule.route_temp.end=0.6,0.8"),
-        ("and which of them is better", "apt_launch --multirun schedule.route_temp.end=0.6,0.8"),
+    for text, line in (
+        ("text from this model", command("apt_launch.generate", folder.path, "--prompt", "def ")),
+        ("other curricula, before they run", command("apt_launch.preview", "schedule.route_temp.end=0.6,0.8")),
+        ("and which of them is better", command("apt_launch", "--multirun", "schedule.route_temp.end=0.6,0.8")),
     ):
-        screen.print(f"  {text}:\n    python -m {command}", soft_wrap=True, markup=False)
+        screen.print(f"  {text}:\n    {line}", soft_wrap=True, markup=False)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from apt_launch.commands import command
 from apt_launch.sweep.backends.registry import backend
 from apt_launch.sweep.command import ending
 from apt_launch.sweep.control import cancel as cancelling
@@ -21,9 +22,10 @@ from apt_launch.sweep.secrets import keep_private
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 a job failed, 2 the command line or the folder is wrong, 130 interrupted."""
-    arguments = parser().parse_args()
     keep_private()
     with ending():
+        arguments = parser().parse_args()
+        arguments.folder = arguments.folder.absolute()  # jobs and workers change directory
         sys.exit(COMMANDS[arguments.command](arguments))
 
 
@@ -47,24 +49,24 @@ def parser() -> argparse.ArgumentParser:
         ("cancel", "stop all jobs, with a checkpoint of each"),
         ("report", "write tables, plots and a page that say which job won"),
     ):
-        command = commands.add_parser(name, help=text, description=text.capitalize() + ".", allow_abbrev=False)
-        command.add_argument("folder", metavar="DIR", type=Path, help="the sweep's folder, as its launch printed it")
+        one = commands.add_parser(name, help=text, description=text.capitalize() + ".", allow_abbrev=False)
+        one.add_argument("folder", metavar="DIR", type=Path, help="the sweep's folder, as its launch printed it")
         if name == "status":
-            command.add_argument("--json", action="store_true", help="for programs: one JSON object a job and line")
+            one.add_argument("--json", action="store_true", help="for programs: one JSON object a job and line")
         if name == "watch":
-            command.add_argument("--port", type=int, help="of the page; a free one unless said otherwise")
-            command.add_argument("--terminal", action="store_true", help="no page; ends with the sweep")
+            one.add_argument("--port", type=int, help="of the page; a free one unless said otherwise")
+            one.add_argument("--terminal", action="store_true", help="no page; ends with the sweep")
         if name == "resume":
-            command.add_argument("overrides", nargs="*", help="of keys that cannot change a result")
+            one.add_argument("overrides", nargs="*", help="of keys that cannot change a result")
         if name in ("wait", "resume"):
-            command.add_argument(
+            one.add_argument(
                 "--wait", action="store_true", help=argparse.SUPPRESS if name == "wait" else "wait for them, too"
             )
         if name == "report":
-            command.add_argument(
+            one.add_argument(
                 "--metric", default="val/loss", metavar="NAME", help="what decides, the lowest wins (val/loss)"
             )
-            command.add_argument(
+            one.add_argument(
                 "--against",
                 metavar="WHAT",
                 help="the jobs that others are compared with, seed by seed, such as study=dense",
@@ -105,7 +107,7 @@ def resume(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.wait or not backend(plan.launcher, plan.launcher_values).detaches:
         return follow(arguments.folder)
-    say(f"Look at it by: python -m apt_launch.sweep status {arguments.folder}")
+    say(f"Look at it by: {command('apt_launch.sweep', 'status', arguments.folder)}")
     return 0
 
 

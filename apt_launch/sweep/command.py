@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
+import os
+import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, NoReturn
 
 from apt_launch.escapes import visible
 from apt_model.errors import ConfigError
@@ -58,20 +61,68 @@ def mistake(error: BaseException) -> ConfigError | None:
     return None
 
 
+CLOSED = 128 + 13
+"""Exit code after a pipe was closed, which shells give to a command that SIGPIPE (13) has ended."""
+
+
+def take_any_character() -> None:
+    """Make the output take what its encoding has not, as question marks: what is written is no reason to fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
+
+
+@contextmanager
+def output() -> Iterator[None]:
+    """Let a command write whatever it has to say, and end it quietly once nobody reads that."""
+    take_any_character()
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # what is left in its buffer can meet a closed pipe, too
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        _leave()
+    except SystemExit as leaving:
+        if isinstance(leaving.__context__, BrokenPipeError):  # rich leaves so, with 1
+            _leave()
+        raise
+
+
+def _nobody_reads() -> bool:
+    """Return whether the reading end of standard output or of standard error is closed."""
+    asked = select.poll()
+    for number in (1, 2):
+        asked.register(number, select.POLLERR)
+    return any(what & select.POLLERR for _, what in asked.poll(0))
+
+
+def _leave() -> NoReturn:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):  # the interpreter, too, writes what is left at its end
+        os.dup2(nowhere, number)
+    sys.exit(CLOSED)
+
+
 @contextmanager
 def ending(explain: Callable[[Exception], ConfigError | None] = mistake) -> Iterator[None]:
-    """Report what the user can mend and exit with 2; exit with 130 after Ctrl-C.
+    """Report what the user can mend and exit with 2; exit with 130 after Ctrl-C. See :func:`output`, too.
 
     Args:
         explain: returns an error as the user should read it; None: it is no mistake of the user's.
     """
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        explained = explain(error)
-        if explained is None:
+    with output():
+        try:
+            yield
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except BrokenPipeError:
             raise
-        show_error(explained)
-        sys.exit(2)
+        except Exception as error:
+            explained = explain(error)
+            if explained is None:
+                raise
+            show_error(explained)
+            sys.exit(2)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,21 +35,55 @@ class Holder:
     job_id: str | None
     restart: int
     token: str
+    boot: str = ""  # of the system, since when pids count; empty: a holder of an earlier version, or a system without
+    pid_namespace: str = ""  # in which the pid counts: containers may share a host's name, and not its pids
 
     @classmethod
     def this_process(cls, job_id: str | None = None, restart: int = 0) -> Holder:
         """Return the calling process as a holder."""
-        return cls(socket.gethostname(), os.getpid(), _began(os.getpid()), job_id, restart, uuid.uuid4().hex)
+        own = (socket.gethostname(), os.getpid(), _began("self"), job_id, restart, uuid.uuid4().hex)
+        return cls(*own, _boot(), _pid_namespace())
 
     @property
     def alive(self) -> bool | None:
-        """Whether the process lives; None: it runs on another host, from where this cannot be known."""
-        if self.host != socket.gethostname():
+        """Whether the process lives; None: its pid counts elsewhere, on another host, in another container or before a boot."""
+        if self.host != socket.gethostname() or not _shows_own_namespace():
             return None
-        return bool(self.began) and _began(self.pid) == self.began
+        if (self.boot and self.boot != _boot()) or (self.pid_namespace and self.pid_namespace != _pid_namespace()):
+            return None
+        return bool(self.began) and _began(str(self.pid)) == self.began
+
+    @property
+    def where(self) -> str:
+        """The place where its pid counts, in words."""
+        if self.alive is None and self.host == socket.gethostname():
+            return f"{self.host}, in another container or before the machine's last start"
+        return self.host
 
 
-def _began(pid: int) -> str:
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _pid_namespace() -> str:
+    try:
+        return str(Path("/proc/self/ns/pid").stat().st_ino)
+    except OSError:
+        return ""
+
+
+def _shows_own_namespace() -> bool:
+    """Return whether ``/proc`` has the pids that this process counts by; a new namespace may still have the old one's."""
+    try:
+        return str(Path("/proc/self").readlink()) == str(os.getpid())
+    except OSError:
+        return True  # a system without /proc
+
+
+def _began(pid: str) -> str:
     """Return when the process began, in its system's words; empty: there is none, or only a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
@@ -57,7 +94,7 @@ def _began(pid: int) -> str:
     except OSError:
         return ""
     try:  # a system without /proc
-        os.kill(pid, 0)
+        os.kill(os.getpid() if pid == "self" else int(pid), 0)
     except OSError:
         return ""
     return "unknown"
@@ -66,7 +103,7 @@ def _began(pid: int) -> str:
 class Lease:
     """Held while a run writes into its folder.
 
-    A process that finds it held takes it over from a process of this host that is gone, and from one of another host that
+    A process that finds it held takes it over from a process that is gone, and from one whose pid counts elsewhere and that
     shows no sign of life. From an earlier attempt of the same SLURM job it takes it over, too, and waits until that one,
     which sees the loss within ``INTERVAL``, has left. In any other case it is refused.
 
@@ -96,9 +133,9 @@ class Lease:
             except FileExistsError:
                 before = read_holder(self.path)
             earlier = before is not None and self._is_later_than(before)
-            if before is not None and not earlier and (before.alive or (before.alive is None and self._shows_life())):
+            if before is not None and not earlier and is_alive(self.path):
                 raise ConfigError(
-                    f"{self.path.parent}: process {before.pid} on {before.host} is writing here. Wait for it or stop it, or "
+                    f"{self.path.parent}: process {before.pid} on {before.where} is writing here. Wait for it or stop it, or "
                     "choose another folder."
                 )
             aside.replace(self.path)
@@ -110,16 +147,6 @@ class Lease:
 
     def _is_later_than(self, other: Holder) -> bool:
         return other.job_id is not None and other.job_id == self.holder.job_id and other.restart < self.holder.restart
-
-    def _shows_life(self) -> bool:
-        """Watch the file for three intervals; clocks of two hosts are never compared."""
-        first = _touched(self.path)
-        until = time.monotonic() + 3 * INTERVAL
-        while time.monotonic() < until:
-            if _touched(self.path) != first:
-                return True
-            time.sleep(INTERVAL / 10)
-        return False
 
     @staticmethod
     def _wait_until_gone(before: Holder) -> None:
@@ -165,10 +192,54 @@ def read_holder(path: Path) -> Holder | None:
         return None
 
 
-def holder_is_alive(folder: Path) -> bool | None:
-    """Return whether the process that writes into ``folder`` lives; None: it cannot be known from here."""
-    holder = read_holder(folder / "lease.json")
-    return False if holder is None else holder.alive
+def holder_is_alive(folder: Path) -> bool:
+    """Return whether the process that writes into ``folder`` lives."""
+    return is_alive(folder / "lease.json")
+
+
+def is_alive(path: Path) -> bool:
+    """Return whether the process that the file at ``path`` names lives: by its pid where that counts here, else by signs of life.
+
+    Signs of life are awaited for three intervals; clocks of two hosts are never compared.
+    """
+    holder = read_holder(path)
+    if holder is None:
+        return False
+    if holder.alive is not None:
+        return holder.alive
+    first = _touched(path)
+    until = time.monotonic() + 3 * INTERVAL
+    while time.monotonic() < until:
+        if _touched(path) != first:
+            return True
+        time.sleep(INTERVAL / 10)
+    return False
+
+
+@contextmanager
+def signs_of_life(path: Path) -> Iterator[None]:
+    """Touch the file at ``path`` every interval, from a process of its own that ends with this one.
+
+    A thread would do, too, but for processes that this one forks meanwhile.
+    """
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+            while os.getppid() == parent:
+                with suppress(OSError):  # a file system that is away for a moment
+                    os.utime(path)
+                time.sleep(INTERVAL)
+        finally:
+            os._exit(0)
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError, ChildProcessError):  # it was waited for
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 def _touched(path: Path) -> int:

@@ -78,7 +78,7 @@ class PlanSweeper(Sweeper):
             params=self.params,
             zipped=self.zip,
         )
-        carry_out(plan, Path(str(self.given.hydra.sweep.dir)), backend)
+        carry_out(plan, Path(str(self.given.hydra.sweep.dir)).absolute(), backend)
 
 
 def composer_of(context: HydraContext, task: TaskFunction, config: DictConfig) -> Composer:
@@ -178,7 +178,7 @@ class _PlannedLauncher(Launcher):
             target=self.backend,
             composer=self.composer,
         )
-        folder = Path(str(self.given.hydra.sweep.dir))
+        folder = Path(str(self.given.hydra.sweep.dir)).absolute()
         self.plan, outcomes = run_batch(self.plan, batch, folder, self.backend)
         returns = []
         for number, overrides in enumerate(job_overrides):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from apt_launch.commands import command
 from apt_launch.record import Row
 
 logger = logging.getLogger(__name__)
@@ -106,9 +108,9 @@ class WandbTracker:
                 raise
             _abandon_client()
             logger.warning(
-                "W&B: %s. This run is kept offline; deliver it later with: python -m apt_launch.sync %s",
+                "W&B: %s. This run is kept offline; deliver it later with: %s",
                 str(error).strip().splitlines()[0].rstrip("."),
-                about["dir"],
+                command("apt_launch.sync", about["dir"]),
             )
             return None
         logger.info("W&B: %s", run.url)
@@ -137,6 +139,20 @@ class WandbTracker:
 
     def _awaits_validation(self) -> bool:
         return (int(self._held["step"]) + 1) % self.updates_per_epoch == 0 and "val/loss" not in self._held
+
+
+def mode_of(asked: str, environment: Mapping[str, str] = os.environ) -> tuple[str, str | None]:
+    """Return the mode that W&B's own variables leave of the ``asked`` one, and the variable that has changed it.
+
+    They can only take away: a run that asks for ``offline`` stays so where WANDB_MODE says online.
+    """
+    if asked == "disabled":
+        return asked, None
+    if environment.get("WANDB_DISABLED", "").strip().lower() in ("true", "1", "yes", "on", "t", "y"):
+        return "disabled", f"WANDB_DISABLED={environment['WANDB_DISABLED']}"
+    given = environment.get("WANDB_MODE", "").strip().lower()
+    mode = {"disabled": "disabled", "offline": "offline", "dryrun": "offline"}.get(given, asked)
+    return mode, None if mode == asked else f"WANDB_MODE={given}"
 
 
 def _abandon_client() -> None:

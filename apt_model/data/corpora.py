@@ -6,11 +6,13 @@ and for other tokens by making them once, into memory-mapped shards that later r
 
 from __future__ import annotations
 
+import codecs
 import functools
 import hashlib
 import json
 import os
 import random
+import shlex
 import sysconfig
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +26,7 @@ from apt_model.data.sources import Run, joined, sources_of
 from apt_model.data.tokenizer import ByteTokenizer, Tokenizer, find_tokenizer, load_tokenizer
 from apt_model.data.tokens import Tokens
 from apt_model.errors import ConfigError
-from apt_model.files import open_regular
+from apt_model.files import in_home, open_regular
 
 DOCUMENT_END = b"\0"
 
@@ -40,9 +42,18 @@ class DocumentCorpus(Corpus):
     max_tokens: int | None = None  # of a split
 
     def __init__(self, *, tokenizer: str | None = None, cache: str | None = None) -> None:
-        self._tokenizer_file = find_tokenizer(Path(tokenizer).expanduser()) if tokenizer else None
+        self._tokenizer_file = find_tokenizer(in_home(tokenizer, "data.tokenizer")) if tokenizer else None
         caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        self.cache = Path(cache or f"{caches}/apt_launch").expanduser()
+        self._cache = cache or f"{caches}/apt_launch"
+
+    @property
+    def cache(self) -> Path:
+        """The folder for shards.
+
+        Raises:
+            ConfigError: it is in a home folder, and there is none.
+        """
+        return in_home(self._cache, "data.cache")
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -249,7 +260,7 @@ class TextCorpus(_Files):
         cache: str | None = None,
     ) -> None:
         super().__init__(tokenizer=tokenizer, cache=cache)
-        self.path = Path(path).expanduser()
+        self.path = in_home(path, "data.path")
         self.suffix = suffix
         self.val_fraction = val_fraction
         self.seed = seed
@@ -340,8 +351,8 @@ class JsonlCorpus(ByteCorpus):
     ) -> None:
         super().__init__(tokenizer=tokenizer, cache=cache)
         self.paths: dict[Split, Path] = {
-            "train": Path(train_path).expanduser(),
-            "val": Path(val_path).expanduser(),
+            "train": in_home(train_path, "data.train_path"),
+            "val": in_home(val_path, "data.val_path"),
         }
         self.keys = Keys(text_key, source_key)
 
@@ -380,7 +391,7 @@ class ShardsCorpus(Corpus):
     """
 
     def __init__(self, *, path: str, verify: bool = True) -> None:
-        self.path = Path(path).expanduser()
+        self.path = in_home(path, "data.path")
         self.verify = verify
 
     @functools.cached_property
@@ -501,11 +512,29 @@ def _content(path: Path) -> bytes:
 
 def _utf8(path: Path, content: bytes, begin: int = 0) -> bytes:
     """Return ``content``, which stands at the offset ``begin`` of the file, once it is known to be UTF-8."""
+    if begin == 0 and (encoding := _wide_encoding(content[:4096])):
+        convert = shlex.join(["iconv", "-f", encoding, "-t", "utf-8", path.name])
+        raise ConfigError(f"data: {path} is not UTF-8, but {encoding.upper()}. Convert it, for instance: {convert}")
     try:
         content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"data: {path} is not UTF-8: byte {content[error.start]:#04x} at offset {begin + error.start}. "
-            f"Convert it, for instance: iconv -f latin1 -t utf-8 {path.name}"
+            f"Convert it, for instance: iconv -f latin1 -t utf-8 {shlex.quote(path.name)}"
         ) from None
     return content
+
+
+def _wide_encoding(begin: bytes) -> str | None:
+    """Return the encoding of a text with two or four bytes a character, as iconv names it; None: it is none of these."""
+    if begin.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    for first, encoding in (
+        (1, "utf-16le"),
+        (0, "utf-16be"),
+    ):  # letters without a mark have a zero at every other place
+        if (zeros := begin[first::2].count(0)) and zeros >= len(begin) / 4:
+            return encoding
+    return None

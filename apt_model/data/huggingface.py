@@ -13,6 +13,7 @@ from typing import Any
 from apt_model.data.corpora import DocumentCorpus, Keys, stats
 from apt_model.data.corpus import Document, Split, share
 from apt_model.errors import ConfigError, nearest
+from apt_model.files import in_home
 
 DataFiles = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 
@@ -120,7 +121,7 @@ class HFCorpus(DocumentCorpus):
 
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
-        folder = Path(self.path).expanduser()
+        folder = in_home(self.path, "data.path")
         if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
             loaded = datasets.load_from_disk(str(folder))
             splits = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
@@ -163,7 +164,7 @@ def _patterns(data_files: DataFiles | None) -> list[str]:
 
 
 def _home(pattern: str) -> str:
-    return str(Path(pattern).expanduser()) if pattern.startswith("~") else pattern
+    return str(in_home(pattern, "data.data_files")) if pattern.startswith("~") else pattern
 
 
 def _at_home(data_files: DataFiles | None) -> Any:

@@ -11,11 +11,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from apt_model.limits import Memory, memory_limits
 from apt_model.schedule import Change
 from apt_model.training.callbacks import Callback, TrainerView
 
@@ -131,35 +131,16 @@ class CollapseWatch(Callback):
                 return
 
 
-class Memory(NamedTuple):
-    """Bytes in use and there."""
-
-    used: int
-    total: int
-
-
 def host_memory(root: Path = Path("/")) -> Memory | None:
-    """Return the memory of this process's control group where it has a limit, else of the machine; None: unknown.
+    """Return the memory of this process's control group with the least left, where one has a limit, else of the machine.
 
-    What the system would give back at once (cached files) is not in use.
+    What the system would give back at once (cached files) is not in use. None: unknown.
 
     Args:
         root: where ``proc`` and ``sys`` are.
     """
-    try:
-        path = next(
-            line[3:] for line in (root / "proc/self/cgroup").read_text().splitlines() if line.startswith("0::")
-        ).lstrip("/")
-        group = root / "sys/fs/cgroup" / path
-        while not (group / "memory.max").exists() and group != root / "sys/fs/cgroup":
-            group = group.parent
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            current = int((group / "memory.current").read_text())
-            return Memory(current - int(stat.get("inactive_file", 0)), int(limit))
-    except (OSError, ValueError, StopIteration):
-        pass  # no control groups of version 2
+    if limits := memory_limits(root):
+        return min(limits, key=lambda memory: memory.total - memory.used)
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
         kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}

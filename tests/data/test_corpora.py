@@ -102,6 +102,11 @@ def test_missing_empty_and_foreign_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ConfigError, match=r"b\.txt is not UTF-8: byte 0xe9 at offset 3.*iconv"):
         TextCorpus(path=str(tmp_path / "b.txt")).read("train")
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32"):
+        (tmp_path / "c d.txt").write_bytes("ein Wörterbuch\n".encode(encoding))
+        name = encoding.replace("6-", "6")
+        with pytest.raises(ConfigError, match=rf"c d\.txt is not UTF-8, but .*iconv -f {name} -t utf-8 'c d\.txt'"):
+            TextCorpus(path=str(tmp_path / "c d.txt")).read("train")
     with pytest.raises(ConfigError, match=r"data\.val_path: there is no file"):
         JsonlCorpus(train_path="x", val_path="nowhere.jsonl").count("val")
 

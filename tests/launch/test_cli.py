@@ -22,7 +22,7 @@ from apt_launch.record import read_rows
 from apt_model.layers.backend import onednn_products
 from apt_model.training.checkpoint import load, newest_intact
 from tests.conftest import SMALL, until, wandb_records, wandb_rows
-from tests.forks import HANGS, Fork, environment
+from tests.forks import HANGS, Fork, environment, run_module
 from tests.hold import Hold
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -356,3 +356,18 @@ def test_hydras_own_sweeper_and_launcher_still_run_one_job_after_the_other(
 def test_a_kept_sweep_is_found_by_its_name(cli: Cli) -> None:
     shown = cli("+sweeps=route_temp", "--cfg", "hydra", "--package", "hydra.sweeper")
     assert "schedule.route_temp.end: 0.6,0.8,1.0" in shown.stdout
+
+
+def test_relative_paths_are_those_of_the_commands_folder_and_wandb_is_off_where_its_variable_says_so(
+    text_file: Path, tmp_path: Path
+) -> None:
+    more = ("hydra.job.chdir=true", f"data.path={text_file.name}", "trainer.max_epochs=1", "schedule=none")
+    variables = environment(WANDB_MODE="disabled")
+    result = run_module("apt_launch", *small(text_file, *more, "logger.mode=offline"), cwd=tmp_path, env=variables)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "W&B: disabled, as WANDB_MODE=disabled says in the environment (logger.mode is offline)." in result.stdout
+    assert not (tmp_path / "run" / "wandb").exists()
+    wrong = run_module("apt_launch", *small(text_file, *more, "data.path=none", "hydra.run.dir=b"), cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "Traceback" not in wrong.stderr
+    assert not (tmp_path / "b").exists()

@@ -13,6 +13,7 @@ from apt_launch.record import Record, read_rows
 from apt_launch.tracking.csv import CsvTracker
 from apt_launch.tracking.projection import Tracking
 from apt_launch.tracking.tensorboard import TensorBoardTracker
+from apt_launch.tracking.wandb import mode_of
 from tests.conftest import wandb_records, wandb_rows
 from tests.forks import HANGS, environment
 
@@ -193,3 +194,21 @@ def test_the_wandb_client_keeps_every_row_offline(tmp_path: Path) -> None:
     run_record = next(record["run"] for record in records if record["type"] == "run")
     assert (run_record["run_id"], run_record["project"], run_record["tags"]) == ("abc", "p", ["t"])
     assert run_record["config"]["update"]["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "variables", "mode", "variable"),
+    [
+        ("online", {}, "online", None),
+        ("online", {"WANDB_MODE": "disabled"}, "disabled", "WANDB_MODE=disabled"),
+        ("offline", {"WANDB_MODE": "disabled"}, "disabled", "WANDB_MODE=disabled"),
+        ("online", {"WANDB_MODE": "offline"}, "offline", "WANDB_MODE=offline"),
+        ("offline", {"WANDB_MODE": "offline"}, "offline", None),
+        ("offline", {"WANDB_MODE": "online"}, "offline", None),  # a variable only takes away
+        ("online", {"WANDB_DISABLED": "true"}, "disabled", "WANDB_DISABLED=true"),
+        ("online", {"WANDB_DISABLED": "false"}, "online", None),
+        ("disabled", {"WANDB_MODE": "offline"}, "disabled", None),
+    ],
+)
+def test_variables_of_wandb_take_away(asked: str, variables: dict[str, str], mode: str, variable: str | None) -> None:
+    assert mode_of(asked, variables) == (mode, variable)

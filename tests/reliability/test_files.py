@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from apt_launch.record import Record, RecordReader, last_row, read_rows
-from apt_launch.runs.drill import Told
+from apt_launch.runs.drill import SavedDrill as Told
 from apt_launch.runs.folder import RunFolder
 from apt_launch.sweep.application import Resources
 from apt_launch.sweep.control.ledger import Ledger

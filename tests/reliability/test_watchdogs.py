@@ -279,3 +279,44 @@ def test_the_hosts_memory_is_that_of_the_control_group_where_it_has_a_limit(tmp_
     (group / "memory.stat").write_text("anon 3000\ninactive_file 700\n")
     assert host_memory(tmp_path) == Memory(3300, 5000)
     assert host_memory(tmp_path / "nowhere") is None
+
+
+def test_a_group_is_limited_by_those_above_it_and_the_one_with_the_least_left_counts(tmp_path: Path) -> None:
+    write_groups(
+        tmp_path,
+        "0::/a/b",
+        {
+            "a/b/memory.max": "max",
+            "a/b/memory.current": "10",
+            "a/memory.max": "9000",
+            "a/memory.current": "8000",
+            "a/memory.stat": "inactive_file 100",
+            "memory.max": "8000",
+            "memory.current": "500",
+            "memory.stat": "anon 1",
+        },
+    )
+    assert host_memory(tmp_path) == Memory(7900, 9000)
+
+
+def test_control_groups_of_version_1_count_too(tmp_path: Path) -> None:
+    write_groups(
+        tmp_path,
+        "4:memory:/docker/x\n1:cpu,cpuacct:/docker/x\n0::/",  # the host's path; the container sees its own group on top
+        {
+            "memory/memory.limit_in_bytes": "5000",
+            "memory/memory.usage_in_bytes": "4000",
+            "memory/memory.stat": "inactive_file 5\ntotal_inactive_file 700",
+        },
+    )
+    assert host_memory(tmp_path) == Memory(3300, 5000)
+    (tmp_path / "sys/fs/cgroup/memory/memory.limit_in_bytes").write_text("9223372036854771712\n")
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 1000 kB\nMemAvailable: 400 kB\n")
+    assert host_memory(tmp_path) == Memory(600 * 1024, 1000 * 1024)
+
+
+def write_groups(root: Path, of_process: str, files: dict[str, str]) -> None:
+    """Make a tree of control groups."""
+    for name, text in [("proc/self/cgroup", of_process), *((f"sys/fs/cgroup/{n}", t) for n, t in files.items())]:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from apt_launch.sweep import lease as module
-from apt_launch.sweep.lease import Holder, Lease, holder_is_alive, read_holder
+from apt_launch.sweep.lease import Holder, Lease, holder_is_alive, is_alive, read_holder, signs_of_life
 from apt_model.errors import ConfigError
 from tests.forks import HANGS
 
@@ -114,7 +114,7 @@ def test_of_another_host_signs_of_life_and_attempts_decide(
     tmp_path: Path, job_id: str | None, restart: int, shows_life: bool, taken: bool
 ) -> None:
     path = held(tmp_path / "lease.json", ELSEWHERE)
-    assert holder_is_alive(tmp_path) is None
+    assert ELSEWHERE.alive is None
     asks = me(job_id, restart)
     if shows_life:
         with touched(path):
@@ -139,4 +139,64 @@ def test_an_earlier_attempt_does_not_take_it_from_a_later_one(tmp_path: Path) ->
 def test_a_damaged_lease_holds_nobody(tmp_path: Path) -> None:
     (tmp_path / "lease.json").write_text('{"host": "a')
     lease = Lease(tmp_path / "lease.json", me())
+    lease.release()
+
+
+@pytest.mark.parametrize("differs", [{"boot": "of another machine"}, {"pid_namespace": "1"}])
+@pytest.mark.parametrize("began", ["", "1"])  # by its pid it would be gone, or be this process
+def test_a_pid_of_another_container_or_boot_is_not_looked_for(
+    tmp_path: Path, differs: dict[str, str], began: str
+) -> None:
+    there = replace(me(), **differs, **({"began": began} if began else {}))
+    assert there.alive is None
+    path = held(tmp_path / "lease.json", there)
+    with touched(path):
+        assert holder_is_alive(tmp_path)
+        with pytest.raises(
+            ConfigError, match=r"in another container or before the machine's last start is writing here"
+        ):
+            Lease(path, me())
+    assert not holder_is_alive(tmp_path)
+    Lease(path, me()).release()
+
+
+def test_a_holder_of_an_earlier_version_is_judged_by_its_pid(tmp_path: Path) -> None:
+    old = {key: value for key, value in asdict(me()).items() if key not in ("boot", "pid_namespace")}
+    (tmp_path / "lease.json").write_text(json.dumps(old))
+    assert holder_is_alive(tmp_path)
+    (tmp_path / "lease.json").write_text(json.dumps(old | {"began": "1"}))
+    assert not holder_is_alive(tmp_path)
+
+
+def test_a_process_shows_life_for_another_that_forks_and_ends_with_it(tmp_path: Path) -> None:
+    path = held(tmp_path / "worker-0.json", replace(me(), boot="of another machine"))
+    assert not is_alive(path)
+    with signs_of_life(path):
+        assert is_alive(path)
+    assert not is_alive(path)
+
+
+@pytest.mark.parametrize("options", [["--mount-proc"], []])  # with its own /proc, and with the one of outside
+def test_a_run_in_another_pid_namespace_keeps_its_folder(tmp_path: Path, options: list[str]) -> None:
+    unshare = ["unshare", "--pid", "--fork", *options]
+    if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no namespace can be made here")
+    code = (
+        "import sys; from pathlib import Path; from apt_launch.sweep import lease; lease.INTERVAL = 0.1\n"
+        "held = lease.Lease(Path(sys.argv[1]), lease.Holder.this_process())\n"
+        "print(lease.holder_is_alive(held.path.parent), flush=True); sys.stdin.read()"
+    )
+    path = tmp_path / "lease.json"
+    command = [*unshare, sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as inside:
+        assert inside.stdin is not None
+        assert inside.stdout is not None
+        assert inside.stdout.readline() == "True\n"
+        there = read_holder(path)
+        assert there is not None
+        assert there.alive is None
+        with pytest.raises(ConfigError, match="in another container"):
+            Lease(path, me())
+        inside.stdin.close()
+    lease = Lease(path, me())
     lease.release()

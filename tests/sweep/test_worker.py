@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from apt_launch.sweep import lease
 from apt_launch.sweep.application import TRAINER, Resources
+from apt_launch.sweep.backends.local import LocalBackend
 from apt_launch.sweep.backends.local_worker import Worker
-from apt_launch.sweep.backends.machine import Machine
+from apt_launch.sweep.backends.machine import Machine, worker_file
+from apt_launch.sweep.jobs.state import State
+from apt_launch.sweep.lease import Holder, signs_of_life
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
+from apt_model.errors import ConfigError
+from apt_model.files import write_json
 
 SMALL = Machine(cores=4, gpus=("4", "7"), mem_gb=16.0)
 
@@ -100,3 +108,62 @@ def test_cores_that_nobody_asked_for_are_shared(
 )
 def test_a_machine_has_room_for_so_many_jobs(resources: Resources, fits: int) -> None:
     assert SMALL.room_for(resources) == fits
+
+
+def test_a_worker_of_another_container_is_judged_by_its_signs_of_life_and_not_signalled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "INTERVAL", 0.1)
+    (tmp_path / ".submitit").mkdir()
+    own = worker_file(tmp_path, "worker-0")
+    write_json(
+        own, asdict(replace(Holder.this_process(), pid_namespace="1"))
+    )  # a signal to its pid would end this test
+    jobs = {"0-a": State(state="running", job_id="worker-0"), "1-b": State(state="submitted", job_id="worker-0")}
+    where = LocalBackend({})
+    with signs_of_life(own):
+        assert [seen.state for seen in where.poll(tmp_path, jobs).values()] == ["running", "pending"]
+        with pytest.raises(
+            ConfigError, match=r"in another container .* cannot be signalled from here. Cancel the sweep there"
+        ):
+            where.cancel(tmp_path, jobs)
+    seen = where.poll(tmp_path, jobs)
+    assert {(one.state, one.cause) for one in seen.values()} == {("failed", "the worker that ran it is gone")}
+    where.cancel(tmp_path, jobs)
+    write_json(own, asdict(replace(Holder.this_process(), host="another-host")))
+    assert where.poll(tmp_path, jobs)["0-a"].cause == "it was started on another-host; ask there"
+
+
+@pytest.mark.parametrize(
+    ("of_process", "files"),
+    [
+        ("0::/job", {"job/cpu.max": "100000 100000", "cpu.max": "max 100000", "job/memory.max": str(2 << 30)}),
+        ("0::/job/step", {"job/cpu.max": "150000 100000", "memory.max": str(2 << 30)}),  # of groups above
+        (
+            "4:memory:/job\n1:cpu,cpuacct:/job",
+            {
+                **{"cpu,cpuacct/job/cpu.cfs_quota_us": "50000", "cpu,cpuacct/job/cpu.cfs_period_us": "100000"},
+                "memory/job/memory.limit_in_bytes": str(2 << 30),
+            },
+        ),
+    ],
+)
+def test_a_machine_has_what_its_control_groups_allow(tmp_path: Path, of_process: str, files: dict[str, str]) -> None:
+    found = {"proc/self/cgroup": of_process} | {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    for name in [name for name in found if name.endswith(("memory.max", "memory.limit_in_bytes"))]:
+        place = name.rpartition("/")[0]
+        found |= {f"{place}/{n}": "0" for n in ("memory.current", "memory.usage_in_bytes")} | {
+            f"{place}/memory.stat": "anon 0"
+        }
+    for name, text in found.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    here = Machine.here(tmp_path)
+    assert (here.cores, here.mem_gb) == (1, 2.0)
+    assert here.room_for(Resources(mem_gb=8)) == 0
+    assert here.room_for(Resources(mem_gb=1)) == 1
+
+
+def test_a_machine_without_limits_has_all_there_is(tmp_path: Path) -> None:
+    assert Machine.here(tmp_path).cores == len(os.sched_getaffinity(0))
+    assert Machine.here(tmp_path).mem_gb == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from typing import Any
 from apt_launch.sweep.backends.local_worker import GRACE_SECONDS, work
 from apt_launch.sweep.backends.machine import Machine, visible_gpus, worker_file
 from apt_launch.sweep.jobs.state import ObservedState, State, transition
-from apt_launch.sweep.lease import Holder, holder_is_alive, read_holder
+from apt_launch.sweep.lease import Holder, holder_is_alive, is_alive, read_holder
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
 from apt_model.errors import ConfigError
@@ -85,16 +86,19 @@ class LocalBackend:
 
     def poll(self, folder: Path, jobs: Mapping[str, State]) -> dict[str, ObservedState]:
         """Return the observed state of each of ``jobs``, none of which has ended by its own account."""
-        holders = {job_id: read_holder(worker_file(folder, job_id)) for job_id in {s.job_id for s in jobs.values()}}
+        workers = {job_id: worker_file(folder, job_id) for job_id in {state.job_id for state in jobs.values()}}
+        holders = {job_id: read_holder(path) for job_id, path in workers.items()}
+        alive = {
+            job_id: is_alive(workers[job_id]) if holder is None or holder.host == socket.gethostname() else holder.alive
+            for job_id, holder in holders.items()
+        }
         observed = {}
         for name, state in jobs.items():
-            holder = holders[state.job_id]
-            alive = holder.alive if holder is not None else False
             running = state.state == "running"
-            if alive is None:
-                where = holder.host if holder else "another host"
-                observed[name] = ObservedState("unknown", f"it was started on {where}; ask there")
-            elif alive:
+            holder = holders[state.job_id]
+            if alive[state.job_id] is None and holder is not None:
+                observed[name] = ObservedState("unknown", f"it was started on {holder.where}; ask there")
+            elif alive[state.job_id]:
                 observed[name] = ObservedState("running" if running else "requeued" if state.restarts else "pending")
             elif running and holder_is_alive(folder / name):
                 observed[name] = ObservedState("running")
@@ -103,9 +107,21 @@ class LocalBackend:
         return observed
 
     def cancel(self, folder: Path, jobs: Mapping[str, State]) -> None:
-        """Stop the workers of ``jobs`` and what they run; return when they are gone."""
-        for job_id in {state.job_id for state in jobs.values()}:
-            holder = read_holder(worker_file(folder, job_id))
+        """Stop the workers of ``jobs`` and what they run; return when they are gone.
+
+        Raises:
+            ConfigError: a worker's pid counts elsewhere, where a signal from here would reach another process or none.
+        """
+        holders = {job_id: read_holder(worker_file(folder, job_id)) for job_id in {s.job_id for s in jobs.values()}}
+        elsewhere = [
+            f"{folder}: the worker is process {holder.pid} on {holder.where}, which cannot be signalled from here. Cancel the "
+            "sweep there."
+            for job_id, holder in holders.items()
+            if holder is not None and holder.alive is None and is_alive(worker_file(folder, job_id))
+        ]
+        if elsewhere:
+            raise ConfigError(*elsewhere)
+        for holder in holders.values():
             if holder is None or not holder.alive:
                 continue
             os.kill(holder.pid, signal.SIGTERM)

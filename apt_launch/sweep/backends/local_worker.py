@@ -15,7 +15,7 @@ from apt_launch.sweep.application import Resources, load
 from apt_launch.sweep.backends.machine import Machine, worker_file
 from apt_launch.sweep.jobs import process
 from apt_launch.sweep.jobs.state import ENDED, read_state, transition
-from apt_launch.sweep.lease import Holder
+from apt_launch.sweep.lease import Holder, signs_of_life
 from apt_launch.sweep.plan.plan import Plan
 from apt_model.files import write_json
 
@@ -29,8 +29,10 @@ GRACE_SECONDS = 60
 def work(sweep: str, name: str, names: Sequence[str], machine: Machine, max_parallel: int | None) -> None:
     """Run the jobs with the folders ``names``, as many at once as fit: what submitit calls in the worker's process."""
     os.setsid()  # Ctrl-C in the terminal is not for this process
-    write_json(worker_file(Path(sweep), name), asdict(Holder.this_process()))
-    Worker(Path(sweep), names, machine, max_parallel).run()
+    own = worker_file(Path(sweep), name)
+    write_json(own, asdict(Holder.this_process()))
+    with signs_of_life(own):
+        Worker(Path(sweep), names, machine, max_parallel).run()
 
 
 class Worker:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apt_launch.sweep.application import Resources
+from apt_model.limits import cpu_quota, memory_limits
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,20 @@ class Machine:
     mem_gb: float
 
     @classmethod
-    def here(cls) -> Machine:
-        """Return what this machine has; GPUs are those of CUDA_VISIBLE_DEVICES where that is set."""
+    def here(cls, root: Path = Path("/")) -> Machine:
+        """Return what this process may have of its machine: within its CPU affinity, control groups and CUDA_VISIBLE_DEVICES.
+
+        Args:
+            root: where ``proc`` and ``sys`` are.
+        """
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         try:
             mem_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
         except (ValueError, OSError):
             mem_gb = float("inf")
+        if (quota := cpu_quota(root)) is not None:
+            cores = max(1, min(cores, int(quota)))
+        mem_gb = min(mem_gb, *(memory.total / 2**30 for memory in memory_limits(root)), float("inf"))
         return cls(cores, visible_gpus(), mem_gb)
 
     def room_for(self, resources: Resources) -> int:

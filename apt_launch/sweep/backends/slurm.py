@@ -187,7 +187,7 @@ class SlurmBackend:
         """Return the observed state of each of ``jobs``, none of which has ended by its own account."""
         ids = {state.job_id for state in jobs.values() if state.job_id}
         try:
-            queue = _table(ask("squeue", "-h", "-r", "-t", "all", "-u", getpass.getuser(), "-o", "%i|%T|%r"))
+            queue = _table(ask("squeue", "-h", "-r", "-t", "all", "-u", _user(), "-o", "%i|%T|%r"))
         except (AwayError, RefusedError, ConfigError) as error:
             return {
                 name: ObservedState("unknown", f"SLURM does not answer ({error}); last known: {s.state}")
@@ -223,7 +223,7 @@ class SlurmBackend:
             self._patiently(lambda: ask("scancel", *ids))
         until = time.monotonic() + 180
         while time.monotonic() < until:
-            names = ask("squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i|%j")
+            names = ask("squeue", "-h", "-r", "-u", _user(), "-o", "%i|%j")
             rows = [line.split("|") for line in names.splitlines()]
             left = [number for number, name in rows if number in ids or name.startswith(f"apt-{plan.id}-")]
             if not left:
@@ -326,3 +326,11 @@ def _last_words(folder: Path, state: State) -> str:
             if lines:
                 return f" Last line of {log.name}: {lines[-1][:200]}"
     return ""
+
+
+def _user() -> str:
+    """Return who asks, by name, or by number where the system knows no name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return str(os.getuid())

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from apt_launch.commands import command
 from apt_launch.escapes import visible
 from apt_launch.sweep.control.cancel import cancel
 from apt_launch.sweep.control.ledger import Ledger, Status, record_ends
@@ -81,7 +82,7 @@ def _line(status: Status) -> str:
 
 def _leave_or_cancel(folder: Path) -> None:
     """Ask what Ctrl-C means; without somebody to ask, and after a second Ctrl-C, the jobs continue."""
-    left = f"The jobs continue. Look at them by: python -m apt_launch.sweep status {folder}"
+    left = f"The jobs continue. Look at them by: {command('apt_launch.sweep', 'status', folder)}"
     answer = ""
     if sys.stdin.isatty():
         collecting = signal.signal(signal.SIGINT, signal.default_int_handler)

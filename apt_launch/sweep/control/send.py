@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from apt_launch.commands import command
 from apt_launch.sweep.backends.base import Backend
 from apt_launch.sweep.control.follow import follow, say
 from apt_launch.sweep.control.ledger import Ledger
@@ -26,7 +27,8 @@ def carry_out(plan: Plan, folder: Path, where: Backend) -> None:
     refuse_place(folder, "hydra.sweep.dir")
     if (folder / "plan.yaml").exists():
         raise ConfigError(
-            f"hydra.sweep.dir: {folder} already holds a sweep. Continue it by: python -m apt_launch.sweep resume {folder}, "
+            f"hydra.sweep.dir: {folder} already holds a sweep. Continue it by: "
+            f"{command('apt_launch.sweep', 'resume', folder)}, "
             "or choose another folder."
         )
     where.check(plan)
@@ -39,7 +41,7 @@ def carry_out(plan: Plan, folder: Path, where: Backend) -> None:
         say(line)
     waits = any(job.spec is not None and job.spec.wait for job in plan.jobs)
     if where.detaches and not waits:
-        say(f"It continues without this command. Look at it by: python -m apt_launch.sweep status {folder}")
+        say(f"It continues without this command. Look at it by: {command('apt_launch.sweep', 'status', folder)}")
         return
     code = follow(folder)
     if code:

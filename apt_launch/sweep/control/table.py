@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from apt_launch.commands import command
 from apt_launch.escapes import console
 from apt_launch.sweep.control.ledger import Status
 from apt_launch.sweep.plan.jobs import short_key
@@ -36,7 +37,8 @@ def show(plan: Plan, statuses: Sequence[Status], folder: Path) -> None:
             )
     if any(one.state in ("failed", "cancelled") for one in statuses):
         screen.print(
-            f"Run them again, from their checkpoints: python -m apt_launch.sweep resume {folder}",
+            f"Run them again, from their checkpoints: {command('apt_launch.sweep', 'resume', folder)}",
+            markup=False,
             highlight=False,
             soft_wrap=True,
         )

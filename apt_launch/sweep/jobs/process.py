@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
+from apt_launch.commands import command
 from apt_launch.sweep.application import TRAINER, JobContext, Result, load
+from apt_launch.sweep.command import take_any_character
 from apt_launch.sweep.jobs.state import State, read_state, transition
 from apt_launch.sweep.lease import Holder, Lease
 from apt_launch.sweep.secrets import keep_private
@@ -92,6 +94,7 @@ def perform(
     for number in STOP_SIGNALS:
         signal.signal(number, _stop_early)
     _write_output_to(folder / ("log.txt" if rank == 0 else f"log-{rank}.txt"))
+    take_any_character()
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s", force=True)
     before = read_state(folder)
     attempts = restart if restart is not None else before.restarts
@@ -143,8 +146,8 @@ class _Attempt:
                 return STOPPED
             if self.seconds >= self.hours * 3600:
                 spent = BudgetSpentError(
-                    f"it took its {self.hours:g} h. Continue it by: python -m apt_launch.sweep resume {self.folder.parent} "
-                    f"launch.hours={2 * self.hours:g}"
+                    f"it took its {self.hours:g} h. Continue it by: "
+                    + command("apt_launch.sweep", "resume", self.folder.parent, f"launch.hours={2 * self.hours:g}")
                 )
                 self._end("failed", cause=str(spent))
                 raise spent from None

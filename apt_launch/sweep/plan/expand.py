@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from apt_launch.commands import config_flags
 from apt_launch.sweep.application import JobSpec, Resources
 from apt_launch.sweep.plan.composer import Composer
 from apt_launch.sweep.plan.jobs import Job
@@ -158,6 +159,7 @@ def of_combinations(
         id=hashlib.sha256(f"{created} {os.getpid()} {command}".encode()).hexdigest()[:8],
         created=created,
         command=tuple(command),
+        flags=tuple(config_flags()),
         launcher=target.name,
         launcher_values=target.values,
         cwd=str(Path.cwd()),

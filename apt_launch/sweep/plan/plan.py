@@ -75,6 +75,7 @@ class _KeptPlan:
     shared: dict[str, Any]
     jobs: tuple[_KeptJob, ...]
     application: str = TRAINER
+    flags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse a plan without jobs, and one whose jobs share a folder."""
@@ -98,6 +99,7 @@ class Plan:
     application: str  # see apt_launch.sweep.application.load
     shared: Mapping[str, Any]
     jobs: tuple[Job, ...]
+    flags: tuple[str, ...] = ()  # of the command: where configs are
 
     @cached_property
     def by_folder(self) -> dict[str, Job]:
@@ -124,6 +126,7 @@ class Plan:
             "id": self.id,
             "created": self.created,
             "command": list(self.command),
+            "flags": list(self.flags),
             "launcher": self.launcher,
             "launcher_values": dict(self.launcher_values),
             "cwd": self.cwd,
@@ -161,6 +164,7 @@ class Plan:
                 id=kept.id,
                 created=kept.created,
                 command=kept.command,
+                flags=kept.flags,
                 launcher=kept.launcher,
                 launcher_values=kept.launcher_values,
                 cwd=kept.cwd,

@@ -191,7 +191,7 @@ class Findings:
             key = override.lstrip("+~").partition("=")[0]
             if key not in swept and not key.startswith(("hydra.", "hydra/", "launch.")):
                 fixed.append(override)
-        return shlex.join([*self.program, *fixed, *trial.job.overrides])
+        return shlex.join([*self.program, *self.plan.flags, *fixed, *trial.job.overrides])
 
 
 def headline(findings: Findings) -> str:

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+from apt_launch.commands import command
 from apt_launch.record import RecordReader, Row
 from apt_launch.sweep.control.ledger import Ledger, Status
 from apt_launch.sweep.jobs.state import WAITING
@@ -218,7 +219,7 @@ class Watch:
         if not picture.ended:
             return None
         verb = "report" if all(status.state == "done" for status in picture.statuses) else "resume"
-        return f"python -m apt_launch.sweep {verb} {self.folder}"
+        return command("apt_launch.sweep", verb, self.folder)
 
     def _fresh(self) -> Picture:
         if self._picture is None or self._picture.behind or time.monotonic() - self._looked >= LOOK_SECONDS:
