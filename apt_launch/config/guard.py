@@ -152,6 +152,12 @@ def _guarded_files() -> type:
                 header=ConfigSource._get_header_dict(text[:512]),
             )
 
+        def list(self, config_path: str, results_filter: Any) -> list[str]:
+            try:
+                return super().list(config_path, results_filter)
+            except OSError as error:
+                raise ConfigError(f"{error.filename}: the folder cannot be read: {error.strerror}.") from None
+
     GuardedFiles.__name__ = FileConfigSource.__name__  # Hydra registers one class a scheme, and tells them by this
     return GuardedFiles
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import get_object
@@ -26,7 +26,7 @@ def build(values: Mapping[str, Any], **injected: Any) -> Any:
     return factory(values)(**injected)
 
 
-def factory(values: Mapping[str, Any]) -> Callable[..., Any]:
+def factory(values: Mapping[str, Any]) -> functools.partial[Any]:
     """Return ``values`` as a function that still takes what is injected.
 
     Text stays text: values are resolved already, and Hydra's own ``instantiate`` would resolve them once more, and build what

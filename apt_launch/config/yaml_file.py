@@ -74,7 +74,9 @@ def _read(path: Path, key: str, place: str) -> str:
         with os.fdopen(handle, "rb") as file:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise ConfigError(f"{place}: no regular file. Name a file with YAML.")
-            content = file.read(LARGEST_FILE + 1) or b""
+            content = file.read(LARGEST_FILE + 1)
+        if content is None:
+            raise ConfigError(f"{place}: nothing can be read from it now. Name a file with YAML.")
         if len(content) > LARGEST_FILE:
             raise ConfigError(f"{place}: larger than {LARGEST_FILE >> 20} MiB. A file of configs is smaller.")
         return content.decode("utf-8-sig")
