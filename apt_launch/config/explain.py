@@ -47,7 +47,10 @@ def explained(error: Exception) -> ConfigError:
         if key in known:
             return ConfigError(f"{key}: conf/ does not list this key. Write + before it to add it: +{key}=...")
         return ConfigError(f"{key}: unknown key. {nearest(key, known)}")
-    return ConfigError(text.strip())
+    while not text.strip() and error.__cause__ is not None:  # Hydra wraps what OmegaConf says in an error without words
+        error = error.__cause__  # type: ignore[assignment]
+        text = ": ".join(filter(None, (getattr(error, "full_key", None), (str(error).splitlines() or [""])[0])))
+    return ConfigError(text.strip() or f"the config cannot be composed ({type(error).__name__}).")
 
 
 def _options_with(key: str) -> list[str]:

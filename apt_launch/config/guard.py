@@ -2,24 +2,37 @@
 
 A config comes from many hands: presets, profiles of colleagues, folders given by ``--config-dir``. Hydra builds callbacks,
 launchers, sweepers and log handlers from its own node before any code of ours sees a value, so that node is judged where
-configs are composed. What the groups may build is :data:`apt_launch.config.instantiate.ALLOWED`.
+configs are composed. What Hydra builds from is resolved first and stays as it was judged: an interpolation has no second
+value. What the groups may build is :data:`apt_launch.config.instantiate.ALLOWED`.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
+from omegaconf.errors import OmegaConfBaseException
 
-from apt_launch.sweep.secrets import secret_problems
+from apt_launch.config.logging_guard import logging_problems
+from apt_launch.config.yaml_file import load_yaml
+from apt_launch.sweep.secrets import SecretError, refuse_secrets_of_the_environment, secret_error, secret_problems
 from apt_model.errors import ConfigError
 
-HYDRA_TARGETS: Final = frozenset(
+CALLBACKS: Final = frozenset(
     {
         "apt_launch.runs.before_start.CheckBeforeStart",
         "apt_launch.config.CheckBeforeStart",  # as earlier versions call it
+    }
+)
+"""What a callback may be. It takes no arguments."""
+
+LAUNCHERS: Final = frozenset(
+    {
         "hydra_plugins.apt_launch.PlanSweeper",
         "hydra_plugins.apt_launch.LocalLauncher",
         "hydra_plugins.apt_launch.SlurmLauncher",
@@ -27,7 +40,7 @@ HYDRA_TARGETS: Final = frozenset(
         "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
     }
 )
-"""What Hydra's own node may build, beside plugins that are installed."""
+"""What a launcher or a sweeper may be, beside plugins that are installed."""
 
 PLUGINS: Final = "hydra_plugins."
 """The package of installed plugins, whose classes a launcher or a sweeper may be."""
@@ -35,74 +48,292 @@ PLUGINS: Final = "hydra_plugins."
 OPTUNA: Final = re.compile(r"optuna\.samplers\.[A-Z]\w*Sampler|optuna\.pruners\.[A-Z]\w*Pruner")
 """What the sweeper of Optuna may be given."""
 
-LOGGING: Final = frozenset(
+BUILT: Final = ("callbacks", "hydra_logging", "job_logging", "launcher", "sweeper")
+"""What Hydra builds objects from."""
+
+PACKAGES: Final = frozenset({"hydra.conf"})
+"""Packages whose configs ``hydra.searchpath`` may name: Hydra imports them."""
+
+ENVIRONMENT: Final = frozenset(
     {
-        "apt_launch.runs.console.Stdout",
-        "apt_launch.console.Stdout",  # as earlier versions call it
-        "colorlog.ColoredFormatter",
-        "logging.FileHandler",
-        "logging.Formatter",
-        "logging.NullHandler",
-        "logging.StreamHandler",
-        "logging.handlers.RotatingFileHandler",
-        "logging.handlers.TimedRotatingFileHandler",
-        "rich.logging.RichHandler",
+        *("OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES", "OMP_SCHEDULE", "OMP_DYNAMIC", "OMP_WAIT_POLICY"),
+        *("MKL_NUM_THREADS", "MKL_DYNAMIC", "OPENBLAS_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"),
+        *("NUMEXPR_NUM_THREADS", "NUMEXPR_MAX_THREADS", "KMP_AFFINITY", "KMP_BLOCKTIME", "GOMP_CPU_AFFINITY"),
+        *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_LAUNCH_BLOCKING", "CUDA_DEVICE_MAX_CONNECTIONS"),
+        *("CUDA_MODULE_LOADING", "CUBLAS_WORKSPACE_CONFIG", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"),
+        *("NCCL_DEBUG", "NCCL_DEBUG_SUBSYS", "NCCL_SOCKET_IFNAME", "NCCL_SOCKET_FAMILY", "NCCL_IB_DISABLE"),
+        *("NCCL_IB_HCA", "NCCL_IB_GID_INDEX", "NCCL_IB_TIMEOUT", "NCCL_IB_SL", "NCCL_IB_TC", "NCCL_P2P_DISABLE"),
+        *("NCCL_P2P_LEVEL", "NCCL_SHM_DISABLE", "NCCL_NET_GDR_LEVEL", "NCCL_CROSS_NIC", "NCCL_ALGO", "NCCL_PROTO"),
+        *("NCCL_NTHREADS", "NCCL_BUFFSIZE", "NCCL_MIN_NCHANNELS", "NCCL_MAX_NCHANNELS", "GLOO_SOCKET_IFNAME"),
+        *("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_BLOCKING_WAIT", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"),
+        *("TORCH_DISTRIBUTED_DEBUG", "TORCH_CPP_LOG_LEVEL", "TORCH_SHOW_CPP_STACKTRACES"),
+        *("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "TOKENIZERS_PARALLELISM", "NO_COLOR"),
+        *("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"),
     }
 )
-"""Classes of handlers and formatters."""
+"""Variables that ``hydra.job.env_set`` and ``env_copy`` may name: threads, devices and how processes talk to each other.
 
-STREAMS: Final = ("ext://sys.stdout", "ext://sys.stderr")
-LOG_FILE: Final = re.compile(r"\$\{hydra\.(runtime\.output_dir|run\.dir|sweep\.dir)\}/(\$\{hydra\.job\.name\}|[\w.-])+")
-LOADERS: Final = re.compile(r"(LD|DYLD|PYTHON|GIT|BASH)_?\w*|ENV|PATH|SHELLOPTS")
-"""Environment variables that make other programs load code."""
+None of them makes a program load code, write a file, or talk to another server.
+"""
+
+PATHS: Final = ("run.dir", "sweep.dir", "sweep.subdir", "output_subdir", "job.name")
+"""Keys below ``hydra`` that become names of folders and files."""
+
+INSIDE: Final = ("sweep.subdir", "output_subdir", "job.name")
+"""Those of :data:`PATHS` that stay in the run's folder."""
 
 
 def install() -> None:
-    """Judge every config that Hydra composes in this process from now on."""
+    """Judge every config that Hydra composes in this process from now on, and every file that it reads for it."""
     import hydra._internal.hydra as hydra
+    from hydra._internal.sources_registry import SourcesRegistry
+    from hydra.core.plugins import Plugins
+
+    hydra.ConfigLoaderImpl = _guarded_loader()  # type: ignore[attr-defined, assignment]
+    refuse_secrets_of_the_environment()
+    Plugins.instance()  # registers Hydra's own reader of files, which ours replaces
+    SourcesRegistry.instance().types["file"] = _guarded_files()
+
+
+def guard(loader: Any) -> None:
+    """Judge what this loader of Hydra's composes; others in the process stay as they are."""
+    loader.__class__ = _guarded_loader()
+
+
+@functools.cache
+def _guarded_loader() -> type:
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
     class GuardedLoader(ConfigLoaderImpl):
         def load_configuration(self, *arguments: Any, **options: Any) -> DictConfig:
-            composed = super().load_configuration(*arguments, **options)
+            try:
+                composed = super().load_configuration(*arguments, **options)
+            except KeyError as error:
+                if error.args and error.args[0] not in os.environ and isinstance(error.__context__, KeyError):
+                    raise ConfigError(
+                        f"hydra.job.env_copy: the variable {error.args[0]!r} is not set here. Export it in the shell, or leave "
+                        "it out."
+                    ) from None
+                raise
             check_hydra(composed)
             return composed
 
-    hydra.ConfigLoaderImpl = GuardedLoader  # type: ignore[attr-defined]
+        def _process_config_searchpath(self, config_name: Any, parsed_overrides: Any, repo: Any) -> None:
+            initialize = repo.initialize_sources
+
+            def checked(search_path: Any) -> None:
+                check_search_path(search_path)
+                initialize(search_path)
+
+            repo.initialize_sources = checked
+            try:
+                super()._process_config_searchpath(config_name, parsed_overrides, repo)
+            finally:
+                del repo.initialize_sources
+
+    return GuardedLoader
 
 
-def check_hydra(composed: DictConfig) -> None:
-    """Judge the node ``hydra`` of a composed config, before Hydra acts on it.
+@functools.cache
+def _guarded_files() -> type:
+    from hydra._internal.core_plugins.file_config_source import FileConfigSource
+    from hydra.plugins.config_source import ConfigResult, ConfigSource
+
+    class GuardedFiles(FileConfigSource):
+        def load_config(self, config_path: str) -> ConfigResult:
+            from pathlib import Path
+
+            path = Path(self.path, self._normalize_file_name(config_path))
+            text, content = load_yaml(path)
+            return ConfigResult(
+                config=content,
+                path=f"{self.scheme()}://{self.path}",
+                provider=self.provider,
+                header=ConfigSource._get_header_dict(text[:512]),
+            )
+
+        def list(self, config_path: str, results_filter: Any) -> list[str]:
+            try:
+                return super().list(config_path, results_filter)
+            except OSError as error:
+                raise ConfigError(f"{error.filename}: the folder cannot be read: {error.strerror}.") from None
+
+    GuardedFiles.__name__ = FileConfigSource.__name__  # Hydra registers one class a scheme, and tells them by this
+    return GuardedFiles
+
+
+def check_search_path(search_path: Any) -> None:
+    """Judge where ``hydra.searchpath`` leads, before Hydra imports a package for it.
 
     Raises:
         ConfigError: with every problem found.
     """
-    node: Any = OmegaConf.to_container(composed["hydra"], resolve=False)
-    problems = [*_target_problems(node), *secret_problems(node, "hydra")]
-    for name in ("hydra_logging", "job_logging"):
-        problems += _logging_problems(node.get(name) or {}, f"hydra.{name}")
-    for key in (node.get("job") or {}).get("env_set") or {}:
-        if LOADERS.fullmatch(str(key)):
-            problems.append(f"hydra.job.env_set.{key}: a config may not set it: programs load code by it.")
-    for key, path in (
-        ("hydra.output_subdir", node.get("output_subdir")),
-        ("hydra.sweep.subdir", (node.get("sweep") or {}).get("subdir")),
-        ("hydra.job.name", (node.get("job") or {}).get("name")),
-    ):
-        if path is not None and (str(path).startswith(("/", "~")) or ".." in str(path).split("/")):
-            problems.append(f"{key}: {path!r} would lead out of the run's folder. Give a plain name.")
+    problems = []
+    for entry in search_path.get_path():
+        scheme, separator, rest = str(entry.path).partition("://")
+        if not str(entry.provider).startswith("hydra.searchpath") or not separator or scheme == "file":
+            continue
+        if scheme != "pkg" or rest.replace("/", ".").strip(".") not in PACKAGES:
+            problems.append(
+                f"hydra.searchpath: {entry.path!r} would import a package of the config's choice. Name a folder: file://DIR."
+            )
     if problems:
         raise ConfigError(*problems)
 
 
-def _target_problems(node: Mapping[str, Any]) -> Iterator[str]:
+def check_hydra(composed: DictConfig) -> None:
+    """Judge the node ``hydra`` of a composed config as Hydra will act on it; what is built is resolved from now on.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    problems: list[str] = []
+    if _is_reference(composed, "hydra"):
+        raise ConfigError("hydra: the node may not be an interpolation.")
+    hydra = composed["hydra"]
+    for name in hydra:
+        if _is_reference(hydra, str(name)) and str(name) not in BUILT and OmegaConf.is_config(_try(hydra, str(name))):
+            problems.append(f"hydra.{name}: the node may not be an interpolation. Write its values out.")
+    if problems:
+        raise ConfigError(*problems)
+    problems += secret_problems(OmegaConf.to_container(hydra, resolve=False), "hydra")
+    for above, name in [
+        *((hydra, name) for name in BUILT),
+        (hydra.job, "env_set"),
+        (hydra, "output_subdir"),
+        (hydra.job, "name"),
+    ]:
+        problems += _pin(above, name)
+    if problems:  # what does not resolve cannot be judged
+        raise ConfigError(*dict.fromkeys(problems))
+    for name in BUILT:
+        node: Any = OmegaConf.to_container(hydra, resolve=False)[name]  # type: ignore[index, call-overload]
+        if name in ("hydra_logging", "job_logging"):
+            problems += logging_problems(node, f"hydra.{name}") if node is not None else []
+        else:
+            problems += _target_problems(node, name)
+    problems += _environment_problems(hydra.job.env_set, "hydra.job.env_set")
+    problems += _late_problems(composed)
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+
+
+def _is_reference(node: Any, key: str) -> bool:
+    child = node._get_node(key)
+    return child is not None and bool(child._is_interpolation())
+
+
+def _try(node: Any, key: str) -> Any:
+    try:
+        return node[key]
+    except (OmegaConfBaseException, RecursionError):
+        return None
+
+
+def _pin(above: DictConfig, key: str) -> list[str]:
+    """Put values for interpolations below ``above.key``, so that what is judged is what is built; return what is wrong.
+
+    The names of log files stay as they are: they have a folder only once the run has one.
+    """
+    path = _full_key(above, key)
+    try:
+        if not _refers(above, key):
+            return []
+        values = _resolved(above, key)
+        with flag_override(above, ["struct", "readonly"], [False, False]):
+            above[key] = _escaped(values)
+        if _resolved(above, key) != values:
+            return [f"{path}: an interpolation has more than one value. Write the value out."]
+    except (OmegaConfBaseException, RecursionError) as error:
+        return [f"{path}: {_reason(error)}"]
+    return []
+
+
+def _reason(error: Exception) -> str:
+    if (secret := secret_error(error)) is not None:
+        return str(secret)
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"an interpolation has no value before the run begins: {reason}. Write the value out."
+
+
+def _full_key(above: DictConfig, key: str) -> str:
+    return str(above._get_full_key(key))
+
+
+def _refers(above: Any, key: Any) -> bool:
+    """Return whether something below, other than the name of a log file, is an interpolation."""
+    node = above._get_node(key)
+    if node is None:
+        return False
+    if node._is_interpolation():
+        return bool(key != "filename")
+    if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
+        return any(_refers(node, name) for name in node)
+    if isinstance(node, ListConfig) and not node._is_none() and not node._is_missing():
+        return any(_refers(node, number) for number in range(len(node)))
+    return False
+
+
+def _resolved(above: Any, key: Any) -> Any:
+    """Return the plain values below ``above.key``; the name of a log file as :class:`_AsWritten`."""
+    node = above._get_node(key)
+    if node._is_interpolation():
+        if key == "filename":
+            return _AsWritten(node._value())
+        node = above[key]
+    elif not OmegaConf.is_config(node):
+        return node._value()
+    if isinstance(node, DictConfig):
+        if node._is_none() or node._is_missing():
+            return node._value()
+        return {name: _resolved(node, name) for name in node}
+    if isinstance(node, ListConfig):
+        if node._is_none() or node._is_missing():
+            return node._value()
+        return [_resolved(node, number) for number in range(len(node))]
+    return node
+
+
+class _AsWritten(str):
+    """Text that keeps its interpolations."""
+
+
+def _escaped(value: Any) -> Any:
+    """Return ``value`` so that OmegaConf takes text for text, and no interpolation in it."""
+    if isinstance(value, Mapping):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    if isinstance(value, str) and not isinstance(value, _AsWritten):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return str(value) if isinstance(value, _AsWritten) else value
+
+
+def _target_problems(node: Any, role: str) -> Iterator[str]:
     for path, target in _targets(node):
-        role = path.split(".", 1)[0]
-        if target in HYDRA_TARGETS or (role == "sweeper" and OPTUNA.fullmatch(str(target))):
-            continue
-        if role in ("launcher", "sweeper") and str(target).startswith(PLUGINS) and _is_class(str(target)):
-            continue
-        yield f"hydra.{path}: {target!r} may not be built here."
+        if role == "callbacks":
+            if not isinstance(target, str) or target not in CALLBACKS:
+                yield f"hydra.callbacks.{path}: {target!r} may not be built here."
+        elif not isinstance(target, str) or not (
+            target in LAUNCHERS
+            or (role == "sweeper" and OPTUNA.fullmatch(target))
+            or (target.startswith(PLUGINS) and _is_class(target))
+        ):
+            yield f"hydra.{role}.{path}: {target!r} may not be built here."
+    if role == "callbacks" and isinstance(node, Mapping):
+        for name, callback in node.items():
+            if not isinstance(callback, Mapping):
+                yield f"hydra.callbacks.{name}: {callback!r} is no callback. Leave it out."
+                continue
+            for key in callback:
+                if key not in ("_target_", "_convert_", "_recursive_"):
+                    yield f"hydra.callbacks.{name}.{key}: a callback takes no arguments here. Leave it out."
+    if isinstance(node, Mapping):
+        for key in ("_args_", "_partial_"):
+            if key in node:
+                yield f"hydra.{role}.{key}: a config may not set it. Leave it out."
+        if node.get("custom_search_space") is not None:  # of Optuna: a function by its name
+            yield f"hydra.{role}.custom_search_space: a config may not name a function. Write the space out in params."
 
 
 def _targets(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -119,7 +350,7 @@ def _targets(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _is_class(target: str) -> bool:
-    """Say whether ``target`` is a class of a plugin itself, and not an alias of something else."""
+    """Return whether ``target`` is a class of a plugin itself, and not an alias of something else."""
     from hydra.utils import get_object
 
     try:
@@ -129,20 +360,69 @@ def _is_class(target: str) -> bool:
     return isinstance(found, type) and f"{found.__module__}.".startswith(PLUGINS)
 
 
-def _logging_problems(node: Any, path: str) -> Iterator[str]:
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            below = f"{path}.{key}"
-            if key in ("class", "()", "factory"):
-                if value not in LOGGING:
-                    yield f"{below}: {value!r} may not be built here. Choose one of {', '.join(sorted(LOGGING))}."
-            elif key == "filename":
-                if not LOG_FILE.fullmatch(str(value)) or ".." in str(value):
-                    yield f"{below}: {value!r} is no file in the run's folder. Write ${{hydra.runtime.output_dir}}/NAME."
-            else:
-                yield from _logging_problems(value, below)
-    elif isinstance(node, list):
-        for number, value in enumerate(node):
-            yield from _logging_problems(value, f"{path}.{number}")
-    elif isinstance(node, str) and node.startswith(("ext://", "cfg://")) and node not in STREAMS:
-        yield f"{path}: {node!r} may not be reached from here. Choose one of {', '.join(STREAMS)}."
+def _environment_problems(node: Any, path: str) -> Iterator[str]:
+    for key in node or {}:
+        if key not in ENVIRONMENT:
+            yield f"{path}.{key}: a config may not set it. Export it in the shell that starts the command: export {key}=..."
+        elif (value := node[key]) is None or not re.fullmatch(r"[\x20-\x7e]{0,1000}", str(value)):
+            yield f"{path}.{key}: {value!r} is not one line of plain text. Export it in the shell that starts the command."
+
+
+def _late_problems(composed: DictConfig) -> Iterator[str]:
+    """Yield what is wrong with values that Hydra resolves once a run has a number and a folder, with samples of those."""
+    with _as_in_a_run(composed) as hydra:
+        for path, value in _leaves(hydra, "hydra"):
+            if isinstance(value, SecretError):
+                yield f"{path}: {value}"
+                continue
+            yield from secret_problems({path.rsplit(".", 1)[-1]: value}, path.rsplit(".", 1)[0])
+        for key in PATHS:
+            try:
+                value = OmegaConf.select(hydra, key)
+            except (OmegaConfBaseException, RecursionError) as error:
+                yield f"hydra.{key}: {_reason(error)}"
+                continue
+            text = "" if value is None else str(value)
+            if re.search(r"[\x00-\x1f\x7f\x85\u2028\u2029]", text):
+                yield f"hydra.{key}: {text!r} has a line break or a control character. Give a plain name."
+            if key in INSIDE and (text.startswith(("/", "~")) or ".." in text.split("/")):
+                yield f"hydra.{key}: {text!r} would lead out of the run's folder. Give a plain name."
+
+
+@contextmanager
+def _as_in_a_run(composed: DictConfig) -> Iterator[Any]:
+    """Give a copy of the node ``hydra`` as a job has it, with what only a job knows filled in."""
+    from hydra.core.hydra_config import HydraConfig
+
+    copy = composed.copy()
+    with flag_override(copy, ["struct", "readonly"], [False, False]):
+        for above, key, sample in (
+            (copy.hydra.job, "num", 0),
+            (copy.hydra.job, "id", "0"),
+            (copy.hydra.runtime, "output_dir", "/run"),
+        ):
+            with flag_override(above, ["struct", "readonly"], [False, False]):
+                if OmegaConf.is_missing(above, key):
+                    above[key] = sample
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(copy)
+    try:
+        yield copy.hydra
+    finally:
+        HydraConfig.instance().cfg = before
+
+
+def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield full keys and resolved values; what does not resolve is left to who needs it."""
+    keys: Any = range(len(node)) if isinstance(node, ListConfig) else list(node)
+    for key in keys:
+        try:
+            value = node[key]
+        except (OmegaConfBaseException, RecursionError) as error:
+            if (secret := secret_error(error)) is not None:
+                yield f"{path}.{key}", secret
+            continue
+        if isinstance(value, DictConfig | ListConfig):
+            yield from _leaves(value, f"{path}.{key}")
+        else:
+            yield f"{path}.{key}", value

@@ -13,10 +13,11 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from apt_launch.config import schema
 from apt_launch.config.checks import check_curriculum, check_together, missing_libraries
 from apt_launch.config.corpus import Counts, plan_horizon
+from apt_launch.config.guard import guard
 from apt_launch.config.menu import CONF as CONF
 from apt_launch.config.run_config import RunConfig
 from apt_launch.sweep.composing import config_loader
-from apt_launch.sweep.secrets import check_secrets
+from apt_launch.sweep.secrets import check_secrets, secret_error, without_secrets_of_the_environment
 from apt_model.errors import ConfigError, nearest, validated
 
 
@@ -57,6 +58,8 @@ def _resolved(cfg: DictConfig, key: str) -> Any:
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}: has no value yet. Set it: {error.full_key}=...") from None
     except OmegaConfBaseException as error:
+        if (secret := secret_error(error)) is not None:
+            raise ConfigError(f"{error.full_key or key}: {secret}") from None
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
 
 
@@ -74,7 +77,8 @@ def composed(overrides: Sequence[str]) -> RunConfig:
 @contextmanager
 def composing() -> Iterator[Callable[[Sequence[str]], DictConfig]]:
     """Compose ``conf/`` with overrides meanwhile, as the command does; Hydra's global state stays as it is."""
-    with config_loader(CONF) as loader:
+    with without_secrets_of_the_environment(), config_loader(CONF) as loader:
+        guard(loader)
         yield lambda overrides: loader.load_configuration("config", list(overrides), run_mode=RunMode.RUN)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from apt_launch.config.yaml_file import load_yaml
 from apt_launch.sweep.values import flatten
 from apt_model.errors import ConfigError
 from apt_model.files import in_home
@@ -81,16 +82,13 @@ def read_profile(path: Path, chosen: Iterable[str] = ()) -> tuple[list[str], lis
         ConfigError: the file is missing or no mapping of sections.
     """
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-    if not path.is_file():
-        raise ConfigError(f"profile_file: there is no file {str(path)!r} (looked in {Path.cwd()}).")
+    _, loaded = load_yaml(path, "profile_file")  # not plain YAML: 3e-5 is a number
     try:
-        loaded = OmegaConf.load(path)  # not plain YAML: 3e-5 is a number
         content = cast("dict[str, Any]", OmegaConf.to_container(loaded))
-    except Exception as error:
-        raise ConfigError(f"profile_file: {path} cannot be read as YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"profile_file: {path} is no mapping of sections such as model, training and schedules.")
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"profile_file: {path} is not a config: {str(error).splitlines()[0]}") from None
 
     taken = set(chosen)
     overrides, unused = [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def gather(arguments: Sequence[str], own_options: Path | None = None) -> Plan:
     from apt_launch.sweep.plan.expand import make
     from apt_launch.sweep.plugins import register
 
-    if own_options is not None and not own_options.is_dir():
+    if own_options is not None and not os.path.isdir(own_options):  # noqa: PTH112  (Path.is_dir raises where a name is too long)
         raise ConfigError(f"--config-dir: there is no folder {str(own_options)!r} (looked in {Path.cwd()}).")
     register()
     guard.install()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 from apt_model.errors import ConfigError
@@ -21,6 +22,49 @@ SECRET_VALUE: Final = re.compile(
 )
 ASSIGNMENT: Final = re.compile(r"([\w.-]+)[\"']?\s*[=:]\s*[\"']?(?![\"'\s$]|os\.|None|null)[^\"'\s]{6,}")
 SHORTEST_SECRET: Final = 8
+
+
+REMEDY: Final = (
+    "A config is written to the run's folder, to W&B and to job scripts. Set secrets in the environment of the process that "
+    "needs them."
+)
+
+
+class SecretError(Exception):
+    """A config asks the environment for a secret."""
+
+
+def secret_error(error: BaseException | None) -> SecretError | None:
+    """Return the SecretError that OmegaConf has wrapped in ``error``, if there is one."""
+    while error is not None and not isinstance(error, SecretError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def refuse_secrets_of_the_environment() -> None:
+    """Have ``${oc.env:NAME}`` raise SecretError from now on where NAME is named like a secret, however it is written."""
+    from omegaconf import OmegaConf
+    from omegaconf.resolvers import oc
+
+    def env(key: str, *default: Any) -> Any:
+        if SECRET_NAME.search(str(key)):
+            raise SecretError(f"it takes the secret {key} from the environment. {REMEDY}")
+        return oc.env(key, *default)
+
+    OmegaConf.register_new_resolver("oc.env", env, replace=True)
+
+
+@contextmanager
+def without_secrets_of_the_environment() -> Iterator[None]:
+    """Refuse them meanwhile, in a process whose other configs are not ours."""
+    from omegaconf.basecontainer import BaseContainer
+
+    before = BaseContainer._resolvers["oc.env"]
+    refuse_secrets_of_the_environment()
+    try:
+        yield
+    finally:
+        BaseContainer._resolvers["oc.env"] = before
 
 
 def keep_private() -> None:
@@ -53,10 +97,7 @@ def secret_problems(values: Any, path: str) -> list[str]:
     for key, value in _leaves(values, path):
         reason = _reason(key, value, known)
         if reason:
-            problems.append(
-                f"{key}: {reason}. A config is written to the run's folder, to W&B and to job scripts. Set secrets in the "
-                "environment of the process that needs them."
-            )
+            problems.append(f"{key}: {reason}. {REMEDY}")
     return problems
 
 
@@ -69,9 +110,10 @@ def _reason(key: str, value: Any, known: Mapping[str, str]) -> str | None:
         return None
     if SECRET_VALUE.search(value) or _assigns_a_secret(value):
         return "its value looks like a secret"
-    named = re.search(r"\$\{oc\.env:([^},]+)", value)
-    if named and SECRET_NAME.search(named.group(1).strip()):
-        return f"it takes the secret {named.group(1).strip()} from the environment"
+    for named in re.finditer(r"oc\.env\s*:([^},]+)", value):
+        variable = re.sub(r"[\s'\"\\]", "", named.group(1))
+        if SECRET_NAME.search(variable):
+            return f"it takes the secret {variable} from the environment"
     name = next((name for name, secret in known.items() if secret in value), None)
     return f"it has the value of the environment's {name}" if name else None
 

@@ -73,6 +73,58 @@ def slurm_parameters(resources: Resources, values: Mapping[str, Any], *, name: s
     return {key: value for key, value in parameters.items() if value is not None}
 
 
+NAME: Final = re.compile(r"[A-Za-z0-9_\[(][A-Za-z0-9_.,:@+=/%&|*()\[\]-]*")
+"""What names a partition, an account, nodes or devices: letters, digits and ``_.,:@+=/%&|*()[]-``, and no ``-`` first."""
+
+PARAMETER: Final = re.compile(r"[a-z][a-z0-9_-]*")
+"""The name of one of sbatch's parameters."""
+
+LINE: Final = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f\x85\u2028\u2029]*")
+"""One line of text, tabs allowed."""
+
+OWN: Final = frozenset({"output", "error", "array", "wrap"})
+"""Parameters of sbatch that a sweep sets itself, or that stand in the way of its job scripts."""
+
+
+def check_parameters(values: Mapping[str, Any]) -> None:
+    """Make sure that each value of the launcher is one line where it stands in a job script.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    problems = []
+    for key in ("partition", "account", "qos", "constraint", "exclude", "gres"):
+        value = values[key]
+        if value is not None and not NAME.fullmatch(value):
+            problems.append(
+                f"hydra.launcher.{key}: {value!r} cannot stand in a job script. Use letters, digits and _.,:@+=/%&|*()[]- , "
+                "on one line."
+            )
+    lines = [("python", values["python"])]
+    for key in ("setup", "srun_args"):
+        lines += [(f"{key}.{number}", line) for number, line in enumerate(values[key])]
+    for key, value in values["additional_parameters"].items():
+        bare = str(key).replace("_", "-")
+        if not PARAMETER.fullmatch(str(key)) or bare in OWN:
+            problems.append(
+                f"hydra.launcher.additional_parameters.{key}: no parameter of sbatch that may be set here. Use its long name, "
+                f"without --, in small letters; {', '.join(sorted(OWN))} belong to the sweep."
+            )
+        if value is not None and not isinstance(value, str | int | float):
+            problems.append(
+                f"hydra.launcher.additional_parameters.{key}: {value!r} is not one value. Give text or a number."
+            )
+        lines.append((f"additional_parameters.{key}", value))
+    for name, line in lines:
+        if isinstance(line, str) and not LINE.fullmatch(line):
+            problems.append(
+                f"hydra.launcher.{name}: {line!r} has a line break or a control character. A job script takes one line here; "
+                "give each line of setup as an entry of its own."
+            )
+    if problems:
+        raise ConfigError(*problems)
+
+
 class SlurmBackend:
     """A cluster that this machine can submit to."""
 
@@ -80,6 +132,7 @@ class SlurmBackend:
     detaches = True
 
     def __init__(self, values: Mapping[str, Any]) -> None:
+        check_parameters(values)
         self.values = dict(values)
 
     def has_gpus(self) -> bool:
