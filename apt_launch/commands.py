@@ -20,7 +20,8 @@ def command(module: str, *words: str | Path) -> str:
 def override(key: str, value: str | Path) -> str:
     """Return ``key=value`` as Hydra's grammar reads it back: a path with blanks, commas or brackets is quoted."""
     text = str(value)
-    if re.fullmatch(r"[\w.+-]*/[\w/.+-]*", text, re.ASCII):  # without a slash it might be a number, or null
+    path, word = r"[\w.+-]*/[\w/.+-]*", r"(?!(?i:null|true|false|inf|nan)$)[A-Za-z][\w.-]*"  # others may be numbers
+    if re.fullmatch(f"{path}|{word}", text, re.ASCII):
         return f"{key}={text}"
     text = text.replace("${", "\\${")  # OmegaConf's own escape
     text = re.sub(r'(\\*)"', r"\1\1\\" + '"', text)  # Hydra: backslashes count before a quotation mark only

@@ -48,6 +48,10 @@ def test_a_folder_of_any_name_is_read_back_by_the_shell_and_by_hydra(name: str) 
     assert str(parsed.value()) == name
 
 
+def test_a_plain_name_is_left_alone() -> None:
+    assert command("apt_launch", override("data.path", "out"), "a b") == "python -m apt_launch data.path=out 'a b'"
+
+
 def test_an_interpolation_in_a_name_is_none() -> None:
     assert override("data.path", "a/${oc.env:HOME}") == 'data.path="a/\\${oc.env:HOME}"'
 
