@@ -32,4 +32,4 @@ def config_loader(folder: Path, more: Path | None = None) -> Iterator[Any]:
                 loader.repository.initialize_sources(path)
             yield loader
     finally:
-        hydra.hydra = before
+        GlobalHydra.instance().hydra = before  # Hydra has put another instance in its place
