@@ -22,7 +22,8 @@ test: $(VENV)/.installed ## run all tests, several at a time: make test WORKERS=
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 test-fast: $(VENV)/.installed ## run what takes no longer than two minutes: while you edit
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow" \
+		--ignore=tests/slurm --ignore=tests/integrations --ignore=tests/reliability
 
 coverage: $(VENV)/.installed ## count what tests run, in all processes, and slower: make coverage TESTS=tests/schedule
 	$(BIN)/coverage erase

@@ -58,6 +58,15 @@ LONGEST = (
     *("training/test_data_parallel", "reliability/test_bad_input", "reliability/test_security", "launch/test_sizes"),
     *("training/test_trainer", "integrations", "launch/test_cli", "launch/test_watch", "launch/test_notebook"),
     *("reliability", "launch/test_tokenize", "launch/test_generate", "launch/test_report", "launch/test_wandb_agent"),
+    *(
+        "config/test_guard",
+        "launch/test_commands",
+        "launch/test_completion",
+        "launch/test_drawing",
+        "launch/test_preview",
+    ),
+    *("launch/test_once", "launch/test_mistakes", "launch/test_output", "launch/test_console", "launch/test_tracking"),
+    *("training/test_checkpoint", "training/test_memory", "training/test_distributed", "config/test_yaml_file"),
 )
 """What takes longest: it begins first where several processes run tests, and is marked slow."""
 

@@ -53,7 +53,7 @@ def test_a_mistake_ends_with_2_and_leaves_nothing(cli: Cli, tmp_path: Path, name
     "override",
     [
         *(
-            "+hydra.job.env_set.A=1",
+            "+hydra.job.env_set.OMP_NUM_THREADS=1",
             "hydra.job.env_copy=[OMP_NUM_THREADS]",
             "hydra.job.chdir=true",
             "hydra.output_subdir=null",
