@@ -31,8 +31,4 @@ def config_loader(folder: Path, more: Path | None = None) -> Iterator[Any]:
                 loader.repository.initialize_sources(path)
             yield loader
     finally:
-<<<<<<< HEAD
         GlobalHydra.instance().hydra = before  # not the instance of above: leaving initialize_config_dir makes another
-=======
-        GlobalHydra.instance().hydra = before  # Hydra has put another instance in its place
->>>>>>> guard

@@ -69,7 +69,11 @@ def test_a_mistake_ends_with_2_and_leaves_nothing(cli: Cli, tmp_path: Path, name
 def test_what_a_sweep_would_drop_in_silence_is_refused_while_planning(cli: Cli, tmp_path: Path, override: str) -> None:
     result = cli("--multirun", "seed=0,1", override, "hydra.sweep.dir=sweep")
     key = (
-        override.lstrip("+").split("=")[0].replace("env_set.A", "env_set").replace("/", ".").removesuffix(".root.level")
+        override.lstrip("+")
+        .split("=")[0]
+        .replace("env_set.OMP_NUM_THREADS", "env_set")
+        .replace("/", ".")
+        .removesuffix(".root.level")
     )
     assert (result.returncode, "Traceback" in result.stderr) == (2, False), result.stderr
     assert f"{key}: jobs of a sweep" in result.stderr
