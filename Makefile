@@ -7,7 +7,7 @@ ARGS ?= schedule=gpt5_moe
 KILLS ?= 200
 EXAMPLES ?= 400
 TESTS ?= tests
-WORKERS ?= 4
+WORKERS ?= 5
 
 .PHONY: help run test test-fast coverage soak gpu lint docs wheel pythons clean
 .DEFAULT_GOAL := help

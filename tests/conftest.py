@@ -70,7 +70,7 @@ LONGEST = (
 )
 """What takes longest: it begins first where several processes run tests, and is marked slow."""
 
-SHARED_OUT = {"slurm/test_sweeps": 2, "launch/test_sweep": 2, "training/test_compile": 2, "test_docs": 2}
+SHARED_OUT = {"slurm/test_sweeps": 3, "launch/test_sweep": 2, "training/test_compile": 2, "test_docs": 2}
 """Files whose tests several processes may share, and how many. Those of any other file stay together, with its fixtures."""
 
 
