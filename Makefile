@@ -55,8 +55,8 @@ pythons: $(VENV)/.installed ## what needs no torch, on Python 3.10 and 3.13, whe
 clean: ## remove the environment and what tools left
 	rm -rf $(VENV) build dist .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-# torch pinned: a range would take the newest build, with gigabytes of libraries. Not compiled ahead: what is used is, once.
-PIP = $(BIN)/python -m pip install --quiet --no-compile torch==2.13.0
+# torch pinned: a range would take the newest build, with gigabytes of libraries
+PIP = $(BIN)/python -m pip install --quiet torch==2.13.0
 
 $(VENV)/.made: tests/environment.sh
 	@echo "Making $(VENV), once: one to three minutes, most of it for torch."
