@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def _main() -> None:
-    if tell(sys.argv[1:]):
+    if answered(sys.argv[1:]):
         return
     if "--dry-run" in sys.argv:
         from apt_launch.preview import __main__ as preview
@@ -88,16 +88,16 @@ def _main() -> None:
         if isinstance(error, OSError) and error.errno in DISK:
             sys.stderr.write(f"error: {error}\n")
             sys.exit(1)
-        told = understood(error)
-        if told is None:
+        message = understood(error)
+        if message is None:
             raise
-        show_error(told)
+        show_error(message)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def tell(arguments: list[str]) -> bool:
+def answered(arguments: list[str]) -> bool:
     """Answer what needs no config: help, versions, a shell's completion. Say whether it was one of them."""
     if "--help" in arguments or "-h" in arguments:
         from apt_launch.cli.help import show

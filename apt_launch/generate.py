@@ -113,7 +113,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         sys.stdout.write("\n")
     else:
         _write(prompts, generated, tokenizer, as_json=arguments.json)
-    sys.stderr.write(_told(generated, checkpoint, model) + "\n")
+    sys.stderr.write(_summary(generated, checkpoint, model) + "\n")
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
@@ -211,7 +211,7 @@ def _write(prompts: Sequence[str], generated: Generated, tokenizer: Tokenizer, *
             sys.stdout.write(("---\n" if number else "") + prompt + text + "\n")
 
 
-def _told(generated: Generated, checkpoint: Path, model: GPT) -> str:
+def _summary(generated: Generated, checkpoint: Path, model: GPT) -> str:
     """Say what was done, in one line."""
     on = [name for name, is_on in _modules(model).items() if is_on]
     votes = f", {generated.voted_fraction:.0%} voted on" if model.voter.enabled else ""

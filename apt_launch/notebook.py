@@ -27,7 +27,7 @@ from apt_model.files import read_json, write_atomic
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its folder tells it; made anew, it tells what came since."""
+    """A run as its folder has it; made anew, it has what came since."""
 
     folder: Path
 
@@ -50,10 +50,10 @@ class Run:
     def __repr__(self) -> str:
         """Say what came of it, in one line."""
         losses = list(self.summary.get("val/loss", {}).values())
-        told = f", val/loss {losses[0]:.4f} to {losses[-1]:.4f}" if losses else ""
+        message = f", val/loss {losses[0]:.4f} to {losses[-1]:.4f}" if losses else ""
         here = Path.cwd()
         place = self.folder.relative_to(here) if self.folder.is_relative_to(here) else self.folder
-        return f"<run {self.summary['state']}{told}: {place}>"
+        return f"<run {self.summary['state']}{message}: {place}>"
 
     def _repr_html_(self) -> str:
         """Show the losses and the curriculum in a notebook."""
@@ -116,10 +116,10 @@ def _composed(overrides: Sequence[str]) -> tuple[RunConfig, Path]:
             cfg = compose(with_profile_file([*overrides]))
             return load(cfg), Path(str(cfg.hydra.run.dir))
     except Exception as error:
-        told = understood(error)
-        if told is None:
+        message = understood(error)
+        if message is None:
             raise
-        raise told from None
+        raise message from None
 
 
 @contextmanager

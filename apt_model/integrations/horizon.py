@@ -131,6 +131,6 @@ def goes_by_epoch(curriculum: Curriculum) -> bool:
 
 
 def anew(schedule: ScheduleRunner) -> dict[str, Any]:
-    """Return the state of a :class:`~apt_model.training.follower.Follower` of ``schedule`` before the first update."""
+    """Return the state that a ``ScheduleDriver`` of ``schedule`` has before the first update."""
     begin = {"horizon": asdict(schedule.planned), "applied": None, "on": {}, "latches": {}}
     return {"clock": asdict(Clock()), "schedule": begin}

@@ -23,7 +23,7 @@ from apt_model.errors import ConfigError, Interrupted
 from apt_model.integrations.horizon import HostRun, anew
 from apt_model.integrations.hosted import EpochLoader, HostedTrainer, deciding_together, over_ranks, trained_parts
 from apt_model.schedule import Clock, ScheduleRunner
-from apt_model.training.follower import Follower, Switches, Values, bind, numbers, sizes, subject_of
+from apt_model.training.schedule_driver import ScheduleDriver, Switches, Values, bind, numbers, sizes, subject_of
 
 try:
     import lightning.pytorch as pl
@@ -67,7 +67,7 @@ class ScheduleCallback(pl.Callback):
         self, schedule: ScheduleRunner, *, values: Values | None = None, switches: Switches | None = None
     ) -> None:
         super().__init__()
-        self.follower = Follower(schedule)
+        self.follower = ScheduleDriver(schedule)
         self.values = values
         self.switches = switches
         self._run: HostRun | None = None

@@ -29,7 +29,7 @@ from apt_model.integrations.hosted import (
     trained_parts,
 )
 from apt_model.schedule import Clock, ScheduleRunner
-from apt_model.training.follower import Follower, Switches, Values, bind, numbers, sizes, subject_of
+from apt_model.training.schedule_driver import ScheduleDriver, Switches, Values, bind, numbers, sizes, subject_of
 
 try:
     import accelerate  # noqa: F401 - transformers' trainer needs it, and says so later
@@ -77,7 +77,7 @@ class ScheduleCallback(transformers.TrainerCallback, ExportableState):
     def __init__(
         self, schedule: ScheduleRunner, *, values: Values | None = None, switches: Switches | None = None
     ) -> None:
-        self.follower = Follower(schedule)
+        self.follower = ScheduleDriver(schedule)
         self.values = values
         self.switches = switches
         self._restored: tuple[int, dict[str, Any]] | None = None  # the checkpoint's step and the state in it
