@@ -25,7 +25,9 @@ def main() -> None:
     ending = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     ignored = [int(number) for number in ending if signal.getsignal(number) is signal.SIG_IGN]
     asked = {"argv": arguments[1:], "cwd": os.getcwd(), "env": dict(os.environ), "session": False}  # noqa: PTH109
-    asked |= {"forks": True, "ignored": ignored}
+    mask = os.umask(0o077)
+    os.umask(mask)
+    asked |= {"forks": True, "ignored": ignored, "umask": mask}
     content = json.dumps(asked).encode() + b"\n"
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))]
     sent = connection.sendmsg([content], rights)

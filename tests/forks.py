@@ -188,6 +188,7 @@ class Fork:
             "session": start_new_session,
             "forks": forks,
             "ignored": [],
+            "umask": _umask(),
             "largest_file": largest_file,
         }
         self.connection = ask_for_a_child(address(*loaded), asked, ends)
@@ -259,6 +260,12 @@ class Fork:
             if stream is not None:
                 stream.close()
         self.wait()
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def ask_for_a_child(where: str, asked: Mapping[str, Any], streams: Sequence[int]) -> socket.socket:
@@ -432,6 +439,7 @@ def _become(asked: dict[str, Any], streams: list[int]) -> None:
         signal.signal(number, signal.SIG_DFL)
     for number in asked["ignored"]:
         signal.signal(number, signal.SIG_IGN)
+    os.umask(asked["umask"])
     if (most := asked.get("largest_file")) is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     if asked["session"]:
