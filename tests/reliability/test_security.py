@@ -209,7 +209,7 @@ def test_no_pickle_is_read_that_the_manifest_does_not_name(forks: Forks, place: 
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     del manifest["files"]["state.pt"]
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="differs from its checksum"):
+    with pytest.raises(CheckpointError, match=r"is no checkpoint: manifest\.json cannot be read"):
         load(checkpoint)
     assert unharmed(place)
 
