@@ -279,15 +279,11 @@ def ask_for_a_child(where: str, asked: Mapping[str, Any], streams: Sequence[int]
 
 
 def run_module(
-    module: str,
-    *arguments: str,
-    cwd: Path | None = None,
-    env: Mapping[str, str] | None = None,
-    loaded: Sequence[str] = (),
+    module: str, *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None, **more: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m module`` to its end."""
+    """Run ``python -m module`` to its end; ``more``: see :class:`Fork`."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = Fork([module, *arguments], cwd=cwd, env=env, loaded=loaded, **pipes)
+    process = Fork([module, *arguments], cwd=cwd, env=env, **pipes, **more)
     out, err = process.communicate()
     return subprocess.CompletedProcess(process.args, process.wait(), out, err)
 

@@ -67,7 +67,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(trained: Path, tmp_path: P
         ([".", "--prompt", "a", "--num-samples", "0"], "--num-samples = 0 must be 1 or more"),
         ([".", "--prompt-file", "nothing"], "--prompt-file: "),
         (["RUN", "--prompt", "a", "--top-p", "2"], "top-p = 2.0"),
-        (["RUN", "--prompt", "a", "--device", "gpu"], "--device: "),
+        (["RUN", "--prompt", "a", "--device", "gpu"], "--device = 'gpu' is not one of auto, cpu, cuda"),
     ],
 )
 def test_mistakes_are_told_in_words(trained: Path, tmp_path: Path, arguments: list[str], told: str) -> None:
