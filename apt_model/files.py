@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Schema = TypeVar("Schema")
 
+STRICT: Final[dict[str, Any]] = {"strict": True, "extra": "forbid"}
+"""``__pydantic_config__`` of a schema of a file: nothing is coerced, and unknown keys are damage."""
+
 MOST_BYTES: Final = 64 << 20
 """More than any file has that a run or a sweep keeps for itself, but for data, weights and plans."""
 

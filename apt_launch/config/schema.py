@@ -12,16 +12,14 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 from pydantic import Field
 
 from apt_launch.sweep.options import LaunchConfig as LaunchConfig
-from apt_launch.sweep.options import LocalLauncherConfig, SlurmLauncherConfig
+from apt_launch.sweep.options import LocalLauncherConfig, NotNegative, SlurmLauncherConfig, Text
 from apt_model.schedule import Anneal, Curriculum
 from apt_model.schedule.fields import Positive, PositiveNumber, Strict
 
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 BetweenZeroAndOne = Annotated[float, Field(gt=0, lt=1)]
-Text = Annotated[str, Field(min_length=1)]
 
 
 class Role(Enum):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from apt_launch.config.run_config import RunConfig
 from apt_model.errors import Interrupted, TrainingError
-from apt_model.files import read_json, write_json
+from apt_model.files import STRICT, read_json, write_json
 
 if TYPE_CHECKING:
     from apt_model.training.base import BaseTrainer
@@ -39,7 +39,7 @@ class Drilled(Interrupted):
 class SavedDrill:
     """The schema of ``drill.json``: what an uninterrupted run would have computed next."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"strict": True, "extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     step: int
     until: int

@@ -18,7 +18,7 @@ from apt_launch.config.run_config import RunConfig
 from apt_launch.config.schema import Role, role_of
 from apt_launch.sweep.values import changed_keys
 from apt_model.errors import CheckpointError, ConfigError
-from apt_model.files import from_json, in_home, read_json, read_regular, refuse_links, refuse_place, write_json
+from apt_model.files import STRICT, from_json, in_home, read_json, read_regular, refuse_links, refuse_place, write_json
 from apt_model.schedule import Horizon
 from apt_model.schedule.runner import horizon_changed
 from apt_model.training.checkpoint import Checkpoints, newest_intact, read_manifest
@@ -49,7 +49,7 @@ class Checked:
 class _LeftOut:
     """The schema of ``left_out.json``."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"strict": True, "extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     updates: tuple[tuple[int, int], ...]
 

@@ -21,7 +21,7 @@ from apt_launch.sweep.lease import Holder, Lease
 from apt_launch.sweep.secrets import keep_private
 from apt_launch.sweep.values import read_frozen
 from apt_model.errors import ConfigError, Interrupted, TrainingError, cause_of
-from apt_model.files import read_json
+from apt_model.files import STRICT, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class BudgetSpentError(TrainingError):
 class About:
     """The schema of ``job.json``: what a job's process has to know beside its config."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"strict": True, "extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     sweep: str
     number: int

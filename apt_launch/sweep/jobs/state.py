@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
-from apt_model.files import read_json, write_json
+from apt_model.files import STRICT, read_json, write_json
 
 Name = Literal[
     "planned", "submitted", "pending", "running", "preempted", "requeued", "failed", "cancelled", "done", "unknown"
@@ -39,7 +39,7 @@ TRANSITIONS: Final[dict[Name, frozenset[Name]]] = {
 class State:
     """The content of ``state.json``, and its schema."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"strict": True, "extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     state: Name
     job_id: str | None = None  # SLURM's, or the local worker's name

@@ -15,7 +15,7 @@ from apt_launch.sweep.application import TRAINER, Resources
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.values import flatten, from_yaml, to_yaml, unflatten
 from apt_model.errors import ConfigError
-from apt_model.files import from_json, read_regular, write_atomic
+from apt_model.files import STRICT, from_json, read_regular, write_atomic
 
 MOST_BYTES: Final = 1 << 28
 """Of a plan; one of 10,000 jobs has a few per cent of that."""
@@ -23,8 +23,6 @@ MOST_BYTES: Final = 1 << 28
 REMEDY: Final = (
     "Restore it from a copy, or start the sweep anew in another folder: each job's folder has its own config.yaml."
 )
-
-STRICT: Final = {"strict": True, "extra": "forbid"}
 
 
 @dataclass(frozen=True)
