@@ -252,11 +252,16 @@ def test_a_compiled_run_is_the_eager_one_and_each_switch_costs_one_graph(small: 
     assert seen.counts == [3, 3, 3, 3, 4, 4, 5, 5, 5, 5, 6, 6]
 
 
+SWITCHED = {"moe": 1, "align": 2, "voter": 2}
+
+
 def test_a_compiled_run_that_is_interrupted_goes_on_to_the_same_weights(
     small: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     random = ("model.dropout=0.1", "moe.jitter=0.1", "voter.dropout=0.1")
-    given = (*COMPILED, *random, "trainer.precision=bf16", "model.loss_chunk=24", "trainer.accumulate=2")
+    at = ("schedule=none", *(f"schedule.enable_{name}_at_epoch={epoch}" for name, epoch in SWITCHED.items()))
+    given = (*COMPILED, *random, *at, "trainer.max_epochs=3", "trainer.precision=bf16", "model.loss_chunk=24")
+    given += ("trainer.accumulate=2", "trainer.max_batches_per_epoch=4")
     whole = Run(small(*given))
     whole.trainer.fit()
     config = small(*given, "trainer.activation_checkpointing=true")
