@@ -19,8 +19,8 @@ from apt_launch.config.ending import ending
 from apt_launch.config.instantiate import build, build_model
 from apt_launch.config.load import parse_groups
 from apt_launch.runs.folder import About, find_checkpoint
-from apt_launch.sweep.secrets import keep_private
-from apt_launch.sweep.values import read_frozen
+from apt_launch.secrets import keep_private
+from apt_launch.values import read_frozen
 from apt_model.data.tokenizer import ByteTokenizer, load_tokenizer
 from apt_model.errors import ConfigError
 from apt_model.files import read_regular

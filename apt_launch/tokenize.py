@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from apt_launch.command_line import parsed
 from apt_launch.commands import command, override
 from apt_launch.config.checks import missing_library
 from apt_launch.config.corpus import build_corpus, making_tokens
 from apt_launch.config.ending import ending
 from apt_launch.config.load import composing, load_data
-from apt_launch.sweep.command import parsed
-from apt_launch.sweep.secrets import keep_private
+from apt_launch.secrets import keep_private
 from apt_model.errors import ConfigError
 from apt_model.files import refuse_place
 

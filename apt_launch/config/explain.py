@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from apt_launch.config.menu import CONF
 from apt_launch.config.schema import all_keys
-from apt_launch.sweep.values import flatten
+from apt_launch.values import flatten
 from apt_model.errors import CheckpointError, ConfigError, nearest
 
 

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from apt_launch.config.logging_guard import logging_problems
 from apt_launch.config.yaml_file import load_yaml
-from apt_launch.sweep.secrets import SecretError, refuse_secrets_of_the_environment, secret_error, secret_problems
+from apt_launch.secrets import SecretError, refuse_secrets_of_the_environment, secret_error, secret_problems
 from apt_model.errors import ConfigError
 
 CALLBACKS: Final = frozenset(

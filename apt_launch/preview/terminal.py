@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from apt_launch.preview.jobs import config_of
+from apt_launch.config.run_config import RunConfig
+from apt_launch.sparkline import blocks
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
-from apt_launch.sweep.sparkline import blocks
-from apt_launch.sweep.values import changed_keys
+from apt_launch.values import changed_keys
 from apt_model.schedule import Program
 from apt_model.schedule.timeline import effect, series, timeline
 
@@ -40,6 +40,13 @@ def show(plan: Plan, console: Console) -> None:
             console.print(f"note: {note}", highlight=False, soft_wrap=True)
     for note in unread_sweeps(jobs):
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
+
+
+def config_of(job: Job) -> RunConfig:
+    """Return the config of a job that was planned by this process."""
+    config: RunConfig | None = job.config
+    assert config is not None
+    return config
 
 
 def _plan_table(plan: Plan) -> Table:

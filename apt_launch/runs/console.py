@@ -16,8 +16,8 @@ from rich.text import Text
 
 from apt_launch.config.token_progress import can_redraw
 from apt_launch.escapes import console, visible
+from apt_launch.rows import enabled, scheduled_values
 from apt_model.schedule import Change
-from apt_model.schedule.rows import anneals, modules_on
 from apt_model.training.callbacks import Callback
 
 if TYPE_CHECKING:
@@ -179,6 +179,6 @@ class ProgressBar(_Announcements):
 def curriculum_state(trainer: TrainerView, *, values: bool = True) -> str:
     """Return the scheduled values in one short line: modules that are enabled, then ``values``."""
     metrics = trainer.schedule.metrics()
-    on = " + ".join(modules_on(metrics))
-    moving = [f"{name} {value:.3g}" for name, value in anneals(metrics).items()] if values else []
+    on = " + ".join(enabled(metrics))
+    moving = [f"{name} {value:.3g}" for name, value in scheduled_values(metrics).items()] if values else []
     return ", ".join([f"{on} on" if on else "dense", *moving])

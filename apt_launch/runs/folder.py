@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from apt_launch.commands import command, config_flags, override
 from apt_launch.config.run_config import RunConfig
 from apt_launch.config.schema import Role, role_of
-from apt_launch.sweep.values import changed_keys
+from apt_launch.values import changed_keys
 from apt_model.errors import CheckpointError, ConfigError
 from apt_model.files import STRICT, from_json, in_home, read_json, read_regular, refuse_links, refuse_place, write_json
 from apt_model.schedule import Horizon

@@ -13,7 +13,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from apt_launch.sweep.secrets import redacted
+from apt_launch.secrets import redacted
 
 LARGEST_DIFF = 1 << 20
 

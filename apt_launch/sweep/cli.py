@@ -8,16 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from apt_launch.command_line import ending
 from apt_launch.commands import command
+from apt_launch.secrets import keep_private
 from apt_launch.sweep.backends.registry import backend
-from apt_launch.sweep.command import ending
 from apt_launch.sweep.control import cancel as cancelling
 from apt_launch.sweep.control import resume as resuming
 from apt_launch.sweep.control.follow import follow, say
 from apt_launch.sweep.control.ledger import Ledger, Status
 from apt_launch.sweep.control.table import show
 from apt_launch.sweep.plan.plan import Plan
-from apt_launch.sweep.secrets import keep_private
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from apt_model.errors import ConfigError, nearest
 from apt_model.schedule.clock import Clock, Horizon
 from apt_model.schedule.program import LatchState, Program, Subject
-from apt_model.schedule.rows import as_metrics
 from apt_model.schedule.spec import Curriculum
 from apt_model.schedule.targets import MODULES, Domain, matching
 
@@ -167,8 +166,8 @@ class ScheduleRunner:
             self._latches = self.program.observe(self._latches, seen)
 
     def metrics(self) -> dict[str, float]:
-        """Return the scheduled values as metrics; see :mod:`apt_model.schedule.rows`."""
-        return as_metrics(self._values)
+        """Return the scheduled values as metrics: ``schedule/route_temp``, ``schedule/moe_enabled`` (0 or 1) and so on."""
+        return {f"schedule/{name}": float(value) for name, value in self._values.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs; curve values are no part of it, they are computed anew."""

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from apt_launch.cli.completion import answer, script
 from apt_launch.config import schema
 from apt_launch.config.menu import CONF, groups, keys
-from apt_launch.sweep.values import flatten
+from apt_launch.values import flatten
 from apt_model.schedule import Anneal
 from tests.forks import HANGS, environment, run_module
 from tests.packages import needed

@@ -10,9 +10,9 @@ import pytest
 
 from apt_launch.config.catalogue import metrics, parameters, targets
 from apt_launch.config.run_config import RunConfig
-from apt_launch.preview.jobs import config_of, gather
+from apt_launch.planning import gather
 from apt_launch.preview.page import page
-from apt_launch.preview.terminal import unread_sweeps
+from apt_launch.preview.terminal import config_of, unread_sweeps
 from apt_model.errors import ConfigError
 from apt_model.schedule.timeline import timeline
 from tests.forks import HANGS, environment

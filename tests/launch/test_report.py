@@ -16,7 +16,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from apt_launch.config.load import composed
-from apt_launch.preview.jobs import gather
+from apt_launch.planning import gather
 from apt_launch.sweep.plan.plan import Plan
 from apt_launch.sweep.report.findings import Estimate, find, headline, t_95
 from apt_launch.sweep.report.report import group_table, note_on_groups, write_report

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from apt_launch.preview.jobs import gather
+from apt_launch.lease import LOST, read_holder
+from apt_launch.planning import gather
 from apt_launch.sweep.control.send import prepare
-from apt_launch.sweep.lease import LOST, read_holder
-from apt_launch.sweep.values import from_yaml
+from apt_launch.values import from_yaml
 from tests.conftest import SMALL, until, wandb_records
 from tests.forks import HANGS, Fork, environment, run_module
 from tests.hold import Hold

@@ -23,10 +23,10 @@ from urllib.parse import urlsplit
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from apt_launch.preview.jobs import gather
+from apt_launch.lease import Holder
+from apt_launch.planning import gather
 from apt_launch.record import RecordReader
 from apt_launch.sweep.jobs.state import State
-from apt_launch.sweep.lease import Holder
 from apt_launch.sweep.plan.plan import Plan
 from apt_launch.sweep.watch.live import MOST_POINTS, Curve, Watch
 from apt_launch.sweep.watch.page import Server

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from apt_launch.sweep.lease import read_holder
+from apt_launch.lease import read_holder
 from tests.conftest import SMALL, until
 from tests.forks import Fork, environment
 from tests.hold import Hold

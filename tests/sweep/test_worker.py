@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from apt_launch.sweep import lease
+from apt_launch import lease
+from apt_launch.lease import Holder, signs_of_life
 from apt_launch.sweep.application import TRAINER, Resources
 from apt_launch.sweep.backends.local import LocalBackend
 from apt_launch.sweep.backends.local_worker import Worker
 from apt_launch.sweep.backends.machine import Machine, worker_file
 from apt_launch.sweep.jobs.state import State
-from apt_launch.sweep.lease import Holder, signs_of_life
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
 from apt_model.errors import ConfigError

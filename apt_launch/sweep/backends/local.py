@@ -15,10 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from apt_launch.lease import Holder, holder_is_alive, is_alive, read_holder
 from apt_launch.sweep.backends.local_worker import GRACE_SECONDS, work
 from apt_launch.sweep.backends.machine import Machine, visible_gpus, worker_file
 from apt_launch.sweep.jobs.state import ObservedState, State, transition
-from apt_launch.sweep.lease import Holder, holder_is_alive, is_alive, read_holder
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
 from apt_model.errors import ConfigError

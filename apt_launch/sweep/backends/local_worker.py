@@ -11,11 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from apt_launch.lease import Holder, signs_of_life
 from apt_launch.sweep.application import Resources, load
 from apt_launch.sweep.backends.machine import Machine, worker_file
 from apt_launch.sweep.jobs import process
 from apt_launch.sweep.jobs.state import ENDED, read_state, transition
-from apt_launch.sweep.lease import Holder, signs_of_life
 from apt_launch.sweep.plan.plan import Plan
 from apt_model.files import write_json
 

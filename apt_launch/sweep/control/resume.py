@@ -12,7 +12,7 @@ from apt_launch.sweep.backends.registry import backend
 from apt_launch.sweep.control.follow import say
 from apt_launch.sweep.control.ledger import Ledger
 from apt_launch.sweep.control.send import prepare
-from apt_launch.sweep.values import changed_keys, flatten, read_frozen, unflatten
+from apt_launch.values import changed_keys, flatten, read_frozen, unflatten
 from apt_model.errors import ConfigError
 
 

@@ -14,11 +14,11 @@ from typing import Any, Final
 
 from apt_launch.commands import command
 from apt_launch.record import RecordReader, Row
+from apt_launch.rows import enabled, is_number, is_scheduled_value
 from apt_launch.sweep.control.ledger import Ledger, Status
 from apt_launch.sweep.jobs.state import WAITING
 from apt_launch.sweep.plan.plan import Plan
 from apt_launch.sweep.report.findings import Findings, Trial, compare, headline
-from apt_launch.sweep.rows import enabled, is_number, is_scheduled_value
 
 METRIC: Final = "val/loss"
 LOSSES: Final = (METRIC, "train/loss")

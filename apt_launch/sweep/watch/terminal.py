@@ -6,10 +6,10 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
+from apt_launch.sparkline import blocks
 from apt_launch.sweep.control.follow import collected_interrupts
 from apt_launch.sweep.control.table import counted, show, table
 from apt_launch.sweep.report.findings import headline
-from apt_launch.sweep.sparkline import blocks
 from apt_launch.sweep.watch.live import LOOK_SECONDS, Picture, Runner, Watch
 
 if TYPE_CHECKING:

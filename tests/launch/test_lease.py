@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from apt_launch.sweep import lease as module
-from apt_launch.sweep.lease import Holder, Lease, holder_is_alive, is_alive, read_holder, signs_of_life
+from apt_launch import lease as module
+from apt_launch.lease import Holder, Lease, holder_is_alive, is_alive, read_holder, signs_of_life
 from apt_model.errors import ConfigError
 from tests.forks import HANGS
 
@@ -30,7 +30,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def gone() -> Holder:
     """A holder of this host whose process has ended."""
-    code = "import json, dataclasses; from apt_launch.sweep.lease import Holder; "
+    code = "import json, dataclasses; from apt_launch.lease import Holder; "
     code += "print(json.dumps(dataclasses.asdict(Holder.this_process('7', 0))))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANGS)
     return Holder(**json.loads(printed.stdout))
@@ -182,7 +182,7 @@ def test_a_run_in_another_pid_namespace_keeps_its_folder(tmp_path: Path, options
     if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no namespace can be made here")
     code = (
-        "import sys; from pathlib import Path; from apt_launch.sweep import lease; lease.INTERVAL = 0.1\n"
+        "import sys; from pathlib import Path; from apt_launch import lease; lease.INTERVAL = 0.1\n"
         "held = lease.Lease(Path(sys.argv[1]), lease.Holder.this_process())\n"
         "print(lease.holder_is_alive(held.path.parent), flush=True); sys.stdin.read()"
     )
