@@ -34,7 +34,7 @@ def run(cfg: DictConfig) -> float:
     )  # by CheckBeforeStart, unless a sweeper of Hydra's came here
     try:
         return train(checked.config if checked else load(cfg), path, checked=checked)
-    except ConfigError:  # what only torch or the whole text could tell
+    except ConfigError:  # what only torch or the whole text could show
         RunFolder(path).discard()
         raise
 

@@ -1,6 +1,6 @@
 """``python -m apt_launch.generate RUN_DIR --prompt TEXT``: text from a run's checkpoint.
 
-The newest checkpoint that is whole is taken, with the modules that were on at its time. Text goes to standard output, the
+The newest checkpoint that is whole is taken, with the modules that were enabled at its time. Text goes to standard output, the
 rest to standard error.
 """
 
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m apt_launch.generate",
         usage="%(prog)s RUN_DIR [--prompt TEXT ...] [OPTION ...]",
         description="""\
-Text from a run's newest checkpoint, with the modules that were on at its time.
+Text from a run's newest checkpoint, with the modules enabled at its time.
 It goes to standard output; speed and votes go to standard error.""",
         epilog="""\
 examples:

@@ -39,7 +39,7 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What ``summary.json`` holds: state, final and best metrics, when modules went on."""
+        """What ``summary.json`` holds: state, final and best metrics, when modules were enabled."""
         return read_json(RunFolder(self.folder).summary, dict[str, Any], remedy="Resume the run, which writes it anew.")
 
     def curve(self, metric: str) -> tuple[list[int], list[float]]:

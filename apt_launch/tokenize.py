@@ -157,7 +157,7 @@ def _trained(corpus: DocumentCorpus, vocab_size: int, out: Path) -> Tokenizer:
             if read >= TRAINED_ON:
                 return
 
-    thread = threading.Thread(target=train, daemon=True)  # the library hears no Ctrl-C, and this thread does
+    thread = threading.Thread(target=train, daemon=True)  # the library does not react to Ctrl-C, and this thread does
     thread.start()
     while thread.is_alive():
         thread.join(0.1)

@@ -197,7 +197,7 @@ def config_page() -> str:
         "## No group\n",
         _table([*_top_rows()]),
         "## launch\n",
-        "What a job of a sweep gets. No part of a run's identity.\n",
+        "Resources of a job of a sweep. No part of a run's identity.\n",
         _plain("config.yaml", LaunchConfig, "launch.", only="launch."),
     ]
     for group in GROUPS:

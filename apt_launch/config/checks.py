@@ -176,7 +176,7 @@ def missing_libraries(groups: Mapping[str, Any]) -> list[str]:
 
 
 def missing_library(key: str, option: str, libraries: Sequence[str], otherwise: str) -> str | None:
-    """Return what to tell if one of ``libraries``, which the extra ``option`` of this package brings, is not installed."""
+    """Return the message if one of ``libraries``, which the extra ``option`` of this package brings, is not installed."""
     from importlib.util import find_spec
 
     missing = [library for library in libraries if find_spec(library) is None]
@@ -221,8 +221,8 @@ def check_curriculum(values: Mapping[str, Any], groups: Mapping[str, Any], horiz
             for metric in sorted(program.watched - known)
         ]
         problems += [
-            f"schedule.events: a latch turns {subject.name} on by {when.metric}, which comes only while {subject.name} is on. "
-            "Choose another metric, or give the latch a deadline."
+            f"schedule.events: a latch enables {subject.name} by {when.metric}, which exists only while {subject.name} is "
+            "enabled. Choose another metric, or give the latch a deadline."
             for subject, when in program.latches.items()
             if when.metric.startswith(f"{subject.name}/") and when.metric != "voter/entropy" and when.deadline is None
         ]

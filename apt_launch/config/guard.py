@@ -158,7 +158,7 @@ def _guarded_files() -> type:
             except OSError as error:
                 raise ConfigError(f"{error.filename}: the folder cannot be read: {error.strerror}.") from None
 
-    GuardedFiles.__name__ = FileConfigSource.__name__  # Hydra registers one class a scheme, and tells them by this
+    GuardedFiles.__name__ = FileConfigSource.__name__  # Hydra registers one class a scheme, by this name
     return GuardedFiles
 
 

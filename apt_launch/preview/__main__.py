@@ -92,7 +92,7 @@ examples:
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path("outputs/preview"), metavar="DIR", help="of the pictures (outputs/preview)")
-    add("--sizes", action="store_true", help="tell parameters, memory and FLOPs, too (loads torch)")
+    add("--sizes", action="store_true", help="show parameters, memory and FLOPs, too (loads torch)")
     add("--gpu", metavar="KIND", help="sizes, with hours and what fits on a kind of GPU: a100, h100, ...")
     add("--gpus", type=int, metavar="N", help="sizes, with what each of N GPUs needs that share the model")
     add("--config-dir", "-cd", type=Path, metavar="DIR", help="a folder of your own groups and options")

@@ -214,7 +214,7 @@ def _drawn(
     for phase in phases:
         drawn.add_column(str(phase.step), justify="right")
     rows = {
-        "modules on": [" ".join(phase.modules) or "none" for phase in phases],
+        "modules enabled": [" ".join(phase.modules) or "none" for phase in phases],
         "updates": [f"{phase.updates:,}" for phase in phases],
         "parameters": [_count(phase.parameters) for phase in phases],
         "active a token": [_count(phase.active) for phase in phases],

@@ -17,7 +17,7 @@ from apt_model.schedule import Program
 from apt_model.schedule.timeline import effect, series, timeline
 
 MOST_OVERLAID = 16
-"""Above this many jobs curves are no longer told apart: the first ones are drawn, and all are listed."""
+"""Above this many jobs curves cannot be distinguished: the first ones are drawn, and all are listed."""
 
 
 def show(plan: Plan, console: Console) -> None:

@@ -69,19 +69,17 @@ def progress_callback() -> Callback:
 
 
 class _Announcements(Callback):
-    """Says when a module goes on or off, and what validation said."""
+    """Logs when a module is enabled or disabled, and the validation loss."""
 
-    tells_values = True
+    shows_values = True
 
     def on_schedule(self, trainer: TrainerView, changes: Sequence[Change]) -> None:
         for change in changes:
             if isinstance(change.value, bool) and (change.value or trainer.clock.step):
-                name, state = change.name.rsplit("_", 1)
-                words = {"enabled": ("on", "off"), "frozen": ("frozen", "trained again")}[state]
-                logger.info("%s: %s %s", trainer.clock, name, words[0] if change.value else words[1])
+                logger.info("%s: %s", trainer.clock, change.switch)
 
     def on_epoch_end(self, trainer: TrainerView) -> None:
-        state = curriculum_state(trainer, values=self.tells_values)
+        state = curriculum_state(trainer, values=self.shows_values)
         logger.info("%s: val/loss %.4f  (%s)", trainer.clock, trainer.last_row["val/loss"], state)
 
 
@@ -129,9 +127,9 @@ class _TwoLines(Progress):
 
 
 class ProgressBar(_Announcements):
-    """A bar with loss, tokens a second and the time left; below it what is on, and the values that move."""
+    """A bar with loss, tokens a second and the time left; below it the enabled modules, and the values that move."""
 
-    tells_values = False
+    shows_values = False
 
     def __init__(self, console: Console) -> None:
         whole = Column(no_wrap=True)
@@ -179,6 +177,6 @@ class ProgressBar(_Announcements):
 def curriculum_state(trainer: TrainerView, *, values: bool = True) -> str:
     """Return the scheduled values in one short line: modules that are enabled, then ``values``."""
     metrics = trainer.schedule.metrics()
-    on = " + ".join(enabled(metrics))
+    modules = " + ".join(enabled(metrics))
     moving = [f"{name} {value:.3g}" for name, value in scheduled_values(metrics).items()] if values else []
-    return ", ".join([f"{on} on" if on else "dense", *moving])
+    return ", ".join([f"{modules} enabled" if modules else "dense", *moving])

@@ -198,7 +198,7 @@ class RunFolder:
         about = About.of(checkpoint, manifest)
         saved = about.config
         changed = changed_keys(saved, config.result_values)
-        known = [key for key in changed if key in saved]  # what came after the checkpoint, its weights will tell
+        known = [key for key in changed if key in saved]  # keys newer than the checkpoint: its weights decide
         fixed = [key for key in known if role_of(key) is Role.FIXED]
         if fixed:
             raise ConfigError(

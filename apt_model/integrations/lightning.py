@@ -198,7 +198,7 @@ class ScheduleCallback(pl.Callback):
         if not isinstance(trainer.strategy, DDPStrategy):
             raise ConfigError(
                 f"strategy: parameters came, went, froze or thawed at {self.clock}, and {type(trainer.strategy).__name__} "
-                "shares those of the beginning. Use strategy='ddp', which can be told of new ones."
+                "shares those of the beginning. Use strategy='ddp', which can take new ones."
             )
         self._wrapped = found
         trainer.strategy.model = pl_module
@@ -322,7 +322,7 @@ def host_run(trainer: pl.Trainer, module: pl.LightningModule, schedule: Schedule
         schedule,
         steps=min(limits, default=None),
         updates_per_epoch=per_epoch,
-        told_by="max_epochs, max_steps, limit_train_batches or accumulate_grad_batches",
+        set_by="max_epochs, max_steps, limit_train_batches or accumulate_grad_batches",
         stream=stream,
     )
 
@@ -389,7 +389,7 @@ class _Loop(ScheduleCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        # Lightning ends a run in the middle of an update; stop_requested, which hears of the same signals, does not
+        # Lightning ends a run in the middle of an update; stop_requested, which gets the same signals, does not
         trainer._signal_connector.teardown()
 
     def _compare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -50,7 +50,7 @@ class ScheduleCallback(transformers.TrainerCallback, ExportableState):
 
     Before each optimizer update (not each batch) the model is brought to what the clock says. What the clock counts:
 
-    * steps: updates that really changed the weights, which ``state.global_step`` does not tell.
+    * steps: updates that really changed the weights, which ``state.global_step`` does not count.
     * samples and tokens: those of the model's inputs in a batch's first forward pass (see
       :func:`apt_model.training.follower.sizes`), over all processes, when an update has changed the weights. Batches that
       are left over where an epoch of a stream ends wait for
@@ -170,7 +170,7 @@ class ScheduleCallback(transformers.TrainerCallback, ExportableState):
             self.follower.schedule,
             steps=state.max_steps,
             updates_per_epoch=per_epoch,
-            told_by="num_train_epochs, max_steps, per_device_train_batch_size or gradient_accumulation_steps",
+            set_by="num_train_epochs, max_steps, per_device_train_batch_size or gradient_accumulation_steps",
             stream=stream,
         )
 
@@ -358,7 +358,7 @@ class HFTrainer(HostedTrainer):
 
 
 class _Arguments(transformers.TrainingArguments):
-    """The library's arguments, told of the device of one of several ranks."""
+    """The library's arguments, with the device of one of several ranks."""
 
     def take(self, device: torch.device) -> None:
         """Train on ``device``, without DataParallel."""

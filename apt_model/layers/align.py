@@ -70,7 +70,7 @@ class BiStateAlignment(nn.Module):
         return self.down is not None
 
     def enable(self, on: bool) -> None:
-        """Switch on, with new projections, or off, without any."""
+        """Enable, with new projections, or disable, without any."""
         if on == self.enabled:
             return
         self.down = nn.Linear(self.d_model, self.rank, bias=False).to(self.weight.device) if on else None

@@ -1,4 +1,4 @@
-"""A feed-forward layer that is dense until it is switched on, and a sparse mixture of experts after."""
+"""A feed-forward layer that is dense until it is enabled, and a sparse mixture of experts after."""
 
 from __future__ import annotations
 

@@ -19,6 +19,11 @@ class Change(NamedTuple):
     name: str
     value: bool | float
 
+    @property
+    def switch(self) -> str:
+        """A switch in words: ``moe enabled``; see :meth:`Subject.words`."""
+        return Subject(*self.name.rsplit("_", 1)).words(bool(self.value))
+
 
 class ScheduleRunner:
     """Delivers switches and values at the right update.

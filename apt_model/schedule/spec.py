@@ -65,7 +65,7 @@ ACTIONS = {
     "freeze": ("frozen", True),
     "unfreeze": ("frozen", False),
 }
-"""What an event does: to which state of its subject, and whether it turns it on."""
+"""What an event does: to which state of its subject, and whether that begins or ends."""
 
 
 class Event(Strict):
@@ -100,12 +100,14 @@ class Event(Strict):
         if self.when is not None:
             problems += self.when.contradictions(f"{key}.when")
             if actions and actions[0] in ("disable", "unfreeze"):
-                problems.append(f"{key}.when: a latch turns on; write enable or freeze, and release for off.")
+                problems.append(
+                    f"{key}.when: a latch enables or freezes; write enable or freeze, and release for the way back."
+                )
         return problems
 
 
 class Curriculum(Strict):
-    """What switches on when, and what anneals; ``null`` leaves a module off or a value as its module has it."""
+    """Which modules are enabled when, and which values anneal; ``null``: never, or as the module has it."""
 
     enable_moe_at_epoch: Count | None = None
     enable_moe_at_step: Count | None = None

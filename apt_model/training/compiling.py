@@ -66,7 +66,7 @@ def eagerly() -> AbstractContextManager[Any]:
 def _undisturbed() -> Iterator[None]:
     """Keep signals that ask to stop from processes that are started within: a compiler would die of them.
 
-    This process hears them at the end.
+    This process receives them at the end.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:

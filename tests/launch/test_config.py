@@ -189,7 +189,7 @@ def test_keys_in_yaml_equal_parameters_of_the_class(target: tuple[str, type[sche
                 "schedule.enable_moe_at_epoch=null",
                 "+schedule.events.x={enable: moe, when: {metric: moe/max_load, above: 2}}",
             ],
-            r"a latch turns moe on by moe/max_load, which comes only while moe is on",
+            r"a latch enables moe by moe/max_load, which exists only while moe is enabled",
         ),
         (["seed=99999999999999999999999"], r"seed: 99999999999999999999999 is not valid"),
         (["schedule.route_tmp.end=0.6"], r"Did you mean 'schedule\.route_temp\.end'"),

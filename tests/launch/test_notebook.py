@@ -64,8 +64,8 @@ def test_a_run_tells_its_folder_its_summary_and_its_rows(run: Train, capsys: pyt
     shown = done._repr_html_()
     assert f"<td>{losses[-1]:.4f}</td>" in shown
     assert "data:image/png;base64,iVBOR" in shown
-    assert "epoch 2, step 8: moe on" in capsys.readouterr().out
-    assert "moe on" in (done.folder / "train.log").read_text()
+    assert "epoch 2, step 8: moe enabled" in capsys.readouterr().out
+    assert "moe enabled" in (done.folder / "train.log").read_text()
     assert state_of_the_process() == before
     with pytest.raises(ConfigError, match=r"a already holds a run\. Go on with it by trainer\.resume=auto"):
         run("hydra.run.dir=a")

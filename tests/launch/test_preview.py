@@ -26,9 +26,9 @@ def test_the_timeline_tells_every_moment_in_every_unit(composed: Callable[..., R
     assert told == [
         (0, 0, 0, 0, ("begin",)),
         (26, 0, 416, 106496, ("align_weight leaves 0",)),
-        (64, 2, 1024, 262144, ("moe on",)),
-        (96, 3, 1536, 393216, ("align on",)),
-        (160, 5, 2560, 655360, ("voter on",)),
+        (64, 2, 1024, 262144, ("moe enabled",)),
+        (96, 3, 1536, 393216, ("align enabled",)),
+        (160, 5, 2560, 655360, ("voter enabled",)),
         (255, 7, 4080, 1044480, ("last update",)),
     ]
     assert moments[-1].values == {"route_temp": 0.8, "moe_capacity": 1.1, "align_weight": 0.3, "vote_threshold": 2.0}
@@ -51,7 +51,7 @@ def test_what_is_shown_is_what_training_logs(cli: Cli, text_file: Path, tmp_path
 def test_the_command_prints_and_draws_without_torch(cli: Cli, tmp_path: Path) -> None:
     result = cli("schedule=gpt5_moe", module="apt_launch.preview")
     assert result.returncode == 0, result.stderr
-    for shown in ("64", "moe on", "voter on", "route_temp", "█", "vote", "outputs/preview/preview.png"):
+    for shown in ("64", "moe enabled", "voter enabled", "route_temp", "█", "vote", "outputs/preview/preview.png"):
         assert shown in result.stdout
     folder = tmp_path / "outputs" / "preview"
     assert (folder / "preview.png").read_bytes().startswith(b"\x89PNG")
@@ -125,7 +125,7 @@ def test_the_page_needs_nothing_from_outside(composed: Callable[..., RunConfig])
         ),
         (
             ["+schedule.events.off={disable: moe, at: 1ep}", "schedule.enable_moe_at_epoch=null"],
-            "schedule.events.off turns off moe, which nothing turns on",
+            "schedule.events.off disables moe, which nothing enables",
         ),
         (
             [

@@ -190,7 +190,7 @@ def test_what_is_told_of_a_real_sweep_is_what_its_jobs_did(tmp_path: Path, text_
         assert job["val/loss"] == job["compared"] == val[-1][1]
         temperature = job["curves"]["schedule/route_temp"]["points"]
         assert (temperature[0][1], temperature[-1][1]) == (1.5, pytest.approx(end))
-        # moe goes on at epoch 2, align at 3, voter at 5: with updates 8, 12 and 20, which end at 9, 13 and 21 times 32 tokens
+        # moe is enabled at epoch 2, align at 3, voter at 5: with updates 8, 12 and 20, which end at 9, 13 and 21 times 32 tokens
         assert job["switches"] == {"moe": 288, "align": 416, "voter": 672}
         assert job["phase"] == "moe+align+voter"
     assert told["best"] == min((one, other), key=lambda job: job["val/loss"])["number"]
@@ -433,9 +433,11 @@ def test_the_table_fits_every_terminal(planned: Any) -> None:
             assert max(map(len, lines)) <= width
             assert any("seed=1 " in line for line in lines)  # the one that runs
             assert any(line.startswith("and ") and line.endswith(" planned") for line in lines) == (height < 60)
-            curves = [line.split() for line in lines if line.strip().startswith(("route_temp", "moe on"))]
+            curves = [line.split() for line in lines if line.strip().startswith(("route_temp", "moe enabled"))]
             # 5 of 24 updates: 5 / 24 of the width has begun
-            assert [words[:2] for words in curves] == ([["route_temp", "1.5"], ["moe", "on"]] if height == 60 else [])
+            assert [words[:2] for words in curves] == (
+                [["route_temp", "1.5"], ["moe", "enabled"]] if height == 60 else []
+            )
 
 
 # --- the browser -------------------------------------------------------------------------------------------------------
@@ -464,7 +466,7 @@ def test_a_browser_shows_rows_and_curves_as_they_come(planned: Any, tmp_path: Pa
         curves = "[...document.querySelectorAll('figure')].map(f => [f.querySelector('figcaption span').textContent, \
             f.querySelectorAll('path').length])"
         assert browser.evaluate(curves) == [["val/loss", 2], ["train/loss", 2], ["route_temp", 1]]
-        assert browser.evaluate("document.querySelectorAll('figure .of').length") == 3  # "moe on" in each
+        assert browser.evaluate("document.querySelectorAll('figure .of').length") == 3  # "moe enabled" in each
         # 160 tokens are 5 of 24 updates: the run's curve has 5 / 24 of the axis behind it
         x = "charts.get('train/loss').x"
         assert browser.evaluate(f"({x}(160) - {x}(0)) / ({x}(768) - {x}(0))") == pytest.approx(5 / 24)

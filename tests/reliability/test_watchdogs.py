@@ -121,7 +121,7 @@ def test_a_jump_of_the_loss_after_a_switch_is_told_with_numbers(caplog: pytest.L
         watch.on_step(trainer_at(8, 9.0))
     assert caplog.text.count("train/loss rose") == 1
     assert (
-        "moe on at epoch 0, step 5: train/loss rose from 2.1000 (mean of the updates before, deviation 0.1000) to 2.5000"
+        "moe enabled at epoch 0, step 5: train/loss rose from 2.1000 (mean of the updates before, deviation 0.1000) to 2.5000"
         in (caplog.text)
     )
 
@@ -134,7 +134,9 @@ def test_a_switch_that_the_loss_does_not_notice_is_told_too(caplog: pytest.LogCa
         watch.on_schedule(trainer_at(4, 0.0), [Change("moe_enabled", True)])
         for step in range(4, 8):
             watch.on_step(trainer_at(step, 2.0))
-    assert caplog.messages == ["moe on at epoch 0, step 4: train/loss 2.1000 before, 2.0000 after (means of 2 updates)"]
+    assert caplog.messages == [
+        "moe enabled at epoch 0, step 4: train/loss 2.1000 before, 2.0000 after (means of 2 updates)"
+    ]
 
 
 def test_a_jump_without_a_switch_or_long_after_one_is_none_of_its_business(caplog: pytest.LogCaptureFixture) -> None:

@@ -117,5 +117,5 @@ def _curves(runner: Runner, width: int) -> list[str]:
     for part, tokens in runner.switches.items():
         ends = [total * (column + 1) / width for column in range(width)]
         drawn = "".join("█" if tokens <= end else "·" for end in ends if end - total / width < reached)
-        lines.append(f"{part + ' on':>20}         {drawn}")
+        lines.append(f"{part + ' enabled':>20}         {drawn}")
     return lines
