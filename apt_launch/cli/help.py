@@ -115,7 +115,7 @@ def _print(console: Console) -> None:
         if text:
             console.print(Text(f"  {text}", style="dim"))
         console.print(Text(f"    {command}", style="cyan"), soft_wrap=True)
-    heading("Groups: GROUP=OPTION (* is what you get without a word)")
+    heading("Groups: GROUP=OPTION (*: the default)")
     listed(
         (f"+{name}" if name in ADDED else name, *purpose_of(group))
         for name, group in groups().items()

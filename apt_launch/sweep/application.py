@@ -69,7 +69,7 @@ class JobSpec:
     """A checked config, as a sweep sees it."""
 
     values: Mapping[str, Any]
-    """The whole config, resolved and nested as in YAML: what is frozen, and what the job gets back."""
+    """The whole config, resolved and nested as in YAML: what is frozen, and what the job is started with."""
     identity: str
     """Equal for configs that compute the same: hexadecimal digits."""
     resources: Resources

@@ -33,13 +33,13 @@ def parser() -> argparse.ArgumentParser:
     """Return what reads the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m apt_launch.sweep",
-        description="Look after a sweep that python -m apt_launch --multirun has sent; from any terminal, any day.",
+        description="Show, follow and control a sweep that python -m apt_launch --multirun has sent, from any terminal.",
         epilog="Each command has a --help of its own. Example: python -m apt_launch.sweep status multirun/DATE/TIME",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
-        ("status", "show every job: state, progress, loss, age of its last sign of life"),
+        ("status", "show every job: state, progress, loss, when it was last seen"),
         (
             "watch",
             "follow it live: a page with curves and schedules, on this machine alone, and a table in the terminal",

@@ -151,7 +151,7 @@ def test_a_resume_from_a_checkpoint_of_lightning_equals_an_uninterrupted_run(tmp
     assert first.seen + module.seen == whole.seen
     for name, weight in whole.net.state_dict().items():
         assert torch.allclose(weight, module.net.state_dict()[name], atol=1e-6), name
-    assert schedule.state_dict() == whole.callback.follower.schedule.state_dict()
+    assert schedule.state_dict() == whole.callback.driver.schedule.state_dict()
 
 
 def test_a_resume_over_another_length_needs_a_word(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_a_resume_from_a_checkpoint_of_the_library_equals_an_uninterrupted_run(t
     for name, weight in whole.state_dict().items():
         assert torch.allclose(weight, model.state_dict()[name], atol=1e-6), name
     assert whole.callback is not None
-    assert model.callback.follower.state_dict() == whole.callback.follower.state_dict()
+    assert model.callback.driver.state_dict() == whole.callback.driver.state_dict()
 
 
 def test_a_resume_without_the_state_is_refused(tmp_path: Path) -> None:

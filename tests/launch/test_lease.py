@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 
 from apt_launch import lease as module
-from apt_launch.lease import Holder, Lease, holder_is_alive, is_alive, read_holder, signs_of_life
+from apt_launch.lease import Holder, Lease, holder_is_alive, is_alive, read_holder, heartbeats
 from apt_model.errors import ConfigError
 from tests.forks import HANGS
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Show life every tenth of a second, not every two seconds."""
+    """Send a heartbeat every tenth of a second, not every two seconds."""
     monkeypatch.setattr(module, "INTERVAL", 0.1)
 
 
@@ -41,7 +41,7 @@ ELSEWHERE = Holder("another-host", 1, "100", "7", 0, "token of another host")
 
 @contextmanager
 def touched(path: Path) -> Iterator[None]:
-    """Show the life of a holder of another host."""
+    """Send heartbeats of a holder of another host."""
     over = threading.Event()
 
     def touch() -> None:
@@ -102,7 +102,7 @@ def test_a_holder_of_this_host_that_lives_keeps_it(tmp_path: Path, job_id: str |
 @pytest.mark.parametrize(
     ("job_id", "restart", "shows_life", "taken"),
     [
-        (None, 0, False, True),  # no sign of life: gone
+        (None, 0, False, True),  # no heartbeat: gone
         (None, 0, True, False),
         ("8", 1, True, False),  # another job
         ("7", 0, True, False),  # the same attempt twice
@@ -110,7 +110,7 @@ def test_a_holder_of_this_host_that_lives_keeps_it(tmp_path: Path, job_id: str |
         ("7", 1, False, True),
     ],
 )
-def test_of_another_host_signs_of_life_and_attempts_decide(
+def test_of_another_host_heartbeats_and_attempts_decide(
     tmp_path: Path, job_id: str | None, restart: int, shows_life: bool, taken: bool
 ) -> None:
     path = held(tmp_path / "lease.json", ELSEWHERE)
@@ -171,7 +171,7 @@ def test_a_holder_of_an_earlier_version_is_judged_by_its_pid(tmp_path: Path) -> 
 def test_a_process_shows_life_for_another_that_forks_and_ends_with_it(tmp_path: Path) -> None:
     path = held(tmp_path / "worker-0.json", replace(me(), boot="of another machine"))
     assert not is_alive(path)
-    with signs_of_life(path):
+    with heartbeats(path):
         assert is_alive(path)
     assert not is_alive(path)
 

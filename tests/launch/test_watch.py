@@ -146,13 +146,13 @@ def test_a_record_that_a_resume_cut_back_is_read_anew_even_where_it_has_grown_be
 
 def test_a_long_curve_keeps_its_ends_and_a_viewer_of_differences_sees_the_same() -> None:
     rng = random.Random(0)
-    curve, seen, look = Curve(), [], 0
+    curve, seen, reading = Curve(), [], 0
     for place in range(5000):
         curve.add(1 + place // 7, float(place), place / 10)
-        if place % 7 == 6 and rng.random() < 0.3:  # a look is told when it is over
-            first, points = curve.since(look)
+        if place % 7 == 6 and rng.random() < 0.3:  # a reading is passed on when it is over
+            first, points = curve.since(reading)
             seen = seen[:first] + points
-            look = 1 + place // 7
+            reading = 1 + place // 7
             assert seen == curve.points
             assert seen[-1] == (place, place / 10)
     assert len(curve.points) <= MOST_POINTS
@@ -210,10 +210,10 @@ def test_rows_are_told_as_they_come_and_a_resume_replaces_what_it_cut(planned: A
         "train/loss": {"first": 0, "points": [[32, 5.0], [128, 5.0]]},
         "val/loss": {"first": 0, "points": [[128, 3.0]]},
     }
-    look = told["look"]
+    reading = told["reading"]
 
     append(own, row(7, train__loss=3.5, tokens_per_second=64.0))
-    told = until_news(server, look)
+    told = until_news(server, reading)
     (job,) = told["jobs"]
     assert not told["whole"]
     assert job["curves"] == {"train/loss": {"first": 2, "points": [[256, 3.5]]}}
@@ -223,7 +223,7 @@ def test_rows_are_told_as_they_come_and_a_resume_replaces_what_it_cut(planned: A
     kept = (own / "metrics.jsonl").read_text().splitlines(keepends=True)[:1]
     (own / "metrics.jsonl").write_text("".join(kept))
     append(own, row(1, train__loss=float("nan")))
-    (job,) = until_news(server, told["look"])["jobs"]
+    (job,) = until_news(server, told["reading"])["jobs"]
     assert job["anew"]
     assert job["curves"] == {"train/loss": {"first": 0, "points": [[32, 5.0]]}}
     assert job["train/loss"] == "nan"
@@ -255,7 +255,7 @@ def test_jobs_that_come_later_and_states_that_change_are_seen(planned: Any) -> N
 
 def test_viewers_share_one_reading(planned: Any) -> None:
     live = Watch(planned("seed=0,1")[0])
-    assert {live.news(0)["look"] for _ in range(50)} == {1}
+    assert {live.news(0)["reading"] for _ in range(50)} == {1}
 
 
 def test_a_folder_that_vanishes_is_told_and_what_was_known_stays(planned: Any, tmp_path: Path) -> None:

@@ -133,4 +133,4 @@ class LocalBackend:
 
 
 _workers: list[Any] = []
-"""submitit's handles of the workers that this process started: as long as it lives, it reaps them."""
+"""submitit's handles of the workers that this process started: as long as it runs, it reaps them."""

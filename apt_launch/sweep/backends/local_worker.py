@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from apt_launch.lease import Holder, signs_of_life
+from apt_launch.lease import Holder, heartbeats
 from apt_launch.sweep.application import Resources, load
 from apt_launch.sweep.backends.machine import Machine, worker_file
 from apt_launch.sweep.jobs import process
@@ -31,7 +31,7 @@ def work(sweep: str, name: str, names: Sequence[str], machine: Machine, max_para
     os.setsid()  # Ctrl-C in the terminal is not for this process
     own = worker_file(Path(sweep), name)
     write_json(own, asdict(Holder.this_process()))
-    with signs_of_life(own):
+    with heartbeats(own):
         Worker(Path(sweep), names, machine, max_parallel).run()
 
 

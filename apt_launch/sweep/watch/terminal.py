@@ -10,7 +10,7 @@ from apt_launch.sparkline import blocks
 from apt_launch.sweep.control.follow import collected_interrupts
 from apt_launch.sweep.control.table import counted, show, table
 from apt_launch.sweep.report.findings import headline
-from apt_launch.sweep.watch.live import LOOK_SECONDS, Picture, Runner, Watch
+from apt_launch.sweep.watch.live import READ_EVERY_SECONDS, Picture, Runner, Watch
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -35,7 +35,7 @@ def show_live(live: Watch, console: Console, *, until_ended: bool) -> int:
                 screen.update(frame(picture, console.width, console.height - 4, live.problem), refresh=True)
                 if picture.ended and until_ended:
                     break
-                until = time.monotonic() + (0.0 if picture.behind else LOOK_SECONDS)
+                until = time.monotonic() + (0.0 if picture.behind else READ_EVERY_SECONDS)
                 while not interrupts and time.monotonic() < until:
                     time.sleep(0.05)
     show(picture.plan, picture.statuses, live.folder)
