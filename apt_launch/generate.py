@@ -212,7 +212,7 @@ def _write(prompts: Sequence[str], generated: Generated, tokenizer: Tokenizer, *
 
 
 def _summary(generated: Generated, checkpoint: Path, model: GPT) -> str:
-    """Say what was done, in one line."""
+    """Return what was done, in one line."""
     on = [name for name, is_on in _modules(model).items() if is_on]
     votes = f", {generated.voted_fraction:.0%} voted on" if model.voter.enabled else ""
     return (

@@ -48,7 +48,7 @@ class Run:
         return [int(row["step"]) for row in rows], [row[metric] for row in rows]
 
     def __repr__(self) -> str:
-        """Say what came of it, in one line."""
+        """Return what came of it, in one line."""
         losses = list(self.summary.get("val/loss", {}).values())
         message = f", val/loss {losses[0]:.4f} to {losses[-1]:.4f}" if losses else ""
         here = Path.cwd()

@@ -1,6 +1,6 @@
 """``python -m apt_launch.tokenize OUT [overrides]``: a corpus as memory-mapped shards of tokens, for ``data=shards``.
 
-The corpus is that of a run with the same overrides. OUT is whole or not there; what was cut off goes on where it stood, by
+The corpus is that of a run with the same overrides. OUT is whole or not there; what was cut off is continued there, by
 the same command. Torch is not loaded.
 """
 
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         description="""\
 Make memory-mapped shards of a corpus, which runs then read without making its
 tokens again. Overrides name the corpus, as for python -m apt_launch. What was
-cut off goes on where it stood, by the same command.""",
+cut off is continued there, by the same command.""",
         epilog="""\
 examples:
   python -m apt_launch.tokenize shards/ data=text data.path=my_texts/
@@ -128,7 +128,7 @@ def _corpus(overrides: list[str]) -> DocumentCorpus:
 
 
 def _trained(corpus: DocumentCorpus, vocab_size: int, out: Path) -> Tokenizer:
-    """Return a tokenizer trained on the corpus; the same each time, so that what was cut off can go on.
+    """Return a tokenizer trained on the corpus; the same each time, so that what was cut off can be continued.
 
     Raises:
         ConfigError: there is one already, it is too small, or the text cannot be read.

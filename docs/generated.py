@@ -89,7 +89,7 @@ def comments(model: type[BaseModel]) -> dict[str, str]:
 
 
 def domain(annotation: Any, bounds: list[Any] | None = None) -> str:
-    """Say in words which values a type takes."""
+    """Return in words which values a type takes."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if hasattr(annotation, "__metadata__"):
         bounds = [*(bounds or []), *annotation.__metadata__]
@@ -247,7 +247,7 @@ def _top_rows() -> Iterator[tuple[str, str, str, str]]:
 
 
 def _differences(group: str, option: Option, first: Option) -> str:
-    """Say in which defaults an option with the same keys differs."""
+    """Return in which defaults an option with the same keys differs."""
     mine, its = ({key: default for key, default, *_ in _rows(group, one)} for one in (option, first))
     differ = [f"`{key}={value}`" for key, value in mine.items() if value != its[key]]
     return f"Keys of `{group}={first.name}`, " + (f"with {', '.join(differ)}." if differ else "with the same defaults.")

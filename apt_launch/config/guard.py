@@ -1,6 +1,6 @@
 """What a config may not do: have Hydra build or open what it should not, or carry a secret into files.
 
-A config comes from many hands: presets, profiles of colleagues, folders given by ``--config-dir``. Hydra builds callbacks,
+A config comes from many people: presets, profiles of colleagues, folders given by ``--config-dir``. Hydra builds callbacks,
 launchers, sweepers and log handlers from its own node before any code of ours sees a value, so that node is judged where
 configs are composed. What Hydra builds from is resolved first and stays as it was judged: an interpolation has no second
 value. What the groups may build is :data:`apt_launch.config.instantiate.ALLOWED`.

@@ -76,7 +76,7 @@ class Cost:
 
 
 def cost(config: RunConfig, phases: Sequence[Phase], *, gpu: str, num_gpus: int = 1, mfu: float = DEFAULT_MFU) -> Cost:
-    """Say how long the run takes on ``num_gpus`` GPUs of one kind, and whether it fits.
+    """Return how long the run takes on ``num_gpus`` GPUs of one kind, and whether it fits.
 
     The memory of a device: see :func:`device_bytes`.
 

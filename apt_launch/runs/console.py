@@ -1,4 +1,4 @@
-"""What a run says while it trains: a progress bar on a terminal, a plain line every so often elsewhere."""
+"""The output of a run while it trains: a progress bar on a terminal, a plain line every so often elsewhere."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Stdout(_Handler):
         return visible(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Go on in silence once nobody reads: the run and its log file do not depend on that."""
+        """Ignore a closed output: the run and its log file do not depend on it."""
         if isinstance(sys.exc_info()[1], BrokenPipeError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, 1)
@@ -58,7 +58,7 @@ class Stdout(_Handler):
 
     @property
     def stream(self) -> IO[str]:  # type: ignore[override]
-        """The standard output of now."""
+        """The current standard output."""
         return sys.stdout
 
 

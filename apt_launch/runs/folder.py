@@ -24,7 +24,7 @@ from apt_model.schedule.runner import horizon_changed
 from apt_model.training.checkpoint import Checkpoints, newest_intact, read_manifest
 
 OF_ONE_ATTEMPT = ("hydra.mode", "hydra.run.dir", "trainer.resume")
-"""Keys whose values a command that goes on with a run has of its own."""
+"""Keys whose values a command that resumes a run has of its own."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class RunFolder:
         """Make sure that nothing of another run would be lost here; return what a resume continues from, see :meth:`resume`.
 
         Raises:
-            ConfigError: the folder holds a run and ``trainer.resume`` does not say to go on with it.
+            ConfigError: the folder holds a run and ``trainer.resume`` does not say to continue it.
         """
         refuse_place(self.path, "hydra.run.dir")
         refuse_links(self.path, "hydra.run.dir")
@@ -155,7 +155,7 @@ class RunFolder:
         return resume
 
     def owns(self, checkpoint: Path) -> bool:
-        """Say whether ``checkpoint`` is one of this folder's."""
+        """Return whether ``checkpoint`` is one of this folder's."""
         return checkpoint.parent.resolve() == self.checkpoints.resolve()
 
     def left_out(self) -> list[tuple[int, int]]:

@@ -70,7 +70,7 @@ def show(summary: dict[str, Any], config: RunConfig, folder: RunFolder) -> None:
 
 
 def suggest(folder: RunFolder) -> None:
-    """Say what can be done after a run."""
+    """Print what can be done after a run."""
     screen = console(highlight=False)
     screen.print("\nWhat next?", style="bold")
     for text, line in (

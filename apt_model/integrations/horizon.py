@@ -106,7 +106,7 @@ class HostRun:
 
 
 def goes_by_epoch(curriculum: Curriculum) -> bool:
-    """Say whether some time or anneal of ``curriculum`` counts epochs."""
+    """Return whether some time or anneal of ``curriculum`` counts epochs."""
 
     def counts(value: Any) -> bool:
         if isinstance(value, Anneal) and value.by == "epoch":

@@ -20,8 +20,8 @@ class HostedTrainer(BaseTrainer):
     """A trainer whose loop is another library's.
 
     The library sees one process and one device. Ranks share batches and average gradients as those of
-    :class:`apt_model.training.trainer.Trainer` do: the engines of this project go along with modules that come and go,
-    which those of the libraries do not.
+    :class:`apt_model.training.trainer.Trainer` do: the engines of this project support parameters that are added and
+    removed, which those of the libraries do not.
     """
 
     shares_batches: ClassVar[bool] = True

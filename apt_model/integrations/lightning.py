@@ -39,10 +39,10 @@ except ImportError:
 class ScheduleCallback(pl.Callback):
     """Takes a curriculum through the training of any LightningModule.
 
-    Before each optimizer update (not each batch) the model is brought to what the clock says. What the clock counts:
+    Before each optimizer update (not each batch) the model is set to the scheduled values of the clock. What the clock counts:
 
     * steps: updates of the first optimizer that really changed the weights. Where ``training_step`` makes several of them
-      (manual optimization), each is one, and the model is brought to the clock before the next forward pass.
+      (manual optimization), each is one, and the model is set to the clock before the next forward pass.
     * samples and tokens: those of ``training_step``'s batches (see :func:`apt_model.training.schedule_driver.sizes`), over all
       processes, once each, when an update of any optimizer has changed the weights. Those of batches that only accumulate
       gradients wait for the update that takes them; those of an update that mixed precision skipped are left out.
@@ -52,8 +52,8 @@ class ScheduleCallback(pl.Callback):
     loss, ``train/loss`` (the mean over the update's batches), and after a validation what was logged there; of several
     updates in one training step, the last one's; in several processes, the first one's. The clock and the runner's state go
     into Lightning's checkpoints, and modules are switched before a checkpoint's weights are loaded. A ``fit`` that begins
-    at step 0 begins the curriculum anew; one that goes on, in the same trainer or from a checkpoint, goes on with it. In
-    several processes modules can come and go under ``strategy="ddp"``.
+    at step 0 begins the curriculum anew; one that continues, in the same trainer or from a checkpoint, continues it. In
+    several processes modules can be enabled and disabled under ``strategy="ddp"``.
 
     Args:
         schedule: a runner that nothing is bound to yet; its horizon must fit the run.
@@ -161,13 +161,13 @@ class ScheduleCallback(pl.Callback):
         self._made = True
 
     def _before_forward(self, pl_module: pl.LightningModule, *unused: Any) -> None:
-        """Bring the model to the clock between two updates of one training step."""
+        """Set the model to the clock between two updates of one training step."""
         if self._made:
             self._end_update({})
             self.driver.begin_update()
             if self._world_size > 1 and trained_parts(pl_module) != self._wrapped:
                 raise ConfigError(
-                    f"strategy: parameters came, went, froze or thawed between two updates of one training_step, at "
+                    f"strategy: parameters were added, removed, frozen or unfrozen between two updates of one training_step, at "
                     f"{self.clock}, and processes that share a model can take that up between batches only. Make one update "
                     "a batch, or let such events happen where a batch begins."
                 )
@@ -180,10 +180,10 @@ class ScheduleCallback(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Bring the model to the clock, once an update.
+        """Set the model to the clock, once an update.
 
         Raises:
-            ConfigError: parameters came, went, froze or thawed, and the strategy cannot take that up.
+            ConfigError: parameters were added, removed, frozen or unfrozen, and the strategy cannot take that up.
         """
         self.driver.clock = self.driver.clock.at_epoch(trainer.current_epoch)
         if not self.driver.begun:
@@ -202,8 +202,8 @@ class ScheduleCallback(pl.Callback):
             return
         if not isinstance(trainer.strategy, DDPStrategy):
             raise ConfigError(
-                f"strategy: parameters came, went, froze or thawed at {self.clock}, and {type(trainer.strategy).__name__} "
-                "shares those of the beginning. Use strategy='ddp', which can take new ones."
+                f"strategy: parameters were added, removed, frozen or unfrozen at {self.clock}, and "
+                f"{type(trainer.strategy).__name__} shares those of the beginning.  Use strategy='ddp', which can take new ones."
             )
         self._wrapped = found
         trainer.strategy.model = pl_module
@@ -221,7 +221,7 @@ class ScheduleCallback(pl.Callback):
         return over_ranks(samples, tokens, self._world_size)
 
     def _end_update(self, metrics: Mapping[str, float]) -> None:
-        """Let the clock go on, if the first optimizer has made an update that it does not have yet."""
+        """Advance the clock, if the first optimizer has made an update that it does not have yet."""
         if not self._made:
             return
         samples, tokens = self._taken()
@@ -239,7 +239,7 @@ class ScheduleCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After the update's last batch: show latches its metrics, and let the clock go on if it has happened."""
+        """After the update's last batch: show latches its metrics, and advance the clock if it has happened."""
         metrics = self._metrics(trainer, outputs)
         if self._made:
             self._end_update(metrics)
@@ -282,11 +282,11 @@ class ScheduleCallback(pl.Callback):
             self.driver.schedule.observe(self._logged_since(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let module and optimizers go."""
+        """Release module and optimizers."""
         self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let module and optimizers go, whatever ended the loop."""
+        """Release module and optimizers, whatever ended the loop."""
         self._release()
 
     def state_dict(self) -> dict[str, Any]:
@@ -294,7 +294,7 @@ class ScheduleCallback(pl.Callback):
         return self.driver.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what :meth:`state_dict` returned, and bring the model to it.
+        """Take up what :meth:`state_dict` returned, and set the model to it.
 
         Raises:
             ConfigError: the horizon has changed and ``on_horizon_change`` is ``error``.
@@ -336,7 +336,7 @@ class LightningTrainer(HostedTrainer):
     """Runs a profile in Lightning. Arguments: see :class:`apt_model.training.base.BaseTrainer`.
 
     Batches, precision, learning rate, rows, checkpoints and how ranks share a batch are those of
-    :class:`apt_model.training.trainer.Trainer`, which can go on from its checkpoints; it cannot do that itself.
+    :class:`apt_model.training.trainer.Trainer`, which can resume from its checkpoints; it cannot do that itself.
     """
 
     def fit(self) -> None:
@@ -344,7 +344,7 @@ class LightningTrainer(HostedTrainer):
 
         Raises:
             Interrupted: ``stop_requested`` said so; the update was finished and a checkpoint written.
-            TrainingError: the run cannot go on.
+            TrainingError: the run cannot continue.
         """
         loop = _Loop(self)
         scaled = self.scaler.is_enabled()

@@ -48,7 +48,7 @@ ALIASES = {"eval_loss": "val/loss", "learning_rate": "lr", "grad_norm": "train/g
 class ScheduleCallback(transformers.TrainerCallback, ExportableState):
     """Takes a curriculum through the training of any model in ``transformers.Trainer``.
 
-    Before each optimizer update (not each batch) the model is brought to what the clock says. What the clock counts:
+    Before each optimizer update (not each batch) the model is set to the scheduled values of the clock. What the clock counts:
 
     * steps: updates that really changed the weights, which ``state.global_step`` does not count.
     * samples and tokens: those of the model's inputs in a batch's first forward pass (see
@@ -63,7 +63,8 @@ class ScheduleCallback(transformers.TrainerCallback, ExportableState):
     several processes, what the first one has. The clock and the runner's state go into ``trainer_state.json`` of each
     checkpoint; before a resume call :meth:`restore`. A ``train()`` that begins at step 0 begins the curriculum anew.
 
-    In several processes the library's engine shares the parameters of the beginning, so modules cannot come and go.
+    In several processes the library's engine shares the parameters of the beginning, so modules that add or remove parameters
+    cannot be enabled or disabled.
 
     Args:
         schedule: a runner that nothing is bound to yet; its horizon must fit the run.
@@ -183,7 +184,7 @@ class ScheduleCallback(transformers.TrainerCallback, ExportableState):
         """Count the next batch that the model trains on, and keep what it returns; callbacks are shown neither.
 
         Nothing is left on the model when its forward pass begins, but for a latch: an error or Ctrl-C ends the loop without
-        a word to callbacks.
+        a call of callbacks.
         """
         self._stop_listening()
 
@@ -221,17 +222,17 @@ class ScheduleCallback(transformers.TrainerCallback, ExportableState):
             self._run.begin_epoch(self._epoch)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Bring the model to the clock, and listen to its first batch.
+        """Set the model to the clock, and listen to its first batch.
 
         Raises:
-            ConfigError: parameters came, went, froze or thawed, and the library's engine cannot take that up.
+            ConfigError: parameters were added, removed, frozen or unfrozen, and the library's engine cannot take that up.
         """
         self.driver.clock = self.driver.clock.at_epoch(self._epoch)
         self.driver.begin_update()
         if self._world_size > 1 and trained_parts(self._model) != self._wrapped:
             raise ConfigError(
-                f"parameters came, went, froze or thawed at {self.clock}, and transformers' engine goes on to share those of "
-                "the beginning among processes. Train in one process, in Lightning with strategy='ddp', or with "
+                f"parameters were added, removed, frozen or unfrozen at {self.clock}, and transformers' engine still shares "
+                "those of the beginning among processes. Train in one process, in Lightning with strategy='ddp', or with "
                 "python -m apt_launch trainer=hf."
             )
         self._listen()
@@ -246,11 +247,11 @@ class ScheduleCallback(transformers.TrainerCallback, ExportableState):
         self._hooks = [self.driver.watch()]
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Let the optimizer go."""
+        """Release the optimizer."""
         self._stop_listening()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Show latches the update's metrics, and let the clock go on if it has happened."""
+        """Show latches the update's metrics, and advance the clock if it has happened."""
         if self.driver.happened:
             self._end_update()
         else:
@@ -286,7 +287,7 @@ class ScheduleCallback(transformers.TrainerCallback, ExportableState):
         )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Let model and optimizer go."""
+        """Release model and optimizer."""
         self._release()
         self._restored = None
 
@@ -310,7 +311,7 @@ class HFTrainer(HostedTrainer):
     """Runs a profile in ``transformers.Trainer``.
 
     Batches, precision, learning rate, rows, checkpoints and how ranks share a batch are those of
-    :class:`apt_model.training.trainer.Trainer`, which can go on from its checkpoints; it cannot do that itself. Arguments:
+    :class:`apt_model.training.trainer.Trainer`, which can resume from its checkpoints; it cannot do that itself. Arguments:
     see :class:`apt_model.training.base.BaseTrainer`.
 
     Raises:
@@ -323,7 +324,7 @@ class HFTrainer(HostedTrainer):
         Raises:
             ConfigError: the device is another than the first.
             Interrupted: ``stop_requested`` said so; the update was finished and a checkpoint written.
-            TrainingError: the run cannot go on.
+            TrainingError: the run cannot continue.
         """
         if self.device.index:
             raise ConfigError(

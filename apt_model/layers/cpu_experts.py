@@ -1,4 +1,4 @@
-"""Experts on the CPU, in eager mode: where slots stand, how rows come and go, and products a few experts at a time.
+"""Experts on the CPU, in eager mode: where slots stand, how rows are gathered and combined, and products a few experts at a time.
 
 Rows are moved by one pass each way, and what an expert computes is used again while it is in the cache: its weights in
 16 bits, too, which are made when a product needs them and not kept. Elsewhere,

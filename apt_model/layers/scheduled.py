@@ -82,7 +82,7 @@ def setter(model: nn.Module, path: str) -> Callable[[float], None]:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Say whether ``module`` or a part of it runs under torch.compile."""
+    """Return whether ``module`` or a part of it runs under torch.compile."""
     return any(
         hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None
         for part in module.modules()

@@ -1,4 +1,4 @@
-"""Executes a curriculum: before each update it brings the model to what the clock says."""
+"""Executes a curriculum: before each update it sets the model to the scheduled values."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class ScheduleRunner:
                     self._setters[subject.label](True)
 
     def reconcile(self) -> list[Change]:
-        """After :meth:`load_state_dict`: bring the model to what the last update had, whatever the checkpoint held."""
+        """After :meth:`load_state_dict`: set the model to what the last update had, whatever the checkpoint held."""
         return self._write(self._applied) if self._applied is not None else []
 
     def _write(self, clock: Clock) -> list[Change]:
@@ -184,7 +184,7 @@ class ScheduleRunner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a saved state; then :meth:`reconcile` brings the model to it.
+        """Take up a saved state; then :meth:`reconcile` sets the model to it.
 
         Raises:
             ConfigError: the horizon has changed and ``on_horizon_change`` is ``error``.
@@ -206,7 +206,7 @@ class ScheduleRunner:
 
 
 def horizon_changed(saved: Horizon, planned: Horizon) -> str:
-    """Say that a resume has another length than its checkpoint, and what can be done."""
+    """Return that a resume has another length than its checkpoint, and what can be done."""
     return (
         f"The checkpoint was made for {saved}, this run has {planned}: every anneal would bend. "
         "Say what is meant: schedule.on_horizon_change=rescale computes the curves over the new length, "

@@ -34,7 +34,7 @@ class When(Strict):
     deadline: WrittenTime | None = None  # on at this time whatever the metric says
 
     def contradictions(self, key: str) -> list[str]:
-        """Say what is missing or does not go together."""
+        """Return what is missing or does not go together."""
         if self.hold.anchor is not None:
             return [f"{key}.hold: {self.hold} is a time after an event; a length such as 100st is wanted here."]
         if (self.above is None) == (self.below is None):
@@ -49,11 +49,11 @@ class When(Strict):
         return []
 
     def triggered(self, value: float) -> bool:
-        """Say whether the smoothed metric asks for on."""
+        """Return whether the smoothed metric asks for on."""
         return value > self.above if self.above is not None else value < (self.below or 0.0)
 
     def released(self, value: float) -> bool:
-        """Say whether the smoothed metric asks for off."""
+        """Return whether the smoothed metric asks for off."""
         if self.release is None:
             return False
         return value < self.release if self.above is not None else value > self.release
@@ -90,7 +90,7 @@ class Event(Strict):
         return subject
 
     def contradictions(self, key: str) -> list[str]:
-        """Say what is missing or does not go together."""
+        """Return what is missing or does not go together."""
         actions = [name for name in ACTIONS if getattr(self, name) is not None]
         problems = []
         if len(actions) != 1:
@@ -136,7 +136,7 @@ class Curriculum(Strict):
         return curriculum
 
     def contradictions(self, key: str = "schedule") -> list[str]:
-        """Say what is missing or does not go together, before any run is known."""
+        """Return what is missing or does not go together, before any run is known."""
         problems = [
             f"{key}.enable_{module}_at_epoch and {key}.enable_{module}_at_step are both set; set one of them to null."
             for module in MODULES

@@ -39,7 +39,7 @@ class SpikeWatch(Callback):
         self.left = 0
 
     def on_schedule(self, trainer: TrainerView, changes: Sequence[Change]) -> None:
-        """Take note of what the loss was."""
+        """Record the losses before a switch."""
         switched = [change for change in changes if isinstance(change.value, bool)]
         if switched and len(self.losses) >= self.short:
             names = " and ".join(change.switch for change in switched)

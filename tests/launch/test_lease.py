@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from apt_launch import lease as module
-from apt_launch.lease import Holder, Lease, holder_is_alive, is_alive, read_holder, heartbeats
+from apt_launch.lease import Holder, Lease, heartbeats, holder_is_alive, is_alive, read_holder
 from apt_model.errors import ConfigError
 from tests.forks import HANGS
 

@@ -1,7 +1,7 @@
 """``hydra/launcher=local``: jobs in processes of their own on this machine, as many at once as there is room for.
 
 One worker, started through submitit and apart from the terminal, loads the application's libraries once and forks a process
-for each job: a job that dies takes nothing with it.
+for each job: a job that is killed ends no other.
 """
 
 from __future__ import annotations

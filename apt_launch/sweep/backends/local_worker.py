@@ -118,7 +118,7 @@ class Worker:
         elif state.state not in ENDED:
             cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
             if code == -signal.SIGKILL:
-                cause += ", perhaps for want of memory"
+                cause += ", perhaps by a lack of memory"
             transition(folder, "cancelled" if self.cancelled else "failed", cause=cause)
 
     def _cancel(self, number: int, frame: Any) -> None:
@@ -147,7 +147,7 @@ def _be_job(folder: Path, gpus: Sequence[str], cores: int) -> int:
 
 
 def _end_with_parent() -> None:
-    """Ask Linux for a SIGTERM when the worker dies: no job stays behind alone."""
+    """Ask Linux for a SIGTERM when the worker ends: no job outlives it."""
     if sys.platform == "linux":
         import ctypes
 

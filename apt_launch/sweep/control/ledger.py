@@ -81,7 +81,7 @@ class Ledger:
             seen = ObservedState(state.state, state.cause, final=state.state in ENDED)
             if job.folder in observed:
                 seen = observed[job.folder]
-                with suppress(ConfigError):  # the next look reports it
+                with suppress(ConfigError):  # the next poll reports it
                     state = read_state(folder)
                 if state.state in ENDED:  # it ended while the backend was asked
                     seen = ObservedState(state.state, state.cause, final=True)

@@ -53,7 +53,7 @@ class About:
     application: str = TRAINER
 
     def __post_init__(self) -> None:
-        """Refuse what nobody can have planned."""
+        """Raise ValueError for values that no plan has."""
         if not 0 < self.hours < math.inf:
             raise ValueError("its hours must be a number above 0")
 
