@@ -21,7 +21,7 @@ MOST_OVERLAID = 16
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Print the plan of a sweep, the timeline of each job, its values as lines of blocks, and what is hardly meant."""
+    """Print the plan of a sweep, the timeline of each job, its values as lines of blocks, and what may be a mistake."""
     jobs = plan.jobs[:MOST_OVERLAID]
     if plan.asked > 1:
         console.print(plan.summary, highlight=False)

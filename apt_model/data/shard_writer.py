@@ -1,4 +1,4 @@
-"""Writes shards of a corpus aside, as ``.NAME.partial``, renamed once whole; an interrupted run continues at the last whole shard."""
+"""Writes shards aside, as ``.NAME.partial``, renamed once whole; after an interruption it continues at the last whole shard."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ class Program:
                     fired[name] = self.horizon.clock_at(step)
 
     def _check_names(self, unresolved: list[Switch], problems: list[str]) -> None:
-        """Refuse times after an event that nothing brings about."""
+        """Refuse times after an event that nothing causes."""
         known = {subject.event(on) for subject in self.switches for on in (True, False)}
         known &= {*self.fired, *(subject.event(on) for subject in self.latches for on in (True, False))}
         waiting = [(switch.key, switch.at.anchor) for switch in unresolved]
@@ -386,12 +386,12 @@ class Program:
     # --- before a run ------------------------------------------------------------------------------------------------
 
     def first_step(self, module: str) -> int | None:
-        """Return the first planned update with ``module`` on; None: never, or a latch decides."""
+        """Return the first planned update with ``module`` enabled; None: never, or a latch decides."""
         clock = self.fired.get(f"{module}.enabled")
         return clock.step if clock and Subject(module, "enabled") not in self.latches else None
 
     def notes(self) -> list[str]:
-        """Return what is allowed and hardly meant: values that never change, anneals that nothing reads, twins."""
+        """Return what is allowed and probably a mistake: values that never change, anneals that nothing reads, duplicates."""
         notes = []
         steps = self.horizon.steps
         samples = sorted({*range(0, steps, max(1, steps // 256)), steps - 1})

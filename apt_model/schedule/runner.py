@@ -206,7 +206,7 @@ class ScheduleRunner:
 
 
 def horizon_changed(saved: Horizon, planned: Horizon) -> str:
-    """Return that a resume has another length than its checkpoint, and what can be done."""
+    """Return the message of a resume that has another length than its checkpoint."""
     return (
         f"The checkpoint was made for {saved}, this run has {planned}: every anneal would bend. "
         "Say what is meant: schedule.on_horizon_change=rescale computes the curves over the new length, "

@@ -49,11 +49,11 @@ class When(Strict):
         return []
 
     def triggered(self, value: float) -> bool:
-        """Return whether the smoothed metric asks for on."""
+        """Return whether the smoothed metric is past the threshold that enables."""
         return value > self.above if self.above is not None else value < (self.below or 0.0)
 
     def released(self, value: float) -> bool:
-        """Return whether the smoothed metric asks for off."""
+        """Return whether the smoothed metric is past the threshold that disables."""
         if self.release is None:
             return False
         return value < self.release if self.above is not None else value > self.release

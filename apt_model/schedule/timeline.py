@@ -70,7 +70,7 @@ def series(program: Program, points: int = 512) -> tuple[list[int], list[dict[st
 
 
 def effect(program: Program, points: int = 128) -> list[dict[str, bool | float | None]]:
-    """Return what a model would notice: values count only while the module that reads them is enabled."""
+    """Return what has an effect on a model: values count only while the module that reads them is enabled."""
     noticed = []
     for state in series(program, points)[1]:
         read: dict[str, bool | float | None] = {}
