@@ -1,4 +1,4 @@
-"""One profile in three trainers: what is in force in the model during each update is the same, to the bit."""
+"""One profile in three trainers: the scheduled values in the model during each update are the same, to the bit."""
 
 from __future__ import annotations
 

@@ -481,7 +481,7 @@ def test_a_browser_shows_rows_and_curves_as_they_come(planned: Any, tmp_path: Pa
         assert browser.evaluate("jobs.get(1).curves['val/loss']") == [[128, 3.0], [384, 2.0]]
         assert browser.evaluate("document.querySelectorAll('#losses figure')[0].querySelectorAll('circle').length") == 3
 
-        (own / "metrics.jsonl").write_text("")  # its next life has no checkpoint to go on from
+        (own / "metrics.jsonl").write_text("")  # its next attempt has no checkpoint to resume from
         browser.wait("document.querySelectorAll('#rows tr')[1].cells[6].innerText === ''")
         assert browser.evaluate(curves) == [["val/loss", 1], ["train/loss", 1], ["route_temp", 0]]
         append(own, row(11, train__loss=2.5, val__loss=2.0, schedule__route_temp=1.5))

@@ -93,12 +93,12 @@ class Sweep:
     def steps(self, number: int) -> list[int]:
         return [row["step"] for row in self.rows(number) if "train/loss" in row]
 
-    def finishes_whole(self, number: int, lives: int = 2, updates: int = 48) -> None:
-        """Check that the job comes to its end, each update once, after ``lives`` at least."""
+    def finishes_whole(self, number: int, attempts: int = 2, updates: int = 48) -> None:
+        """Check that the job comes to its end, each update once, after ``attempts`` at least."""
         assert self.call("wait").returncode == 0, self.log(number)
         assert self.steps(number) == list(range(updates))
-        assert self.written(number)["restarts"] >= lives - 1
-        assert self.log(number).count("resuming") >= lives - 1
+        assert self.written(number)["restarts"] >= attempts - 1
+        assert self.log(number).count("resuming") >= attempts - 1
 
 
 @pytest.fixture
