@@ -238,7 +238,7 @@ def test_setters_and_switches_may_be_given(tmp_path: Path) -> None:
     assert callback.clock == Clock(epoch=1, step=4, sample=12, token=12)
 
 
-def test_a_name_that_the_model_does_not_have_is_told_before_the_first_update(tmp_path: Path) -> None:
+def test_a_name_that_the_model_does_not_have_is_reported_before_the_first_update(tmp_path: Path) -> None:
     schedule = runner(anneals={"x": {"target": "blocks.*.ffn.temprature", "start": 1.0, "end": 2.0}})
     with pytest.raises(ConfigError, match=r"temprature.*Did you mean 'blocks\.\d\.ffn\.temperature'"):
         fit(tmp_path, schedule)
@@ -359,7 +359,7 @@ def test_whatever_ends_a_fit_nothing_stays_behind_and_the_next_begins_anew(
     assert [on for *_, on, _ in again.seen] == [clock.epoch >= 1 for clock, *_ in again.seen]
 
 
-def test_a_trainer_that_goes_on_goes_on_with_the_curriculum(tmp_path: Path) -> None:
+def test_a_trainer_that_continues_continues_the_curriculum(tmp_path: Path) -> None:
     module = fit(tmp_path, max_epochs=2)
     module.made.fit_loop.max_epochs = 4
     module.made.fit(module, batches())
@@ -394,7 +394,7 @@ def test_other_ways_to_say_how_long_a_run_is_are_read(tmp_path: Path, options: A
     assert module.callback.clock.step == steps
 
 
-def test_a_part_of_the_planned_run_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_part_of_the_planned_run_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fit(tmp_path, max_epochs=2)
     assert "12 steps were planned, and this run ends after 6 steps" in caplog.text
 

@@ -91,7 +91,7 @@ def default(group: Ranks, text: tuple[str, str], tmp_path_factory: pytest.TempPa
 
 
 @pytest.mark.parametrize("other", ["lightning", "hf"])
-def test_two_processes_share_batches_and_a_resume_goes_on(
+def test_two_processes_share_batches_and_a_resume_continues(
     other: str, default: list[dict[str, Any]], group: Ranks, text: tuple[str, str], tmp_path: Path
 ) -> None:
     overrides = [*SMALL, *text, *RUN]

@@ -238,7 +238,7 @@ LONG = ("trainer.max_batches_per_epoch=6", "trainer.log_every=10", "logger.mode=
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_goes_on_to_the_same_weights_and_rows(
+def test_an_interrupted_run_continues_to_the_same_weights_and_rows(
     cli: Cli, start: Callable[..., Started], text_file: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     whole = cli(*small(text_file, *LONG, "hydra.run.dir=whole", "logger.mode=disabled"))

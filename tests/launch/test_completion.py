@@ -120,7 +120,7 @@ def test_a_completion_is_quick_and_loads_no_library_that_is_not() -> None:
     assert not {"torch", "hydra", "omegaconf", "pydantic", "rich", "yaml"} & set(loaded.stdout.split())
 
 
-def test_a_shell_that_is_unknown_is_told() -> None:
+def test_a_shell_that_is_unknown_is_reported() -> None:
     result = run_module("apt_launch", "-sc", "install=ksh")
     assert result.returncode == 2
     assert result.stderr == (

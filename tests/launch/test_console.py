@@ -79,7 +79,7 @@ def test_a_dumb_terminal_gets_a_whole_run_without_a_control_character(text_file:
     assert sorted(in_order, key=shown.index) == list(in_order)
 
 
-def test_how_to_go_on_is_the_whole_command(tmp_path: Path) -> None:
+def test_how_to_continue_is_the_whole_command(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra" / "overrides.yaml").write_text(

@@ -91,7 +91,7 @@ def test_a_process_number_that_is_used_again_is_another_process(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("job_id", "restart"), [(None, 0), ("7", 0), ("8", 1)])
-def test_a_holder_of_this_host_that_lives_keeps_it(tmp_path: Path, job_id: str | None, restart: int) -> None:
+def test_a_holder_of_this_host_that_runs_keeps_it(tmp_path: Path, job_id: str | None, restart: int) -> None:
     first = held(tmp_path / "lease.json", me("7"))
     kept = first.read_bytes()
     with pytest.raises(ConfigError, match=rf"process {os.getpid()} on {socket.gethostname()} is writing here"):
@@ -168,7 +168,7 @@ def test_a_holder_of_an_earlier_version_is_judged_by_its_pid(tmp_path: Path) -> 
     assert not holder_is_alive(tmp_path)
 
 
-def test_a_process_shows_life_for_another_that_forks_and_ends_with_it(tmp_path: Path) -> None:
+def test_a_process_sends_heartbeats_for_another_that_forks_and_ends_with_it(tmp_path: Path) -> None:
     path = held(tmp_path / "worker-0.json", replace(me(), boot="of another machine"))
     assert not is_alive(path)
     with heartbeats(path):

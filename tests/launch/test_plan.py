@@ -143,7 +143,7 @@ def test_a_plan_reads_back_as_it_was_written(base: list[str], tmp_path: Path) ->
     assert OmegaConf.load(tmp_path / "plan.yaml").asked == 4
 
 
-def test_a_bad_job_is_named_and_what_all_have_is_told_once(base: list[str]) -> None:
+def test_a_bad_job_is_named_and_what_all_have_is_reported_once(base: list[str]) -> None:
     with pytest.raises(ConfigError) as found:
         gather([*base, "schedule.route_temp.end=0.6,0,hot", "optimizer.lr=-1"])
     told = found.value.problems

@@ -20,7 +20,7 @@ from tests.forks import HANGS, environment
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def test_the_timeline_tells_every_moment_in_every_unit(composed: Callable[..., RunConfig]) -> None:
+def test_the_timeline_shows_every_moment_in_every_unit(composed: Callable[..., RunConfig]) -> None:
     moments = timeline(composed("schedule=gpt5_moe").program)
     told = [(m.clock.step, m.clock.epoch, m.clock.sample, m.clock.token, m.what) for m in moments]
     assert told == [
@@ -65,7 +65,7 @@ def test_the_command_prints_and_draws_without_torch(cli: Cli, tmp_path: Path) ->
     assert fresh.stdout.splitlines()[-1] == "False"
 
 
-def test_several_values_are_expanded_and_duplicates_told(cli: Cli) -> None:
+def test_several_values_are_expanded_and_duplicates_reported(cli: Cli) -> None:
     plan = gather(["seed=1,1", "schedule.route_temp.end=0.6,0.60,0.8"])
     asked, jobs = plan.asked, plan.jobs
     assert asked == 6

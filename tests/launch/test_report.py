@@ -141,7 +141,7 @@ def test_a_sweep_without_data_still_has_its_table(planned: Sweep) -> None:
     assert all(path.exists() for path in files)
 
 
-def test_the_table_tells_every_job_and_why_it_failed(planned: Sweep) -> None:
+def test_the_table_shows_every_job_and_why_it_failed(planned: Sweep) -> None:
     folder, plan = planned(SIX, ENDS)
     write_report(folder, states(plan, *["done"] * 5, "failed"), causes={plan.jobs[5].folder: "the <loss> is | nan"})
     with (folder / "report" / "report.csv").open() as file:

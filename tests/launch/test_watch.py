@@ -161,7 +161,7 @@ def test_a_long_curve_keeps_its_ends_and_a_viewer_of_differences_sees_the_same()
     assert gaps == {16}  # 5000 / 512 = 9.8, and every second point is left out each time
 
 
-def test_what_is_told_of_a_real_sweep_is_what_its_jobs_did(tmp_path: Path, text_file: Path, serve: Any) -> None:
+def test_what_is_reported_of_a_real_sweep_is_what_its_jobs_did(tmp_path: Path, text_file: Path, serve: Any) -> None:
     folder = tmp_path / "sweep"
     overrides = [
         *SMALL,
@@ -199,7 +199,7 @@ def test_what_is_told_of_a_real_sweep_is_what_its_jobs_did(tmp_path: Path, text_
     assert news(serve(folder), since=1)["jobs"] == []  # nothing is told twice
 
 
-def test_rows_are_told_as_they_come_and_a_resume_replaces_what_it_cut(planned: Any, serve: Any) -> None:
+def test_rows_are_reported_as_they_come_and_a_resume_replaces_what_it_cut(planned: Any, serve: Any) -> None:
     folder, plan = planned("seed=0,1,2")
     own = folder / plan.jobs[1].folder
     server = serve(folder)
@@ -258,7 +258,7 @@ def test_viewers_share_one_reading(planned: Any) -> None:
     assert {live.news(0)["reading"] for _ in range(50)} == {1}
 
 
-def test_a_folder_that_vanishes_is_told_and_what_was_known_stays(planned: Any, tmp_path: Path) -> None:
+def test_a_folder_that_vanishes_is_reported_and_what_was_known_stays(planned: Any, tmp_path: Path) -> None:
     folder, _ = planned("seed=0,1")
     live = Watch(folder)
     folder.rename(tmp_path / "elsewhere")
@@ -395,7 +395,7 @@ def in_terminal(*command: str, interrupt_at: str | None = None) -> tuple[int, st
     return process.wait(timeout=HANGS), shown.decode()
 
 
-def test_in_a_terminal_the_table_lives_until_ctrl_c_and_the_cursor_comes_back(planned: Any) -> None:
+def test_in_a_terminal_the_table_is_live_until_ctrl_c_and_the_cursor_comes_back(planned: Any) -> None:
     folder, _ = planned("seed=0,1")
     code, shown = in_terminal("watch", str(folder), interrupt_at="loss so far")
     assert code == 130

@@ -108,7 +108,7 @@ def trainer_at(step: int, loss: float) -> Any:
     return SimpleNamespace(clock=Clock(epoch=0, step=step), last_loss=loss)
 
 
-def test_a_jump_of_the_loss_after_a_switch_is_told_with_numbers(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_jump_of_the_loss_after_a_switch_is_reported_with_numbers(caplog: pytest.LogCaptureFixture) -> None:
     watch = SpikeWatch(window=4, short=2)
     with caplog.at_level(logging.WARNING):
         for step, loss in enumerate((9.0, 2.0, 2.2, 2.0, 2.2)):  # the first one is forgotten: mean 2.1, deviation 0.1
@@ -126,7 +126,7 @@ def test_a_jump_of_the_loss_after_a_switch_is_told_with_numbers(caplog: pytest.L
     )
 
 
-def test_a_switch_that_the_loss_does_not_notice_is_told_too(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_switch_that_the_loss_does_not_notice_is_reported_too(caplog: pytest.LogCaptureFixture) -> None:
     watch = SpikeWatch(window=4, short=2)
     with caplog.at_level(logging.INFO):
         for step, loss in enumerate((3.0, 2.4, 2.2, 2.0)):
@@ -169,7 +169,7 @@ EVEN = (0, math.log(8))
 
 
 @pytest.mark.parametrize("bad", [(3, math.log(5)), (0, math.log(3.5))], ids=["dead experts", "uneven load"])
-def test_routing_that_stays_collapsed_is_told_once_with_numbers(
+def test_routing_that_stays_collapsed_is_reported_once_with_numbers(
     bad: tuple[float, float], caplog: pytest.LogCaptureFixture
 ) -> None:
     watch = CollapseWatch(updates=20)
@@ -186,7 +186,7 @@ def test_routing_that_stays_collapsed_is_told_once_with_numbers(
     assert "moe.balance_loss_weight (it is 0.01)" in caplog.text
 
 
-def test_routing_that_is_uneven_for_a_while_is_nothing_to_tell(caplog: pytest.LogCaptureFixture) -> None:
+def test_routing_that_is_uneven_for_a_while_is_nothing_to_report(caplog: pytest.LogCaptureFixture) -> None:
     watch = CollapseWatch(updates=20)
     with caplog.at_level(logging.WARNING):
         for step in range(0, 100, 10):
@@ -201,7 +201,7 @@ def test_routing_that_is_uneven_for_a_while_is_nothing_to_tell(caplog: pytest.Lo
     assert caplog.text == ""
 
 
-def test_a_run_whose_router_sends_all_to_two_experts_is_told(
+def test_a_run_whose_router_sends_all_to_two_experts_is_reported(
     small: Small, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Pull(Callback):
@@ -219,7 +219,7 @@ def test_a_run_whose_router_sends_all_to_two_experts_is_told(
     assert caplog.text.count("has collapsed since step") == 1
 
 
-def test_a_step_that_stalls_is_told_and_the_log_shows_where_every_thread_stands(
+def test_a_step_that_stalls_is_reported_and_the_log_shows_where_every_thread_stands(
     small: Small, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = tmp_path / "train.log"
@@ -244,7 +244,7 @@ def test_a_step_that_stalls_is_told_and_the_log_shows_where_every_thread_stands(
     assert not [thread for thread in threading.enumerate() if thread.name == "watchdog"]
 
 
-def test_memory_that_is_nearly_full_is_told_once(
+def test_memory_that_is_nearly_full_is_reported_once(
     small: Small, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     looks = 0
