@@ -98,7 +98,7 @@ def _main() -> None:
 
 
 def answered(arguments: list[str]) -> bool:
-    """Answer what needs no config: help, versions, a shell's completion. Say whether it was one of them."""
+    """Answer what needs no config: help, versions, a shell's completion. Return whether it was one of them."""
     if "--help" in arguments or "-h" in arguments:
         from apt_launch.cli.help import show
 

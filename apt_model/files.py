@@ -28,7 +28,7 @@ def in_home(path: str | Path, key: str) -> Path:
     """Return ``path`` with the home folder for ``~``.
 
     Raises:
-        ConfigError: nobody knows that folder; ``key`` is where the user named it.
+        ConfigError: there is no such folder; ``key`` is where the user named it.
     """
     try:
         return Path(path).expanduser()

@@ -1,4 +1,4 @@
-"""``python -m apt_launch --help``: what a person wants to know first. Neither torch nor Hydra is loaded for it."""
+"""``python -m apt_launch --help``: groups, common keys and examples. Neither torch nor Hydra is loaded for it."""
 
 from __future__ import annotations
 

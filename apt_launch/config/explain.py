@@ -65,7 +65,7 @@ def _options_with(key: str) -> list[str]:
 
 
 def understood(error: BaseException) -> ConfigError | None:
-    """Return ``error`` as a ConfigError if it is about what was asked for, also where Hydra stumbled over it; else None."""
+    """Return ``error`` as a ConfigError if it is about what was asked for, also where Hydra failed on it; else None."""
     if isinstance(error, ConfigError | HydraException | OmegaConfBaseException):
         return explained(error)
     if isinstance(error, CheckpointError):

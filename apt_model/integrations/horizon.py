@@ -23,7 +23,7 @@ class HostRun:
     Args:
         schedule: whose horizon it shall fit.
         steps: updates of the whole run at the most; None: the loop has no end of its own.
-        updates_per_epoch: None: nobody knows before the epoch is over.
+        updates_per_epoch: None: unknown before the epoch is over.
         set_by: the library's names of what decides these numbers.
         stream: the data do not say how long an epoch is.
 
@@ -68,7 +68,7 @@ class HostRun:
             )
 
     def begin_epoch(self, epoch: int) -> None:
-        """Compare the epoch before with the plan, where nobody could before.
+        """Compare the epoch before with the plan, where that was not possible before.
 
         Raises:
             HorizonError: a stream gave fewer updates, or more epochs, and the curriculum goes by epochs.

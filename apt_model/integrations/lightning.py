@@ -173,7 +173,7 @@ class ScheduleCallback(pl.Callback):
                 )
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Compare the epoch before with the plan, where nobody could before it was over."""
+        """Compare the epoch before with the plan, where that was not possible before it was over."""
         if self._run is not None:
             self._run.begin_epoch(trainer.current_epoch)
 

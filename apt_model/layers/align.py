@@ -79,7 +79,7 @@ class BiStateAlignment(nn.Module):
             nn.init.zeros_(self.back.weight)
 
     def forward(self, hidden: Tensor, seen: StableSum | None = None) -> tuple[Tensor, AlignReport | None]:
-        """Map ``hidden`` (batch, seq, d_model) to the same shape; a report when switched on.
+        """Map ``hidden`` (batch, seq, d_model) to the same shape; a report when enabled.
 
         Args:
             seen: of the positions before those of ``hidden``, which are added; None: there are none.

@@ -49,7 +49,7 @@ class MoEReport(NamedTuple):
 class MoE(nn.Module):
     """Feed-forward layer with a switch.
 
-    Off, it is ``dense``, and there are no other parameters. :meth:`enable` replaces the dense layer by ``num_experts``
+    Disabled, it is ``dense``, and there are no other parameters. :meth:`enable` replaces the dense layer by ``num_experts``
     copies and a router: as the weights of a token's experts sum to 1, the function stays the same, whatever the
     temperature and the capacity. Switching off folds the experts into their mean.
 

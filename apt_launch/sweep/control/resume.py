@@ -23,7 +23,7 @@ def resume(folder: Path, overrides: Sequence[str] = ()) -> int:
         overrides: of keys that cannot change a result, such as ``launch.hours=48``.
 
     Raises:
-        ConfigError: a key cannot change, a job's folder holds another config than the plan, or nobody knows what became
+        ConfigError: a key cannot change, a job's folder holds another config than the plan, or it is unknown what became
             of a job.
     """
     ledger = Ledger(folder)
