@@ -17,7 +17,7 @@ HOLD = "APT_TESTS_HOLD"
 
 
 class Hold:
-    """Where processes say that they hold, and hear that they may go on.
+    """Where processes say that they wait, and learn that they may continue.
 
     Args:
         folder: one that is not there yet.

@@ -141,7 +141,7 @@ def test_each_event_adds_at_most_one_graph() -> None:
     print(f"graphs after each of ten updates: {counts}")
 
 
-def test_telling_of_routing_adds_one_graph_however_often_it_changes() -> None:
+def test_metrics_of_routing_add_one_graph_however_often_it_changes() -> None:
     model = gpt()
     model.enable_moe(True)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -255,7 +255,7 @@ def test_a_compiled_run_is_the_eager_one_and_each_switch_costs_one_graph(small: 
 SWITCHED = {"moe": 1, "align": 2, "voter": 2}
 
 
-def test_a_compiled_run_that_is_interrupted_goes_on_to_the_same_weights(
+def test_a_compiled_run_that_is_interrupted_continues_to_the_same_weights(
     small: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     random = ("model.dropout=0.1", "moe.jitter=0.1", "voter.dropout=0.1")
@@ -294,7 +294,7 @@ def without_compiler() -> ExitStack:
     return stack
 
 
-def test_a_compiler_that_is_not_there_or_fails_is_told_with_the_remedy(small: Callable[..., RunConfig]) -> None:
+def test_a_compiler_that_is_not_there_or_fails_is_reported_with_the_remedy(small: Callable[..., RunConfig]) -> None:
     with without_compiler(), pytest.raises(ConfigError, match=r"^trainer\.compile: .*=false"):
         Run(small(*COMPILED))
     compiled = Run(small(*COMPILED))
