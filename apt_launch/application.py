@@ -103,8 +103,13 @@ class Trainer:
         return "+".join(enabled(row)) or "dense"
 
     def shared_updates(self, a: JobSpec, b: JobSpec) -> int:
-        """Return 0: runs share no updates yet."""
-        return 0
+        """Return the number of first updates of ``a`` that are those of ``b``; 0 where its trainer cannot continue."""
+        from apt_launch.config.schema import EXTRAS, reach_of
+        from apt_model.schedule.prefix import shared_updates
+
+        if type(b.config.trainer) in EXTRAS:
+            return 0
+        return shared_updates(a.config.course, b.config.course, reach_of)
 
 
 def _configure_logging(folder: Path | None) -> None:
