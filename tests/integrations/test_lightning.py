@@ -101,7 +101,7 @@ def test_a_resume_over_another_length_needs_a_word(tmp_path: Path) -> None:
 
 def test_an_update_that_mixed_precision_skips_is_not_counted(tmp_path: Path) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=1000)  # the first ones overflow
-    precision = own.MixedPrecision("16-mixed", "cpu", scaler)
+    precision = own.pl.plugins.MixedPrecision("16-mixed", "cpu", scaler)
     module = own.fit(tmp_path, runner(route_temp={"start": 2.0, "end": 0.5, "by": "epoch"}), plugins=[precision])
     skipped = round(24 - torch.tensor(scaler.get_scale()).log2().item())
     assert 0 < skipped < 12
