@@ -55,7 +55,7 @@ LATCHED = (
         (["schedule.route_temp.by=step"], ["schedule.route_temp.by=step", "schedule.route_temp.start=1"], 8),
         ([], ["schedule.enable_moe_at_epoch=null", "schedule.route_temp=null"], 8),
         # 24 updates at one rate, and a cooldown to 0 over the last eight
-        (FLAT, [*FLAT, "trainer.lr_schedule.cooldown=8"], 16),
+        (FLAT, [*FLAT, "+trainer.lr_schedule.cooldown=8"], 16),
         # runs of other lengths, at a constant rate
         (
             ["schedule=none", "trainer.lr_schedule=null"],
@@ -95,7 +95,7 @@ CHANGES = {
     "schedule.route_temp.by": ["step"],
     "schedule.moe_capacity.type": ["cosine"],
     "schedule.align_weight.end": ["0", "0.1"],
-    "schedule.align_weight.from": ["2"],
+    "+schedule.align_weight.from": ["2"],
     "schedule.vote_threshold.start": ["2.5"],
     "schedule.enable_moe_at_epoch": ["1", "3", "null"],
     "schedule.enable_align_at_epoch": ["4", "null"],
@@ -110,7 +110,7 @@ CHANGES = {
     "align.alpha": ["0.9"],
     "voter.num_votes": ["2"],
     "optimizer.lr": ["1e-4"],
-    "trainer.lr_schedule.cooldown": ["2"],
+    "+trainer.lr_schedule.cooldown": ["2"],
     "trainer.max_epochs": ["7"],
     "+schedule.anneals.z": ["{target: moe.z_loss_weight, start: 0, end: 1}"],
 }
