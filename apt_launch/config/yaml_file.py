@@ -16,6 +16,9 @@ LARGEST_FILE: Final = 1 << 20
 MOST_NODES: Final = 100_000
 """Values of a file, each alias counted as all that it stands for."""
 
+LONGEST_INTERPOLATION: Final = 2000
+"""Characters of a value with an interpolation in it: OmegaConf reads such a value letter by letter, each time it is asked for."""
+
 DEEPEST: Final = 50
 """Levels of a file."""
 
@@ -93,7 +96,7 @@ def check_yaml(text: str, place: str) -> None:
     """Make sure that ``text`` makes no more than :data:`MOST_NODES` values, and has plain ones only; nothing is built.
 
     Raises:
-        ConfigError: it makes more, is deeper than :data:`DEEPEST`, or has a tag.
+        ConfigError: it makes more, is deeper than :data:`DEEPEST`, has a tag, or an interpolation that is too long.
         yaml.YAMLError: it is no YAML.
     """
     import yaml
@@ -114,6 +117,11 @@ def check_yaml(text: str, place: str) -> None:
                 raise ConfigError(f"{where(event)}: the alias *{event.anchor} names nothing that ends before it.")
             count += sizes[event.anchor]
         elif isinstance(event, yaml.ScalarEvent):
+            if len(event.value) > LONGEST_INTERPOLATION and "${" in event.value:
+                raise ConfigError(
+                    f"{where(event)}: a value with an interpolation is longer than {LONGEST_INTERPOLATION} characters. Write it "
+                    "out."
+                )
             count += 1
             if event.anchor:
                 sizes[event.anchor] = 1
