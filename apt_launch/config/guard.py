@@ -109,9 +109,9 @@ def _guarded_loader() -> type:
         def load_configuration(self, *arguments: Any, **options: Any) -> DictConfig:
             with bounded():
                 composed = self._composed(*arguments, **options)
-                check_hydra(composed)
                 for name in composed:  # whoever resolves them later meets no more than is met here
                     _resolve_all(composed, str(name))
+                check_hydra(composed)
             return composed
 
         def _composed(self, *arguments: Any, **options: Any) -> DictConfig:

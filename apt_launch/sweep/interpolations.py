@@ -36,12 +36,12 @@ def bounded() -> Iterator[None]:
     Raises:
         ConfigError: with the key that was asked for.
     """
-    from omegaconf import base
+    from omegaconf import base, grammar_parser
     from omegaconf.resolvers import oc
 
     container: Any = base.Container
     parsers: list[Any] = [base, oc]
-    resolve, parse = container.resolve_parse_tree, base.parse
+    resolve, parse = container.resolve_parse_tree, grammar_parser.parse
     ways = {name: getattr(container, name) for name in ("_resolve_node_interpolation", "_evaluate_custom_resolver")}
     count = _Count(parse)
 
@@ -94,7 +94,7 @@ class _Count:
         self.problem: str | None = None
 
     def parsed(self, value: str, *rule: Any, **more: Any) -> Any:
-        """Return the parse tree of ``value``; of one that is too long, that of another, which is refused once its key is known."""
+        """Return the parse tree of ``value``; one that is too long is refused where its key is known, and not parsed."""
         kind = (value, *rule, *more.values())
         if kind not in self._trees:
             if len(value) > LONGEST:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.sweep.test_interpolations import option_of_somebody_else
+
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 LONG = "x" * 300
@@ -108,3 +110,23 @@ def test_what_an_option_of_somebody_else_brings_is_refused_for_a_sweep_too(cli: 
         assert f"{name.partition(':')[0]}: jobs of a sweep" in result.stderr
     assert cli(*given, "--out", "out", module="apt_launch.preview").returncode == 0  # a run alone obeys it
     assert {path.name for path in tmp_path.iterdir()} == {"theirs", "out"}
+
+
+@pytest.mark.parametrize(
+    ("module", "more"),
+    [
+        ("apt_launch", ()),
+        ("apt_launch", ("--cfg", "job", "--resolve")),
+        ("apt_launch", ("--multirun", "seed=0,1")),
+        ("apt_launch", ("--dry-run",)),
+        ("apt_launch.preview", ()),
+    ],
+)
+def test_every_command_refuses_interpolations_without_an_end(
+    cli: Cli, tmp_path: Path, module: str, more: tuple[str, ...]
+) -> None:
+    option_of_somebody_else(tmp_path)
+    ended = cli("--config-dir", "theirs", *more, "data=bomb", module=module)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (2, False), ended.stderr
+    assert "error: data.suffix: more than" in ended.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]

@@ -26,7 +26,7 @@ def cancel(folder: Path) -> list[Status]:
     sent = {name: state for name, state in not_ended.items() if state.state != "planned"}
     if sent:
         backend(ledger.plan.launcher, ledger.plan.launcher_values).cancel(folder, sent)
-    problems = []
+    problems: list[str] = []
     for name in not_ended:
         try:
             transition(folder / name, "cancelled", cause="on request")
