@@ -96,12 +96,7 @@ examples:
     add("--gpu", metavar="KIND", help="sizes, with hours and what fits on a kind of GPU: a100, h100, ...")
     add("--gpus", type=int, metavar="N", help="sizes, with what each of N GPUs needs that share the model")
     add("--config-dir", "-cd", type=Path, metavar="DIR", help="a folder of your own groups and options")
-    add(
-        "--multirun",
-        "-m",
-        action="store_true",
-        help="check what a sweep alone refuses, too; several values always expand",
-    )
+    add("--multirun", "-m", action="store_true", help="refuse what a sweep refuses; several values always expand")
     add("--dry-run", action="store_true", help="taken for granted")
     return parser
 
