@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apt_launch.escapes import escape_logs
+from apt_launch.rows import enabled
 from apt_launch.sweep.application import JobContext, JobSpec, Resources, Result
-from apt_launch.sweep.values import from_yaml
+from apt_launch.values import from_yaml
 from apt_model.errors import ConfigError
-from apt_model.schedule.rows import modules_on
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -105,11 +105,16 @@ class Trainer:
 
     def phase(self, row: Mapping[str, float]) -> str:
         """Return the modules that are enabled, as the curriculum's phase."""
-        return "+".join(modules_on(row)) or "dense"
+        return "+".join(enabled(row)) or "dense"
 
     def shared_updates(self, a: JobSpec, b: JobSpec) -> int:
-        """Return 0: runs share no updates yet."""
-        return 0
+        """Return the number of first updates of ``a`` that are those of ``b``; 0 where its trainer cannot continue."""
+        from apt_launch.config.schema import EXTRAS, reach_of
+        from apt_model.schedule.prefix import shared_updates
+
+        if type(b.config.trainer) in EXTRAS:
+            return 0
+        return shared_updates(a.config.course, b.config.course, reach_of)
 
 
 def _configure_logging(folder: Path | None) -> None:

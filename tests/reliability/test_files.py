@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from apt_launch.lease import Holder, Lease, read_holder
 from apt_launch.record import Record, RecordReader, read_rows, read_tail
 from apt_launch.runs.drill import SavedDrill as Told
 from apt_launch.runs.folder import RunFolder
@@ -22,13 +23,12 @@ from apt_launch.sweep.control.send import prepare
 from apt_launch.sweep.control.table import show
 from apt_launch.sweep.jobs.process import About
 from apt_launch.sweep.jobs.state import ask_to_cancel, read_state, transition
-from apt_launch.sweep.lease import Holder, Lease, read_holder
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
 from apt_launch.sweep.report.findings import find
-from apt_launch.sweep.values import from_yaml, read_frozen, to_yaml
 from apt_launch.sweep.watch.live import Watch
 from apt_launch.tracking.deliver import Identity, Summary
+from apt_launch.values import from_yaml, read_frozen, to_yaml
 from apt_model.data import TextCorpus
 from apt_model.data.shard_writer import write
 from apt_model.data.tokenizer import ByteTokenizer, load_tokenizer

@@ -11,10 +11,10 @@ import pytest
 from omegaconf import OmegaConf
 
 import apt_launch
+from apt_launch import interpolations
 from apt_launch.config.load import composed
-from apt_launch.preview.jobs import gather
-from apt_launch.sweep import interpolations
-from apt_launch.sweep.interpolations import DEEPEST, MOST_RESOLVED, bounded
+from apt_launch.interpolations import DEEPEST, MOST_RESOLVED, bounded
+from apt_launch.planning import gather
 from apt_model.errors import ConfigError
 
 STAGES = 40

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from apt_launch.interpolations import bounded
 from apt_launch.sweep.application import JobSpec, load
-from apt_launch.sweep.interpolations import bounded
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
