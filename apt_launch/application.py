@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from apt_launch.escapes import escape_logs
 from apt_launch.rows import enabled
 from apt_launch.sweep.application import JobContext, JobSpec, Resources, Result
 from apt_launch.values import from_yaml
@@ -58,6 +59,10 @@ class Trainer:
         from apt_launch.config.run_config import is_neutral
 
         return is_neutral(key)
+
+    def job_logging(self) -> Mapping[str, Any]:
+        """Return how jobs log: as a run does."""
+        return from_yaml(_logging_as_written())
 
     def run(self, folder: Path, values: Mapping[str, Any], job: JobContext) -> Result:
         """Train in this process; return the final validation loss."""
@@ -114,11 +119,15 @@ class Trainer:
 
 def _configure_logging(folder: Path | None) -> None:
     """Log as a run of the command does; see ``conf/hydra/job_logging``. None: of a rank that writes nothing."""
-    from apt_launch.config.menu import CONF
-
-    text = (CONF / "hydra" / "job_logging" / "train_log.yaml").read_text(encoding="utf-8")
-    settings = from_yaml(text.replace("${hydra.runtime.output_dir}", str(folder)))
+    settings = from_yaml(_logging_as_written().replace("${hydra.runtime.output_dir}", str(folder)))
     if folder is None:
         del settings["handlers"]["file"]
         settings["root"]["handlers"] = ["console"]
     logging.config.dictConfig(settings)
+    escape_logs(logging.root.handlers)
+
+
+def _logging_as_written() -> str:
+    from apt_launch.config.menu import CONF
+
+    return (CONF / "hydra" / "job_logging" / "train_log.yaml").read_text(encoding="utf-8")

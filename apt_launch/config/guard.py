@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from apt_launch.config.logging_guard import logging_problems
 from apt_launch.config.yaml_file import load_yaml
+from apt_launch.interpolations import bounded
 from apt_launch.secrets import SecretError, refuse_secrets_of_the_environment, secret_error, secret_problems
 from apt_model.errors import ConfigError
 
@@ -106,8 +107,16 @@ def _guarded_loader() -> type:
 
     class GuardedLoader(ConfigLoaderImpl):
         def load_configuration(self, *arguments: Any, **options: Any) -> DictConfig:
+            with bounded():
+                composed = self._composed(*arguments, **options)
+                for name in composed:  # whoever resolves them later meets no more than is met here
+                    _resolve_all(composed, str(name))
+                check_hydra(composed)
+            return composed
+
+        def _composed(self, *arguments: Any, **options: Any) -> DictConfig:
             try:
-                composed = super().load_configuration(*arguments, **options)
+                return super().load_configuration(*arguments, **options)
             except KeyError as error:
                 if error.args and error.args[0] not in os.environ and isinstance(error.__context__, KeyError):
                     raise ConfigError(
@@ -115,8 +124,6 @@ def _guarded_loader() -> type:
                         "it out."
                     ) from None
                 raise
-            check_hydra(composed)
-            return composed
 
         def _process_config_searchpath(self, config_name: Any, parsed_overrides: Any, repo: Any) -> None:
             initialize = repo.initialize_sources
@@ -410,6 +417,14 @@ def _as_in_a_run(composed: DictConfig) -> Iterator[Any]:
         yield copy.hydra
     finally:
         HydraConfig.instance().cfg = before
+
+
+def _resolve_all(above: DictConfig, name: str) -> None:
+    """Resolve all below ``above.name``, but for what Hydra acts on, which was; what does not resolve is left to who needs it."""
+    if name != "hydra":
+        node = _try(above, name)
+        for _ in _leaves(node, name) if isinstance(node, DictConfig | ListConfig) else ():
+            pass
 
 
 def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -256,6 +256,9 @@ class NoLoggerConfig(LoggerConfig):
     mode: Literal["disabled"]
 
 
+DEFAULT_TRAINER: Final = "apt_model.training.trainer.Trainer"
+"""The ``_target_`` of ``trainer=default``."""
+
 GROUPS: Final[dict[str, dict[str | None, type[Group]]]] = {
     "model": {"apt_model.gpt.GPT": GPTConfig},
     "moe": {"apt_model.layers.moe.MoE": MoEConfig},
@@ -271,7 +274,7 @@ GROUPS: Final[dict[str, dict[str | None, type[Group]]]] = {
     },
     "optimizer": {"torch.optim.AdamW": AdamWConfig},
     "trainer": {
-        "apt_model.training.trainer.Trainer": TrainerConfig,
+        DEFAULT_TRAINER: TrainerConfig,
         "apt_model.integrations.lightning.LightningTrainer": LightningConfig,
         "apt_model.integrations.transformers.HFTrainer": HFConfig,
     },

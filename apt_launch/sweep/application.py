@@ -131,6 +131,9 @@ class Application(Protocol):
     def is_neutral(self, key: str) -> bool:
         """Return whether the key cannot change a result."""
 
+    def job_logging(self) -> Mapping[str, Any] | None:
+        """Return how jobs log, as ``hydra.job_logging`` says it: a sweep refuses another; None: it is not compared."""
+
     def run(self, folder: Path, values: Mapping[str, Any], job: JobContext) -> Result:
         """Run a job in this process, which is the job's own, with the frozen ``values``.
 

@@ -7,16 +7,19 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from apt_launch.escapes import visible
 from apt_launch.lease import Holder, heartbeats
 from apt_launch.sweep.application import Resources, load
 from apt_launch.sweep.backends.machine import Machine, worker_file
 from apt_launch.sweep.jobs import process
-from apt_launch.sweep.jobs.state import ENDED, read_state, transition
+from apt_launch.sweep.jobs.state import ENDED, ask_to_cancel, read_state, transition
 from apt_launch.sweep.plan.plan import Plan
+from apt_model.errors import ConfigError
 from apt_model.files import write_json
 
 MOST_RESTARTS = 20
@@ -97,7 +100,7 @@ class Worker:
             except BaseException:
                 import traceback
 
-                traceback.print_exc()
+                sys.stderr.write(visible(traceback.format_exc()))
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
@@ -125,7 +128,10 @@ class Worker:
         """Ask every job to stop, and kill those that have not after :data:`GRACE_SECONDS`."""
         self.cancelled = True
         for pid, (name, _, _) in self.running.items():
-            (self.sweep / name / "cancel").touch()
+            with suppress(
+                ConfigError, OSError
+            ):  # a handler ends no worker: the job then stops as one that is preempted
+                ask_to_cancel(self.sweep / name)
             os.kill(pid, signal.SIGTERM)
 
         def kill(number: int, frame: Any) -> None:

@@ -15,7 +15,7 @@ def cancel(folder: Path) -> list[Status]:
     """Cancel every job of the sweep that has not ended; return the states when none of its jobs runs any more.
 
     Raises:
-        ConfigError: there is no sweep, or the cluster does not answer.
+        ConfigError: there is no sweep, the cluster does not answer, or a job's folder is a link; all others are cancelled then.
     """
     ledger = Ledger(folder)
     not_ended = {}
@@ -26,6 +26,12 @@ def cancel(folder: Path) -> list[Status]:
     sent = {name: state for name, state in not_ended.items() if state.state != "planned"}
     if sent:
         backend(ledger.plan.launcher, ledger.plan.launcher_values).cancel(folder, sent)
+    problems: list[str] = []
     for name in not_ended:
-        transition(folder / name, "cancelled", cause="on request")
+        try:
+            transition(folder / name, "cancelled", cause="on request")
+        except ConfigError as error:  # it keeps no other job from being cancelled
+            problems += error.problems
+    if problems:
+        raise ConfigError(*problems)
     return ledger.statuses()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from apt_launch.interpolations import bounded
 from apt_launch.sweep.application import JobSpec, load
 
 if TYPE_CHECKING:
@@ -63,6 +64,11 @@ class Composer:
         Raises:
             ConfigError: with every problem found.
         """
+        with bounded():
+            return self._application.check(self._with_values(overrides))
+
+    def _with_values(self, overrides: Sequence[str]) -> DictConfig:
+        """Compose one config, whose values are those of ``overrides`` until the next is composed."""
         from hydra._internal.config_loader_impl import ConfigLoaderImpl
         from hydra.errors import HydraException
 
@@ -79,7 +85,7 @@ class Composer:
             ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
         except HydraException as error:
             raise self._application.explain(error) from None
-        return self._application.check(cfg)
+        return cfg
 
     def _is_structural(self, override: Override) -> bool:
         """Return whether ``override`` chooses a group's option; the rule is Hydra's."""
