@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging.config
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,10 @@ class Trainer:
     """Plans and runs training runs."""
 
     program = ("python", "-m", "apt_launch")
+    metric = "val/loss"
+    direction = "minimize"
+    axis = "tokens"
+    trusts_folder = False
 
     def __init__(self) -> None:
         self._counts: Counts = {}  # tokens of corpora: many jobs read one text
@@ -58,6 +62,14 @@ class Trainer:
         from apt_launch.config.run_config import is_neutral
 
         return is_neutral(key)
+
+    def columns(self, rows: Sequence[Mapping[str, float]]) -> Sequence[tuple[str, str]]:
+        """Return the losses, and the speed."""
+        return (("train/loss", ".4f"), ("val/loss", ".4f"), ("tokens_per_second", ",.0f"))
+
+    def output(self, folder: Path, values: Mapping[str, Any], number: int) -> Path:
+        """Return the job's own folder."""
+        return folder
 
     def run(self, folder: Path, values: Mapping[str, Any], job: JobContext) -> Result:
         """Train in this process; return the final validation loss."""

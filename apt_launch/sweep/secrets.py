@@ -72,6 +72,16 @@ def keep_private() -> None:
     os.umask(0o077)
 
 
+@contextmanager
+def kept_private() -> Iterator[None]:
+    """Do so meanwhile, in a process that goes on to be somebody else's."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 def check_secrets(values: Mapping[str, Any]) -> None:
     """Make sure that no value is a secret: a config ends in the run's folder, in W&B and in job scripts.
 
@@ -83,16 +93,23 @@ def check_secrets(values: Mapping[str, Any]) -> None:
         raise ConfigError(*problems)
 
 
-def _secrets_of_the_environment() -> dict[str, str]:
+def secrets_of_the_environment() -> dict[str, str]:
     """Return the variables that are named like secrets, and long enough to be found elsewhere by their value."""
     return {
         name: value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET
     }
 
 
+def without_values_of_the_environment(text: str) -> str:
+    """Return ``text`` with interpolations where secrets of the environment stand in clear."""
+    for name, secret in secrets_of_the_environment().items():
+        text = text.replace(secret, f"${{oc.env:{name}}}")
+    return text
+
+
 def secret_problems(values: Any, path: str) -> list[str]:
     """Return what is wrong with the values below the key ``path``: each that is, or names, a secret."""
-    known = _secrets_of_the_environment()
+    known = secrets_of_the_environment()
     problems = []
     for key, value in _leaves(values, path):
         reason = _reason(key, value, known)
@@ -135,7 +152,7 @@ def _leaves(values: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def redacted(text: str) -> str:
     """Return ``text`` without the lines that look like they hold a secret."""
-    known = _secrets_of_the_environment().values()
+    known = secrets_of_the_environment().values()
 
     def clean(line: str) -> str:
         hidden = SECRET_VALUE.search(line) or _assigns_a_secret(line) or any(secret in line for secret in known)

@@ -17,6 +17,7 @@ from apt_launch.sweep.jobs import process
 from apt_launch.sweep.jobs.state import ENDED, read_state, transition
 from apt_launch.sweep.lease import Holder, signs_of_life
 from apt_launch.sweep.plan.plan import Plan
+from apt_model.errors import ReportedError
 from apt_model.files import write_json
 
 MOST_RESTARTS = 20
@@ -54,7 +55,7 @@ class Worker:
     def run(self) -> None:
         """Run all jobs."""
         signal.signal(signal.SIGTERM, self._cancel)
-        load(self.plan.application).preload(self.plan.values(self.plan.jobs[0]))
+        load(self.plan.application, self.plan.program).preload(self.plan.values(self.plan.jobs[0]))
         gc.collect()
         gc.freeze()  # what is shared with the jobs is never touched again
         while self.waiting or self.running:
@@ -94,6 +95,8 @@ class Worker:
             code = process.FAILED
             try:
                 code = _be_job(self.sweep / name, gpus, resources.cpus or self.cores_each)
+            except ReportedError:
+                pass  # its own traceback is in the log
             except BaseException:
                 import traceback
 

@@ -9,8 +9,9 @@ import time
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
-from apt_launch.sweep.jobs.process import AGAIN, DONE, perform
+from apt_launch.sweep.jobs.process import AGAIN, DONE, FAILED, perform
 from apt_launch.sweep.jobs.state import read_state, transition
+from apt_model.errors import ReportedError
 
 
 def run_on_slurm(folder: str) -> float | None:
@@ -27,9 +28,12 @@ def run_on_slurm(folder: str) -> float | None:
     array = environment.get("SLURM_ARRAY_JOB_ID")
     job_id = f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array else environment["SLURM_JOB_ID"]
     path = Path(folder)
-    code = perform(
-        path, job_id=job_id, restart=int(environment.get("SLURM_RESTART_COUNT", "0")), rank=rank, requeue=_requeue
-    )
+    try:
+        code = perform(
+            path, job_id=job_id, restart=int(environment.get("SLURM_RESTART_COUNT", "0")), rank=rank, requeue=_requeue
+        )
+    except ReportedError:  # its own traceback is in the log
+        code = FAILED
     if code != DONE:
         sys.stdout.flush()
         os._exit(0 if code == AGAIN else code)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
 from apt_launch.commands import command
-from apt_launch.sweep.application import TRAINER, JobContext, Result, load
+from apt_launch.sweep.application import TRAINER, JobContext, Program, Result, load
 from apt_launch.sweep.command import take_any_character
 from apt_launch.sweep.jobs.state import State, read_state, transition
 from apt_launch.sweep.lease import Holder, Lease
@@ -51,6 +51,7 @@ class About:
     cwd: str
     hours: float
     application: str = TRAINER
+    program: Program | None = None
 
     def __post_init__(self) -> None:
         """Refuse what nobody can have planned."""
@@ -184,7 +185,7 @@ class _Attempt:
 
     def _run(self) -> Result:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        application = load(self.about.application)
+        application = load(self.about.application, self.about.program)
         os.chdir(self.about.cwd)
         values = read_frozen(self.folder / "config.yaml")
         resume = application.has_checkpoint(self.folder)

@@ -235,7 +235,7 @@ def find(
         except ConfigError as error:  # it hides no other job
             state, cause = "unknown", str(error)
         trials.append(Trial(job, state, rows, cause))
-    findings = replace(compare(plan, trials, metric, load(plan.application).program), against=against)
+    findings = replace(compare(plan, trials, metric, load(plan.application, plan.program).program), against=against)
     labels = [group.label for group in findings.groups]
     if against is not None and labels and against not in labels:
         raise ConfigError(f"--against: no jobs of this sweep are {against!r}. {nearest(against, labels)}")
