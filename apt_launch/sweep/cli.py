@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
             )
         if name == "report":
             one.add_argument(
-                "--metric", default="val/loss", metavar="NAME", help="what decides, the lowest wins (val/loss)"
+                "--metric", metavar="NAME", help="what decides, the best wins: val/loss, or what the program returns"
             )
             one.add_argument(
                 "--against",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -43,7 +43,6 @@ def secret_error(error: BaseException | None) -> SecretError | None:
 
 def refuse_secrets_of_the_environment() -> None:
     """Have ``${oc.env:NAME}`` raise SecretError from now on where NAME is named like a secret, however it is written."""
-    from omegaconf import OmegaConf
     from omegaconf.resolvers import oc
 
     def env(key: str, *default: Any) -> Any:
@@ -51,7 +50,17 @@ def refuse_secrets_of_the_environment() -> None:
             raise SecretError(f"it takes the secret {key} from the environment. {REMEDY}")
         return oc.env(key, *default)
 
-    OmegaConf.register_new_resolver("oc.env", env, replace=True)
+    register_resolver("oc.env", env)
+
+
+def register_resolver(name: str, resolver: Callable[..., Any]) -> None:
+    """Register a resolver in place of another, in OmegaConf 2.3 and in 2.4, where that has another name."""
+    import omegaconf
+    from omegaconf import OmegaConf
+
+    new = tuple(map(int, omegaconf.__version__.split(".")[:2])) >= (2, 4)
+    register: Any = OmegaConf.register_resolver if new else OmegaConf.register_new_resolver
+    register(name, resolver, replace=True)
 
 
 @contextmanager

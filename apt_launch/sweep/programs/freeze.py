@@ -17,7 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from apt_launch.sweep.secrets import SECRET_VALUE, secrets_of_the_environment, without_secrets_of_the_environment
+from apt_launch.sweep.secrets import (
+    SECRET_VALUE,
+    register_resolver,
+    secrets_of_the_environment,
+    without_secrets_of_the_environment,
+)
 from apt_model.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -155,7 +160,7 @@ def _without_what_only_jobs_know() -> Iterator[None]:
         return OmegaConf.select(cfg.hydra, path, throw_on_missing=True, throw_on_resolution_failure=True)
 
     before = BaseContainer._resolvers["hydra"]
-    OmegaConf.register_new_resolver("hydra", hydra, replace=True)
+    register_resolver("hydra", hydra)
     try:
         yield
     finally:
@@ -205,7 +210,10 @@ def _thaw(value: Any, path: str, types: Mapping[str, str]) -> Any:
         for key, content in items:
             full = f"{path}.{key}" if path else str(key)
             try:
-                node[key] = _thaw(content, full, types)
+                if isinstance(content, str) and path in types:
+                    OmegaConf.update(node, key, content, merge=False)  # text becomes what the class wants
+                else:
+                    node[key] = _thaw(content, full, types)
             except (OmegaConfBaseException, ValueError) as error:
                 raise ConfigError(
                     f"{full}: {content!r} does not fit {types.get(path, 'its place')}: {str(error).splitlines()[0]}"
