@@ -85,6 +85,9 @@ class Worker:
         return None
 
     def _start(self, name: str) -> None:
+        if process.wants_cancel(self.sweep / name):
+            transition(self.sweep / name, "cancelled", cause="before it began")
+            return
         resources = self.resources[name]
         gpus = tuple(self.free_gpus[: resources.gpus or 0])
         del self.free_gpus[: len(gpus)]

@@ -262,7 +262,7 @@ class SlurmBackend:
                 observed[name] = replace(observed[name], cause=f"{observed[name].cause}{last}")
         return observed
 
-    def cancel(self, folder: Path, jobs: Mapping[str, State]) -> None:
+    def cancel(self, folder: Path, jobs: Mapping[str, State], *, whole: bool = True) -> None:
         """Cancel ``jobs``; return when SLURM runs none of them any more.
 
         Raises:
@@ -278,7 +278,8 @@ class SlurmBackend:
         while time.monotonic() < until:
             names = ask("squeue", "-h", "-r", "-u", _user(), "-o", "%i|%j")
             rows = [line.split("|") for line in names.splitlines()]
-            left = [number for number, name in rows if number in ids or name.startswith(f"apt-{plan.id}-")]
+            mine = f"apt-{plan.id}-"
+            left = [number for number, name in rows if number in ids or (whole and name.startswith(mine))]
             if not left:
                 return
             if stray := sorted({*left} - set(ids)):  # submitted, but never written down

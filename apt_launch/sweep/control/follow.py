@@ -59,7 +59,7 @@ def follow(folder: Path, only: set[str] | None = None, *, record: bool = True) -
             pause = min(pause * 1.2, 0.2 if ledger.plan.launcher == "local" else 5.0)
     if only is None:
         show(ledger.plan, ledger.statuses(), folder)
-    return 0 if all(status.state == "done" for status in statuses) else 1
+    return 0 if all(status.state in ("done", "dropped") for status in statuses) else 1
 
 
 @contextmanager

@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 HEADS = {"tokens_per_second": "tokens/s"}
 """Metrics that a table calls otherwise."""
 
-STYLES = {"done": "green", "failed": "bold red", "cancelled": "yellow", "running": "cyan", "unknown": "magenta"}
+STYLES = {
+    "done": "green",
+    "failed": "bold red",
+    "cancelled": "yellow",
+    "dropped": "dim",
+    "running": "cyan",
+    "unknown": "magenta",
+}
 
 
 def show(plan: Plan, statuses: Sequence[Status], folder: Path) -> None:

@@ -140,6 +140,8 @@ class _Attempt:
     def perform(self, requeue: Callable[[Path], None]) -> int:
         """Run the application; write how that ended, and return the exit code."""
         try:
+            if self.rank == 0 and wants_cancel(self.folder):
+                raise _StoppedEarly("cancelled before it began")
             result = self._run()
         except Interrupted:
             if wants_cancel(self.folder):

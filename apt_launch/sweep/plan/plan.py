@@ -126,6 +126,18 @@ class Plan:
         """The most that all jobs together may take."""
         return sum(job.resources.gpu_hours for job in self.jobs)
 
+    def check_numbers(self, numbers: Sequence[int]) -> None:
+        """Make sure that there are jobs with these numbers.
+
+        Raises:
+            ConfigError: one is no job's.
+        """
+        known = {job.number for job in self.jobs}
+        if missing := sorted({*numbers} - known):
+            raise ConfigError(
+                f"there is no job {missing[0]} in this sweep; its jobs have the numbers 0 to {max(known)}."
+            )
+
     def values(self, job: Job) -> dict[str, Any]:
         """Return the job's whole config, nested as in YAML."""
         flat = {**self.shared, **job.differs}

@@ -243,6 +243,8 @@ def find(
     application = load(plan.application, plan.program)
     trials = []
     for job in plan.jobs:
+        if states.get(job.folder) == "dropped":
+            continue
         path = sweep / job.folder / "metrics.jsonl"
         state, cause, rows = states.get(job.folder, "planned"), (causes or {}).get(job.folder), []
         try:
