@@ -1,4 +1,4 @@
-"""``python -m apt_launch.sweep status|watch|wait|resume|cancel|drop|best|report DIR``: a sweep after its launch, from any terminal."""
+"""``python -m apt_launch.sweep status|watch|wait|resume|cancel|drop|best|report DIR``: a sweep after its launch."""
 
 from __future__ import annotations
 

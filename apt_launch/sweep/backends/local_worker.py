@@ -33,14 +33,23 @@ def work(sweep: str, name: str, names: Sequence[str], machine: Machine, max_para
     own = worker_file(Path(sweep), name)
     write_json(own, asdict(Holder.this_process()))
     with signs_of_life(own):
-        Worker(Path(sweep), names, machine, max_parallel).run()
+        Worker(Path(sweep), names, machine, max_parallel, name=name).run()
 
 
 class Worker:
     """Starts jobs where there is room, and notes how they ended."""
 
-    def __init__(self, sweep: Path, names: Sequence[str], machine: Machine, max_parallel: int | None) -> None:
+    def __init__(
+        self,
+        sweep: Path,
+        names: Sequence[str],
+        machine: Machine,
+        max_parallel: int | None,
+        *,
+        name: str | None = None,
+    ) -> None:
         self.sweep = sweep
+        self.name = name  # by which the jobs' states say whose they are
         self.machine = machine
         self.waiting = list(names)
         self.running: dict[int, tuple[str, Resources, tuple[str, ...]]] = {}
@@ -85,6 +94,8 @@ class Worker:
         return None
 
     def _start(self, name: str) -> None:
+        if self.name is not None and read_state(self.sweep / name).job_id not in (None, self.name):
+            return  # cancelled while it waited, and sent again since
         if process.wants_cancel(self.sweep / name):
             transition(self.sweep / name, "cancelled", cause="before it began")
             return

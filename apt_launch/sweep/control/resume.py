@@ -26,8 +26,8 @@ def resume(folder: Path, overrides: Sequence[str] = (), numbers: Sequence[int] =
         numbers: the jobs, also those that were dropped; empty: all.
 
     Raises:
-        ConfigError: there is no such job, a key cannot change, a job's folder holds another config than the plan, or nobody knows what became
-            of a job.
+        ConfigError: there is no such job, a key cannot change, a job's folder holds another config than the plan, or nobody
+            knows what became of a job.
     """
     ledger = Ledger(folder)
     ledger.plan.check_numbers(numbers)
