@@ -133,6 +133,11 @@ class _Attempt:
         self.hours = self.about.hours
 
     @property
+    def hours_key(self) -> str:
+        """The key that gives the job its hours."""
+        return "launch.hours" if self.about.program is None else "hydra.launcher.hours"
+
+    @property
     def seconds(self) -> float:
         """Taken by all attempts so far."""
         return self.before.seconds + time.time() - self.began
@@ -145,12 +150,13 @@ class _Attempt:
             result = self._run()
         except Interrupted:
             if wants_cancel(self.folder):
-                self._end("cancelled", cause="on request; its checkpoint is kept")
+                kept = load(self.about.application, self.about.program).has_checkpoint(self.folder)
+                self._end("cancelled", cause="on request; its checkpoint is kept" if kept else "on request")
                 return STOPPED
             if self.seconds >= self.hours * 3600:
                 spent = BudgetSpentError(
                     f"it took its {self.hours:g} h. Continue it by: "
-                    + command("apt_launch.sweep", "resume", self.folder.parent, f"launch.hours={2 * self.hours:g}")
+                    + command("apt_launch.sweep", "resume", self.folder.parent, f"{self.hours_key}={2 * self.hours:g}")
                 )
                 self._end("failed", cause=str(spent))
                 raise spent from None
@@ -197,7 +203,7 @@ class _Attempt:
             transition(self.folder, "running", job_id=self.job_id, restarts=self.attempts)
         left = self.hours * 3600 - self.before.seconds
         if left <= 0:
-            raise BudgetSpentError(f"it took its {self.hours:g} h (launch.hours).")
+            raise BudgetSpentError(f"it took its {self.hours:g} h ({self.hours_key}).")
         signal.signal(signal.SIGALRM, lambda number, frame: os.kill(os.getpid(), signal.SIGUSR2))
         signal.setitimer(signal.ITIMER_REAL, left)
         try:
