@@ -56,6 +56,9 @@ class PlanSweeper(Sweeper):
         """Take what Hydra gives to a sweeper."""
         from hydra.core.plugins import Plugins
 
+        from apt_launch.sweep.secrets import current_umask
+
+        self.umask = current_umask()
         self.context = hydra_context
         self.task_function = task_function
         self.given = config
@@ -88,7 +91,7 @@ class PlanSweeper(Sweeper):
         plan = make(
             arguments,
             target=backend,
-            composer=composer_of(self.context, self.task_function, self.given),
+            composer=composer_of(self.context, self.task_function, self.given, self.umask),
             params=self.params,
             zipped=self.zip,
         )
@@ -99,17 +102,17 @@ class PlanSweeper(Sweeper):
             carry_out(plan, folder, backend, self.launcher.snapshot_mb)
 
 
-def composer_of(context: HydraContext, task: TaskFunction, config: DictConfig) -> Composer:
+def composer_of(context: HydraContext, task: TaskFunction, config: DictConfig, umask: int) -> Composer:
     """Return what composes a job as Hydra's command line would: same search path, same config."""
     from apt_launch.sweep.application import HYDRA_MAIN, application_of
     from apt_launch.sweep.plan.composer import Composer
 
     name = application_of(task)
-    program = _program_of(task, config) if name == HYDRA_MAIN else None
+    program = _program_of(task, config, umask) if name == HYDRA_MAIN else None
     return Composer(context.config_loader, config.hydra.job.config_name, name, program, config)
 
 
-def _program_of(task: TaskFunction, config: DictConfig) -> Program:
+def _program_of(task: TaskFunction, config: DictConfig, umask: int) -> Program:
     """Return how jobs start the program again, with what the sweeper and the launcher say of that."""
     from omegaconf import OmegaConf
 
@@ -129,7 +132,7 @@ def _program_of(task: TaskFunction, config: DictConfig) -> Program:
         own = validated(SweeperOptions, own, key="hydra.sweeper").model_dump()
     else:
         own = {}
-    found = program(task, own, None)
+    found = program(task, own, umask)
     if wanted is None:
         wanted = str(launcher.get("_target_")).endswith(f".{SlurmLauncher.__name__}")
         checkout = checkout_of(found, Path.cwd()) if wanted else None
@@ -213,7 +216,9 @@ class _PlannedLauncher(Launcher):
         from apt_launch.sweep.application import HYDRA_MAIN, application_of
         from apt_launch.sweep.backends.registry import backend
         from apt_launch.sweep.options import JobResources, SnapshotOptions
+        from apt_launch.sweep.secrets import current_umask
 
+        self.umask = current_umask()
         if application_of(task_function) != HYDRA_MAIN:
             _refuse_dropped(config)
         apart = {*JobResources.model_fields, *SnapshotOptions.model_fields}
@@ -246,7 +251,7 @@ class _PlannedLauncher(Launcher):
         from apt_model.errors import TrainingError
 
         if self.composer is None:
-            self.composer = composer_of(self.context, self.task_function, self.given)
+            self.composer = composer_of(self.context, self.task_function, self.given, self.umask)
         asked = [str(override) for override in self.given.hydra.overrides.task]
         batch = of_combinations(
             [(list(all_of), [one for one in all_of if one not in asked]) for all_of in job_overrides],

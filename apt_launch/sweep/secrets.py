@@ -81,6 +81,13 @@ def keep_private() -> None:
     os.umask(0o077)
 
 
+def current_umask() -> int:
+    """Return the mode that files of this process lack."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
+
+
 @contextmanager
 def kept_private() -> Iterator[None]:
     """Do so meanwhile, in a process that goes on to be somebody else's."""

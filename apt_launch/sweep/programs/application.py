@@ -208,10 +208,8 @@ class HydraMain:
         return 0
 
 
-def program(task: Any, sweeper: Mapping[str, Any], snapshot: str | None) -> Program:
+def program(task: Any, sweeper: Mapping[str, Any], umask: int) -> Program:
     """Return the program that has called ``task``, with what ``hydra.sweeper`` says of its sweep."""
-    umask = os.umask(0o077)
-    os.umask(umask)
     loaded = [name for name in PRELOADED if name in sys.modules and "." not in name]
     return start.program_of(
         task,
@@ -220,7 +218,6 @@ def program(task: Any, sweeper: Mapping[str, Any], snapshot: str | None) -> Prog
         neutral=tuple(map(str, sweeper.get("neutral") or ())),
         preload=tuple(loaded),
         umask=umask,
-        snapshot=snapshot,
     )
 
 
