@@ -63,7 +63,7 @@ class Worker:
 
     def run(self) -> None:
         """Run all jobs."""
-        signal.signal(signal.SIGTERM, self._cancel)
+        self.take_over_signals()
         load(self.plan.application, self.plan.program).preload(self.plan.values(self.plan.jobs[0]))
         gc.collect()
         gc.freeze()  # what is shared with the jobs is never touched again
@@ -72,11 +72,27 @@ class Worker:
                 self._start(name)
             if not self.running:
                 break
-            pid, status = os.wait()
+            pid, status = self.wait_for_one()
             if pid in self.running:
                 self._note_end(pid, os.waitstatus_to_exitcode(status))
         for name in self.waiting:
             transition(self.sweep / name, "cancelled", cause="before it began")
+
+    def take_over_signals(self) -> None:
+        """Have a signal cancel all jobs."""
+        signal.signal(signal.SIGTERM, self._cancel)
+
+    def wait_for_one(self) -> tuple[int, int]:
+        """Return process and status of the next that ends."""
+        return os.wait()
+
+    def be_job(self, name: str, gpus: Sequence[str], resources: Resources) -> int:
+        """Run a job in this process, which was just forked; return its exit code."""
+        return _be_job(self.sweep / name, gpus, resources.cpus or self.cores_each)
+
+    def wants_again(self, name: str) -> bool:
+        """Return whether a job that was interrupted is to be started again by this worker."""
+        return not self.cancelled
 
     def take_next(self) -> str | None:
         """Return the first waiting job that there is room for, which then waits no more; None: there is none."""
@@ -108,7 +124,7 @@ class Worker:
         if pid == 0:
             code = process.FAILED
             try:
-                code = _be_job(self.sweep / name, gpus, resources.cpus or self.cores_each)
+                code = self.be_job(name, gpus, resources)
             except ReportedError:
                 pass  # its own traceback is in the log
             except BaseException:
@@ -126,12 +142,14 @@ class Worker:
         self.free_gpus += gpus
         folder = self.sweep / name
         state = read_state(folder)
-        if code == process.AGAIN and not self.cancelled:
+        if code == process.AGAIN and self.wants_again(name):
             if state.restarts < MOST_RESTARTS:
                 transition(folder, "requeued", restarts=state.restarts + 1)
                 self.waiting.append(name)
             else:
                 transition(folder, "failed", cause=f"interrupted {MOST_RESTARTS} times")
+        elif code == process.AGAIN and not self.cancelled:
+            pass  # whoever runs this worker starts the job again
         elif state.state not in ENDED:
             cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
             if code == -signal.SIGKILL:
@@ -155,7 +173,7 @@ class Worker:
 
 def _be_job(folder: Path, gpus: Sequence[str], cores: int) -> int:
     """Run a job in a process just forked; return its exit code."""
-    _end_with_parent()
+    end_with_parent()
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
@@ -163,7 +181,7 @@ def _be_job(folder: Path, gpus: Sequence[str], cores: int) -> int:
     return process.perform(folder, cores=cores)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ask Linux for a SIGTERM when the worker dies: no job stays behind alone."""
     if sys.platform == "linux":
         import ctypes
