@@ -49,7 +49,7 @@ docs: $(VENV)/.installed ## build the documentation into build/site; a warning i
 wheel: $(VENV)/.installed ## build the wheel and run it from another folder in an environment of its own
 	PYTHON_BIN="$(abspath $(BIN)/python)" sh tests/wheel.sh
 
-pythons: $(VENV)/.installed ## what needs no torch, on Python 3.10 and 3.13, where they are
+pythons: $(VENV)/.made ## what needs no torch, on Python 3.10 and 3.13, where they are
 	PYTHON_BIN="$(abspath $(BIN)/python)" sh tests/pythons.sh
 
 clean: ## remove the environment and what tools left

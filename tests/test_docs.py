@@ -180,6 +180,8 @@ def shortened(module: str, arguments: list[str]) -> list[str]:
     """Return a command that does the same with a very small model, and sends no sweep that has no folder of its own."""
     if module != "apt_launch" or {"--cfg", "--help", "-sc"} & set(arguments):
         return arguments
+    sizes = {override.split("=", 1)[0] for override in SMALL if override.startswith("model.")}
+    arguments = [argument for argument in arguments if argument.split("=", 1)[0] not in sizes]
     given = {argument.split("=", 1)[0] for argument in arguments}
     small = [override for override in SMALL if override.split("=", 1)[0] not in given]
     if "--multirun" in arguments and "hydra.sweep.dir" not in given:

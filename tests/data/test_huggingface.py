@@ -18,8 +18,9 @@ from apt_model.data import HFCorpus
 from apt_model.data.tokenizer import train_tokenizer
 from apt_model.errors import ConfigError
 from tests.forks import HANGS
+from tests.late import Late
 
-datasets = pytest.importorskip("datasets")
+datasets = Late("datasets")
 
 TEXTS = [f"document {i}, {i * i} squared\n" for i in range(50)]
 

@@ -14,16 +14,16 @@ import torch
 from apt_launch.config.load import composed
 from apt_launch.runs.build import build_trainer
 from apt_model.errors import ConfigError, Interrupted
-from apt_model.integrations import lightning as in_lightning
-from apt_model.integrations import transformers as in_transformers
 from apt_model.schedule import Horizon, ScheduleRunner
 from apt_model.training.checkpoint import Checkpoints
 from apt_model.training.distributed import process_group
 from tests.conftest import SMALL
-from tests.integrations import test_lightning, test_transformers
 from tests.integrations.ranks import Ranks, ranks
+from tests.late import Late
 
 HERE = __name__
+in_lightning = Late("tests.integrations.of_lightning")
+in_transformers = Late("tests.integrations.of_transformers")
 
 
 @pytest.fixture(scope="module")
@@ -143,19 +143,19 @@ def told(model: torch.nn.Module, callback: Any, seen: list[Any]) -> dict[str, An
 
 def in_others_lightning(out: Path, **curriculum: Any) -> dict[str, Any]:
     warnings.simplefilter("ignore")
-    module = test_lightning.Plain()
+    module = in_lightning.Plain()
     module.callback = in_lightning.ScheduleCallback(runner(**curriculum))
-    trainer = test_lightning.trainer(module.callback, out, devices=2, strategy="ddp")
-    trainer.fit(module, test_lightning.batches(10))  # 20 rows, 10 for each rank in batches of 2, 2 batches an update
+    trainer = in_lightning.trainer(module.callback, out, devices=2, strategy="ddp")
+    trainer.fit(module, in_lightning.batches(10))  # 20 rows, 10 for each rank in batches of 2, 2 batches an update
     return told(module, module.callback, module.seen)
 
 
 def in_others_transformers(out: Path, **curriculum: Any) -> dict[str, Any]:
     warnings.simplefilter("ignore")
-    model = test_transformers.Plain()
+    model = in_transformers.Plain()
     model.callback = in_transformers.ScheduleCallback(runner(**curriculum))
-    trainer = test_transformers.made(model, model.callback, out, save_strategy="no", ddp_find_unused_parameters=False)
-    trainer.train_dataset = test_transformers.rows(20)
+    trainer = in_transformers.made(model, model.callback, out, save_strategy="no", ddp_find_unused_parameters=False)
+    trainer.train_dataset = in_transformers.rows(20)
     try:
         trainer.train()
     except ConfigError as error:

@@ -34,6 +34,8 @@ class Sweep:
         self.base = base
         self.env = environment() | {"SLURM_CONF": cluster.environment()["SLURM_CONF"]}
         self.holding: Hold
+        self.forked = False
+        """Whether jobs are forked where libraries are loaded: for what becomes of jobs, not of their processes."""
 
     def hold(self, at: int = 11) -> None:
         r"""Have each process hold in its ``at``\ th update; those of ``LONG`` then have a checkpoint and are within an epoch."""
@@ -65,7 +67,7 @@ class Sweep:
         return result
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        with Fork(command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, forks=False) as process:
+        with Fork(command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, forks=self.forked) as process:
             out, err = process.communicate()
         return subprocess.CompletedProcess(command, process.wait(), out, err)
 
@@ -112,6 +114,7 @@ def sweep(cluster: Cluster, at: Callable[[Cluster], Sweep]) -> Sweep:
 
 
 def test_an_array_of_eight_loses_only_the_job_that_fails_and_the_one_that_dies(sweep: Sweep) -> None:
+    sweep.forked = True
     sweep.env["MY_SERVICE_TOKEN"] = secret = "c4n4ry-0123456789abcdef-c4n4ry"
     rates = ",".join(["0.001", "0.0011", "0.0012", "0.0013", "0.0014", "0.0015", "0.0016", "1e30"])
     sweep.hold(at=1)
@@ -211,9 +214,10 @@ def test_a_node_that_dies_loses_no_job_and_comes_back(sweep: Sweep) -> None:
 
 
 def test_a_controller_that_is_away_at_submission_is_waited_for(sweep: Sweep) -> None:
+    sweep.forked = True
     sweep.cluster.stop_controller()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    sending = Fork(sweep.command("seed=0,1"), env=sweep.env, forks=False, **pipes)
+    sending = Fork(sweep.command("seed=0,1"), env=sweep.env, forks=sweep.forked, **pipes)
     assert sending.stderr is not None
     try:
         assert "does not answer; trying again" in sending.stderr.readline()
@@ -267,11 +271,12 @@ def test_cancel_leaves_nothing_on_the_cluster_and_resume_goes_on(sweep: Sweep) -
 def test_more_jobs_than_an_array_may_have_go_in_several(
     make_cluster: Callable[..., Cluster], at: Callable[[Cluster], Sweep]
 ) -> None:
-    sweep = at(make_cluster(max_array_size=4))
-    told = sweep.send("seed=range(0,7)", "trainer.max_epochs=1", "schedule=none").stdout
+    sweep = at(make_cluster(max_array_size=3))
+    sweep.forked = True
+    told = sweep.send("seed=range(0,5)", "trainer.max_epochs=1", "schedule=none").stdout
     assert [line.split(": ")[1].split(",")[0] for line in told.splitlines() if line.startswith("SLURM job")] == [
-        "3 jobs",
-        "3 jobs",
+        "2 jobs",
+        "2 jobs",
         "1 job",
     ]
     assert sweep.call("wait").returncode == 0
@@ -279,6 +284,7 @@ def test_more_jobs_than_an_array_may_have_go_in_several(
 
 
 def test_jobs_of_different_resources_go_in_arrays_of_their_own(sweep: Sweep) -> None:
+    sweep.forked = True
     told = sweep.send("launch.gpus=1,4", "seed=0,1", "trainer.max_epochs=1", "schedule=none").stdout
     assert told.count("SLURM job") == 2
     assert sweep.call("wait").returncode == 0
@@ -325,6 +331,7 @@ def test_four_ranks_on_two_nodes_train_one_model(sweep: Sweep) -> None:
 
 
 def test_other_sweepers_wait_and_get_true_results(sweep: Sweep) -> None:
+    sweep.forked = True
     told = sweep.send(
         "hydra/sweeper=basic", "optimizer.lr=0.001,1e30", "optimizer.weight_decay=0", "schedule=none", code=1
     )
