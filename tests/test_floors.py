@@ -43,10 +43,11 @@ ROOMS: dict[str, tuple[str, ...] | None] = {
     "apt_launch.sweep": (*BASE, *GROUND),
     "apt_launch.sweep.plan": (*BASE, *GROUND, "apt_launch.sweep"),
     "apt_launch.sweep.jobs": (*BASE, *GROUND, "apt_launch.sweep"),
+    "apt_launch.sweep.programs": (*BASE, *GROUND, "apt_launch.sweep"),
     "apt_launch.sweep.backends": (*BASE, *GROUND, "apt_launch.sweep", "apt_launch.sweep.plan", "apt_launch.sweep.jobs"),
     "apt_launch.sweep.control": (
         *(*BASE, *GROUND, "apt_launch.sweep", "apt_launch.sweep.plan", "apt_launch.sweep.jobs"),
-        "apt_launch.sweep.backends",
+        *("apt_launch.sweep.backends", "apt_launch.sweep.programs"),
     ),
     "apt_launch.sweep.report": (*BASE, *GROUND, *SWEEP),
     "apt_launch.sweep.watch": (*BASE, *GROUND, *SWEEP, "apt_launch.sweep.report"),
@@ -57,7 +58,7 @@ ROOMS: dict[str, tuple[str, ...] | None] = {
         ),
         (
             *(*BASE, *GROUND, *SWEEP, "apt_launch.sweep.backends", "apt_launch.sweep.report", "apt_launch.sweep.watch"),
-            *("apt_launch.sweep.cli", "apt_launch.sweep.plugins"),
+            *("apt_launch.sweep.cli", "apt_launch.sweep.plugins", "apt_launch.sweep.programs"),
         ),
     ),
     "apt_launch.tracking": (*BASE, *GROUND),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 SEES = '''
@@ -181,12 +182,20 @@ if __name__ == "__main__":
 '''
 
 
-def write(folder: Path, files: dict[str, str], before_1_4: bool) -> None:
-    """Write a program's files; ``VERSION`` is what its author would have written for that Hydra."""
+def before_1_4() -> bool:
+    """Whether Hydra is of a version that asks for ``version_base``."""
+    return version("hydra-core").startswith("1.3")
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    """Write a program's files; ``version_base=VERSION`` becomes what its author would have written for this Hydra."""
     for name, text in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = text.replace("version_base=VERSION", "version_base=None" if before_1_4 else "")
-        path.write_text(
-            text.replace("(, ", "(").replace(", )", ")").replace("main(,", "main(") if path.suffix == ".py" else text
-        )
+        path.write_text(_as_written(text))
+
+
+def _as_written(text: str) -> str:
+    if before_1_4():
+        return text.replace("version_base=VERSION", 'version_base="1.3"')
+    return text.replace(", version_base=VERSION", "").replace("version_base=VERSION, ", "")
