@@ -247,12 +247,13 @@ class _PlannedLauncher(Launcher):
         from hydra.core.utils import JobReturn, JobStatus
 
         from apt_launch.sweep.control.send import run_batch
+        from apt_launch.sweep.plan.composer import overrides_of
         from apt_launch.sweep.plan.expand import of_combinations
         from apt_model.errors import TrainingError
 
         if self.composer is None:
             self.composer = composer_of(self.context, self.task_function, self.given, self.umask)
-        asked = [str(override) for override in self.given.hydra.overrides.task]
+        asked = overrides_of(self.given, "task")
         batch = of_combinations(
             [(list(all_of), [one for one in all_of if one not in asked]) for all_of in job_overrides],
             command=asked,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import version
 from pathlib import Path
+
+from tests.forks import REPOSITORY, environment
 
 SEES = '''
 """Writes down all that a job of Hydra can see."""
@@ -180,6 +183,16 @@ def main(cfg):
 if __name__ == "__main__":
     main()
 '''
+
+
+def of_users(**more: str) -> dict[str, str]:
+    """The environment of a user who has installed the package."""
+    places = [
+        str(REPOSITORY),
+        str(REPOSITORY / "apt_launch/sweep/namespace"),
+        *os.environ.get("PYTHONPATH", "").split(":"),
+    ]
+    return environment(PYTHONPATH=":".join(filter(None, places)), PYTHONWARNINGS="default", **more)
 
 
 def before_1_4() -> bool:

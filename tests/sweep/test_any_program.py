@@ -16,21 +16,11 @@ import pytest
 from apt_launch.sweep.lease import read_holder
 from apt_launch.sweep.values import from_yaml
 from tests.conftest import until
-from tests.forks import HANGS, REPOSITORY, environment
-from tests.sweep.programs import BARE, LOOPS, MODEL, PACKAGE, SEES, SEES_CONFIG, before_1_4, write
+from tests.forks import HANGS
+from tests.sweep.programs import BARE, LOOPS, MODEL, PACKAGE, SEES, SEES_CONFIG, before_1_4, of_users, write
 
 OURS = ("hydra/sweeper=apt", "hydra/launcher=apt_local")
 Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def of_users(**more: str) -> dict[str, str]:
-    """The environment of a user who has installed the package."""
-    places = [
-        str(REPOSITORY),
-        str(REPOSITORY / "apt_launch/sweep/namespace"),
-        *os.environ.get("PYTHONPATH", "").split(":"),
-    ]
-    return environment(PYTHONPATH=":".join(filter(None, places)), PYTHONWARNINGS="default", **more)
 
 
 @pytest.fixture

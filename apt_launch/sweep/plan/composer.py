@@ -43,7 +43,7 @@ class Composer:
         self.program = program
         self._application = load(application, program)
         self._master = master
-        self._of_hydra: list[str] = list(master.hydra.overrides.hydra) if master is not None and program else []
+        self._of_hydra = overrides_of(master, "hydra") if master is not None and program is not None else []
         self._loader = loader
         self._config_name = config_name
         parser = OverridesParser.create(config_loader=loader)
@@ -114,6 +114,14 @@ class Composer:
         if override.package is not None:
             return True
         return self._is_group(override.key_or_group) and not isinstance(override.value(), dict)
+
+
+def overrides_of(config: DictConfig, kind: str) -> list[str]:
+    """Return the overrides of a command, of its ``task`` or of ``hydra``, as they were written."""
+    from omegaconf import OmegaConf
+
+    found: Any = OmegaConf.to_container(config.hydra.overrides[kind], resolve=False)
+    return [str(override) for override in found]
 
 
 def _name_overrides(cfg: DictConfig, of_hydra: Sequence[str], of_task: Sequence[str], parse: Any) -> None:

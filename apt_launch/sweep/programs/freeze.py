@@ -36,6 +36,9 @@ MISSING: Final = "???"
 LAZY: Final = frozenset({"hydra.job.override_dirname"})
 """Interpolations of Hydra's that warn when they are resolved; nobody's config need ask for them."""
 
+OVERRIDES: Final = "hydra.overrides."
+"""Where Hydra keeps overrides as they were written."""
+
 _NO_VALUE = object()
 
 
@@ -107,7 +110,7 @@ class Freezer:
 
         if not node._is_interpolation():
             return node._value()
-        if path in LAZY:
+        if path in LAZY or path.startswith(OVERRIDES):
             return _NO_VALUE
         try:
             value = parent[key]
