@@ -143,7 +143,7 @@ class Freezer:
 
     def _checked(self, text: str, path: str) -> str:
         text = self.clean(text)
-        if len(text) >= 20 and SECRET_VALUE.search(text):
+        if len(text) >= 12 and SECRET_VALUE.search(re.sub(r"\$\{[^}]*\}", "", text)):
             raise ConfigError(
                 f"{path}: its value looks like a secret, and a plan is a file. Set it in the environment, and write "
                 f"{path}: ${{oc.env:NAME}}, which stays as it is until the job runs."
@@ -162,12 +162,14 @@ def _without_what_only_jobs_know() -> Iterator[None]:
         cfg: Any = HydraConfig.instance().cfg
         return OmegaConf.select(cfg.hydra, path, throw_on_missing=True, throw_on_resolution_failure=True)
 
-    before = BaseContainer._resolvers["hydra"]
+    before = BaseContainer._resolvers.get("hydra")
     register_resolver("hydra", hydra)
     try:
         yield
     finally:
-        BaseContainer._resolvers["hydra"] = before
+        del BaseContainer._resolvers["hydra"]
+        if before is not None:
+            BaseContainer._resolvers["hydra"] = before
 
 
 def thaw(values: Mapping[str, Any]) -> DictConfig:
