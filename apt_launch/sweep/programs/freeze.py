@@ -36,6 +36,9 @@ MISSING: Final = "???"
 LAZY: Final = frozenset({"hydra.job.override_dirname"})
 """Interpolations of Hydra's that warn when they are resolved; nobody's config need ask for them."""
 
+OF_JOBS: Final = frozenset({"overrides", "job", "launcher"})
+"""Keys of Hydra's node whose values may differ from job to job."""
+
 OVERRIDES: Final = "hydra.overrides."
 """Where Hydra keeps overrides as they were written."""
 
@@ -47,6 +50,7 @@ class Freezer:
 
     def __init__(self) -> None:
         self._secrets = {value: name for name, value in secrets_of_the_environment().items()}
+        self._hydra = _HydraNode(None)
 
     def freeze(self, cfg: DictConfig) -> dict[str, Any]:
         """Return the values of ``cfg``, with the key :data:`TYPES`.
@@ -55,6 +59,8 @@ class Freezer:
             ConfigError: a value is a secret.
         """
         types: dict[str, str] = {}
+        if self._hydra.of is not cfg:
+            self._hydra = _HydraNode(cfg)
         with without_secrets_of_the_environment(), _without_what_only_jobs_know():
             values: dict[str, Any] = self._container(cfg, "", types, {})
         values[TYPES] = [[key, types[key]] for key in sorted(types)]
@@ -80,10 +86,26 @@ class Freezer:
             types[path] = name
         keys = list(node)
         plain = all(isinstance(key, str) and key and "." not in key and not key.startswith("$") for key in keys)
+        if path == "hydra" and self._hydra.is_alike:
+            return self._of_hydra(node, types, above)
         values = [self._child(node, key, f"{path}.{key}" if path else str(key), types, above) for key in keys]
         if plain:
             return dict(zip(keys, values, strict=True))
         return {"$pairs": [[self._leaf(k, path), v] for k, v in zip(keys, values, strict=True)]}
+
+    def _of_hydra(self, node: Any, types: dict[str, str], above: Mapping[int, Any]) -> dict[str, Any]:
+        """Freeze Hydra's own node: what no job changes, once."""
+        found: dict[str, Any] = {}
+        for key in node:
+            if key in OF_JOBS:
+                found[key] = self._child(node, key, f"hydra.{key}", types, above)
+                continue
+            if key not in self._hydra.known:
+                own: dict[str, str] = {}
+                self._hydra.known[key] = self._child(node, key, f"hydra.{key}", own, above), own
+            found[key], own = self._hydra.known[key]
+            types.update(own)
+        return found
 
     def _child(self, parent: Any, key: Any, path: str, types: dict[str, str], above: Mapping[int, Any]) -> Any:
         from omegaconf import Container
@@ -170,6 +192,24 @@ def _without_what_only_jobs_know() -> Iterator[None]:
         del BaseContainer._resolvers["hydra"]
         if before is not None:
             BaseContainer._resolvers["hydra"] = before
+
+
+class _HydraNode:
+    """What was frozen of the node ``hydra`` in the config ``of``, which is composed once, and then has each job's values.
+
+    ``is_alike``: its interpolations lead to nothing that jobs change.
+    """
+
+    def __init__(self, of: DictConfig | None) -> None:
+        self.of = of
+        self.known: dict[str, tuple[Any, dict[str, str]]] = {}
+        self.is_alike = False
+        if of is not None and "hydra" in of:
+            from omegaconf import OmegaConf
+
+            texts = str(OmegaConf.to_container(of.hydra, resolve=False))
+            own = len(re.findall(r"\$\{(?:hydra[.:](?!job\.override|overrides|launcher)|now:|python_version:)", texts))
+            self.is_alike = own == texts.count("${")
 
 
 def thaw(values: Mapping[str, Any]) -> DictConfig:
