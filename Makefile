@@ -35,7 +35,7 @@ soak: $(VENV)/.installed ## the same kills, inputs and attacks far more often th
 	APT_KILLS=$(KILLS) APT_EXAMPLES=$(EXAMPLES) APT_EVERYWHERE=1 $(BIN)/python -m pytest -s -n 2 --dist loadgroup \
 		tests/reliability/test_kills.py tests/reliability/test_bad_input.py tests/reliability/test_security.py
 
-gpu: $(VENV)/.installed ## on a machine with a GPU: its tests, benchmarks and a run, told in build/gpu
+gpu: $(VENV)/.installed ## on a machine with a GPU: its tests, benchmarks and a run, with the results in build/gpu
 	PYTHON=$(BIN)/python sh tests/bench/on_gpu.sh build/gpu
 
 lint: $(VENV)/.installed ## ruff and mypy

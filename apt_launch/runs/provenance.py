@@ -14,7 +14,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from apt_launch.sweep.secrets import redacted
+from apt_launch.secrets import redacted
 
 LARGEST_DIFF = 1 << 20
 
@@ -55,7 +55,7 @@ def packages() -> dict[str, str]:
 def _git(folder: Path) -> dict[str, Any] | None:
     """Return commit and uncommitted changes; None outside a repository, or where git does not answer.
 
-    The repository may be of other hands: no program that its config names is run (see :func:`_quiet`).
+    The repository may be somebody else's: no program that its config names is run (see :func:`_quiet`).
     """
     if shutil.which("git") is None:
         return None

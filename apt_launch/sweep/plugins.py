@@ -56,7 +56,7 @@ class PlanSweeper(Sweeper):
         """Take what Hydra gives to a sweeper."""
         from hydra.core.plugins import Plugins
 
-        from apt_launch.sweep.secrets import current_umask
+        from apt_launch.secrets import current_umask
 
         self.umask = current_umask()
         self.context = hydra_context
@@ -146,9 +146,9 @@ def _program_of(task: TaskFunction, config: DictConfig, umask: int) -> Program:
 @contextmanager
 def _reported(task: TaskFunction) -> Iterator[None]:
     """Report a user's mistake in a foreign program as this package's commands do; its own application has a way of its own."""
+    from apt_launch.command_line import ending
+    from apt_launch.secrets import kept_private
     from apt_launch.sweep.application import HYDRA_MAIN, application_of
-    from apt_launch.sweep.command import ending
-    from apt_launch.sweep.secrets import kept_private
 
     if application_of(task) != HYDRA_MAIN:
         yield
@@ -213,10 +213,10 @@ class _PlannedLauncher(Launcher):
         Raises:
             ConfigError: a value of the launcher is wrong, or a key of Hydra's would be dropped in silence.
         """
+        from apt_launch.secrets import current_umask
         from apt_launch.sweep.application import HYDRA_MAIN, application_of
         from apt_launch.sweep.backends.registry import backend
         from apt_launch.sweep.options import JobResources, SnapshotOptions
-        from apt_launch.sweep.secrets import current_umask
 
         self.umask = current_umask()
         if application_of(task_function) != HYDRA_MAIN:

@@ -129,7 +129,7 @@ def hooks(model: nn.Module, trainer: transformers.Trainer) -> int:
 
 
 class Stops(transformers.TrainerCallback):
-    """Ends the loop from within, where it is told to."""
+    """Ends the loop from within, where it is asked to."""
 
     def __init__(self, event: str, error: type[BaseException]) -> None:
         setattr(self, event, self.stop)

@@ -87,7 +87,7 @@ def test_a_resume_from_a_checkpoint_of_lightning_equals_an_uninterrupted_run(tmp
     assert first.seen + module.seen == whole.seen
     for name, weight in whole.net.state_dict().items():
         assert torch.allclose(weight, module.net.state_dict()[name], atol=1e-6), name
-    assert schedule.state_dict() == whole.callback.follower.schedule.state_dict()
+    assert schedule.state_dict() == whole.callback.driver.schedule.state_dict()
 
 
 def test_a_resume_over_another_length_needs_a_word(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_setters_and_switches_may_be_given(tmp_path: Path) -> None:
     assert callback.clock == Clock(epoch=1, step=4, sample=12, token=12)
 
 
-def test_a_name_that_the_model_does_not_have_is_told_before_the_first_update(tmp_path: Path) -> None:
+def test_a_name_that_the_model_does_not_have_is_reported_before_the_first_update(tmp_path: Path) -> None:
     schedule = runner(anneals={"x": {"target": "blocks.*.ffn.temprature", "start": 1.0, "end": 2.0}})
     with pytest.raises(ConfigError, match=r"temprature.*Did you mean 'blocks\.\d\.ffn\.temperature'"):
         own.fit(tmp_path, schedule)
@@ -228,7 +228,7 @@ def test_whatever_ends_a_fit_nothing_stays_behind_and_the_next_begins_anew(
     assert [on for *_, on, _ in again.seen] == [clock.epoch >= 1 for clock, *_ in again.seen]
 
 
-def test_a_trainer_that_goes_on_goes_on_with_the_curriculum(tmp_path: Path) -> None:
+def test_a_trainer_that_continues_continues_the_curriculum(tmp_path: Path) -> None:
     module = own.fit(tmp_path, max_epochs=2)
     module.made.fit_loop.max_epochs = 4
     module.made.fit(module, own.batches())
@@ -263,7 +263,7 @@ def test_other_ways_to_say_how_long_a_run_is_are_read(tmp_path: Path, options: A
     assert module.callback.clock.step == steps
 
 
-def test_a_part_of_the_planned_run_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_part_of_the_planned_run_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     own.fit(tmp_path, max_epochs=2)
     assert "12 steps were planned, and this run ends after 6 steps" in caplog.text
 

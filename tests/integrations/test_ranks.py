@@ -91,7 +91,7 @@ def default(group: Ranks, text: tuple[str, str], tmp_path_factory: pytest.TempPa
 
 
 @pytest.mark.parametrize("other", ["lightning", "hf"])
-def test_two_processes_share_batches_and_a_resume_goes_on(
+def test_two_processes_share_batches_and_a_resume_continues(
     other: str, default: list[dict[str, Any]], group: Ranks, text: tuple[str, str], tmp_path: Path
 ) -> None:
     overrides = [*SMALL, *text, *RUN]
@@ -173,7 +173,7 @@ def test_modules_that_come_in_somebodys_ddp_are_shared(group: Ranks, tmp_path: P
 
 def test_modules_that_come_in_transformers_ddp_are_refused(group: Ranks, tmp_path: Path) -> None:
     for rank in group.call(2, tmp_path / "out", f"{HERE}:in_others_transformers", **SWITCHES, **ANNEALS):
-        assert "parameters came, went, froze or thawed at epoch 1, step 3" in rank["refused"]
+        assert "parameters were added, removed, frozen or unfrozen at epoch 1, step 3" in rank["refused"]
         assert "Train in one process, in Lightning with strategy='ddp'" in rank["refused"]
 
 

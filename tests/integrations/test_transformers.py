@@ -58,7 +58,7 @@ def test_a_resume_from_a_checkpoint_of_the_library_equals_an_uninterrupted_run(t
     for name, weight in whole.state_dict().items():
         assert torch.allclose(weight, model.state_dict()[name], atol=1e-6), name
     assert whole.callback is not None
-    assert model.callback.follower.state_dict() == whole.callback.follower.state_dict()
+    assert model.callback.driver.state_dict() == whole.callback.driver.state_dict()
 
 
 def test_a_resume_without_the_state_is_refused(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_setters_and_switches_may_be_given(tmp_path: Path) -> None:
     assert callback.clock == Clock(epoch=1, step=4, sample=12, token=12)
 
 
-def test_a_name_that_the_model_does_not_have_is_told_before_the_first_update(tmp_path: Path) -> None:
+def test_a_name_that_the_model_does_not_have_is_reported_before_the_first_update(tmp_path: Path) -> None:
     schedule = runner(anneals={"x": {"target": "blocks.*.ffn.temprature", "start": 1.0, "end": 2.0}})
     with pytest.raises(ConfigError, match=r"temprature.*Did you mean 'blocks\.\d\.ffn\.temperature'"):
         own.trained(tmp_path, schedule)
@@ -250,6 +250,6 @@ def test_a_run_that_does_not_fit_the_horizon_is_refused(tmp_path: Path, options:
         own.trained(tmp_path, **options)
 
 
-def test_a_part_of_the_planned_run_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_part_of_the_planned_run_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     own.trained(tmp_path, num_train_epochs=2, save_strategy="no")
     assert "12 steps were planned, and this run ends after 6 steps" in caplog.text

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from apt_launch.sweep.lease import read_holder
+from apt_launch.lease import read_holder
 from tests.conftest import SMALL, until
 from tests.forks import Fork, environment
 from tests.hold import Hold
@@ -95,12 +95,12 @@ class Sweep:
     def steps(self, number: int) -> list[int]:
         return [row["step"] for row in self.rows(number) if "train/loss" in row]
 
-    def finishes_whole(self, number: int, lives: int = 2, updates: int = 48) -> None:
-        """Check that the job comes to its end, each update once, after ``lives`` at least."""
+    def finishes_whole(self, number: int, attempts: int = 2, updates: int = 48) -> None:
+        """Check that the job comes to its end, each update once, after ``attempts`` at least."""
         assert self.call("wait").returncode == 0, self.log(number)
         assert self.steps(number) == list(range(updates))
-        assert self.written(number)["restarts"] >= lives - 1
-        assert self.log(number).count("resuming") >= lives - 1
+        assert self.written(number)["restarts"] >= attempts - 1
+        assert self.log(number).count("resuming") >= attempts - 1
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_an_array_of_eight_loses_only_the_job_that_fails_and_the_one_that_dies(s
 
 
 @pytest.mark.slow
-def test_a_time_limit_makes_a_checkpoint_and_another_life(sweep: Sweep) -> None:
+def test_a_time_limit_makes_a_checkpoint_and_another_attempt(sweep: Sweep) -> None:
     limit = ("launch.time_limit_minutes=1", "hydra.launcher.signal_delay_s=15")  # SLURM may be 30 s early
     sweep.hold()
     sweep.send("seed=0", *LONG, *limit)
@@ -166,7 +166,7 @@ def test_a_time_limit_makes_a_checkpoint_and_another_life(sweep: Sweep) -> None:
 
 
 @pytest.mark.parametrize("number", ["USR1", "USR2", "TERM"])
-def test_a_signal_makes_a_checkpoint_and_another_life(sweep: Sweep, number: str) -> None:
+def test_a_signal_makes_a_checkpoint_and_another_attempt(sweep: Sweep, number: str) -> None:
     sweep.hold()
     sweep.send("seed=0", *LONG)
     until(lambda: sweep.holds(0), "the job to hold")
@@ -176,7 +176,7 @@ def test_a_signal_makes_a_checkpoint_and_another_life(sweep: Sweep, number: str)
     assert sweep.written(0)["restarts"] == 1
 
 
-def test_scontrol_requeue_goes_on_from_a_checkpoint(sweep: Sweep) -> None:
+def test_scontrol_requeue_resumes_from_a_checkpoint(sweep: Sweep) -> None:
     sweep.hold()
     sweep.send("seed=0", *LONG)
     until(lambda: sweep.holds(0), "the job to hold")
@@ -186,7 +186,7 @@ def test_scontrol_requeue_goes_on_from_a_checkpoint(sweep: Sweep) -> None:
 
 
 @pytest.mark.parametrize("warned", [True, False])
-def test_a_preempted_job_goes_on_whether_it_was_warned_or_not(
+def test_a_preempted_job_continues_whether_it_was_warned_or_not(
     make_cluster: Callable[..., Cluster], at: Callable[[Cluster], Sweep], warned: bool
 ) -> None:
     cluster = make_cluster(grace_seconds=10 if warned else 0, signal_on_preemption=warned)
@@ -229,7 +229,7 @@ def test_a_controller_that_is_away_at_submission_is_waited_for(sweep: Sweep) -> 
     assert len([name for name in sweep.cluster.states() if name.split("_")[0] in output]) == 2
 
 
-def test_a_controller_that_stays_away_is_told(sweep: Sweep) -> None:
+def test_a_controller_that_stays_away_is_reported(sweep: Sweep) -> None:
     sweep.cluster.stop_controller()
     try:
         told = sweep.send("seed=0,1", "hydra.launcher.retry_minutes=0", code=2).stderr
@@ -256,7 +256,7 @@ def test_a_controller_that_goes_away_makes_states_unknown_and_kills_nothing(swee
     assert sweep.jobs()[0]["state"] == "done"
 
 
-def test_cancel_leaves_nothing_on_the_cluster_and_resume_goes_on(sweep: Sweep) -> None:
+def test_cancel_leaves_nothing_on_the_cluster_and_resume_continues(sweep: Sweep) -> None:
     sweep.hold()
     sweep.send("seed=range(0,6)", *LONG)
     until(lambda: sweep.holds(0), "the first job to hold")

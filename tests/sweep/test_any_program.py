@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from apt_launch.sweep.lease import read_holder
-from apt_launch.sweep.values import from_yaml
+from apt_launch.lease import read_holder
+from apt_launch.values import from_yaml
 from tests.conftest import until
 from tests.forks import HANGS
 from tests.sweep.programs import BARE, LOOPS, MODEL, PACKAGE, SEES, SEES_CONFIG, before_1_4, of_users, write

@@ -22,7 +22,7 @@ from apt_launch.sweep.plan.plan import merged_order
 from apt_launch.sweep.programs.freeze import TYPES, Freezer, thaw
 from apt_launch.sweep.programs.metrics import Follower
 from apt_launch.sweep.programs.snapshot import checkout_of, take
-from apt_launch.sweep.values import flatten, from_yaml, to_yaml, unflatten
+from apt_launch.values import flatten, from_yaml, to_yaml, unflatten
 from apt_model.errors import ConfigError, Interrupted
 
 

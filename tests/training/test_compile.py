@@ -141,7 +141,7 @@ def test_each_event_adds_at_most_one_graph() -> None:
     print(f"graphs after each of ten updates: {counts}")
 
 
-def test_telling_of_routing_adds_one_graph_however_often_it_changes() -> None:
+def test_metrics_of_routing_add_one_graph_however_often_it_changes() -> None:
     model = gpt()
     model.enable_moe(True)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -252,11 +252,16 @@ def test_a_compiled_run_is_the_eager_one_and_each_switch_costs_one_graph(small: 
     assert seen.counts == [3, 3, 3, 3, 4, 4, 5, 5, 5, 5, 6, 6]
 
 
-def test_a_compiled_run_that_is_interrupted_goes_on_to_the_same_weights(
+SWITCHED = {"moe": 1, "align": 2, "voter": 2}
+
+
+def test_a_compiled_run_that_is_interrupted_continues_to_the_same_weights(
     small: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     random = ("model.dropout=0.1", "moe.jitter=0.1", "voter.dropout=0.1")
-    given = (*COMPILED, *random, "trainer.precision=bf16", "model.loss_chunk=24", "trainer.accumulate=2")
+    at = ("schedule=none", *(f"schedule.enable_{name}_at_epoch={epoch}" for name, epoch in SWITCHED.items()))
+    given = (*COMPILED, *random, *at, "trainer.max_epochs=3", "trainer.precision=bf16", "model.loss_chunk=24")
+    given += ("trainer.accumulate=2", "trainer.max_batches_per_epoch=4")
     whole = Run(small(*given))
     whole.trainer.fit()
     config = small(*given, "trainer.activation_checkpointing=true")
@@ -289,7 +294,7 @@ def without_compiler() -> ExitStack:
     return stack
 
 
-def test_a_compiler_that_is_not_there_or_fails_is_told_with_the_remedy(small: Callable[..., RunConfig]) -> None:
+def test_a_compiler_that_is_not_there_or_fails_is_reported_with_the_remedy(small: Callable[..., RunConfig]) -> None:
     with without_compiler(), pytest.raises(ConfigError, match=r"^trainer\.compile: .*=false"):
         Run(small(*COMPILED))
     compiled = Run(small(*COMPILED))

@@ -14,7 +14,7 @@ from apt_launch.sweep.backends.registry import backend
 from apt_launch.sweep.control.follow import say
 from apt_launch.sweep.control.ledger import Ledger
 from apt_launch.sweep.control.send import prepare
-from apt_launch.sweep.values import changed_keys, flatten, read_frozen, unflatten
+from apt_launch.values import changed_keys, flatten, read_frozen, unflatten
 from apt_model.errors import ConfigError
 
 
@@ -26,8 +26,8 @@ def resume(folder: Path, overrides: Sequence[str] = (), numbers: Sequence[int] =
         numbers: the jobs, also those that were dropped; empty: all.
 
     Raises:
-        ConfigError: there is no such job, a key cannot change, a job's folder holds another config than the plan, or nobody
-            knows what became of a job.
+        ConfigError: there is no such job, a key cannot change, a job's folder holds another config than the plan, or it is
+            unknown what became of a job.
     """
     ledger = Ledger(folder)
     ledger.plan.check_numbers(numbers)

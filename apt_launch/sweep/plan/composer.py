@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from apt_launch.secrets import without_values_of_the_environment as clean
 from apt_launch.sweep.application import JobSpec, Program, load
-from apt_launch.sweep.secrets import without_values_of_the_environment as clean
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override

@@ -18,7 +18,7 @@ from apt_launch.sweep.application import JobContext, JobSpec, Program, Resources
 from apt_launch.sweep.programs import start
 from apt_launch.sweep.programs.freeze import TYPES, Freezer, is_finite
 from apt_launch.sweep.programs.metrics import Follower
-from apt_launch.sweep.values import flatten
+from apt_launch.values import flatten
 from apt_model.errors import ConfigError, Interrupted, cause_of
 from apt_model.files import write_json
 

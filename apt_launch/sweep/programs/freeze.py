@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from apt_launch.sweep.secrets import (
+from apt_launch.secrets import (
     SECRET_VALUE,
     register_resolver,
     secrets_of_the_environment,
