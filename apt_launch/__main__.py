@@ -74,7 +74,8 @@ def _main() -> None:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on as they are, and we say what they mean
         register()
         guard.install()
-        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(application(TRAINER)(run))()
+        decorated = hydra.main(config_path=str(CONF), config_name="config", **guard.main_arguments())
+        decorated(application(TRAINER)(run))()
     except TrainingError as error:
         if wants_traceback or error.__cause__ is not None:
             raise

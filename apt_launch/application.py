@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging.config
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,10 @@ class Trainer:
     """Plans and runs training runs."""
 
     program = ("python", "-m", "apt_launch")
+    metric = "val/loss"
+    direction = "minimize"
+    axis = "tokens"
+    trusts_folder = False
 
     def __init__(self) -> None:
         self._counts: Counts = {}  # tokens of corpora: many jobs read one text
@@ -63,6 +67,14 @@ class Trainer:
     def job_logging(self) -> Mapping[str, Any]:
         """Return how jobs log: as a run does."""
         return from_yaml(_logging_as_written())
+
+    def columns(self, rows: Sequence[Mapping[str, float]]) -> Sequence[tuple[str, str]]:
+        """Return the losses, and the speed."""
+        return (("train/loss", ".4f"), ("val/loss", ".4f"), ("tokens_per_second", ",.0f"))
+
+    def output(self, folder: Path, values: Mapping[str, Any], number: int) -> Path:
+        """Return the job's own folder."""
+        return folder
 
     def run(self, folder: Path, values: Mapping[str, Any], job: JobContext) -> Result:
         """Train in this process; return the final validation loss."""

@@ -31,6 +31,7 @@ from docs import generated, pictures
 from tests.conftest import SMALL
 from tests.forks import HANGS, REPOSITORY, Ended, Forks, environment
 from tests.slurm.conftest import shared_cluster  # noqa: F401 - a fixture
+from tests.sweep.programs import of_users
 
 DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / "README.md", *sorted({*DOCS.rglob("*.md")} - {DOCS / path for path in generated.PAGES})]
@@ -83,7 +84,7 @@ class Reader:
 
     def read(self, page: Path) -> None:
         for block, following in pairwise([*blocks(page), Block("", "", "")]):
-            if block.title:
+            if block.title:  # also a program: what it says is seen when it is started
                 path = self.folder / block.title
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(block.text, encoding="utf-8")
@@ -111,7 +112,13 @@ class Reader:
         words = shlex.split(line, comments=True)
         if not words:
             return
-        if words[:2] != ["python", "-m"] or any(word.startswith(tuple(SPELLED)) for word in words):
+        if words[0] == "python" and words[1].endswith(".py"):
+            env = of_users(**(self.slurm() if "hydra/launcher=apt_slurm" in words else {}))
+            ended = subprocess.run(
+                [sys.executable, *words[1:]], cwd=self.folder, env=env, capture_output=True, text=True, timeout=HANGS
+            )
+            assert ended.returncode == 0, f"{line}\n{ended.stdout}\n{ended.stderr}"
+        elif words[:2] != ["python", "-m"] or any(word.startswith(tuple(SPELLED)) for word in words):
             check_spelling(words)
         elif error is not None:
             self.meet(error, words[2], words[3:])

@@ -18,7 +18,8 @@ from typing import Any, Final
 from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
-from apt_launch.config.logging_guard import logging_problems
+from apt_launch.config.composing import is_before_1_4, version_base
+from apt_launch.config.logging_guard import FORMATTERS, HANDLERS, logging_problems
 from apt_launch.config.yaml_file import load_yaml
 from apt_launch.interpolations import bounded
 from apt_launch.secrets import SecretError, refuse_secrets_of_the_environment, secret_error, secret_problems
@@ -48,6 +49,9 @@ PLUGINS: Final = "hydra_plugins."
 
 OPTUNA: Final = re.compile(r"optuna\.samplers\.[A-Z]\w*Sampler|optuna\.pruners\.[A-Z]\w*Pruner")
 """What the sweeper of Optuna may be given."""
+
+OF_OPTUNA: Final = ("optuna.samplers.*", "optuna.pruners.*")
+"""The same as Hydra 1.4 takes it."""
 
 BUILT: Final = ("callbacks", "hydra_logging", "job_logging", "launcher", "sweeper")
 """What Hydra builds objects from."""
@@ -82,6 +86,13 @@ PATHS: Final = ("run.dir", "sweep.dir", "sweep.subdir", "output_subdir", "job.na
 
 INSIDE: Final = ("sweep.subdir", "output_subdir", "job.name")
 """Those of :data:`PATHS` that stay in the run's folder."""
+
+
+def main_arguments() -> dict[str, Any]:
+    """Return the arguments of ``hydra.main`` beside where configs are: of 1.4 on, also what Hydra itself may build."""
+    if is_before_1_4():
+        return version_base()
+    return {"execution_whitelist": sorted({*CALLBACKS, *HANDLERS, *FORMATTERS, *OF_OPTUNA})}
 
 
 def install() -> None:

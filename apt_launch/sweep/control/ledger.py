@@ -51,7 +51,7 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.plan = Plan.read(folder)
-        self.application = load(self.plan.application)
+        self.application = load(self.plan.application, self.plan.program)
 
     def statuses(self, *, rows: bool = True) -> list[Status]:
         """Return what is known of each job now; ``rows``: also the last row of its record."""

@@ -11,26 +11,37 @@ from typing import Any, ClassVar, Final, Literal
 from apt_model.files import STRICT, read_json, refuse_link, touch, write_json
 
 Name = Literal[
-    "planned", "submitted", "pending", "running", "preempted", "requeued", "failed", "cancelled", "done", "unknown"
+    "planned",
+    "submitted",
+    "pending",
+    "running",
+    "preempted",
+    "requeued",
+    "failed",
+    "cancelled",
+    "done",
+    "dropped",
+    "unknown",
 ]
 
-ENDED: Final[frozenset[Name]] = frozenset({"failed", "cancelled", "done"})
+ENDED: Final[frozenset[Name]] = frozenset({"failed", "cancelled", "done", "dropped"})
 """States that do not change by themselves."""
 
 WAITING: Final[frozenset[Name]] = frozenset({"planned", "submitted", "pending"})
 """States of jobs that have never run."""
 
 TRANSITIONS: Final[dict[Name, frozenset[Name]]] = {
-    "planned": frozenset({"submitted", "running", "preempted", "failed", "cancelled"}),
+    "planned": frozenset({"submitted", "running", "preempted", "failed", "cancelled", "dropped"}),
     "submitted": frozenset({"submitted", "running", "preempted", "failed", "cancelled"}),
     # to running: a cluster started it again without notice; to submitted: it was killed without notice, and is resumed
     "running": frozenset({"submitted", "running", "preempted", "requeued", "failed", "cancelled", "done"}),
     "preempted": frozenset({"submitted", "running", "preempted", "requeued", "failed", "cancelled"}),
     "requeued": frozenset({"submitted", "running", "preempted", "requeued", "failed", "cancelled"}),
     # a cluster may start a job again whatever became of it
-    "failed": frozenset({"submitted", "running"}),
-    "cancelled": frozenset({"submitted", "running"}),
-    "done": frozenset({"running"}),
+    "failed": frozenset({"submitted", "running", "dropped"}),
+    "cancelled": frozenset({"submitted", "running", "dropped"}),
+    "done": frozenset({"running", "dropped"}),
+    "dropped": frozenset({"submitted"}),  # somebody wants it again, by its number
 }
 """To which states each one may change. ``pending`` and ``unknown`` are only observed, never written."""
 
