@@ -106,6 +106,12 @@ class Trainer:
         """Return 0: runs share no updates yet."""
         return 0
 
+    def environment(self) -> Mapping[str, str]:
+        """Return the packages that this process allows, as its jobs inherit the word of who sends them."""
+        from apt_launch.allow import VARIABLE, word
+
+        return {VARIABLE: word()}
+
 
 def _configure_logging(folder: Path | None) -> None:
     """Log as a run of the command does; see ``conf/hydra/job_logging``. None: of a rank that writes nothing."""

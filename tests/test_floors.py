@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 BASE = ("apt_model.errors", "apt_model.files", "apt_model.limits")
 GROUND = (
     *("apt_launch.record", "apt_launch.version", "apt_launch.drawing", "apt_launch.escapes"),
-    "apt_launch.commands",
+    *("apt_launch.commands", "apt_launch.allow"),
 )
 MODEL = ("apt_model.schedule", "apt_model.layers", "apt_model.gpt", "apt_model.data", "apt_model.training")
 SWEEP = ("apt_launch.sweep", "apt_launch.sweep.plan", "apt_launch.sweep.jobs", "apt_launch.sweep.control")
@@ -39,6 +39,7 @@ ROOMS: dict[str, tuple[str, ...] | None] = {
     "apt_launch.drawing": (),
     "apt_launch.escapes": (),
     "apt_launch.commands": (),
+    "apt_launch.allow": ("apt_model.errors",),
     "apt_launch.record": (*BASE, "apt_launch.version"),
     "apt_launch.sweep": (*BASE, *GROUND),
     "apt_launch.sweep.plan": (*BASE, *GROUND, "apt_launch.sweep"),

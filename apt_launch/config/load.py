@@ -10,7 +10,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from apt_launch.config import schema
+from apt_launch.config import own, schema
 from apt_launch.config.checks import check_curriculum, check_together, missing_libraries
 from apt_launch.config.corpus import Counts, plan_horizon
 from apt_launch.config.guard import guard
@@ -136,7 +136,59 @@ def _parse_group(name: str, group: Any) -> schema.Group:
     if not isinstance(group, Mapping):
         raise ConfigError(f"{name}: {group!r} is not valid: choose one of the group's options, for instance in conf/.")
     target = group.get("_target_")
-    if not isinstance(target, str | None) or target not in schemas:
-        known = [str(known) for known in schemas]
-        raise ConfigError(f"{name}._target_: {target!r} may not be built here. {nearest(str(target), known)}")
-    return validated(schemas[target], group, key=name)
+    if isinstance(target, str | None) and target in schemas:
+        return validated(schemas[target], _without_more(name, target, group), key=name)
+    if isinstance(target, str) and name in schema.OWN and (own.is_named(target) or is_optimizer(name, target)):
+        return _parse_own(name, target, group)
+    known = [str(known) for known in schemas]
+    told = own.refusal(target) if name in schema.OWN else f"{target!r} may not be built here."
+    raise ConfigError(f"{name}._target_: {told} {nearest(str(target), known)}")
+
+
+def _without_more(name: str, target: str | None, group: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return ``group`` without keys that its option does not list and an optimizer of torch's takes all the same.
+
+    Raises:
+        ConfigError: one of these has a value of another type.
+    """
+    schemas = schema.GROUPS[name]
+    listed = {field.alias or key for key, field in schemas[target].model_fields.items()}
+    more = [key for key in group if key not in listed]
+    if not more or target is None or not is_optimizer(name, target):
+        return group
+    found = own.find(target, f"{name}._target_")
+    known = own.parameters(found)
+    taken = {key: value for key, value in group.items() if key in more and key in known}
+    problems = own.problems_of(found, taken, name, schema.INJECTED[name])
+    if problems:
+        raise ConfigError(*problems)
+    return {key: value for key, value in group.items() if key not in taken}
+
+
+def is_optimizer(name: str, target: str) -> bool:
+    """Return whether ``target`` is named as an optimizer of torch's, in the group for optimizers."""
+    return name == "optimizer" and own.is_optimizer_name(target)
+
+
+def _parse_own(name: str, target: str, group: Mapping[str, Any]) -> schema.Group:
+    """Check the group of a class that is not this project's against what the class takes.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    kind = schema.OWN[name]
+    found = own.find(target, f"{name}._target_")
+    problems: list[str] = []
+    typed: schema.Group | None = None
+    try:
+        typed = validated(kind, group, key=name)
+    except ConfigError as error:
+        problems += error.problems
+    ours = {field.alias or key for key, field in kind.model_fields.items()}  # some are the launcher's alone
+    given = {
+        key: value for key, value in group.items() if key != "_target_" and (key not in ours or own.takes(found, key))
+    }
+    problems += own.problems_of(found, given, name, schema.INJECTED[name])
+    if problems or typed is None:
+        raise ConfigError(*problems)
+    return typed

@@ -25,13 +25,13 @@ class RunConfig:
 
     values: dict[str, Any]
     seed: int
-    model: schema.GPTConfig
+    model: schema.GPTConfig | schema.OwnModelConfig
     moe: schema.MoEConfig
     align: schema.BiStateConfig
     voter: schema.VoterConfig
     schedule: schema.ScheduleConfig
     data: schema.Group
-    optimizer: schema.AdamWConfig
+    optimizer: schema.AdamWConfig | schema.OwnOptimizerConfig
     trainer: schema.TrainerConfig
     logger: schema.Group
     launch: schema.LaunchConfig

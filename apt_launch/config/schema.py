@@ -9,7 +9,7 @@ from enum import Enum
 from functools import cache
 from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from apt_launch.sweep.options import LaunchConfig as LaunchConfig
 from apt_launch.sweep.options import LocalLauncherConfig, NotNegative, SlurmLauncherConfig, Text
@@ -172,6 +172,43 @@ class AdamWConfig(Group):
     fused: bool
 
 
+class SGDConfig(Group):
+    """``optimizer=sgd``."""
+
+    target: Annotated[str | None, Role.FIXED] = Field(alias="_target_")
+    lr: PositiveNumber
+    momentum: BelowOne
+    dampening: BelowOne
+    nesterov: bool
+    weight_decay: NotNegative
+    fused: bool
+
+
+class AdafactorConfig(Group):
+    """``optimizer=adafactor``."""
+
+    target: Annotated[str | None, Role.FIXED] = Field(alias="_target_")
+    lr: PositiveNumber
+    beta2_decay: Annotated[float, Field(lt=0, allow_inf_nan=False)]
+    eps: Annotated[list[PositiveNumber | None], Field(min_length=2, max_length=2)]
+    d: PositiveNumber
+    weight_decay: NotNegative
+
+
+class MuonConfig(Group):
+    """``optimizer=muon``."""
+
+    target: Annotated[str | None, Role.FIXED] = Field(alias="_target_")
+    lr: PositiveNumber
+    weight_decay: NotNegative
+    momentum: BelowOne
+    nesterov: bool
+    ns_steps: Positive
+    adjust: Literal["match_rms_adamw", "original"]
+    betas: Annotated[list[BelowOne], Field(min_length=2, max_length=2)]
+    eps: PositiveNumber
+
+
 class TrainerConfig(Group):
     """``trainer=default``."""
 
@@ -243,8 +280,77 @@ class NoLoggerConfig(LoggerConfig):
     mode: Literal["disabled"]
 
 
+class Own(Group):
+    """A class or function of a package that the user allows, or of torch's: its other keys are its own parameters."""
+
+    model_config = ConfigDict(**{**Strict.model_config, "extra": "allow"})
+
+
+class OwnModelConfig(Own):
+    """``model=own``."""
+
+    role = Role.FIXED
+
+    seq_len: Positive
+    vocab_size: Positive | None = None
+
+
+class TransformersConfig(OwnModelConfig):
+    """``model=transformers``."""
+
+    model_config = Strict.model_config
+
+    path: Text | None
+    config: dict[str, Any] | None
+    experts: bool
+
+
+class OwnDataConfig(Own):
+    """``data=own``."""
+
+    role = Role.FIXED
+
+
+class OwnOptimizerConfig(Own):
+    """``optimizer=own``, ``sgd`` and others of torch's."""
+
+    target: Annotated[str | None, Role.FIXED] = Field(alias="_target_")
+    lr: PositiveNumber
+    weight_decay: NotNegative = 0.0
+
+
+class OwnLoggerConfig(Own):
+    """``logger=own``."""
+
+    role = Role.NEUTRAL
+
+    mode: Literal["offline", "disabled"] = "offline"
+
+
+OWN: Final[dict[str, type[Own]]] = {
+    "model": OwnModelConfig,
+    "data": OwnDataConfig,
+    "optimizer": OwnOptimizerConfig,
+    "logger": OwnLoggerConfig,
+}
+"""Groups whose class may be the user's own."""
+
+OF_OWN: Final = frozenset(key for kind in OWN.values() for key in kind.model_fields)
+"""Keys of these groups that the launcher reads; a class is given them where it takes them."""
+
+INJECTED: Final[dict[str, tuple[str, ...]]] = {
+    "model": ("moe", "align", "voter"),
+    "data": (),
+    "optimizer": ("params",),
+    "logger": ("folder", "config", "identity"),
+}
+"""Parameters that the launcher gives to a class of these groups, where it takes them."""
+
 GROUPS: Final[dict[str, dict[str | None, type[Group]]]] = {
-    "model": {"apt_model.gpt.GPT": GPTConfig},
+    "model": {
+        "apt_model.gpt.GPT": GPTConfig,
+        "apt_model.integrations.transformers.causal_lm": TransformersConfig,
+    },
     "moe": {"apt_model.layers.moe.MoE": MoEConfig},
     "align": {"apt_model.layers.align.BiStateAlignment": BiStateConfig},
     "voter": {"apt_model.layers.voter.EntropyVoter": VoterConfig},
@@ -256,7 +362,12 @@ GROUPS: Final[dict[str, dict[str | None, type[Group]]]] = {
         "apt_model.data.HFCorpus": HFDatasetConfig,
         "apt_model.data.ShardsCorpus": ShardsConfig,
     },
-    "optimizer": {"torch.optim.AdamW": AdamWConfig},
+    "optimizer": {
+        "torch.optim.AdamW": AdamWConfig,
+        "torch.optim.SGD": SGDConfig,
+        "torch.optim.Adafactor": AdafactorConfig,
+        "apt_model.training.muon.Muon": MuonConfig,
+    },
     "trainer": {
         "apt_model.training.trainer.Trainer": TrainerConfig,
         "apt_model.integrations.lightning.LightningTrainer": LightningConfig,
@@ -274,6 +385,7 @@ GROUPS: Final[dict[str, dict[str | None, type[Group]]]] = {
 EXTRAS: Final[dict[type[Group], tuple[str, tuple[str, ...]]]] = {
     LightningConfig: ("lightning", ("lightning",)),
     HFConfig: ("hf", ("transformers", "accelerate")),
+    TransformersConfig: ("hf", ("transformers", "accelerate")),
     TensorBoardConfig: ("tensorboard", ("tensorboard",)),
     HFDatasetConfig: ("hf", ("datasets",)),
 }

@@ -35,6 +35,7 @@ def build_trainer(
     options = by_concern(
         values["trainer"]
         | {"seed": config.seed, "weight_decay": config.optimizer.weight_decay, "leave_out": frozenset(leave_out)}
+        | {"seq_len": config.model.seq_len}
     )
     trainer: Trainer = build(
         {"_target_": values["trainer"]["_target_"]},

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from apt_launch import allow
 from apt_launch.commands import command, config_flags, override
 from apt_launch.config.run_config import RunConfig
 from apt_launch.config.schema import Role, role_of
@@ -122,7 +123,7 @@ class RunFolder:
             given = [str(one) for one in OmegaConf.load(path)] if path.exists() else []
         kept = [one for one in given if one.lstrip("+").partition("=")[0] not in OF_ONE_ATTEMPT]
         place = override("hydra.run.dir", self.path)
-        return command("apt_launch", *flags, *kept, place, "trainer.resume=auto")
+        return command("apt_launch", *allow.flags(), *flags, *kept, place, "trainer.resume=auto")
 
     def check(self, config: RunConfig) -> Checked:
         """Return that ``config`` may be run here, see :meth:`check_free`."""

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from apt_launch.allow import take_flags
 from apt_launch.commands import command
 from apt_launch.sweep.backends.registry import backend
 from apt_launch.sweep.command import ending
@@ -24,7 +25,7 @@ def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 a job failed, 2 the command line or the folder is wrong, 130 interrupted."""
     keep_private()
     with ending():
-        arguments = parser().parse_args()
+        arguments = parser().parse_args(take_flags(sys.argv[1:]))
         arguments.folder = arguments.folder.absolute()  # jobs and workers change directory
         sys.exit(COMMANDS[arguments.command](arguments))
 
@@ -57,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
             one.add_argument("--port", type=int, help="of the page; a free one unless said otherwise")
             one.add_argument("--terminal", action="store_true", help="no page; ends with the sweep")
         if name == "resume":
+            one.add_argument("--allow", metavar="PACKAGE", help="a package of yours whose classes the jobs may name")
             one.add_argument("overrides", nargs="*", help="of keys that cannot change a result")
         if name in ("wait", "resume"):
             one.add_argument(

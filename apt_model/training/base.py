@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apt_model.data import Corpus, Sampler
 from apt_model.data.batches import Batches
 from apt_model.errors import ConfigError, HorizonError, TrainingError
-from apt_model.gpt import GPT
 from apt_model.schedule import Anneal, Change, Clock, ScheduleRunner
 from apt_model.schedule.targets import OF_OPTIMIZER
 from apt_model.training.callbacks import Callback, Callbacks
@@ -24,12 +23,13 @@ from apt_model.training.compiling import compile_model, compiling
 from apt_model.training.device import choose_device, choose_dtype
 from apt_model.training.distributed import Ranks, any_rank, barrier, gathered
 from apt_model.training.meter import Meter, Row
-from apt_model.training.optimizer import named_state, parameter_groups
+from apt_model.training.optimizer import groups_for, named_state
 from apt_model.training.options import CheckpointOptions, ComputeOptions, LoopOptions, NonFinitePolicy
 from apt_model.training.parallel import engine
 from apt_model.training.randomness import random_state
 from apt_model.training.schedule_driver import ScheduleDriver, bind
 from apt_model.training.sharding import clip_gradients, gathered_state
+from apt_model.training.subject import Forward, Loss, recompute_blocks
 from apt_model.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -49,11 +49,12 @@ class BaseTrainer(ScheduleDriver):
     are the clock of its update, from 0; its ``tokens`` and ``time`` (seconds of training) count what that update took, too.
 
     Args:
-        model: moved to the device.
+        model: moved to the device; what it may be and offer: :mod:`apt_model.training.subject`.
         optimizer: called with parameter groups.
         schedule: a runner whose horizon fits ``corpus`` and ``loop``.
         corpus: text in two splits.
         loop, compute, saving, nonfinite: see :mod:`apt_model.training.options`.
+        loss: takes the place of the model's own; see :data:`apt_model.training.subject.Loss`.
         resume: the folder of a checkpoint to go on from.
         checkpoints: where they go; None: none are written.
         log: receives every row.
@@ -65,7 +66,7 @@ class BaseTrainer(ScheduleDriver):
             trainer cannot resume.
     """
 
-    model: GPT
+    model: nn.Module
     can_resume: ClassVar[bool] = False
     shares_batches: ClassVar[bool] = False  # among the ranks of a process group
     may_read_late: ClassVar[bool] = False  # whether its loop makes updates before it knows the numbers of earlier ones
@@ -73,7 +74,7 @@ class BaseTrainer(ScheduleDriver):
     def __init__(
         self,
         *,
-        model: GPT,
+        model: nn.Module,
         optimizer: Callable[..., torch.optim.Optimizer],
         schedule: ScheduleRunner,
         corpus: Corpus,
@@ -81,6 +82,7 @@ class BaseTrainer(ScheduleDriver):
         compute: ComputeOptions,
         saving: CheckpointOptions,
         nonfinite: NonFinitePolicy,
+        loss: Loss | None = None,
         resume: Path | None = None,
         checkpoints: Checkpoints | None = None,
         log: Callable[[Row], None] = lambda row: None,
@@ -108,8 +110,9 @@ class BaseTrainer(ScheduleDriver):
                 f"trainer.batch_size = {loop.batch_size} cannot be shared by {self.ranks.world} ranks. Make it a multiple of "
                 f"{self.ranks.world}."
             )
-        self.model: GPT = model.to(self.device)
-        self.model.activation_checkpointing = compute.activation_checkpointing
+        self.model = model.to(self.device).train()
+        recompute_blocks(self.model, compute.activation_checkpointing)
+        self.forward = Forward(self.model, loss)
         self.engine = engine(
             compute.parallel,
             self.model,
@@ -121,7 +124,12 @@ class BaseTrainer(ScheduleDriver):
         self.compiled = compute.compile
         if self.compiled:
             compile_model(self.model, self.device, whole=self.engine.whole_blocks)
-        self.optimizer = optimizer(parameter_groups(model, loop.weight_decay))
+        try:
+            self.optimizer = optimizer(groups_for(optimizer, model, loop.weight_decay))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"optimizer: it cannot be made for this model: {error}. Mend that, or choose another, such as optimizer=adamw."
+            ) from error
         self.base_lr: float = self.optimizer.param_groups[0]["lr"]
         self._lr_factor = self._lay_out_lr()
         self._bind()
@@ -130,6 +138,7 @@ class BaseTrainer(ScheduleDriver):
         self.meter = Meter(self.model, self.ranks, reads_every_update=self._must_read_every_update())
         self.validation = Validation(
             self.model,
+            self.forward,
             self.val_batches,
             seed=loop.seed,
             device=self.device,
@@ -143,6 +152,11 @@ class BaseTrainer(ScheduleDriver):
         self.seconds = 0.0
         self._saved_at = 0.0  # of these seconds
         self.last_row: Row = {}
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a sequence."""
+        return self.loop.seq_len or int(self.model.seq_len)  # type: ignore[arg-type]
 
     @property
     def max_epochs(self) -> int:
@@ -173,7 +187,7 @@ class BaseTrainer(ScheduleDriver):
         tokens = corpus.read(split)
         sampler = Sampler(
             num_tokens=len(tokens),
-            seq_len=self.model.seq_len,
+            seq_len=self.seq_len,
             batch_size=self.loop.batch_size,
             seed=self.loop.seed if split == "train" else 0,  # losses of several seeds are of the same batches
             limit=limit,
@@ -188,7 +202,8 @@ class BaseTrainer(ScheduleDriver):
             self.base_lr = value
 
         def set_weight_decay(value: float) -> None:
-            self.optimizer.param_groups[0]["weight_decay"] = value  # of matrices
+            for group in self.optimizer.param_groups[:-1]:  # of matrices
+                group["weight_decay"] = value
 
         setters = {"optimizer.lr": set_lr, "optimizer.weight_decay": set_weight_decay}
         bind(self.schedule, self.model, switches=self.engine.switches(), more=setters, domains=OF_OPTIMIZER)
@@ -247,7 +262,7 @@ class BaseTrainer(ScheduleDriver):
         """
         self.callbacks.notify("on_batch_begin", self)
         with self._autocast(), compiling() if self.compiled else nullcontext():
-            output = self.engine.forward(tokens, targets, with_metrics=self.meter.with_metrics)
+            output = self.forward(self.engine.forward, tokens, targets, with_metrics=self.meter.with_metrics)
         assert output.language_loss is not None
         loss: Tensor = output.language_loss + output.auxiliary_loss
         if not loss.requires_grad:

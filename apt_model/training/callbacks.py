@@ -10,9 +10,7 @@ from apt_model.schedule import Change, Clock, ScheduleRunner
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
-
-    from apt_model.gpt import GPT
+    from torch import Tensor, nn
 
 Event = Literal[
     "on_train_begin",
@@ -38,7 +36,7 @@ class TrainerView(Protocol):
         """The curriculum, its horizon and its scheduled values."""
 
     @property
-    def model(self) -> GPT:
+    def model(self) -> nn.Module:
         """The model, with the modules of now."""
 
     @property

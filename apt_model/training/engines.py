@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from apt_model.gpt import GPT, Output
+from apt_model.training import subject
 
 
 class Engine:
@@ -16,14 +17,14 @@ class Engine:
 
     whole_blocks: ClassVar[bool] = True  # whether a compiler can take a block in one piece
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.forward: Callable[..., Output] = model
+        self.forward: Callable[..., Any] = model
         self._had: list[tuple[int, bool]] | None = None
 
     def switches(self) -> Mapping[str, Callable[[bool], None]]:
         """Return what enables and disables each module of the model."""
-        return self.model.switches()
+        return subject.switches(self.model)
 
     def settle(self) -> None:
         """Take note of parameters that came, went, froze or thawed; every rank calls it at the same time."""

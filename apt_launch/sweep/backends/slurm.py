@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from apt_launch.sweep.application import Resources
+from apt_launch.sweep.application import Resources, load
 from apt_launch.sweep.backends.slurm_task import run_on_slurm
 from apt_launch.sweep.jobs.state import ObservedState, State, transition
 from apt_launch.sweep.plan.jobs import Job
@@ -184,7 +184,10 @@ class SlurmBackend:
         own.mkdir(mode=0o700, parents=True, exist_ok=True)
         name = f"apt-{plan.id}-{jobs[0].number}-{int(time.time())}"
         executor = submitit.SlurmExecutor(own, python=self.values["python"] or shlex.quote(sys.executable))
-        executor.update_parameters(**slurm_parameters(resources, self.values, name=name))
+        parameters = slurm_parameters(resources, self.values, name=name)
+        inherited = load(plan.application).environment()  # whatever the cluster does with the sender's environment
+        exports = [f"export {name}={shlex.quote(value)}" for name, value in inherited.items()]
+        executor.update_parameters(**{**parameters, "setup": [*(parameters.get("setup") or ()), *exports]})
         paths = [str((folder / job.folder).resolve()) for job in jobs]
         for job in jobs:  # before SLURM can start them
             transition(folder / job.folder, "submitted", job_id="")
