@@ -68,6 +68,46 @@ def _target(target: Any) -> own.Target:
     return found
 
 
+def build_loss(values: Mapping[str, Any]) -> Any:
+    """Return the loss that a config names, a function of logits and targets; None: the model's own.
+
+    Raises:
+        ConfigError: it is no function.
+    """
+    given = values.get("loss") or {}
+    if given.get("_target_") is None:
+        return None
+    make = factory(given)
+    if not isinstance(make.func, type):
+        return make
+    made = make()
+    if not callable(made):
+        raise ConfigError(
+            f"loss._target_: what {given['_target_']} makes cannot be called. Give it __call__(logits, targets)."
+        )
+    return made
+
+
+def build_callbacks(values: Mapping[str, Any]) -> list[Any]:
+    """Return the callbacks that a config names, each with its name there.
+
+    Raises:
+        ConfigError: one is none.
+    """
+    from apt_model.training.callbacks import Callback, Named
+
+    found = []
+    for name, given in (values.get("callbacks") or {}).items():
+        made = build(given)
+        if not isinstance(made, Callback):
+            raise ConfigError(
+                f"callbacks.{name}._target_: {given['_target_']} makes something of the type {type(made).__name__}. Derive it "
+                "from apt_model.training.callbacks.Callback."
+            )
+        found.append(Named(name, made))
+    return found
+
+
 def build_model(values: Mapping[str, Any]) -> Any:
     """Build a config's model as it is before the curriculum's first update, on torch's default device, not seeded.
 

@@ -110,7 +110,7 @@ def parse_groups(values: Mapping[str, Any]) -> tuple[dict[str, Any], schema.TopL
     groups: dict[str, Any] = {}
     for name in schema.GROUPS:
         try:
-            groups[name] = _parse_group(name, values.get(name))
+            groups[name] = _parse_group(name, values.get(name, schema.NEW.get(name)))
         except ConfigError as error:
             problems += error.problems
     rest = {key: value for key, value in values.items() if key not in schema.GROUPS}
@@ -121,9 +121,28 @@ def parse_groups(values: Mapping[str, Any]) -> tuple[dict[str, Any], schema.TopL
         top = validated(schema.TopLevel, rest)
     except ConfigError as error:
         problems += error.problems
+    problems += _callback_problems(rest.get("callbacks"))
     if problems:
         raise ConfigError(*problems)
     return groups, top
+
+
+def _callback_problems(callbacks: Any) -> list[str]:
+    """Say which callbacks are not allowed here, or are given what they do not take."""
+    problems: list[str] = []
+    for name, given in callbacks.items() if isinstance(callbacks, Mapping) else ():
+        key = f"callbacks.{name}"
+        target = given.get("_target_") if isinstance(given, Mapping) else None
+        if not isinstance(target, str) or not own.is_named(target):
+            problems.append(f"{key}._target_: {own.refusal(target)}")
+            continue
+        try:
+            found = own.find(target, f"{key}._target_")
+        except ConfigError as error:
+            problems += error.problems
+        else:
+            problems += own.problems_of(found, {k: value for k, value in given.items() if k != "_target_"}, key)
+    return problems
 
 
 def _parse_group(name: str, group: Any) -> schema.Group:

@@ -34,6 +34,7 @@ class RunConfig:
     optimizer: schema.AdamWConfig | schema.OwnOptimizerConfig
     trainer: schema.TrainerConfig
     logger: schema.Group
+    loss: schema.Group
     launch: schema.LaunchConfig
     corpus: Corpus
     horizon: Horizon
@@ -42,7 +43,7 @@ class RunConfig:
     @property
     def result_values(self) -> dict[str, Any]:
         """The values that decide what the run computes, flat: dotted key to value."""
-        flat = flatten(self.values)
+        flat = flatten({name: value for name, value in self.values.items() if value != schema.NEW.get(name, ...)})
         return {key: value for key, value in flat.items() if not is_neutral(key)}
 
     @property

@@ -274,6 +274,10 @@ class CsvConfig(LoggerConfig):
     mode: Literal["offline", "disabled"]
 
 
+class ModelsLossConfig(Group):
+    """``loss=cross_entropy``."""
+
+
 class NoLoggerConfig(LoggerConfig):
     """``logger=none``."""
 
@@ -319,6 +323,10 @@ class OwnOptimizerConfig(Own):
     weight_decay: NotNegative = 0.0
 
 
+class OwnLossConfig(Own):
+    """``loss=own``."""
+
+
 class OwnLoggerConfig(Own):
     """``logger=own``."""
 
@@ -332,6 +340,7 @@ OWN: Final[dict[str, type[Own]]] = {
     "data": OwnDataConfig,
     "optimizer": OwnOptimizerConfig,
     "logger": OwnLoggerConfig,
+    "loss": OwnLossConfig,
 }
 """Groups whose class may be the user's own."""
 
@@ -340,9 +349,10 @@ OF_OWN: Final = frozenset(key for kind in OWN.values() for key in kind.model_fie
 
 INJECTED: Final[dict[str, tuple[str, ...]]] = {
     "model": ("moe", "align", "voter"),
-    "data": (),
+    "data": ("split",),
     "optimizer": ("params",),
     "logger": ("folder", "config", "identity"),
+    "loss": ("logits", "targets", "hidden"),
 }
 """Parameters that the launcher gives to a class of these groups, where it takes them."""
 
@@ -379,6 +389,7 @@ GROUPS: Final[dict[str, dict[str | None, type[Group]]]] = {
         "apt_launch.tracking.csv.CsvTracker": CsvConfig,
         None: NoLoggerConfig,
     },
+    "loss": {None: ModelsLossConfig},
 }
 
 
@@ -392,11 +403,16 @@ EXTRAS: Final[dict[type[Group], tuple[str, tuple[str, ...]]]] = {
 """Choices that need an extra of the package: its name, and the libraries that it brings."""
 
 
+NEW: Final[dict[str, Any]] = {"loss": {"_target_": None}, "callbacks": {}}
+"""What configs of earlier versions do not have; at these values it is no part of a run's identity either."""
+
+
 class TopLevel(Strict):
     """What stands beside the groups."""
 
     seed: Annotated[Seed, Role.FIXED]
     profile_file: Annotated[Text | None, Role.NEUTRAL]
+    callbacks: dict[str, dict[str, Any]] = Field(default_factory=dict)
     launch: Annotated[LaunchConfig, Role.NEUTRAL]
 
 

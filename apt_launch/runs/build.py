@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apt_launch.config.instantiate import build, build_model, factory
+from apt_launch.config.instantiate import build, build_callbacks, build_loss, build_model, factory
 from apt_launch.config.run_config import RunConfig
 
 if TYPE_CHECKING:
@@ -41,13 +41,14 @@ def build_trainer(
         {"_target_": values["trainer"]["_target_"]},
         **options,
         model=build_model(values),
+        loss=build_loss(values),
         optimizer=factory(values["optimizer"]),
         schedule=build(values["schedule"], horizon=config.horizon, program=config.program, broadcast=from_rank_zero),
         corpus=config.corpus,
         resume=resume,
         checkpoints=checkpoints,
         log=log,
-        callbacks=callbacks,
+        callbacks=[*callbacks, *build_callbacks(values)],
         stop_requested=stop_requested,
     )
     return trainer

@@ -17,7 +17,7 @@ from apt_model.data.batches import Batches
 from apt_model.errors import ConfigError, HorizonError, TrainingError
 from apt_model.schedule import Anneal, Change, Clock, ScheduleRunner
 from apt_model.schedule.targets import OF_OPTIMIZER
-from apt_model.training.callbacks import Callback, Callbacks
+from apt_model.training.callbacks import Callback, Callbacks, Named
 from apt_model.training.checkpoint import Checkpoints
 from apt_model.training.compiling import compile_model, compiling
 from apt_model.training.device import choose_device, choose_dtype
@@ -86,7 +86,7 @@ class BaseTrainer(ScheduleDriver):
         resume: Path | None = None,
         checkpoints: Checkpoints | None = None,
         log: Callable[[Row], None] = lambda row: None,
-        callbacks: Sequence[Callback] = (),
+        callbacks: Sequence[Callback | Named] = (),
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(schedule)
@@ -400,6 +400,7 @@ class BaseTrainer(ScheduleDriver):
                 name: getattr(self, name)
                 for name in ("batches_done", "updates_done", "updates_skipped", "rows", "seconds")
             },
+            **({"callbacks": states} if (states := self.callbacks.state_dict()) else {}),
             "random": gathered(random_state(self.device)) if self.ranks.world > 1 else [random_state(self.device)],
         }
 

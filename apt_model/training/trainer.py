@@ -152,5 +152,6 @@ class Trainer(BaseTrainer):
         for name, value in state["progress"].items():
             setattr(self, name, value)
         self._saved_at = self.seconds
+        self.callbacks.load_state_dict(state.get("callbacks", {}))
         ranks = state["random"]
         restore_random_state(ranks[self.ranks.rank if self.ranks.rank < len(ranks) else 0], self.device)
