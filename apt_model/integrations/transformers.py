@@ -453,6 +453,7 @@ def causal_lm(
     config: Mapping[str, Any] | None = None,
     vocab_size: int | None = None,
     experts: bool = False,
+    seq_len: int | None = None,
     moe: Callable[..., MoEInPlace],
 ) -> nn.Module:
     """Return a causal language model of the library: with the weights in a local folder, or new ones.
@@ -463,6 +464,7 @@ def causal_lm(
         path: a folder with ``config.json`` and weights in safetensors.
         config: ``model_type`` and what else differs from that model's defaults.
         vocab_size: of a new model; of one from a folder it has to be as it is there.
+        seq_len: tokens of a sequence, which the model has to have room for.
         experts: whether layers of experts, dense until they are enabled, take the place of its feed-forward layers.
         moe: makes such a layer.
 
@@ -478,6 +480,12 @@ def causal_lm(
         raise
     except Exception as error:  # the library has a kind of its own for nearly each
         raise ConfigError(f"model: transformers makes no model of {path or dict(config or {})}: {error}") from error
+    room = getattr(model.config, "max_position_embeddings", None)
+    if seq_len is not None and isinstance(room, int) and seq_len > room:
+        raise ConfigError(
+            f"model.seq_len = {seq_len} is more than the model's {room} positions (max_position_embeddings). Set it to {room} "
+            "or less."
+        )
     if experts:
         add_experts(model, moe)
     return model
