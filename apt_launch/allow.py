@@ -101,16 +101,17 @@ def _of_entry_points() -> tuple[str, ...]:
     from importlib.metadata import entry_points
 
     found = [point.value.partition(":")[0].strip() for point in entry_points(group=GROUP)]
-    return tuple(name for name in found if NAME.fullmatch(name) and name.partition(".")[0] not in _PYTHON)
+    return tuple(name for name in found if NAME.fullmatch(name) and name.partition(".")[0] not in OTHERS)
 
 
-_PYTHON: Final = frozenset(sys.stdlib_module_names) | {"hydra_plugins"}
+OTHERS: Final = frozenset(sys.stdlib_module_names) | {"hydra", "hydra_plugins", "omegaconf", "apt_launch", "apt_model"}
+"""Packages that nobody can allow: Python's own, and those whose classes have a list."""
 
 
 def _check(name: str, where: str) -> None:
     if not NAME.fullmatch(name):
         raise ConfigError(f"{where}: {name!r} is no package's name. Give the name that Python imports: {FLAG} my_lab.")
-    if name.partition(".")[0] in _PYTHON:
+    if name.partition(".")[0] in OTHERS:
         raise ConfigError(
-            f"{where}: {name} is part of Python or of its plugins, which no config may call. Name a package of your own."
+            f"{where}: {name} is part of Python or of this launcher, and cannot be allowed. Name your own."
         )

@@ -10,6 +10,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from apt_launch.allow import FLAG
 from apt_launch.config import own, schema
 from apt_launch.config.checks import check_curriculum, check_together, missing_libraries
 from apt_launch.config.corpus import Counts, plan_horizon
@@ -161,7 +162,10 @@ def _parse_group(name: str, group: Any) -> schema.Group:
         return _parse_own(name, target, group)
     known = [str(known) for known in schemas]
     told = own.refusal(target) if name in schema.OWN else f"{target!r} may not be built here."
-    raise ConfigError(f"{name}._target_: {told} {nearest(str(target), known)}")
+    near = nearest(str(target), known)
+    if FLAG in told and not near.startswith("Did you mean"):  # it is another's, and no list helps
+        near = ""
+    raise ConfigError(f"{name}._target_: {told} {near}".strip())
 
 
 def _without_more(name: str, target: str | None, group: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ from functools import cache
 from types import FunctionType, ModuleType
 from typing import Any, Final, get_type_hints
 
-from apt_launch.allow import FLAG, NAME, allowed, covers
+from apt_launch.allow import FLAG, NAME, OTHERS, allowed, covers
 from apt_model.errors import ConfigError, cause_of, nearest
 
 OPTIMIZERS: Final = "torch.optim."
@@ -55,8 +55,7 @@ def refusal(target: object) -> str:
 
 def importable(target: str) -> bool:
     """Return whether a flag could allow ``target``; nothing is imported for it."""
-    package = target.partition(".")[0]
-    return package not in sys.stdlib_module_names and package not in ("torch", "hydra", "hydra_plugins", "omegaconf")
+    return target.partition(".")[0] not in OTHERS | {"torch"}
 
 
 def is_optimizer_name(target: str) -> bool:
