@@ -86,7 +86,7 @@ def _asked(wanted: str) -> _Found:
 def metrics(values: Mapping[str, Any]) -> frozenset[str]:
     """Return what a latch can watch; ``values`` is a run's config.
 
-    What a module tells comes while it is on; ``voter/entropy`` comes always when it is watched.
+    A module's metrics exist while it is enabled; ``voter/entropy`` exists always when it is watched.
     """
     if not _is_gpt(values):
         return _of_model(values).metrics
