@@ -11,7 +11,7 @@ import importlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from types import FunctionType, ModuleType
 from typing import Any, Final, get_type_hints
@@ -208,7 +208,11 @@ def problems_of(target: Target, values: Mapping[str, Any], key: str, injected: t
         hints = get_type_hints(getattr(target, "__init__") if isinstance(target, type) else target)  # noqa: B009
     except Exception:  # what is imported for the type checker alone, say
         hints = {}
-    problems = []
+    problems = [
+        f"{key}.{path}: {refusal(nested)}"
+        for path, nested in _targets_within(values)
+        if not (isinstance(nested, str) and (is_named(nested) or is_optimizer_name(nested)))
+    ]
     for name, value in values.items():
         if name.startswith("_"):
             problems.append(f"{key}.{name}: a config may not set it here. Leave it out.")
@@ -229,6 +233,21 @@ def problems_of(target: Target, values: Mapping[str, Any], key: str, injected: t
         if one.default is empty and name not in values
     ]
     return problems
+
+
+def _targets_within(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield what is named by ``_target_`` below ``value``, with its path."""
+    parts: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        parts = value.items()
+    elif isinstance(value, list):
+        parts = enumerate(value)
+    for name, part in parts:
+        below = f"{path}.{name}" if path else str(name)
+        if name == "_target_":
+            yield below, part
+        else:
+            yield from _targets_within(part, below)
 
 
 def _misfit(hint: Any, value: Any) -> str | None:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from apt_launch.sweep.application import Resources, load
+from apt_launch.sweep.application import Application, Resources, load
 from apt_launch.sweep.backends.slurm_task import run_on_slurm
 from apt_launch.sweep.jobs.state import ObservedState, State, transition
 from apt_launch.sweep.plan.jobs import Job
@@ -71,6 +71,11 @@ def slurm_parameters(resources: Resources, values: Mapping[str, Any], *, name: s
     for key in ("partition", "account", "qos", "constraint", "exclude"):
         parameters[key] = values[key]
     return {key: value for key, value in parameters.items() if value is not None}
+
+
+def inherited_lines(application: Application) -> list[str]:
+    """Return lines of a job script that give a job what it inherits of its sender, whatever the cluster does with the rest."""
+    return [f"export {name}={shlex.quote(value)}" for name, value in application.environment().items()]
 
 
 NAME: Final = re.compile(r"[A-Za-z0-9_\[(][A-Za-z0-9_.,:@+=/%&|*()\[\]-]*")
@@ -185,9 +190,8 @@ class SlurmBackend:
         name = f"apt-{plan.id}-{jobs[0].number}-{int(time.time())}"
         executor = submitit.SlurmExecutor(own, python=self.values["python"] or shlex.quote(sys.executable))
         parameters = slurm_parameters(resources, self.values, name=name)
-        inherited = load(plan.application).environment()  # whatever the cluster does with the sender's environment
-        exports = [f"export {name}={shlex.quote(value)}" for name, value in inherited.items()]
-        executor.update_parameters(**{**parameters, "setup": [*(parameters.get("setup") or ()), *exports]})
+        lines = [*(parameters.get("setup") or ()), *inherited_lines(load(plan.application))]
+        executor.update_parameters(**{**parameters, "setup": lines or None})
         paths = [str((folder / job.folder).resolve()) for job in jobs]
         for job in jobs:  # before SLURM can start them
             transition(folder / job.folder, "submitted", job_id="")
