@@ -44,7 +44,11 @@ class RunConfig:
     def result_values(self) -> dict[str, Any]:
         """The values that decide what the run computes, flat: dotted key to value."""
         flat = flatten({name: value for name, value in self.values.items() if value != schema.NEW.get(name, ...)})
-        return {key: value for key, value in flat.items() if not is_neutral(key)}
+        return {
+            key: value
+            for key, value in flat.items()
+            if not is_neutral(key) and not (key in schema.NEW_KEYS and value == schema.NEW_KEYS[key])
+        }
 
     @property
     def identity(self) -> str:

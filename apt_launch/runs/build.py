@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from apt_launch.config.instantiate import build, build_callbacks, build_loss, build_model, factory
 from apt_launch.config.run_config import RunConfig
+from apt_launch.runs.folder import initial_checkpoint
 
 if TYPE_CHECKING:
     from apt_model.training.callbacks import Callback
@@ -51,4 +52,6 @@ def build_trainer(
         callbacks=[*callbacks, *build_callbacks(values)],
         stop_requested=stop_requested,
     )
+    if config.trainer.init_from is not None and resume is None:
+        trainer.init_from(initial_checkpoint(config))
     return trainer

@@ -148,6 +148,8 @@ class RunFolder:
         refuse_links(self.path, "hydra.run.dir")
         resume = self.resume(config)
         own = resume is not None and self.owns(resume.checkpoint)
+        if resume is None and config.trainer.init_from is not None:
+            initial_checkpoint(config)
         if self.holds_a_run and not own and config.trainer.resume != "auto":
             raise ConfigError(
                 f"hydra.run.dir: {self.path} already holds a run. Go on with it by trainer.resume=auto, or choose another "
@@ -220,6 +222,25 @@ class RunFolder:
         if changed:
             notes.append(f"resumed with other values than before: {', '.join(changed)}")
         return Resume(checkpoint.absolute(), manifest.get("rows", 0), tuple(notes))
+
+
+def initial_checkpoint(config: RunConfig) -> Path:
+    """Return the checkpoint that ``trainer.init_from`` names.
+
+    Raises:
+        ConfigError: there is none, or its tokens mean something else than this run's.
+    """
+    assert config.trainer.init_from is not None
+    checkpoint, _ = find_checkpoint(in_home(config.trainer.init_from, "trainer.init_from"), "trainer.init_from")
+    kept, now = checkpoint.parent.parent / "tokenizer.json", config.corpus.tokenizer_file
+    alike = kept.exists() == (now is not None) and (now is None or read_regular(kept) == read_regular(now))
+    if not alike:
+        raise ConfigError(
+            f"trainer.init_from: the tokens of {checkpoint.parent.parent} are "
+            f"{f'those of {kept}' if kept.exists() else 'bytes'}, and those of this run {now or 'bytes'}. Set data.tokenizer to "
+            f"{kept if kept.exists() else 'null'}."
+        )
+    return checkpoint
 
 
 def find_checkpoint(path: Path, key: str) -> tuple[Path, list[str]]:

@@ -18,7 +18,7 @@ from apt_model.errors import ConfigError, HorizonError, TrainingError
 from apt_model.schedule import Anneal, Change, Clock, ScheduleRunner
 from apt_model.schedule.targets import OF_OPTIMIZER
 from apt_model.training.callbacks import Callback, Callbacks, Named
-from apt_model.training.checkpoint import Checkpoints
+from apt_model.training.checkpoint import Checkpoints, load
 from apt_model.training.compiling import compile_model, compiling
 from apt_model.training.device import choose_device, choose_dtype
 from apt_model.training.distributed import Ranks, any_rank, barrier, gathered
@@ -27,7 +27,7 @@ from apt_model.training.optimizer import groups_for, named_state
 from apt_model.training.options import CheckpointOptions, ComputeOptions, LoopOptions, NonFinitePolicy
 from apt_model.training.parallel import engine
 from apt_model.training.randomness import random_state
-from apt_model.training.schedule_driver import ScheduleDriver, bind
+from apt_model.training.schedule_driver import ScheduleDriver, bind, restore_weights
 from apt_model.training.sharding import clip_gradients, gathered_state
 from apt_model.training.subject import Forward, Loss, recompute_blocks
 from apt_model.training.validation import Validation
@@ -207,6 +207,18 @@ class BaseTrainer(ScheduleDriver):
 
         setters = {"optimizer.lr": set_lr, "optimizer.weight_decay": set_weight_decay}
         bind(self.schedule, self.model, switches=self.engine.switches(), more=setters, domains=OF_OPTIMIZER)
+
+    def init_from(self, path: Path) -> None:
+        """Begin with the weights of the checkpoint ``path``, and with nothing else of it: the clock is at 0.
+
+        What was enabled there is enabled until the first update, where the curriculum sets all to its own begin.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+            ConfigError: it was made for another model.
+        """
+        restore_weights(self.model, load(path), switches=self.engine.switches())
+        self.follow()
 
     def fit(self) -> None:
         """Train to the end of the last epoch.

@@ -73,6 +73,18 @@ def restore_model(
         ConfigError: the state is of another model, or of another length of the run.
     """
     schedule.load_state_dict(state["schedule"])
+    restore_weights(model, state, switches=switches)
+
+
+def restore_weights(model: nn.Module, state: Mapping[str, Any], *, switches: Switches | None = None) -> None:
+    """Give ``model`` the modules and weights of a checkpoint's state.
+
+    Args:
+        switches: see :func:`bind`.
+
+    Raises:
+        ConfigError: the state is of another model.
+    """
     for module, switch in (subject.switches(model) if switches is None else switches).items():
         switch(state["schedule"]["on"].get(f"{module}_enabled", False))
     subject.take_lineage(model)
