@@ -67,6 +67,7 @@ examples:
     add("--max-batches", type=int, metavar="N", help="at the most; all unless said otherwise")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     add("--allow", metavar="PACKAGE", help="a package of yours whose classes the run's config may name")
+    add("--ema", action="store_true", help="the average of the weights that trainer.ema kept")
     add("--json", action="store_true", help="for programs: one JSON object")
     return found
 
@@ -111,7 +112,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from apt_model.training.device import choose_device
 
     device = choose_device(arguments.device)
-    model, tokenizer, seq_len = restored(checkpoint, device)
+    model, tokenizer, seq_len = restored(checkpoint, device, ema=arguments.ema)
     values = read_frozen(run / "config.yaml")["data"]
     if overrides:
         with composing() as compose:

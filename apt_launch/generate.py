@@ -75,6 +75,7 @@ examples:
     add("--seed", type=int, default=0, metavar="N", help="of draws and votes (0)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     add("--allow", metavar="PACKAGE", help="a package of yours whose classes the run's config may name")
+    add("--ema", action="store_true", help="the average of the weights that trainer.ema kept")
     add("--json", action="store_true", help="for programs: a line of JSON for each text")
     return found
 
@@ -95,7 +96,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         device = choose_device(arguments.device)
     except RuntimeError as error:
         raise ConfigError(f"--device: {error}") from None
-    model, tokenizer, seq_len = restored(checkpoint, device)
+    model, tokenizer, seq_len = restored(checkpoint, device, ema=arguments.ema)
     voter: Any = getattr(model, "voter", None)
     if voter is None and (arguments.voter != "auto" or arguments.vote_threshold is not None):
         raise ConfigError("--voter: this run's model has none. Leave --voter and --vote-threshold out.")
@@ -167,11 +168,14 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     return [prompt for prompt in prompts for _ in range(arguments.num_samples)]
 
 
-def restored(checkpoint: Path, device: torch.device) -> tuple[Any, Tokenizer, int]:
+def restored(checkpoint: Path, device: torch.device, *, ema: bool = False) -> tuple[Any, Tokenizer, int]:
     """Return a run's model as it was at ``checkpoint``, what its tokens mean, and the length of its sequences.
 
+    Args:
+        ema: whether to take the average of the weights that ``trainer.ema`` kept.
+
     Raises:
-        ConfigError: the run's config is missing or wrong, or its tokenizer.
+        ConfigError: the run's config is missing or wrong, or its tokenizer; or it has no average.
         CheckpointError: the checkpoint is damaged.
     """
     from apt_model.training.schedule_driver import bind, restore_model
@@ -184,7 +188,14 @@ def restored(checkpoint: Path, device: torch.device) -> tuple[Any, Tokenizer, in
     model = build_model(values)
     schedule = build(values["schedule"], horizon=horizon, modules=modules(values))
     bind(schedule, model, more=dict.fromkeys(OF_OPTIMIZER, lambda value: None))
-    restore_model(model, schedule, load(checkpoint))
+    state = load(checkpoint)
+    if ema:
+        if "ema" not in state:
+            raise ConfigError(
+                f"--ema: {checkpoint} has no average of the weights. Train with trainer.ema=0.999, for instance."
+            )
+        state["model"] = state["model"] | state["ema"]
+    restore_model(model, schedule, state)
     schedule.reconcile()
     take_lineage(model)
     kept = path.with_name("tokenizer.json")

@@ -224,7 +224,8 @@ class TrainerConfig(Group):
     activation_checkpointing: Annotated[bool, Role.NEUTRAL] = False
     grad_clip: PositiveNumber | None
     lr_schedule: Anneal | None
-    init_from: Annotated[Text | None, Role.FIXED] = None  # runs of earlier versions have no such key
+    ema: BetweenZeroAndOne | None = None  # runs of earlier versions have no such key, nor the next
+    init_from: Annotated[Text | None, Role.FIXED] = None
     resume: Annotated[Text | None, Role.PROCESS]
     log_every: Annotated[Positive, Role.NEUTRAL]
     validation_batches: Positive | None
@@ -407,7 +408,7 @@ EXTRAS: Final[dict[type[Group], tuple[str, tuple[str, ...]]]] = {
 NEW: Final[dict[str, Any]] = {"loss": {"_target_": None}, "callbacks": {}}
 """What configs of earlier versions do not have; at these values it is no part of a run's identity either."""
 
-NEW_KEYS: Final[dict[str, Any]] = {"trainer.init_from": None}
+NEW_KEYS: Final[dict[str, Any]] = {"trainer.init_from": None, "trainer.ema": None}
 """The same, of single keys."""
 
 

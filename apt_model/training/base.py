@@ -22,6 +22,7 @@ from apt_model.training.checkpoint import Checkpoints, load
 from apt_model.training.compiling import compile_model, compiling
 from apt_model.training.device import choose_device, choose_dtype
 from apt_model.training.distributed import Ranks, any_rank, barrier, gathered
+from apt_model.training.ema import WeightAverage
 from apt_model.training.meter import Meter, Row
 from apt_model.training.optimizer import groups_for, named_state
 from apt_model.training.options import CheckpointOptions, ComputeOptions, LoopOptions, NonFinitePolicy
@@ -130,6 +131,7 @@ class BaseTrainer(ScheduleDriver):
             raise ConfigError(
                 f"optimizer: it cannot be made for this model: {error}. Mend that, or choose another, such as optimizer=adamw."
             ) from error
+        self.average = None if loop.ema is None else WeightAverage(self.model, loop.ema)
         self.base_lr: float = self.optimizer.param_groups[0]["lr"]
         self._lr_factor = self._lay_out_lr()
         self._bind()
@@ -311,6 +313,8 @@ class BaseTrainer(ScheduleDriver):
     def end_update(self, metrics: Mapping[str, float] | None = None) -> None:
         """Count an update that has happened, log it where it is due, and advance the clock."""
         row: Row = {}
+        if self.average is not None:
+            self.average.update()
         if self.meter.has_row or self.meter.reads_every_update:
             self.meter.read()
             row = self.meter.numbers() | {"lr": self.lr} | self.meter.model_metrics()
@@ -402,7 +406,12 @@ class BaseTrainer(ScheduleDriver):
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resume needs, as tensors and plain values; every rank calls it, and the first gets all."""
-        trained = {"model": self.model.state_dict(), "optimizer": named_state(self.optimizer, self.model)}
+        trained: dict[str, Any] = {
+            "model": self.model.state_dict(),
+            "optimizer": named_state(self.optimizer, self.model),
+        }
+        if self.average is not None:
+            trained["ema"] = self.average.averages
         return {
             **gathered_state(trained, keep=self.ranks.rank == 0),
             "scaler": self.scaler.state_dict(),

@@ -28,6 +28,7 @@ class LoopOptions:
         log_every: updates between rows.
         validation_batches: batches of the validation split, the same each time; None: all.
         seq_len: tokens of a sequence; None: the model's ``seq_len``.
+        ema: decay of an exponential average of the weights, which checkpoints keep beside them; None: there is none.
     """
 
     max_epochs: int
@@ -41,6 +42,7 @@ class LoopOptions:
     log_every: int = 10
     validation_batches: int | None = None
     seq_len: int | None = None
+    ema: float | None = None
 
     @property
     def largest_norm(self) -> float:

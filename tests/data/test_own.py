@@ -206,6 +206,31 @@ def test_a_callbacks_state_goes_into_checkpoints_and_back(
         build_trainer(small_of(composed, *NUMBERS, "+callbacks.x._target_=data_lab.Numbers"))
 
 
+def test_an_average_of_the_weights_is_kept_and_goes_on_after_a_resume(
+    lab: None, composed: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    experts = ("schedule.enable_moe_at_epoch=1", "trainer.checkpoint_every_epochs=1", "trainer.max_epochs=3")
+    config = small_of(composed, *NUMBERS, *experts, "trainer.ema=0.5")
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=9)
+    steps: list[dict[str, torch.Tensor]] = []
+
+    class Watch(Callback):
+        def on_step(self, trainer) -> None:
+            steps.append({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
+
+    _, first = trained(config, checkpoints=checkpoints, callbacks=[Watch()])
+    expected: dict[str, torch.Tensor] = {}
+    for weights in steps:
+        expected = {name: (expected[name] + w) / 2 if name in expected else w for name, w in weights.items()}
+    assert expected.keys() == first.average.averages.keys()
+    assert "blocks.0.ffn.experts.up" in expected
+    for name, value in expected.items():
+        assert torch.allclose(first.average.averages[name], value, atol=1e-6), name
+    _, second = trained(config, resume=checkpoints.all()[1])
+    for name, value in first.average.averages.items():
+        assert torch.equal(second.average.averages[name], value), name
+
+
 def test_a_callback_that_cannot_take_its_state_is_named() -> None:
     class Forgets(Callback):
         def load_state_dict(self, state: dict) -> None:
