@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from apt_model.gpt import GPT
 from apt_model.training import subject
 
 
@@ -52,7 +53,13 @@ class Replicas(Engine):
         """Wrap the model anew, which also gives every rank the weights and buffers of rank 0."""
         self.forward = self.model
         if any(parameter.requires_grad for parameter in self.model.parameters()):
-            self.forward = DistributedDataParallel(self.model, forward_sync_buffers=False, gradient_as_bucket_view=True)
+            self.forward = DistributedDataParallel(
+                self.model,
+                forward_sync_buffers=False,
+                gradient_as_bucket_view=True,
+                # a model of somebody else's may hold the parameters of modules that are not enabled yet
+                find_unused_parameters=not isinstance(self.model, GPT),
+            )
 
     def batch(self, *, last: bool) -> AbstractContextManager[Any]:
         """Average gradients after the last batch of an update only."""
