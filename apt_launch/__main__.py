@@ -58,6 +58,7 @@ def _main() -> None:
         return
     import hydra
 
+    from apt_launch.allow import take_flags
     from apt_launch.config import guard
     from apt_launch.config.menu import CONF
     from apt_launch.config.profile_file import with_profile_file
@@ -70,7 +71,7 @@ def _main() -> None:
     logging.raiseExceptions = False  # a log that cannot be written is no reason to fill the terminal
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
-        sys.argv[1:] = with_profile_file(flags_first(sys.argv[1:]))
+        sys.argv[1:] = with_profile_file(flags_first(take_flags(sys.argv[1:])))
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on as they are, and we say what they mean
         register()
         guard.install()

@@ -128,6 +128,12 @@ class Trainer:
             return 0
         return shared_updates(a.config.course, b.config.course, reach_of)
 
+    def environment(self) -> Mapping[str, str]:
+        """Return the packages that this process allows, as its jobs inherit the word of who sends them."""
+        from apt_launch.allow import VARIABLE, word
+
+        return {VARIABLE: word()}
+
 
 def _configure_logging(folder: Path | None) -> None:
     """Log as a run of the command does; see ``conf/hydra/job_logging``. None: of a rank that writes nothing."""

@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, ClassVar
 
+from apt_launch.allow import allowing
 from apt_launch.config.explain import understood
 from apt_launch.config.load import composing, load
 from apt_launch.config.run_config import RunConfig
@@ -86,9 +87,9 @@ class Run:
         )
 
 
-def run(overrides: Sequence[str]) -> Run:
+def run(overrides: Sequence[str], allow: Sequence[str] = ()) -> Run:
     """Compose, check and train here; see :func:`apt_launch.run`."""
-    with alone_in_process():
+    with alone_in_process(), allowing(allow):
         return _run(overrides)
 
 

@@ -19,7 +19,7 @@ BASE = ("apt_model.errors", "apt_model.files", "apt_model.limits")
 GROUND = tuple(
     f"apt_launch.{name}"
     for name in (
-        *("version", "record", "rows", "values", "secrets", "lease"),
+        *("version", "allow", "record", "rows", "values", "secrets", "lease"),
         *("commands", "command_line", "drawing", "escapes", "interpolations", "sparkline"),
     )
 )

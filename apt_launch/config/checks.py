@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from apt_launch.config import schema
+from apt_launch.config import catalogue, schema
 from apt_launch.config.corpus import build_corpus
 from apt_launch.config.schema import EXTRAS, HFConfig, LaunchConfig
 from apt_model.errors import ConfigError, nearest
@@ -26,12 +26,7 @@ def check_together(values: Mapping[str, Any], groups: Mapping[str, Any], launch:
         ConfigError: with every problem found.
     """
     model, moe, schedule, optimizer = (groups[name] for name in ("model", "moe", "schedule", "optimizer"))
-    problems = []
-    if model.d_model % (2 * model.num_heads):
-        problems.append(
-            f"model.d_model = {model.d_model} does not give {model.num_heads} heads (model.num_heads) of an even width, "
-            f"which rotary positions need. Make it a multiple of {2 * model.num_heads}."
-        )
+    problems = _model_problems(model) if isinstance(model, schema.GPTConfig) else []
     if moe.top_k > moe.num_experts:
         problems.append(f"moe.top_k = {moe.top_k} is more than moe.num_experts = {moe.num_experts}.")
     problems += _expert_problems(model, moe)
@@ -54,7 +49,9 @@ def check_together(values: Mapping[str, Any], groups: Mapping[str, Any], launch:
     if not missing:
         try:
             corpus = build_corpus(values["data"])
-            problems += _vocabulary_problems(corpus, model.vocab_size)
+            size = model.vocab_size if isinstance(model, schema.GPTConfig) else catalogue.vocab_size(values)
+            if size is not None:
+                problems += _vocabulary_problems(corpus, size)
             problems += _bound_problems(corpus, groups["trainer"].batch_size, model.seq_len)
         except ConfigError as error:
             problems += error.problems
@@ -69,10 +66,19 @@ def check_together(values: Mapping[str, Any], groups: Mapping[str, Any], launch:
     return corpus
 
 
-def _expert_problems(model: schema.GPTConfig, moe: schema.MoEConfig) -> list[str]:
+def _model_problems(model: schema.GPTConfig) -> list[str]:
+    if not model.d_model % (2 * model.num_heads):
+        return []
+    return [
+        f"model.d_model = {model.d_model} does not give {model.num_heads} heads (model.num_heads) of an even width, "
+        f"which rotary positions need. Make it a multiple of {2 * model.num_heads}."
+    ]
+
+
+def _expert_problems(model: schema.Group, moe: schema.MoEConfig) -> list[str]:
     """Return why experts could not begin as the dense layer that is to be cut into them."""
     slices, problems = moe.granularity, []
-    if model.d_ff % slices:
+    if isinstance(model, schema.GPTConfig) and model.d_ff % slices:
         problems.append(
             f"moe.granularity = {slices} does not divide model.d_ff = {model.d_ff}. Choose a divisor of it, such as "
             f"{math.gcd(slices, model.d_ff)}."
@@ -124,6 +130,7 @@ def _sharing_problems(groups: Mapping[str, Any], ranks: int) -> list[str]:
     elif (
         ranks > 1
         and experts > 1
+        and isinstance(model, schema.GPTConfig)
         and any(width % (ranks // experts) for width in (model.d_model, model.d_ff // moe.granularity))
     ):
         problems.append(
@@ -179,10 +186,10 @@ def missing_libraries(groups: Mapping[str, Any]) -> list[str]:
     """Return what chosen options need and is not installed."""
     needed = [
         (name, *EXTRAS.get(type(groups[name]), ("", ())), f"choose {name}={default}")
-        for name, default in (("trainer", "default"), ("logger", "wandb"), ("data", "text"))
+        for name, default in (("trainer", "default"), ("logger", "wandb"), ("data", "text"), ("model", "gpt"))
         if name in groups
     ]
-    if getattr(groups["data"], "tokenizer", None):
+    if not isinstance(groups["data"], schema.Own) and getattr(groups["data"], "tokenizer", None):
         needed.append(("data.tokenizer", "tokenizers", ("tokenizers",), "set data.tokenizer=null"))
     return [problem for choice in needed if (problem := missing_library(*choice))]
 
@@ -203,7 +210,6 @@ def check_curriculum(values: Mapping[str, Any], groups: Mapping[str, Any], horiz
     Raises:
         ConfigError: with every problem found.
     """
-    from apt_launch.config.catalogue import metrics, parameters, targets
     from apt_model.schedule import Program
     from apt_model.schedule.targets import NOT_NEGATIVE
 
@@ -220,14 +226,14 @@ def check_curriculum(values: Mapping[str, Any], groups: Mapping[str, Any], horiz
             problems.append("trainer.lr_schedule.target: it always is the learning rate's factor. Set it to null.")
     program = None
     try:
-        program = Program(groups["schedule"], horizon)
-        program.check_targets(targets(values), parameters(values))
+        program = Program(groups["schedule"], horizon, modules=catalogue.modules(values))
+        program.check_targets(catalogue.targets(values), catalogue.parameters(values))
         writes_lr = any(groups["schedule"].target_of(name) == "optimizer.lr" for name in groups["schedule"].all_anneals)
         if writes_lr and lr_schedule is not None:
             problems.append(
                 "schedule.anneals: optimizer.lr is written by trainer.lr_schedule already. Set trainer.lr_schedule=null."
             )
-        known = metrics(values)
+        known = catalogue.metrics(values)
         problems += [
             f"schedule.events: there is no metric {metric!r}. {nearest(metric, known)}"
             for metric in sorted(program.watched - known)

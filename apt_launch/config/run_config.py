@@ -28,15 +28,16 @@ class RunConfig:
 
     values: dict[str, Any]
     seed: int
-    model: schema.GPTConfig
+    model: schema.GPTConfig | schema.OwnModelConfig
     moe: schema.MoEConfig
     align: schema.BiStateConfig
     voter: schema.VoterConfig
     schedule: schema.ScheduleConfig
     data: schema.Group
-    optimizer: schema.AdamWConfig
+    optimizer: schema.AdamWConfig | schema.OwnOptimizerConfig
     trainer: schema.TrainerConfig
     logger: schema.Group
+    loss: schema.Group
     launch: schema.LaunchConfig
     corpus: Corpus
     horizon: Horizon
@@ -45,8 +46,12 @@ class RunConfig:
     @property
     def result_values(self) -> dict[str, Any]:
         """The values that decide what the run computes, flat: dotted key to value."""
-        flat = flatten(self.values)
-        return {key: value for key, value in flat.items() if not is_neutral(key)}
+        flat = flatten({name: value for name, value in self.values.items() if value != schema.NEW.get(name, ...)})
+        return {
+            key: value
+            for key, value in flat.items()
+            if not is_neutral(key) and not (key in schema.NEW_KEYS and value == schema.NEW_KEYS[key])
+        }
 
     @property
     def identity(self) -> str:

@@ -10,7 +10,7 @@ from enum import Enum
 from functools import cache
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from apt_launch.sweep.options import LaunchConfig as LaunchConfig
 from apt_launch.sweep.options import LocalLauncherConfig, NotNegative, SlurmLauncherConfig, Text
@@ -185,6 +185,43 @@ class AdamWConfig(Group):
     fused: bool
 
 
+class SGDConfig(Group):
+    """``optimizer=sgd``."""
+
+    target: Annotated[str | None, Role.FIXED] = Field(alias="_target_")
+    lr: PositiveNumber
+    momentum: BelowOne
+    dampening: BelowOne
+    nesterov: bool
+    weight_decay: NotNegative
+    fused: bool
+
+
+class AdafactorConfig(Group):
+    """``optimizer=adafactor``."""
+
+    target: Annotated[str | None, Role.FIXED] = Field(alias="_target_")
+    lr: PositiveNumber
+    beta2_decay: Annotated[float, Field(lt=0, allow_inf_nan=False)]
+    eps: Annotated[list[PositiveNumber | None], Field(min_length=2, max_length=2)]
+    d: PositiveNumber
+    weight_decay: NotNegative
+
+
+class MuonConfig(Group):
+    """``optimizer=muon``."""
+
+    target: Annotated[str | None, Role.FIXED] = Field(alias="_target_")
+    lr: PositiveNumber
+    weight_decay: NotNegative
+    momentum: BelowOne
+    nesterov: bool
+    ns_steps: Positive
+    adjust: Literal["match_rms_adamw", "original"]
+    betas: Annotated[list[BelowOne], Field(min_length=2, max_length=2)]
+    eps: PositiveNumber
+
+
 class TrainerConfig(Group):
     """``trainer=default``."""
 
@@ -200,6 +237,8 @@ class TrainerConfig(Group):
     activation_checkpointing: Annotated[bool, Role.NEUTRAL, Reach.ALL] = False
     grad_clip: PositiveNumber | None
     lr_schedule: Annotated[Anneal | None, Reach.SCHEDULED]
+    ema: BetweenZeroAndOne | None = None  # runs of earlier versions have no such key, nor the next
+    init_from: Annotated[Text | None, Role.FIXED] = None
     resume: Annotated[Text | None, Role.PROCESS]
     log_every: Annotated[Positive, Role.NEUTRAL, Reach.ALL]
     validation_batches: Positive | None
@@ -250,6 +289,10 @@ class CsvConfig(LoggerConfig):
     mode: Literal["offline", "disabled"]
 
 
+class ModelsLossConfig(Group):
+    """``loss=cross_entropy``."""
+
+
 class NoLoggerConfig(LoggerConfig):
     """``logger=none``."""
 
@@ -259,8 +302,84 @@ class NoLoggerConfig(LoggerConfig):
 DEFAULT_TRAINER: Final = "apt_model.training.trainer.Trainer"
 """The ``_target_`` of ``trainer=default``."""
 
+
+class Own(Group):
+    """A class or function of a package that the user allows, or of torch's: its other keys are its own parameters."""
+
+    model_config = ConfigDict(**{**Strict.model_config, "extra": "allow"})
+
+
+class OwnModelConfig(Own):
+    """``model=own``."""
+
+    role = Role.FIXED
+
+    seq_len: Positive
+    vocab_size: Positive | None = None
+
+
+class TransformersConfig(OwnModelConfig):
+    """``model=transformers``."""
+
+    model_config = Strict.model_config
+
+    path: Text | None
+    config: dict[str, Any] | None
+    experts: bool
+
+
+class OwnDataConfig(Own):
+    """``data=own``."""
+
+    role = Role.FIXED
+
+
+class OwnOptimizerConfig(Own):
+    """``optimizer=own``, ``sgd`` and others of torch's."""
+
+    target: Annotated[str | None, Role.FIXED] = Field(alias="_target_")
+    lr: PositiveNumber
+    weight_decay: NotNegative = 0.0
+
+
+class OwnLossConfig(Own):
+    """``loss=own``."""
+
+
+class OwnLoggerConfig(Own):
+    """``logger=own``."""
+
+    role = Role.NEUTRAL
+
+    mode: Literal["offline", "disabled"] = "offline"
+
+
+OWN: Final[dict[str, type[Own]]] = {
+    "model": OwnModelConfig,
+    "data": OwnDataConfig,
+    "optimizer": OwnOptimizerConfig,
+    "logger": OwnLoggerConfig,
+    "loss": OwnLossConfig,
+}
+"""Groups whose class may be the user's own."""
+
+OF_OWN: Final = frozenset(key for kind in OWN.values() for key in kind.model_fields)
+"""Keys of these groups that the launcher reads; a class is given them where it takes them."""
+
+INJECTED: Final[dict[str, tuple[str, ...]]] = {
+    "model": ("moe", "align", "voter"),
+    "data": ("split",),
+    "optimizer": ("params",),
+    "logger": ("folder", "config", "identity"),
+    "loss": ("logits", "targets", "hidden"),
+}
+"""Parameters that the launcher gives to a class of these groups, where it takes them."""
+
 GROUPS: Final[dict[str, dict[str | None, type[Group]]]] = {
-    "model": {"apt_model.gpt.GPT": GPTConfig},
+    "model": {
+        "apt_model.gpt.GPT": GPTConfig,
+        "apt_model.integrations.transformers.causal_lm": TransformersConfig,
+    },
     "moe": {"apt_model.layers.moe.MoE": MoEConfig},
     "align": {"apt_model.layers.align.BiStateAlignment": BiStateConfig},
     "voter": {"apt_model.layers.voter.EntropyVoter": VoterConfig},
@@ -272,7 +391,12 @@ GROUPS: Final[dict[str, dict[str | None, type[Group]]]] = {
         "apt_model.data.HFCorpus": HFDatasetConfig,
         "apt_model.data.ShardsCorpus": ShardsConfig,
     },
-    "optimizer": {"torch.optim.AdamW": AdamWConfig},
+    "optimizer": {
+        "torch.optim.AdamW": AdamWConfig,
+        "torch.optim.SGD": SGDConfig,
+        "torch.optim.Adafactor": AdafactorConfig,
+        "apt_model.training.muon.Muon": MuonConfig,
+    },
     "trainer": {
         DEFAULT_TRAINER: TrainerConfig,
         "apt_model.integrations.lightning.LightningTrainer": LightningConfig,
@@ -284,16 +408,25 @@ GROUPS: Final[dict[str, dict[str | None, type[Group]]]] = {
         "apt_launch.tracking.csv.CsvTracker": CsvConfig,
         None: NoLoggerConfig,
     },
+    "loss": {None: ModelsLossConfig},
 }
 
 
 EXTRAS: Final[dict[type[Group], tuple[str, tuple[str, ...]]]] = {
     LightningConfig: ("lightning", ("lightning",)),
     HFConfig: ("hf", ("transformers", "accelerate")),
+    TransformersConfig: ("hf", ("transformers", "accelerate")),
     TensorBoardConfig: ("tensorboard", ("tensorboard",)),
     HFDatasetConfig: ("hf", ("datasets",)),
 }
 """Choices that need an extra of the package: its name, and the libraries that it brings."""
+
+
+NEW: Final[dict[str, Any]] = {"loss": {"_target_": None}, "callbacks": {}}
+"""What configs of earlier versions do not have; at these values it is no part of a run's identity either."""
+
+NEW_KEYS: Final[dict[str, Any]] = {"trainer.init_from": None, "trainer.ema": None}
+"""The same, of single keys."""
 
 
 class TopLevel(Strict):
@@ -301,6 +434,7 @@ class TopLevel(Strict):
 
     seed: Annotated[Seed, Role.FIXED]
     profile_file: Annotated[Text | None, Role.NEUTRAL]
+    callbacks: dict[str, dict[str, Any]] = Field(default_factory=dict)
     launch: Annotated[LaunchConfig, Role.NEUTRAL]
 
 

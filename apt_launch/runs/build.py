@@ -6,8 +6,9 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apt_launch.config.instantiate import build, build_model, factory
+from apt_launch.config.instantiate import build, build_callbacks, build_loss, build_model, factory
 from apt_launch.config.run_config import RunConfig
+from apt_launch.runs.folder import initial_checkpoint
 
 if TYPE_CHECKING:
     from apt_model.training.callbacks import Callback
@@ -35,18 +36,22 @@ def build_trainer(
     options = by_concern(
         values["trainer"]
         | {"seed": config.seed, "weight_decay": config.optimizer.weight_decay, "leave_out": frozenset(leave_out)}
+        | {"seq_len": config.model.seq_len}
     )
     trainer: Trainer = build(
         {"_target_": values["trainer"]["_target_"]},
         **options,
         model=build_model(values),
+        loss=build_loss(values),
         optimizer=factory(values["optimizer"]),
         schedule=build(values["schedule"], horizon=config.horizon, program=config.program, broadcast=from_rank_zero),
         corpus=config.corpus,
         resume=resume,
         checkpoints=checkpoints,
         log=log,
-        callbacks=callbacks,
+        callbacks=[*callbacks, *build_callbacks(values)],
         stop_requested=stop_requested,
     )
+    if config.trainer.init_from is not None and resume is None:
+        trainer.init_from(initial_checkpoint(config))
     return trainer

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from hydra.core.hydra_config import HydraConfig
 
+from apt_launch import allow
 from apt_launch.commands import config_flags, for_all_ranks, override, words_of
 from apt_launch.config.run_config import RunConfig
 from apt_launch.config.schema import DEFAULT_TRAINER, EXTRAS, Role, role_of
@@ -120,7 +121,9 @@ class RunFolder:
         else:
             given = _overrides_in(path)
         kept = [one for one in given if one.lstrip("+").partition("=")[0] not in OF_ONE_ATTEMPT]
-        line, remark = for_all_ranks(words_of("apt_launch", *flags, *kept, *self.resume_overrides(config)))
+        line, remark = for_all_ranks(
+            words_of("apt_launch", *allow.flags(), *flags, *kept, *self.resume_overrides(config))
+        )
         return f"Go on with{remark}: {line}"
 
     def resume_overrides(self, config: RunConfig) -> list[str]:
@@ -155,6 +158,8 @@ class RunFolder:
         refuse_links(self.path, "hydra.run.dir")
         resume = self.resume(config)
         own = resume is not None and self.owns(resume.checkpoint)
+        if resume is None and config.trainer.init_from is not None:
+            initial_checkpoint(config)
         if self.holds_a_run and not own and config.trainer.resume != "auto":
             raise ConfigError(
                 f"hydra.run.dir: {self.path} already holds a run. Go on with it by trainer.resume=auto, or choose another "
@@ -238,6 +243,25 @@ def _overrides_in(path: Path) -> list[str]:
     except (FileNotFoundError, ConfigError, yaml.YAMLError, ValueError, RecursionError):
         return []
     return [one for one in found if isinstance(one, str)] if isinstance(found, list) else []
+
+
+def initial_checkpoint(config: RunConfig) -> Path:
+    """Return the checkpoint that ``trainer.init_from`` names.
+
+    Raises:
+        ConfigError: there is none, or its tokens mean something else than this run's.
+    """
+    assert config.trainer.init_from is not None
+    checkpoint, _ = find_checkpoint(in_home(config.trainer.init_from, "trainer.init_from"), "trainer.init_from")
+    kept, now = checkpoint.parent.parent / "tokenizer.json", config.corpus.tokenizer_file
+    alike = kept.exists() == (now is not None) and (now is None or read_regular(kept) == read_regular(now))
+    if not alike:
+        raise ConfigError(
+            f"trainer.init_from: the tokens of {checkpoint.parent.parent} are "
+            f"{f'those of {kept}' if kept.exists() else 'bytes'}, and those of this run {now or 'bytes'}. Set data.tokenizer to "
+            f"{kept if kept.exists() else 'null'}."
+        )
+    return checkpoint
 
 
 def find_checkpoint(path: Path, key: str) -> tuple[Path, list[str]]:

@@ -176,7 +176,7 @@ class Session:
             "steps": self.trainer.clock.step,
             "seconds": round(time.time() - self.began, 3),
             "tokens_per_second": round(self.trainer.tokens_per_second, 1),
-        } | summary.summarise(rows)
+        } | summary.summarise(rows, self.config.program.modules)
         try:
             write_json(self.folder.summary, content)
         except OSError as error:

@@ -231,6 +231,9 @@ class Application(Protocol):
     def shared_updates(self, a: JobSpec, b: JobSpec) -> int:
         """Return the number of first updates that two jobs have in common; 0: nothing can be shared."""
 
+    def environment(self) -> Mapping[str, str]:
+        """Return variables of this process that jobs sent from it have, too, wherever they run; no file keeps them."""
+
 
 def application(name: str) -> Callable[[Task], Task]:
     """Mark the task function of ``hydra.main`` as that of the application ``name``."""

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from apt_launch.allow import take_flags
 from apt_launch.command_line import ending
 from apt_launch.commands import command
 from apt_launch.secrets import keep_private
@@ -25,7 +26,7 @@ def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 a job failed, 2 the command line or the folder is wrong, 130 interrupted."""
     keep_private()
     with ending():
-        arguments = parser().parse_args()
+        arguments = parser().parse_args(take_flags(sys.argv[1:]))
         arguments.folder = arguments.folder.absolute()  # jobs and workers change directory
         sys.exit(COMMANDS[arguments.command](arguments))
 
@@ -61,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
             one.add_argument("--port", type=int, help="of the page; a free one unless said otherwise")
             one.add_argument("--terminal", action="store_true", help="no page; ends with the sweep")
         if name == "resume":
+            one.add_argument("--allow", metavar="PACKAGE", help="a package of yours whose classes the jobs may name")
             one.add_argument(
                 "overrides",
                 nargs="*",

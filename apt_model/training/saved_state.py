@@ -25,6 +25,9 @@ PLAIN: Final = ("clock", "schedule", "progress", "scaler")
 
 OF_TENSORS: Final = ("model", "optimizer", "random")
 
+MOMENTS: Final = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+"""What optimizers keep for each weight, in its shape."""
+
 
 @dataclass(frozen=True)
 class _Schedule:
@@ -91,6 +94,7 @@ def _check(state: Any, *, step: int, where: str) -> None:
     if not isinstance(state["model"], Mapping) or not all(isinstance(name, str) for name in state["model"]):
         raise ValueError("model: it is no mapping of names")
     _check_optimizer(state["optimizer"], state["model"])
+    _check_average(state.get("ema", {}), state["model"])
     ranks = state["random"]
     if not isinstance(ranks, list | tuple) or not ranks:
         raise ValueError("random: it is no list of the random states of ranks")
@@ -111,10 +115,23 @@ def _check_optimizer(found: Any, weights: Mapping[str, Any]) -> None:
             raise ValueError(f"optimizer: there is no parameter {name!r} in the checkpoint")
         if not isinstance(values, Mapping):
             raise ValueError(f"optimizer.{name}: it is no mapping")
-        for part, value in values.items():
-            if not isinstance(value, Tensor | int | float):
+        for part in MOMENTS:  # what else there is belongs to an optimizer that only its owner knows
+            value = values.get(part)
+            if value is None:
+                continue
+            if not isinstance(value, Tensor):
                 raise ValueError(f"optimizer.{name}.{part}: {type(value).__name__}, and a tensor is wanted")
-            if isinstance(value, Tensor) and value.dim() and value.shape != weight.shape:
+            if value.dim() and value.shape != weight.shape:
                 raise ValueError(
                     f"optimizer.{name}.{part}: {tuple(value.shape)}, and the parameter is {tuple(weight.shape)}"
                 )
+
+
+def _check_average(found: Any, weights: Mapping[str, Any]) -> None:
+    """Raise what is wrong with averaged weights."""
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError("ema: it is no mapping of tensors")
+    for name, value in found.items():
+        weight = weights.get(name)
+        if not isinstance(weight, Tensor) or weight.shape != value.shape:
+            raise ValueError(f"ema.{name}: there is no parameter of that name and shape in the checkpoint")

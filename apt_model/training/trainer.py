@@ -153,5 +153,8 @@ class Trainer(BaseTrainer):
         for name, value in state["progress"].items():
             setattr(self, name, value)
         self._saved_at = self.seconds
+        if self.average is not None:
+            self.average.load(state.get("ema", {}))
+        self.callbacks.load_state_dict(state.get("callbacks", {}))
         ranks = state["random"]
         restore_random_state(ranks[self.ranks.rank if self.ranks.rank < len(ranks) else 0], self.device)

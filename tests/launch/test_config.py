@@ -23,8 +23,9 @@ Composed = Callable[..., RunConfig]
 OPTIONS = [
     f"{path.parent.relative_to(CONF)}={path.stem}"
     for path in sorted(CONF.glob("*/*.yaml"))
-    if path.parent.name not in ("profile", "data", "sweeps")
+    if path.parent.name not in ("profile", "data", "sweeps") and path.stem not in ("own", "transformers")
 ]
+"""Those that need no more words; tests/config/test_own.py has classes of one's own, tests/integrations the other."""
 
 
 @pytest.mark.parametrize("option", OPTIONS)

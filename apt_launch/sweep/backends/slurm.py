@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from apt_launch.sweep.application import Resources
+from apt_launch.sweep.application import Application, Resources, load
 from apt_launch.sweep.backends.slurm_pack import run_packed_on_slurm
 from apt_launch.sweep.backends.slurm_task import run_on_slurm
 from apt_launch.sweep.jobs.state import ENDED, ObservedState, State, ask_to_cancel, read_state, transition
@@ -76,6 +76,11 @@ def slurm_parameters(resources: Resources, values: Mapping[str, Any], *, name: s
     for key in ("partition", "account", "qos", "constraint", "exclude"):
         parameters[key] = values[key]
     return {key: value for key, value in parameters.items() if value is not None}
+
+
+def inherited_lines(application: Application) -> list[str]:
+    """Return lines of a job script that give a job what it inherits of its sender, whatever the cluster does with the rest."""
+    return [f"export {name}={shlex.quote(value)}" for name, value in application.environment().items()]
 
 
 NAME: Final = re.compile(r"[A-Za-z0-9_\[(][A-Za-z0-9_.,:@+=/%&|*()\[\]-]*")
@@ -196,8 +201,9 @@ class SlurmBackend:
         executor = submitit.SlurmExecutor(own, python=self.values["python"] or shlex.quote(sys.executable))
         pack = int(self.values["pack"])
         together = [jobs[begin : begin + pack] for begin in range(0, len(jobs), pack)]
-        asked = _of_pack(resources, min(pack, len(jobs)))
-        executor.update_parameters(**slurm_parameters(asked, self.values, name=name))
+        parameters = slurm_parameters(_of_pack(resources, min(pack, len(jobs))), self.values, name=name)
+        lines = [*(parameters.get("setup") or ()), *inherited_lines(load(plan.application, plan.program))]
+        executor.update_parameters(**{**parameters, "setup": lines or None})
         paths = [str((folder / job.folder).resolve()) for job in jobs]
         for job in jobs:  # before SLURM can start them
             transition(folder / job.folder, "submitted", job_id="")

@@ -210,6 +210,10 @@ class HydraMain:
         """Return 0: nobody knows what programs could share."""
         return 0
 
+    def environment(self) -> Mapping[str, str]:
+        """Return nothing: jobs have what backends pass on."""
+        return {}
+
 
 def program(task: Any, sweeper: Mapping[str, Any], umask: int) -> Program:
     """Return the program that has called ``task``, with what ``hydra.sweeper`` says of its sweep."""
