@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     """Return what reads the command line."""
     found = argparse.ArgumentParser(
         prog="python -m apt_launch.evaluate",
-        usage="%(prog)s RUN_DIR [OPTION ...] [data=OPTION data.KEY=VALUE ...]",
+        usage="%(prog)s RUN_DIR [OPTION ...] [data=... ...]",
         description="""\
 Loss, perplexity and bits a byte of a run's checkpoint on text: the run's own
 validation split, or that of the data that overrides name.""",
