@@ -44,12 +44,14 @@ def targets(values: Mapping[str, Any]) -> dict[str, Domain]:
 
 def parameters(values: Mapping[str, Any]) -> list[str]:
     """Return the modules that events can freeze, by path."""
-    found = ["embedding", "blocks", "align", "norm"]
+    model = values["model"]
+    found = ["embedding", "blocks", "align", "norm", *([] if model.get("tie_embeddings", True) else ["unembedding"])]
     parts = (
         "attention_norm",
         "attention",
         "attention.qkv",
         "attention.out",
+        *(("attention.q_norm", "attention.k_norm") if model.get("qk_norm") else ()),
         "ffn_norm",
         "ffn",
         "ffn.router",

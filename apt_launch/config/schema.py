@@ -39,8 +39,25 @@ class Group(Strict):
     target: str | None = Field(alias="_target_")
 
 
+class LinearScalingConfig(Strict):
+    """``model.rope_scaling`` with ``rope_type: linear``."""
+
+    rope_type: Literal["linear"]
+    factor: PositiveNumber
+
+
+class Llama3ScalingConfig(Strict):
+    """``model.rope_scaling`` with ``rope_type: llama3``."""
+
+    rope_type: Literal["llama3"]
+    factor: PositiveNumber
+    low_freq_factor: PositiveNumber
+    high_freq_factor: PositiveNumber
+    original_max_position_embeddings: Positive
+
+
 class GPTConfig(Group):
-    """``model=gpt``."""
+    """``model=gpt``. The defaults are what runs of earlier versions had."""
 
     role = Role.FIXED
 
@@ -55,6 +72,15 @@ class GPTConfig(Group):
     dropout: BelowOne
     label_smoothing: BelowOne
     loss_chunk: Positive | None
+    num_kv_heads: Positive | None = None
+    head_dim: Positive | None = None
+    tie_embeddings: bool = True
+    rope_theta: PositiveNumber = 10_000.0
+    rope_scaling: Annotated[LinearScalingConfig | Llama3ScalingConfig, Field(discriminator="rope_type")] | None = None
+    norm_eps: PositiveNumber | None = None
+    qk_norm: Literal["head", "all"] | None = None
+    qkv_bias: bool = False
+    sliding_window: Positive | None = None
 
 
 class MoEConfig(Group):
