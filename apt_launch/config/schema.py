@@ -83,6 +83,15 @@ class GPTConfig(Group):
     sliding_window: Positive | None = None
 
 
+class PretrainedConfig(GPTConfig):
+    """``model=pretrained``, once :mod:`apt_launch.config.pretrained` has filled it in."""
+
+    path: Annotated[Text, Role.NEUTRAL]  # whose weights they are, ``weights`` says
+    revision: Annotated[Text | None, Role.NEUTRAL] = None
+    weights: Text
+    max_seq_len: Positive
+
+
 class MoEConfig(Group):
     """``moe=experts``."""
 
@@ -133,6 +142,7 @@ class _DocumentsConfig(Group):
     role = Role.FIXED
 
     tokenizer: Text | None = None
+    bos: bool | None = None
     cache: Annotated[Text | None, Role.NEUTRAL] = None
 
 
@@ -270,7 +280,7 @@ class NoLoggerConfig(LoggerConfig):
 
 
 GROUPS: Final[dict[str, dict[str | None, type[Group]]]] = {
-    "model": {"apt_model.gpt.GPT": GPTConfig},
+    "model": {"apt_model.gpt.GPT": GPTConfig, "apt_model.layouts.pretrained.PretrainedGPT": PretrainedConfig},
     "moe": {"apt_model.layers.moe.MoE": MoEConfig},
     "align": {"apt_model.layers.align.BiStateAlignment": BiStateConfig},
     "voter": {"apt_model.layers.voter.EntropyVoter": VoterConfig},
