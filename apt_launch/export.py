@@ -27,7 +27,7 @@ from apt_model.errors import AptError, ConfigError
 from apt_model.files import read_regular, refuse_place, write_atomic, write_json
 from apt_model.layouts.architecture import Architecture, ExpertLayers
 from apt_model.layouts.families import IMPORTED, LAYOUTS, Layout, layout_for
-from apt_model.layouts.folder import CONFIG, GENERATION
+from apt_model.layouts.folder import CONFIG, GENERATION, SEALS
 from apt_model.training.checkpoint import Checkpoints, newest_intact, read_manifest
 
 if TYPE_CHECKING:
@@ -203,12 +203,13 @@ def _leave_out(model: GPT, values: Mapping[str, Any], without: Sequence[str]) ->
     import torch
 
     tokens, source = _text(model, values)
+    model.loss_chunk = None  # all logits are compared
     torch.manual_seed(0)  # votes are drawn
     results = []
     with torch.no_grad():
         for _ in range(2):
             output = model(tokens[:, :-1], tokens[:, 1:], with_metrics=False)
-            results.append((model(tokens[:, :-1], with_metrics=False).logits.float(), float(output.language_loss)))
+            results.append((output.logits.float().log_softmax(dim=-1), float(output.language_loss)))
             for name in there:
                 OPTIONAL[name].leave_out(model)
     (before, loss_before), (after, loss_after) = results
@@ -218,7 +219,7 @@ def _leave_out(model: GPT, values: Mapping[str, Any], without: Sequence[str]) ->
         "of": source,
         "loss_with": loss_before,
         "loss_without": loss_after,
-        "largest_difference_of_logits": float((before - after).abs().max()),
+        "largest_difference": float((before - after).abs().max()),
     }
 
 
@@ -377,7 +378,7 @@ def _card(about: Mapping[str, Any], described: Architecture, model: GPT) -> str:
     if about["difference"]:
         lines.append(f"- Left out: {_difference(about['difference'])}.")
     lines += [
-        f"- `{'apt_launch.json'}` has the checksum of every file.",
+        f"- `{SEALS}` has the checksum of every file.",
         *("", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""),
         *(
             'model = AutoModelForCausalLM.from_pretrained(".")',
@@ -392,8 +393,8 @@ def _card(about: Mapping[str, Any], described: Architecture, model: GPT) -> str:
 def _difference(found: Mapping[str, Any]) -> str:
     return (
         f"{' and '.join(found['left_out'])}; on {found['tokens']} tokens of {found['of']} the loss is "
-        f"{found['loss_without']:.4f} instead of {found['loss_with']:.4f}, and logits differ by "
-        f"{found['largest_difference_of_logits']:.3g} at the most"
+        f"{found['loss_without']:.4f} instead of {found['loss_with']:.4f}, and log-probabilities differ by "
+        f"{found['largest_difference']:.3g} at the most"
     )
 
 

@@ -170,9 +170,10 @@ class Layout:
             for key, values in {**self.fixed, **NEVER}.items()
             if key in said and said[key] not in values
         ]
-        said.setdefault("num_key_value_heads", said.get("num_attention_heads"))
-        if "hidden_size" in said and "num_attention_heads" in said:
-            said.setdefault("head_dim", said["hidden_size"] // max(1, said["num_attention_heads"]))
+        width, heads = said.get("hidden_size"), said.get("num_attention_heads")
+        said.setdefault("num_key_value_heads", heads)
+        if isinstance(width, int) and isinstance(heads, int) and heads > 0:
+            said.setdefault("head_dim", width // heads)
         ours: dict[str, Any] = {}
         for name, theirs in {**KEYS, "d_ff": "intermediate_size"}.items():
             ours[name] = said.get(theirs)
@@ -333,10 +334,8 @@ QWEN2 = Layout(
     class_name="Qwen2ForCausalLM",
     fixed=_DENSE,
     silent={
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-        "max_position_embeddings": 32768,
-        "max_window_layers": 28,
+        **{"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 32768},
+        **{"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
     },
     bias="always",
     window="layers",
