@@ -23,7 +23,7 @@ from apt_launch.runs.folder import About, RunFolder, find_checkpoint
 from apt_launch.sweep.secrets import keep_private
 from apt_launch.sweep.values import read_frozen
 from apt_launch.version import __version__
-from apt_model.errors import AptError, ConfigError
+from apt_model.errors import AptError, ConfigError, nearest
 from apt_model.files import read_regular, refuse_place, write_atomic, write_json
 from apt_model.layouts.architecture import Architecture, ExpertLayers
 from apt_model.layouts.families import IMPORTED, LAYOUTS, Layout, layout_for
@@ -82,8 +82,9 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m apt_launch.export",
         usage="%(prog)s RUN --to OUT [OPTION ...]",
         description="""\
-A run's weights as a folder that transformers, vLLM and others load: the same logits, without a limit on experts.
-The router's temperature, granularity and the share of a shared expert are folded into the weights.""",
+A run's weights as a folder that transformers, vLLM and others load. Logits are
+the same: the router's temperature, granularity and the share of a shared expert
+are folded into the weights.""",
         epilog="""\
 examples:
   python -m apt_launch.export runs/a --to exported --dtype bf16
@@ -94,7 +95,7 @@ examples:
     add = found.add_argument
     add("run", metavar="RUN", type=Path, help="a run's folder, or one of its checkpoints")
     add("--to", type=Path, required=True, metavar="OUT", help="the folder to make")
-    add("--layout", choices=("auto", *LAYOUTS), default="auto", help="family of models; auto: the first that holds it")
+    add("--layout", default="auto", metavar="NAME", help=f"auto (the first that holds it), {', '.join(LAYOUTS)}")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights (fp32)")
     add("--checkpoint", default="newest", metavar="WHICH", help="newest, best (lowest val/loss) or a step (newest)")
     add("--without", default="", metavar="PARTS", help=f"leave out what no layout holds: {','.join(OPTIONAL)}")
@@ -105,6 +106,8 @@ examples:
 def _export(arguments: argparse.Namespace) -> None:
     without = [part for part in arguments.without.split(",") if part]
     problems = [f"--without: {part!r} is not one of {', '.join(OPTIONAL)}." for part in without if part not in OPTIONAL]
+    if arguments.layout not in ("auto", *LAYOUTS):
+        problems.append(f"--layout: {arguments.layout!r} is none. {nearest(arguments.layout, ['auto', *LAYOUTS])}")
     if not 0 < arguments.shard_gb < 1 << 20:
         problems.append(f"--shard-gb = {arguments.shard_gb} must be above 0.")
     if problems:

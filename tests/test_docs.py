@@ -182,6 +182,8 @@ def shortened(module: str, arguments: list[str]) -> list[str]:
         return arguments
     given = {argument.split("=", 1)[0] for argument in arguments}
     small = [override for override in SMALL if override.split("=", 1)[0] not in given]
+    if "model=pretrained" in arguments:  # which has sizes of its own
+        small = [override for override in small if not override.startswith("model.")]
     if "--multirun" in arguments and "hydra.sweep.dir" not in given:
         return [*arguments, *small, *([] if "--dry-run" in arguments else ["--dry-run"])]
     return [*arguments, *small]

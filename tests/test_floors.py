@@ -36,7 +36,7 @@ ROOMS: dict[str, tuple[str, ...] | None] = {
     "apt_model.gpt": (*BASE, "apt_model.schedule", "apt_model.layers"),
     "apt_model.generation": (*BASE, "apt_model.layers", "apt_model.gpt"),
     "apt_model.data": BASE,
-    "apt_model.layouts": (*BASE, "apt_model.gpt"),
+    "apt_model.layouts": (*BASE, "apt_model.gpt", "apt_model.data"),
     "apt_model.training": (*BASE, "apt_model.schedule", "apt_model.layers", "apt_model.gpt", "apt_model.data"),
     "apt_model.integrations": (*BASE, *MODEL),
     "apt_launch.version": (),

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, NamedTuple
 
-from apt_model.errors import ConfigError, nearest
+from apt_model.errors import ConfigError
 from apt_model.layouts.architecture import Architecture, ExpertLayers
 
 KEYS: Final = {
@@ -428,13 +428,11 @@ IMPORTED: Final = tuple(name for name, layout in LAYOUTS.items() if layout.route
 
 
 def layout_for(model: Architecture, asked: str = "auto") -> Layout:
-    """Return the layout ``asked`` for, or the first that holds ``model``.
+    """Return the layout ``asked`` for, one of :data:`LAYOUTS`, or the first that holds ``model``.
 
     Raises:
         ConfigError: it does not hold the model, or none does.
     """
-    if asked != "auto" and asked not in LAYOUTS:
-        raise ConfigError(f"--layout: there is no layout {asked!r}. {nearest(asked, ['auto', *LAYOUTS])}")
     reasons = {name: LAYOUTS[name].problems(model) for name in (LAYOUTS if asked == "auto" else [asked])}
     fitting = [name for name, found in reasons.items() if not found]
     if fitting:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from apt_model.data.tokenizer import END
 from apt_model.files import sha256, write_atomic, write_json
 from apt_model.layouts.families import Layout, Piece
 from apt_model.layouts.folder import INDEX, SEALS, WEIGHTS
@@ -62,16 +63,18 @@ def _made(piece: Piece, state: Mapping[str, Tensor]) -> Tensor:
 
 
 def write_byte_tokenizer(folder: Path) -> None:
-    """Write a ``tokenizer.json`` whose tokens are bytes of UTF-8, numbered as themselves."""
+    """Write a ``tokenizer.json`` whose tokens are bytes of UTF-8, numbered as themselves; 0 ends a text."""
     # GPT-2's letters for bytes: printable ones stand for themselves, others for what comes after all bytes
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    letters[0] = END
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     content: dict[str, Any] = {
         "version": "1.0",
         **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor")),
-        "added_tokens": [],
+        "added_tokens": [{"id": 0, "content": END, **special}],
         "pre_tokenizer": level,
         "decoder": level,
         "model": {
