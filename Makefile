@@ -35,7 +35,7 @@ soak: $(VENV)/.installed ## the same kills, inputs and attacks far more often th
 	APT_KILLS=$(KILLS) APT_EXAMPLES=$(EXAMPLES) APT_EVERYWHERE=1 $(BIN)/python -m pytest -s -n 2 --dist loadgroup \
 		tests/reliability/test_kills.py tests/reliability/test_bad_input.py tests/reliability/test_security.py
 
-gpu: $(VENV)/.installed ## on a machine with a GPU: its tests, benchmarks and a run, told in build/gpu
+gpu: $(VENV)/.installed ## on a machine with a GPU: its tests, benchmarks and a run, with the results in build/gpu
 	PYTHON=$(BIN)/python sh tests/bench/on_gpu.sh build/gpu
 
 lint: $(VENV)/.installed ## ruff and mypy
@@ -49,7 +49,7 @@ docs: $(VENV)/.installed ## build the documentation into build/site; a warning i
 wheel: $(VENV)/.installed ## build the wheel and run it from another folder in an environment of its own
 	PYTHON_BIN="$(abspath $(BIN)/python)" sh tests/wheel.sh
 
-pythons: $(VENV)/.installed ## what needs no torch, on Python 3.10 and 3.13, where they are
+pythons: $(VENV)/.made ## what needs no torch, on Python 3.10 and 3.13, where they are
 	PYTHON_BIN="$(abspath $(BIN)/python)" sh tests/pythons.sh
 
 clean: ## remove the environment and what tools left

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apt_launch.sweep.command import output
+from apt_launch.command_line import output
 
 if TYPE_CHECKING:  # Hydra is loaded where a config is composed, and not to show a page of help
     from omegaconf import DictConfig
@@ -34,7 +34,7 @@ def run(cfg: DictConfig) -> float:
     )  # by CheckBeforeStart, unless a sweeper of Hydra's came here
     try:
         return train(checked.config if checked else load(cfg), path, checked=checked)
-    except ConfigError:  # what only torch or the whole text could tell
+    except ConfigError:  # what only torch or the whole text could show
         RunFolder(path).discard()
         raise
 
@@ -58,9 +58,9 @@ def _main() -> None:
     from apt_launch.config import guard
     from apt_launch.config.menu import CONF
     from apt_launch.config.profile_file import with_profile_file
+    from apt_launch.secrets import keep_private
     from apt_launch.sweep.application import TRAINER, application
     from apt_launch.sweep.plugins import register
-    from apt_launch.sweep.secrets import keep_private
     from apt_model.errors import TrainingError
 
     keep_private()
@@ -80,8 +80,8 @@ def _main() -> None:
     except BrokenPipeError:
         raise
     except Exception as error:
+        from apt_launch.command_line import show_error
         from apt_launch.config.explain import understood
-        from apt_launch.sweep.command import show_error
 
         if wants_traceback:
             raise
@@ -98,7 +98,7 @@ def _main() -> None:
 
 
 def answered(arguments: list[str]) -> bool:
-    """Answer what needs no config: help, versions, a shell's completion. Say whether it was one of them."""
+    """Answer what needs no config: help, versions, a shell's completion. Return whether it was one of them."""
     if "--help" in arguments or "-h" in arguments:
         from apt_launch.cli.help import show
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from apt_launch.rows import enabled
 from apt_launch.sweep.application import JobContext, JobSpec, Resources, Result
-from apt_launch.sweep.values import from_yaml
+from apt_launch.values import from_yaml
 from apt_model.errors import ConfigError
-from apt_model.schedule.rows import modules_on
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -100,7 +100,7 @@ class Trainer:
 
     def phase(self, row: Mapping[str, float]) -> str:
         """Return the modules that are enabled, as the curriculum's phase."""
-        return "+".join(modules_on(row)) or "dense"
+        return "+".join(enabled(row)) or "dense"
 
     def shared_updates(self, a: JobSpec, b: JobSpec) -> int:
         """Return 0: runs share no updates yet."""

@@ -20,8 +20,8 @@ from apt_launch.config.corpus import build_corpus
 from apt_launch.config.ending import ending
 from apt_launch.generate import restored
 from apt_launch.runs.folder import About, RunFolder, find_checkpoint
-from apt_launch.sweep.secrets import keep_private
-from apt_launch.sweep.values import read_frozen
+from apt_launch.secrets import keep_private
+from apt_launch.values import read_frozen
 from apt_launch.version import __version__
 from apt_model.errors import AptError, ConfigError, nearest
 from apt_model.files import read_regular, refuse_place, write_atomic, write_json

@@ -1,6 +1,6 @@
 """``python -m apt_launch.generate RUN_DIR --prompt TEXT``: text from a run's checkpoint.
 
-The newest checkpoint that is whole is taken, with the modules that were on at its time. Text goes to standard output, the
+The newest checkpoint that is whole is taken, with the modules that were enabled at its time. Text goes to standard output, the
 rest to standard error.
 """
 
@@ -19,8 +19,8 @@ from apt_launch.config.ending import ending
 from apt_launch.config.instantiate import build, build_model
 from apt_launch.config.load import parse_groups
 from apt_launch.runs.folder import About, find_checkpoint
-from apt_launch.sweep.secrets import keep_private
-from apt_launch.sweep.values import read_frozen
+from apt_launch.secrets import keep_private
+from apt_launch.values import read_frozen
 from apt_model.data.tokenizer import ByteTokenizer, load_tokenizer
 from apt_model.errors import ConfigError
 from apt_model.files import read_regular
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m apt_launch.generate",
         usage="%(prog)s RUN_DIR [--prompt TEXT ...] [OPTION ...]",
         description="""\
-Text from a run's newest checkpoint, with the modules that were on at its time.
+Text from a run's newest checkpoint, with the modules enabled at its time.
 It goes to standard output; speed and votes go to standard error.""",
         epilog="""\
 examples:
@@ -212,7 +212,7 @@ def _write(prompts: Sequence[str], generated: Generated, tokenizer: Tokenizer, *
 
 
 def _summary(generated: Generated, checkpoint: Path, model: GPT) -> str:
-    """Say what was done, in one line."""
+    """Return what was done, in one line."""
     on = [name for name, is_on in _modules(model).items() if is_on]
     votes = f", {generated.voted_fraction:.0%} voted on" if model.voter.enabled else ""
     return (

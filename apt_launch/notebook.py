@@ -39,7 +39,7 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What ``summary.json`` holds: state, final and best metrics, when modules went on."""
+        """What ``summary.json`` holds: state, final and best metrics, when modules were enabled."""
         return read_json(RunFolder(self.folder).summary, dict[str, Any], remedy="Resume the run, which writes it anew.")
 
     def curve(self, metric: str) -> tuple[list[int], list[float]]:
@@ -48,7 +48,7 @@ class Run:
         return [int(row["step"]) for row in rows], [row[metric] for row in rows]
 
     def __repr__(self) -> str:
-        """Say what came of it, in one line."""
+        """Return what came of it, in one line."""
         losses = list(self.summary.get("val/loss", {}).values())
         message = f", val/loss {losses[0]:.4f} to {losses[-1]:.4f}" if losses else ""
         here = Path.cwd()

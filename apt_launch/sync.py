@@ -14,10 +14,10 @@ from pathlib import Path
 
 from apt_launch.config.ending import ending
 from apt_launch.config.instantiate import build
-from apt_launch.sweep.lease import holder_is_alive, read_holder
-from apt_launch.sweep.secrets import keep_private
-from apt_launch.sweep.values import read_frozen
+from apt_launch.lease import holder_is_alive, read_holder
+from apt_launch.secrets import keep_private
 from apt_launch.tracking.deliver import Summary, deliver
+from apt_launch.values import read_frozen
 from apt_model.errors import ConfigError
 from apt_model.files import read_json
 

@@ -1,6 +1,6 @@
 """``python -m apt_launch.tokenize OUT [overrides]``: a corpus as memory-mapped shards of tokens, for ``data=shards``.
 
-The corpus is that of a run with the same overrides. OUT is whole or not there; what was cut off goes on where it stood, by
+The corpus is that of a run with the same overrides. OUT is whole or not there; what was cut off is continued there, by
 the same command. Torch is not loaded.
 """
 
@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from apt_launch.command_line import parsed
 from apt_launch.commands import command, override
 from apt_launch.config.checks import missing_library
 from apt_launch.config.corpus import build_corpus, making_tokens
 from apt_launch.config.ending import ending
 from apt_launch.config.load import composing, load_data
-from apt_launch.sweep.command import parsed
-from apt_launch.sweep.secrets import keep_private
+from apt_launch.secrets import keep_private
 from apt_model.errors import ConfigError
 from apt_model.files import refuse_place
 
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         description="""\
 Make memory-mapped shards of a corpus, which runs then read without making its
 tokens again. Overrides name the corpus, as for python -m apt_launch. What was
-cut off goes on where it stood, by the same command.""",
+cut off is continued there, by the same command.""",
         epilog="""\
 examples:
   python -m apt_launch.tokenize shards/ data=text data.path=my_texts/
@@ -128,7 +128,7 @@ def _corpus(overrides: list[str]) -> DocumentCorpus:
 
 
 def _trained(corpus: DocumentCorpus, vocab_size: int, out: Path) -> Tokenizer:
-    """Return a tokenizer trained on the corpus; the same each time, so that what was cut off can go on.
+    """Return a tokenizer trained on the corpus; the same each time, so that what was cut off can be continued.
 
     Raises:
         ConfigError: there is one already, it is too small, or the text cannot be read.
@@ -157,7 +157,7 @@ def _trained(corpus: DocumentCorpus, vocab_size: int, out: Path) -> Tokenizer:
             if read >= TRAINED_ON:
                 return
 
-    thread = threading.Thread(target=train, daemon=True)  # the library hears no Ctrl-C, and this thread does
+    thread = threading.Thread(target=train, daemon=True)  # the library does not react to Ctrl-C, and this thread does
     thread.start()
     while thread.is_alive():
         thread.join(0.1)

@@ -2,13 +2,13 @@
 
 AptError
 ├── ConfigError          the config, the command line or an input file is wrong; nothing was run (exit 2)
-└── TrainingError        a run that had started cannot go on (exit 1)
+└── TrainingError        a run that had started cannot continue (exit 1)
     ├── NonFiniteError   the loss or a gradient is not a finite number
     ├── CallbackError    a callback raised
     ├── HorizonError     the updates counted do not fit the updates planned
     └── CheckpointError  a checkpoint is missing, damaged or belongs to another run
 
-Interrupted is no error: the run stopped because it was asked to, and it can go on later (exit 130).
+Interrupted is no error: the run stopped because it was asked to, and it can be resumed (exit 130).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ConfigError(AptError):
 
 
 class TrainingError(AptError):
-    """A run that had started cannot go on."""
+    """A run that had started cannot continue."""
 
 
 class NonFiniteError(TrainingError):

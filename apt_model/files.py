@@ -28,7 +28,7 @@ def in_home(path: str | Path, key: str) -> Path:
     """Return ``path`` with the home folder for ``~``.
 
     Raises:
-        ConfigError: nobody knows that folder; ``key`` is where the user named it.
+        ConfigError: there is no such folder; ``key`` is where the user named it.
     """
     try:
         return Path(path).expanduser()
@@ -67,8 +67,11 @@ def open_new(path: Path) -> BinaryIO:
             path.unlink(missing_ok=True)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path, *, remedy: str = "remove it") -> BinaryIO:
     """Open a regular file to be read. A device, a pipe or a socket in its place is refused, for reading might never end.
+
+    Args:
+        remedy: what the user can do, as the end of a sentence.
 
     Raises:
         FileNotFoundError: there is nothing.
@@ -76,16 +79,16 @@ def open_regular(path: Path) -> BinaryIO:
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # before it is opened: opening a device may have effects
-            raise ConfigError(f"{path}: {_kind(path)}, and a regular file is wanted. Remove it.")
+            raise ConfigError(f"{path}: {_kind(path)}, and a regular file is wanted: {remedy}.")
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
-            raise ConfigError(f"{path}: it is no regular file. Remove it.")
+            raise ConfigError(f"{path}: it is no regular file: {remedy}.")
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{path}: it cannot be read ({reason}). Make it readable, or remove it.") from None
+        raise ConfigError(f"{path}: it cannot be read ({reason}). Make it readable, or {remedy}.") from None
     return os.fdopen(handle, "rb")
 
 

@@ -92,8 +92,8 @@ def generate(
 ) -> Generated:
     """Continue each of ``prompts``, all in one batch, with a cache of keys and values.
 
-    Prompts of different lengths are read together up to the shortest's end; while one is still being read, others go on
-    already. Where the text outgrows the model's ``seq_len``, the older half is forgotten. Experts have no capacity in
+    Prompts of different lengths are read together up to the shortest's end; while one is still being read, others are
+    continued already. Where the text outgrows the model's ``seq_len``, the older half is forgotten. Experts have no capacity in
     evaluation, unless the model was given one: what becomes of a token does not depend on others of its batch.
     Draws come from torch's default generator.
 

@@ -66,8 +66,10 @@ def _keys(node: yaml.MappingNode, lines: list[str], prefix: str) -> Iterator[tup
 def introduction(path: Path) -> str:
     """Return the comment at the top of a YAML file."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    told = [line[1:].strip() for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]]
-    return " ".join(line for line in told if not line.startswith("@"))
+    comment = [
+        line[1:].strip() for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+    ]
+    return " ".join(line for line in comment if not line.startswith("@"))
 
 
 def comments(model: type[BaseModel]) -> dict[str, str]:
@@ -87,7 +89,7 @@ def comments(model: type[BaseModel]) -> dict[str, str]:
 
 
 def domain(annotation: Any, bounds: list[Any] | None = None) -> str:
-    """Say in words which values a type takes."""
+    """Return in words which values a type takes."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if hasattr(annotation, "__metadata__"):
         bounds = [*(bounds or []), *annotation.__metadata__]
@@ -111,17 +113,17 @@ def domain(annotation: Any, bounds: list[Any] | None = None) -> str:
         return "length" if any(m.func.__name__ in ("length", "span") for m in flat if hasattr(m, "func")) else "time"
     kind = {int: "integer", float: "number", bool: "`true` or `false`", str: "text"}.get(annotation, "anything")
     signs = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    told = [f"{word} {getattr(m, sign):g}" for m in flat for sign, word in signs.items() if hasattr(m, sign)]
-    if told == ["above 0"] and annotation is int:
-        told = ["at least 1"]
-    told = [bound for bound in told if not bound.endswith(f"{2.0**63:g}")]
-    return f"{kind}, {' and '.join(told)}" if told else kind
+    limits = [f"{word} {getattr(m, sign):g}" for m in flat for sign, word in signs.items() if hasattr(m, sign)]
+    if limits == ["above 0"] and annotation is int:
+        limits = ["at least 1"]
+    limits = [bound for bound in limits if not bound.endswith(f"{2.0**63:g}")]
+    return f"{kind}, {' and '.join(limits)}" if limits else kind
 
 
 def _table(rows: list[tuple[str, str, str, str]]) -> str:
     lines = ["| key | default | value | meaning |", "|---|---|---|---|"]
     lines += [
-        f"| `{key}` | {f'`{default}`' if default else ''} | {value} | {told} |" for key, default, value, told in rows
+        f"| `{key}` | {f'`{default}`' if default else ''} | {value} | {text} |" for key, default, value, text in rows
     ]
     return "\n".join(lines) + "\n"
 
@@ -155,22 +157,22 @@ def options(group: str) -> list[Option]:
 
 def meaning(group: str, option: Option, key: str) -> str:
     """Return what a group's key means: the comment beside it, in this option or in the first that has one."""
-    told = (one.keys[key].meaning for one in (option, *options(group)) if key in one.keys)
-    return next(filter(None, told), "")
+    meanings = (one.keys[key].meaning for one in (option, *options(group)) if key in one.keys)
+    return next(filter(None, meanings), "")
 
 
 def _rows(group: str, option: Option) -> list[tuple[str, str, str, str]]:
     rows = []
     for key, given in option.keys.items():
-        if "." in key:  # what an anneal holds is told once, below
+        if "." in key:  # what an anneal holds is described once, below
             continue
         field = next(f for name, f in option.schema.model_fields.items() if key in (f.alias, name))
         default = given.value
         if not default:
             inner = {k.split(".", 1)[1]: v.value for k, v in option.keys.items() if k.startswith(f"{key}.")}
             default = "{" + ", ".join(f"{name}: {value}" for name, value in inner.items()) + "}"
-        told = meaning(group, option, key)
-        rows.append((f"{group}.{key}", default, domain(field.annotation, list(field.metadata)), told))
+        text = meaning(group, option, key)
+        rows.append((f"{group}.{key}", default, domain(field.annotation, list(field.metadata)), text))
     return rows
 
 
@@ -199,7 +201,7 @@ def config_page() -> str:
         "## No group\n",
         _table([*_top_rows()]),
         "## launch\n",
-        "What a job of a sweep gets. No part of a run's identity.\n",
+        "Resources of a job of a sweep. No part of a run's identity.\n",
         _plain("config.yaml", LaunchConfig, "launch.", only="launch."),
     ]
     for group in GROUPS:
@@ -207,21 +209,21 @@ def config_page() -> str:
         first: Option | None = None
         for option in options(group):
             names = f"`{group}={option.name}`" + (f": `{option.target}`." if option.target else ".")
-            told = introduction(CONF / group / f"{option.name}.yaml")
+            text = introduction(CONF / group / f"{option.name}.yaml")
             if first is not None and option.keys.keys() == first.keys.keys():
-                parts.append(f"### {group}={option.name}\n\n{names} {told}\n\n{_differences(group, option, first)}\n")
+                parts.append(f"### {group}={option.name}\n\n{names} {text}\n\n{_differences(group, option, first)}\n")
                 continue
-            parts.append(f"### {group}={option.name}\n\n{names} {told}\n\n{_table(_rows(group, option))}")
+            parts.append(f"### {group}={option.name}\n\n{names} {text}\n\n{_table(_rows(group, option))}")
             first = first or option
     for model in GRAMMAR:
-        told = {
+        text = {
             Anneal: "A value that moves; [with pictures](../schedule.md#shapes). Below `schedule.anneals`, by name, "
             "`schedule.route_temp` and its like, and `trainer.lr_schedule`.",
             Segment: "A part of `segments`.",
             Event: "Below `schedule.events`, by name.",
             When: "A latch: what `when` of an event holds.",
         }[model]
-        parts.append(f"## {model.__name__.lower()}\n\n{told}\n\n{_table(list(_grammar_rows(model)))}")
+        parts.append(f"## {model.__name__.lower()}\n\n{text}\n\n{_table(list(_grammar_rows(model)))}")
     parts.append(_profiles())
     parts.append("## hydra/launcher\n")
     for name, schema in (("local", LocalLauncherConfig), ("slurm", SlurmLauncherConfig)):
@@ -247,18 +249,18 @@ def _top_rows() -> Iterator[tuple[str, str, str, str]]:
 
 
 def _differences(group: str, option: Option, first: Option) -> str:
-    """Say in which defaults an option with the same keys differs."""
+    """Return in which defaults an option with the same keys differs."""
     mine, its = ({key: default for key, default, *_ in _rows(group, one)} for one in (option, first))
     differ = [f"`{key}={value}`" for key, value in mine.items() if value != its[key]]
     return f"Keys of `{group}={first.name}`, " + (f"with {', '.join(differ)}." if differ else "with the same defaults.")
 
 
 def _grammar_rows(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
-    told = comments(model)
+    meanings = comments(model)
     for name, field in model.model_fields.items():
         key = field.alias or name
         default = "" if field.is_required() else _shown(field.default)
-        yield key, default, domain(field.annotation, list(field.metadata)), told[key]
+        yield key, default, domain(field.annotation, list(field.metadata)), meanings[key]
 
 
 def _shown(default: Any) -> str:

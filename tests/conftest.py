@@ -20,7 +20,7 @@ from hypothesis import settings
 from apt_launch.config.load import composed as compose
 from apt_launch.config.run_config import RunConfig
 from apt_launch.record import read_rows
-from tests.forks import HANGS, REPOSITORY, run_module
+from tests.forks import ADDRESS, HANGS, REPOSITORY, address, run_module
 
 if "HF_HOME" not in os.environ:  # what datasets copies there, and it asks nobody
     _HOME = tempfile.TemporaryDirectory()
@@ -72,6 +72,12 @@ LONGEST = (
 
 SHARED_OUT = {"slurm/test_sweeps": 3, "launch/test_sweep": 2, "training/test_compile": 2, "test_docs": 2}
 """Files whose tests several processes may share, and how many. Those of any other file stay together, with its fixtures."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have one process fork the commands that all processes of pytest-xdist's test; they inherit its address."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        os.environ[ADDRESS] = address()
 
 
 @pytest.hookimpl(wrapper=True)  # before -m chooses, and before pytest-xdist reads its groups

@@ -109,15 +109,17 @@ def reply(answer: Any) -> None:
 def address(*loaded: str) -> str:
     """Return where to ask for children, starting the process that forks them if there is none yet.
 
-    It ends with this process, and takes with it what it has forked.
+    It ends with this process, and takes with it what it has forked. Who is started by one that has it shares it.
 
     Args:
         loaded: modules that it has loaded besides what every run needs.
     """
+    if not loaded and ADDRESS in os.environ:
+        return os.environ[ADDRESS]
     folder = tempfile.mkdtemp(prefix="forks-")
     path = f"{folder}/socket"
     server = start_server("tests.forks", path, *loaded)
-    assert server.answer() == "ready"
+    assert server.answer() == "listening"
 
     def end() -> None:
         server.close()
@@ -362,6 +364,10 @@ class Forks:
 def _serve(path: str, *more: str) -> None:
     import importlib
 
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(path)
+    listening.listen(64)
+    reply("listening")  # who connects now waits until all is loaded
     for name in ("torch._dynamo", "wandb", "matplotlib.figure", "matplotlib.backends.backend_agg", "submitit"):
         importlib.import_module(name)
     for name in ("runs.train", "runs.summary", "runs.console", "preview.__main__", "sync", "sweep.plan.plan"):
@@ -370,20 +376,19 @@ def _serve(path: str, *more: str) -> None:
         importlib.import_module(name)
     import gc
 
+    from apt_launch.runs.provenance import packages
+
+    packages()
     gc.collect()
     gc.freeze()  # what is shared with children is never touched again
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # they are for the tests, which close our standard input at their end
-    listening = socket.socket(socket.AF_UNIX)
-    listening.bind(path)
-    listening.listen(64)
     waking, woken = socket.socketpair()
     woken.setblocking(False)
     waking.setblocking(False)
     signal.set_wakeup_fd(woken.fileno())
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     children: dict[int, socket.socket] = {}
-    reply("ready")
     while True:
         ready, _, _ = select.select([listening, waking, sys.stdin], [], [])
         if waking in ready:

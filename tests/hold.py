@@ -17,7 +17,7 @@ HOLD = "APT_TESTS_HOLD"
 
 
 class Hold:
-    """Where processes say that they hold, and hear that they may go on.
+    """Where processes say that they wait, and learn that they may continue.
 
     Args:
         folder: one that is not there yet.
@@ -57,7 +57,6 @@ def install() -> Any:
             return
         passes += 1
         if passes == int(at) and not (folder / "go").exists():
-            (folder / f"held-{os.getpid()}").touch()
             hold()
 
     def hold() -> None:
@@ -71,6 +70,7 @@ def install() -> Any:
                 handler(number, frame)
 
         before = {number: signal.signal(number, passed_on) for number in SIGNALS}
+        (folder / f"held-{os.getpid()}").touch()  # who waits for it may ask at once
         while not (asked or (folder / "go").exists() or (folder / f"go-{os.getpid()}").exists()):
             time.sleep(0.01)
         for number, handler in before.items():

@@ -16,15 +16,19 @@ from tests.forks import HANGS
 ROOT = Path(__file__).parent.parent
 
 BASE = ("apt_model.errors", "apt_model.files", "apt_model.limits")
-GROUND = (
-    *("apt_launch.record", "apt_launch.version", "apt_launch.drawing", "apt_launch.escapes"),
-    "apt_launch.commands",
+GROUND = tuple(
+    f"apt_launch.{name}"
+    for name in (
+        *("version", "record", "rows", "values", "secrets", "lease"),
+        *("commands", "command_line", "drawing", "escapes", "sparkline"),
+    )
 )
 MODEL = (
     *("apt_model.schedule", "apt_model.layers", "apt_model.gpt", "apt_model.data", "apt_model.training"),
     "apt_model.layouts",
 )
-SWEEP = ("apt_launch.sweep", "apt_launch.sweep.plan", "apt_launch.sweep.jobs", "apt_launch.sweep.control")
+PLAN = (*BASE, *GROUND, "apt_launch.sweep", "apt_launch.sweep.options")
+CONTROL = (*PLAN, "apt_launch.sweep.plan", "apt_launch.sweep.jobs")
 
 ROOMS: dict[str, tuple[str, ...] | None] = {
     "apt_model": (),
@@ -39,51 +43,36 @@ ROOMS: dict[str, tuple[str, ...] | None] = {
     "apt_model.layouts": (*BASE, "apt_model.gpt", "apt_model.data"),
     "apt_model.training": (*BASE, "apt_model.schedule", "apt_model.layers", "apt_model.gpt", "apt_model.data"),
     "apt_model.integrations": (*BASE, *MODEL),
-    "apt_launch.version": (),
-    "apt_launch.drawing": (),
-    "apt_launch.escapes": (),
-    "apt_launch.commands": (),
-    "apt_launch.record": (*BASE, "apt_launch.version"),
-    "apt_launch.sweep": (*BASE, *GROUND),
-    "apt_launch.sweep.plan": (*BASE, *GROUND, "apt_launch.sweep"),
-    "apt_launch.sweep.jobs": (*BASE, *GROUND, "apt_launch.sweep"),
-    "apt_launch.sweep.backends": (*BASE, *GROUND, "apt_launch.sweep", "apt_launch.sweep.plan", "apt_launch.sweep.jobs"),
-    "apt_launch.sweep.control": (
-        *(*BASE, *GROUND, "apt_launch.sweep", "apt_launch.sweep.plan", "apt_launch.sweep.jobs"),
-        "apt_launch.sweep.backends",
-    ),
-    "apt_launch.sweep.report": (*BASE, *GROUND, *SWEEP),
-    "apt_launch.sweep.watch": (*BASE, *GROUND, *SWEEP, "apt_launch.sweep.report"),
+    **dict.fromkeys(GROUND, (*BASE, *GROUND)),
+    "apt_launch.sweep.options": BASE,
+    "apt_launch.sweep": (*BASE, *GROUND, "apt_launch.sweep.options"),
+    "apt_launch.sweep.plan": PLAN,
+    "apt_launch.sweep.jobs": PLAN,
+    "apt_launch.sweep.backends": CONTROL,
+    "apt_launch.sweep.control": (*CONTROL, "apt_launch.sweep.backends"),
+    "apt_launch.sweep.report": (*CONTROL, "apt_launch.sweep.control"),
+    "apt_launch.sweep.watch": (*CONTROL, "apt_launch.sweep.control", "apt_launch.sweep.report"),
     **dict.fromkeys(
         (
             *("apt_launch.sweep.cli", "apt_launch.sweep.plugins", "apt_launch.sweep.__main__"),
             "apt_launch.sweep.namespace",
         ),
         (
-            *(*BASE, *GROUND, *SWEEP, "apt_launch.sweep.backends", "apt_launch.sweep.report", "apt_launch.sweep.watch"),
-            *("apt_launch.sweep.cli", "apt_launch.sweep.plugins"),
+            *(*CONTROL, "apt_launch.sweep.control", "apt_launch.sweep.backends", "apt_launch.sweep.report"),
+            *("apt_launch.sweep.watch", "apt_launch.sweep.cli", "apt_launch.sweep.plugins"),
         ),
     ),
     "apt_launch.tracking": (*BASE, *GROUND),
-    "apt_launch.config": (*BASE, *GROUND, *MODEL, "apt_launch.sweep"),
-    "apt_launch.runs": (
-        *(*BASE, *GROUND, *MODEL, "apt_launch.sweep", "apt_launch.config", "apt_launch.tracking"),
-        "apt_model.integrations",
-    ),
-    "apt_launch.preview": (
-        *(*BASE, *GROUND, *MODEL, "apt_launch.sweep", "apt_launch.sweep.plan", "apt_launch.config"),
-        "apt_launch.preview.jobs",
-    ),
-    "apt_launch.preview.jobs": (  # plans a sweep as Hydra's command does, by the same plugins
-        *(*BASE, *GROUND, *MODEL, "apt_launch.sweep", "apt_launch.sweep.plan", "apt_launch.config"),
-        *("apt_launch.sweep.backends", "apt_launch.sweep.plugins"),
-    ),
-    "apt_launch.cli": (*BASE, *GROUND, "apt_model.schedule", "apt_launch.sweep", "apt_launch.config"),
+    "apt_launch.config": (*BASE, *GROUND, *MODEL, "apt_launch.sweep.options"),
+    "apt_launch.runs": (*BASE, *GROUND, *MODEL, "apt_launch.config", "apt_launch.tracking"),
+    "apt_launch.preview": (*BASE, *GROUND, *MODEL, "apt_launch.config", "apt_launch.sweep.plan"),
+    "apt_launch.cli": (*BASE, *GROUND, "apt_model.schedule", "apt_launch.config"),
+    "apt_launch.preview.__main__": None,
     "apt_launch": None,
 }
-"""Rooms, by the package or module that they are, and the rooms that each may import beside itself; None: all.
+"""Rooms, by the package or module that they are, and the rooms that each may import beside itself; None: all, as a command may.
 
-What stands in no inner room of ``apt_launch.sweep`` is its ground: the protocol, options, values, the lease.
+What stands in no inner room of ``apt_launch.sweep`` is the protocol, ``application.py``.
 """
 
 WITHOUT = {

@@ -60,7 +60,7 @@ def greedy_by_hand(model: GPT, text: list[int], steps: int) -> list[int]:
     return text[-steps:]
 
 
-def test_prompts_of_different_lengths_go_on_as_each_would_alone() -> None:
+def test_prompts_of_different_lengths_continue_as_each_would_alone() -> None:
     model = model_with("moe", "align")
     prompts = [[3, 1, 4, 1, 5, 9], [2], [7, 1, 8]]
     expected = [greedy_by_hand(model, prompt, 5) for prompt in prompts]
@@ -103,7 +103,7 @@ def test_a_prompt_longer_than_the_window_counts_with_its_end() -> None:
     assert generate(model, [prompt], max_new_tokens=1, sampling=GREEDY).tokens == [expected]
 
 
-def test_the_token_at_the_end_is_left_out_and_others_go_on() -> None:
+def test_the_token_at_the_end_is_left_out_and_others_continue() -> None:
     model = model_with()
     alone = [greedy_by_hand(model, prompt, 6) for prompt in ([3], [5])]
     end = alone[0][2]

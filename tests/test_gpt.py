@@ -81,7 +81,7 @@ def test_no_prediction_depends_on_later_tokens_with_every_module_on() -> None:
 @pytest.mark.parametrize("capacity", [1.1, 1.5])
 @pytest.mark.parametrize("granularity", [1, 2, 3])
 @pytest.mark.parametrize("shared_expert", [False, True])
-def test_logits_agree_before_and_after_experts_go_on(
+def test_logits_agree_before_and_after_experts_are_enabled(
     temperature: float, capacity: float, granularity: int, shared_expert: bool
 ) -> None:
     slices = {"num_experts": 4 * granularity, "top_k": 2 * granularity, "granularity": granularity}
@@ -174,7 +174,7 @@ def test_what_is_off_costs_nothing() -> None:
     assert not any("expert" in name or "router" in name or "align" in name for name, _ in gpt.named_parameters())
 
 
-def test_metrics_of_routing_are_told_of_each_layer_only_where_they_are_asked_for() -> None:
+def test_metrics_of_routing_are_reported_of_each_layer_only_where_they_are_asked_for() -> None:
     gpt = model(moe={"num_experts": 5})
     tokens = torch.randint(0, 50, (2, 20))
     assert gpt(tokens).routing is None, "dense layers route nothing"
@@ -195,7 +195,7 @@ def test_metrics_of_routing_are_told_of_each_layer_only_where_they_are_asked_for
 LAYERS = ("moe/layer_00", "moe/layer_01", "moe/layer_02")
 
 
-def test_activations_that_are_computed_again_are_told_of_once_and_move_no_bias_twice() -> None:
+def test_activations_that_are_computed_again_are_reported_once_and_move_no_bias_twice() -> None:
     tokens, targets = torch.randint(0, 50, (2, 2, 20))
     found = []
     for again in (False, True):

@@ -158,7 +158,7 @@ _apt_launch() {
     word="${line##*[[:space:]]}"
     COMPREPLY=($(PYTHON -m apt_launch.cli.completion "$line" 2>/dev/null))
     case "${COMPREPLY[0]}" in *[=./]) compopt -o nospace 2>/dev/null ;; esac
-    word="${word%"${word##*[=:]}"}"  # readline takes what comes after these for a word of its own
+    word="${word%"${word##*[=:]}"}"  # readline takes what follows these for another word
     [[ "$COMP_WORDBREAKS" == *=* ]] && COMPREPLY=("${COMPREPLY[@]#"$word"}")
 }
 _apt_launch_python() {

@@ -1,4 +1,4 @@
-"""``python -m apt_launch --help``: what a person wants to know first. Neither torch nor Hydra is loaded for it."""
+"""``python -m apt_launch --help``: groups, common keys and examples. Neither torch nor Hydra is loaded for it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXAMPLES: Final = (
         "python -m apt_launch schedule=gpt5_moe",
     ),
     ("Ctrl-C writes a checkpoint ...", "python -m apt_launch hydra.run.dir=runs/a"),
-    ("... and this goes on from it, exactly:", "python -m apt_launch hydra.run.dir=runs/a trainer.resume=auto"),
+    ("... and this continues from it, exactly:", "python -m apt_launch hydra.run.dir=runs/a trainer.resume=auto"),
     (
         "Sweep on this machine (--dry-run shows the plan and starts nothing):",
         "python -m apt_launch --multirun schedule.route_temp.end=0.6,0.8 seed=0,1,2",
@@ -48,7 +48,7 @@ COMMON: Final = {
     "model.d_model": "width; also num_layers, num_heads, d_ff, seq_len",
     "moe.num_experts": "experts a layer; top_k of them for each token",
     "trainer.device": "auto: CUDA where there is a device",
-    "trainer.resume": "auto: go on from the newest checkpoint in the run's folder",
+    "trainer.resume": "auto: continue from the newest checkpoint in the run's folder",
     "logger.mode": "offline, online (needs a key of W&B), disabled",
     "hydra.run.dir": "the run's folder",
     "seed": "of weights, batches, dropout, votes; not of the split: data.seed",
@@ -115,7 +115,7 @@ def _print(console: Console) -> None:
         if text:
             console.print(Text(f"  {text}", style="dim"))
         console.print(Text(f"    {command}", style="cyan"), soft_wrap=True)
-    heading("Groups: GROUP=OPTION (* is what you get without a word)")
+    heading("Groups: GROUP=OPTION (*: the default)")
     listed(
         (f"+{name}" if name in ADDED else name, *purpose_of(group))
         for name, group in groups().items()

@@ -15,7 +15,7 @@ from apt_model.schedule.targets import BELOW_ONE, NOT_NEGATIVE, OF_EXPERTS, OF_O
 def metrics(values: Mapping[str, Any]) -> frozenset[str]:
     """Return what a latch can watch; ``values`` is a run's config.
 
-    What a module tells comes while it is on; ``voter/entropy`` comes always when it is watched.
+    A module's metrics exist while it is enabled; ``voter/entropy`` exists always when it is watched.
     """
     found = {
         "train/loss",

@@ -87,7 +87,7 @@ def _attention_problems(model: schema.GPTConfig) -> list[str]:
 
 
 def _expert_problems(model: schema.GPTConfig, moe: schema.MoEConfig) -> list[str]:
-    """Say why experts could not begin as the dense layer that is to be cut into them."""
+    """Return why experts could not begin as the dense layer that is to be cut into them."""
     slices, problems = moe.granularity, []
     if model.d_ff % slices:
         problems.append(
@@ -117,7 +117,7 @@ def _expert_problems(model: schema.GPTConfig, moe: schema.MoEConfig) -> list[str
 
 
 def _sharing_problems(groups: Mapping[str, Any], ranks: int) -> list[str]:
-    """Say why ``ranks`` cannot share the model as the config says; how many a lone process is one of is not known yet."""
+    """Return why ``ranks`` cannot share the model as the config says; how many a lone process is one of is not known yet."""
     model, moe, trainer = groups["model"], groups["moe"], groups["trainer"]
     experts = trainer.expert_parallel
     slices = f" / moe.granularity = {moe.granularity}" if moe.granularity > 1 else ""
@@ -151,7 +151,7 @@ def _sharing_problems(groups: Mapping[str, Any], ranks: int) -> list[str]:
 
 
 def _trainer_problems(trainer: schema.TrainerConfig) -> list[str]:
-    """Say what the chosen trainer was asked for and cannot do."""
+    """Return what the chosen trainer was asked for and cannot do."""
     problems = []
     if trainer.resume is not None and type(trainer) in EXTRAS:
         option, _ = EXTRAS[type(trainer)]
@@ -171,7 +171,7 @@ def _trainer_problems(trainer: schema.TrainerConfig) -> list[str]:
 
 
 def _vocabulary_problems(corpus: Corpus, vocab_size: int) -> list[str]:
-    """Say whether the corpus has tokens that the model has not."""
+    """Return whether the corpus has tokens that the model has not."""
     needed, place = corpus.vocab_size, corpus.tokenizer_file
     if needed <= vocab_size:
         return []
@@ -182,7 +182,7 @@ def _vocabulary_problems(corpus: Corpus, vocab_size: int) -> list[str]:
 
 
 def missing_libraries(groups: Mapping[str, Any]) -> list[str]:
-    """Say what chosen options need and is not installed."""
+    """Return what chosen options need and is not installed."""
     needed = [
         (name, *EXTRAS.get(type(groups[name]), ("", ())), f"choose {name}={default}")
         for name, default in (("trainer", "default"), ("logger", "wandb"), ("data", "text"))
@@ -194,7 +194,7 @@ def missing_libraries(groups: Mapping[str, Any]) -> list[str]:
 
 
 def missing_library(key: str, option: str, libraries: Sequence[str], otherwise: str) -> str | None:
-    """Return what to tell if one of ``libraries``, which the extra ``option`` of this package brings, is not installed."""
+    """Return the message if one of ``libraries``, which the extra ``option`` of this package brings, is not installed."""
     from importlib.util import find_spec
 
     missing = [library for library in libraries if find_spec(library) is None]
@@ -239,8 +239,8 @@ def check_curriculum(values: Mapping[str, Any], groups: Mapping[str, Any], horiz
             for metric in sorted(program.watched - known)
         ]
         problems += [
-            f"schedule.events: a latch turns {subject.name} on by {when.metric}, which comes only while {subject.name} is on. "
-            "Choose another metric, or give the latch a deadline."
+            f"schedule.events: a latch enables {subject.name} by {when.metric}, which exists only while {subject.name} is "
+            "enabled. Choose another metric, or give the latch a deadline."
             for subject, when in program.latches.items()
             if when.metric.startswith(f"{subject.name}/") and when.metric != "voter/entropy" and when.deadline is None
         ]

@@ -72,7 +72,7 @@ def making_tokens(corpus: Corpus) -> Iterator[None]:
             from apt_launch.config.token_progress import TokenProgress
 
             progress = TokenProgress()
-        progress.tell(split, done, tokens)
+        progress.show(split, done, tokens)
 
     corpus.on_progress = show
     try:

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from apt_launch.config.menu import CONF
 from apt_launch.config.schema import all_keys
-from apt_launch.sweep.values import flatten
+from apt_launch.values import flatten
 from apt_model.errors import CheckpointError, ConfigError, nearest
 
 
@@ -65,7 +65,7 @@ def _options_with(key: str) -> list[str]:
 
 
 def understood(error: BaseException) -> ConfigError | None:
-    """Return ``error`` as a ConfigError if it is about what was asked for, also where Hydra stumbled over it; else None."""
+    """Return ``error`` as a ConfigError if it is about what was asked for, also where Hydra failed on it; else None."""
     if isinstance(error, ConfigError | HydraException | OmegaConfBaseException):
         return explained(error)
     if isinstance(error, CheckpointError):

@@ -1,6 +1,6 @@
 """What a config may not do: have Hydra build or open what it should not, or carry a secret into files.
 
-A config comes from many hands: presets, profiles of colleagues, folders given by ``--config-dir``. Hydra builds callbacks,
+A config comes from many people: presets, profiles of colleagues, folders given by ``--config-dir``. Hydra builds callbacks,
 launchers, sweepers and log handlers from its own node before any code of ours sees a value, so that node is judged where
 configs are composed. What Hydra builds from is resolved first and stays as it was judged: an interpolation has no second
 value. What the groups may build is :data:`apt_launch.config.instantiate.ALLOWED`.
@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from apt_launch.config.logging_guard import logging_problems
 from apt_launch.config.yaml_file import load_yaml
-from apt_launch.sweep.secrets import SecretError, refuse_secrets_of_the_environment, secret_error, secret_problems
+from apt_launch.secrets import SecretError, refuse_secrets_of_the_environment, secret_error, secret_problems
 from apt_model.errors import ConfigError
 
 CALLBACKS: Final = frozenset(
@@ -158,7 +158,7 @@ def _guarded_files() -> type:
             except OSError as error:
                 raise ConfigError(f"{error.filename}: the folder cannot be read: {error.strerror}.") from None
 
-    GuardedFiles.__name__ = FileConfigSource.__name__  # Hydra registers one class a scheme, and tells them by this
+    GuardedFiles.__name__ = FileConfigSource.__name__  # Hydra registers one class a scheme, by this name
     return GuardedFiles
 
 

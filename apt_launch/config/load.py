@@ -12,13 +12,13 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from apt_launch.config import schema
 from apt_launch.config.checks import check_curriculum, check_together, missing_libraries
+from apt_launch.config.composing import config_loader
 from apt_launch.config.corpus import Counts, plan_horizon
 from apt_launch.config.guard import guard
 from apt_launch.config.menu import CONF as CONF
 from apt_launch.config.pretrained import with_pretrained
 from apt_launch.config.run_config import RunConfig
-from apt_launch.sweep.composing import config_loader
-from apt_launch.sweep.secrets import check_secrets, secret_error, without_secrets_of_the_environment
+from apt_launch.secrets import check_secrets, secret_error, without_secrets_of_the_environment
 from apt_model.errors import ConfigError, nearest, validated
 
 

@@ -1,6 +1,6 @@
 """What a config's logging may build: classes by name, and of each only the arguments listed here.
 
-``logging.config`` imports and calls what it is told to, sets attributes of what it built, and follows ``ext://`` and ``cfg://``
+``logging.config`` imports and calls whatever its config names, sets attributes of what it built, and follows ``ext://`` and ``cfg://``
 in any value. So each section, key and value is looked for in a list, and what is in none is refused.
 """
 

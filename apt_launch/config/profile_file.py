@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from apt_launch.config.yaml_file import load_yaml
-from apt_launch.sweep.values import flatten
+from apt_launch.values import flatten
 from apt_model.errors import ConfigError
 from apt_model.files import in_home
 

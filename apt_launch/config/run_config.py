@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from apt_launch.config import schema
 from apt_launch.config.schema import Role, role_of
-from apt_launch.sweep.values import flatten
+from apt_launch.values import flatten
 
 if TYPE_CHECKING:
     from apt_model.data import Corpus

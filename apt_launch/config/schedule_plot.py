@@ -23,7 +23,7 @@ class Sheet:
     num_steps: int
     steps: list[int]
     values: dict[str, list[float]]  # anneals: the scheduled value at each of steps
-    stretches: dict[str, list[tuple[int, int]]]  # modules: where they are on, in steps
+    stretches: dict[str, list[tuple[int, int]]]  # modules: where they are enabled, in steps
     notes: dict[str, str]  # modules: what is written beside
 
 
@@ -42,7 +42,7 @@ def _sheet(label: str, program: Program) -> Sheet:
     for module in MODULES:
         first = program.first_step(module)
         notes[module] = (
-            f"on from epoch {first // horizon.updates_per_epoch}, step {first}" if first is not None else "off"
+            f"enabled from epoch {first // horizon.updates_per_epoch}, step {first}" if first is not None else "off"
         )
         if any(subject.name == module for subject in program.latches):
             notes[module] = "when its metric says so"

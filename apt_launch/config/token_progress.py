@@ -1,4 +1,4 @@
-"""How far a corpus' tokens are made, on standard error."""
+"""The progress of reading a corpus' tokens, on standard error."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 
 def can_redraw(console: Console) -> bool:
-    """Say whether what was shown can be overwritten: at a terminal, and not in a log that is made to have colours."""
+    """Return whether what was shown can be overwritten: at a terminal, and not in a log that is made to have colours."""
     return console.is_terminal and not console.is_dumb_terminal and console.file.isatty()
 
 
 class TokenProgress:
-    """Says on standard error how far tokens are made: a bar for each split on a terminal, else a line every ``seconds``."""
+    """Shows on standard error how many tokens have been read: a bar a split on a terminal, else a line every ``seconds``."""
 
     def __init__(self, seconds: float = 10.0) -> None:
         self.seconds = seconds
@@ -32,7 +32,7 @@ class TokenProgress:
         self.tasks: dict[str, TaskID] = {}
         self.began: dict[str, tuple[float, int]] = {}
 
-    def tell(self, split: str, done: float, tokens: int) -> None:
+    def show(self, split: str, done: float, tokens: int) -> None:
         """Show that ``done`` of ``split`` (0 to 1; nan: unknown) is ready, ``tokens`` so far; 1 comes once, at the end."""
         now = time.monotonic()
         terminal = can_redraw(self.progress.console)

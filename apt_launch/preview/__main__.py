@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from apt_launch.command_line import parsed
 from apt_launch.config.ending import ending
 from apt_launch.preview.painter import Painter
-from apt_launch.sweep.command import parsed
 
 if TYPE_CHECKING:
     from apt_launch.sweep.plan.jobs import Job
@@ -34,9 +34,9 @@ def _preview(arguments: argparse.Namespace, overrides: list[str], painter: Paint
     from apt_launch.config.profile_file import with_profile_file
     from apt_launch.config.schedule_plot import sheets
     from apt_launch.escapes import console
-    from apt_launch.preview.jobs import config_of, gather
+    from apt_launch.planning import gather
     from apt_launch.preview.page import page
-    from apt_launch.preview.terminal import MOST_OVERLAID, show
+    from apt_launch.preview.terminal import MOST_OVERLAID, config_of, show
     from apt_model.files import refuse_place, write_atomic
 
     plan = gather(with_profile_file(overrides), arguments.config_dir)
@@ -64,8 +64,8 @@ def _size_tables(jobs: Sequence[Job], arguments: argparse.Namespace) -> list[tup
     if not (arguments.sizes or arguments.gpu is not None or arguments.gpus is not None):
         return []
     from apt_launch.preview.gpus import table
-    from apt_launch.preview.jobs import config_of
     from apt_launch.preview.sizes import sizes
+    from apt_launch.preview.terminal import config_of
 
     num_gpus = 1 if arguments.gpus is None else arguments.gpus
     return [
@@ -92,7 +92,7 @@ examples:
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path("outputs/preview"), metavar="DIR", help="of the pictures (outputs/preview)")
-    add("--sizes", action="store_true", help="tell parameters, memory and FLOPs, too (loads torch)")
+    add("--sizes", action="store_true", help="show parameters, memory and FLOPs, too (loads torch)")
     add("--gpu", metavar="KIND", help="sizes, with hours and what fits on a kind of GPU: a100, h100, ...")
     add("--gpus", type=int, metavar="N", help="sizes, with what each of N GPUs needs that share the model")
     add("--config-dir", "-cd", type=Path, metavar="DIR", help="a folder of your own groups and options")

@@ -76,7 +76,7 @@ class Cost:
 
 
 def cost(config: RunConfig, phases: Sequence[Phase], *, gpu: str, num_gpus: int = 1, mfu: float = DEFAULT_MFU) -> Cost:
-    """Say how long the run takes on ``num_gpus`` GPUs of one kind, and whether it fits.
+    """Return how long the run takes on ``num_gpus`` GPUs of one kind, and whether it fits.
 
     The memory of a device: see :func:`device_bytes`.
 
@@ -214,7 +214,7 @@ def _drawn(
     for phase in phases:
         drawn.add_column(str(phase.step), justify="right")
     rows = {
-        "modules on": [" ".join(phase.modules) or "none" for phase in phases],
+        "modules enabled": [" ".join(phase.modules) or "none" for phase in phases],
         "updates": [f"{phase.updates:,}" for phase in phases],
         "parameters": [_count(phase.parameters) for phase in phases],
         "active a token": [_count(phase.active) for phase in phases],

@@ -52,7 +52,7 @@ class Phase:
     updates: int
     tokens: int  # that it trains on
     batch_size: int  # sequences of the batch that activations and workspace are for
-    modules: tuple[str, ...]  # that are on
+    modules: tuple[str, ...]  # that are enabled
     frozen: tuple[str, ...]  # patterns of frozen parameters
     parameters: int
     active: int  # parameters that one token meets: top_k of the experts, and all that is shared
@@ -185,7 +185,7 @@ def sizes(config: RunConfig, *, on_gpu: bool | None = None) -> list[Phase]:
 
 
 def _phases(program: Program) -> Iterator[tuple[int, dict[Subject, bool]]]:
-    """Yield the first update of each phase, and what is on (or frozen) in it."""
+    """Yield the first update of each phase, and what is enabled (or frozen) in it."""
     horizon = program.horizon
     fired: dict[str, Clock] = dict(program.fired)
     latched: dict[Subject, Clock] = {}

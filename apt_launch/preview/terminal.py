@@ -8,20 +8,20 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from apt_launch.preview.jobs import config_of
+from apt_launch.config.run_config import RunConfig
+from apt_launch.sparkline import blocks
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
-from apt_launch.sweep.sparkline import blocks
-from apt_launch.sweep.values import changed_keys
+from apt_launch.values import changed_keys
 from apt_model.schedule import Program
 from apt_model.schedule.timeline import effect, series, timeline
 
 MOST_OVERLAID = 16
-"""Above this many jobs curves are no longer told apart: the first ones are drawn, and all are listed."""
+"""Above this many jobs curves cannot be distinguished: the first ones are drawn, and all are listed."""
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Print the plan of a sweep, the timeline of each job, its values as lines of blocks, and what is hardly meant."""
+    """Print the plan of a sweep, the timeline of each job, its values as lines of blocks, and what may be a mistake."""
     jobs = plan.jobs[:MOST_OVERLAID]
     if plan.asked > 1:
         console.print(plan.summary, highlight=False)
@@ -40,6 +40,13 @@ def show(plan: Plan, console: Console) -> None:
             console.print(f"note: {note}", highlight=False, soft_wrap=True)
     for note in unread_sweeps(jobs):
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
+
+
+def config_of(job: Job) -> RunConfig:
+    """Return the config of a job that was planned by this process."""
+    config: RunConfig | None = job.config
+    assert config is not None
+    return config
 
 
 def _plan_table(plan: Plan) -> Table:

@@ -9,9 +9,9 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from apt_launch.command_line import show_error
 from apt_launch.config.load import load
 from apt_launch.runs.folder import Checked, RunFolder
-from apt_launch.sweep.command import show_error
 from apt_model.errors import ConfigError
 
 

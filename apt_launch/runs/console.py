@@ -1,4 +1,4 @@
-"""What a run says while it trains: a progress bar on a terminal, a plain line every so often elsewhere."""
+"""The output of a run while it trains: a progress bar on a terminal, a plain line every so often elsewhere."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from rich.text import Text
 
 from apt_launch.config.token_progress import can_redraw
 from apt_launch.escapes import console, visible
+from apt_launch.rows import enabled, scheduled_values
 from apt_model.schedule import Change
-from apt_model.schedule.rows import anneals, modules_on
 from apt_model.training.callbacks import Callback
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Stdout(_Handler):
         return visible(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Go on in silence once nobody reads: the run and its log file do not depend on that."""
+        """Ignore a closed output: the run and its log file do not depend on it."""
         if isinstance(sys.exc_info()[1], BrokenPipeError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, 1)
@@ -58,7 +58,7 @@ class Stdout(_Handler):
 
     @property
     def stream(self) -> IO[str]:  # type: ignore[override]
-        """The standard output of now."""
+        """The current standard output."""
         return sys.stdout
 
 
@@ -69,19 +69,17 @@ def progress_callback() -> Callback:
 
 
 class _Announcements(Callback):
-    """Says when a module goes on or off, and what validation said."""
+    """Logs when a module is enabled or disabled, and the validation loss."""
 
-    tells_values = True
+    shows_values = True
 
     def on_schedule(self, trainer: TrainerView, changes: Sequence[Change]) -> None:
         for change in changes:
             if isinstance(change.value, bool) and (change.value or trainer.clock.step):
-                name, state = change.name.rsplit("_", 1)
-                words = {"enabled": ("on", "off"), "frozen": ("frozen", "trained again")}[state]
-                logger.info("%s: %s %s", trainer.clock, name, words[0] if change.value else words[1])
+                logger.info("%s: %s", trainer.clock, change.switch)
 
     def on_epoch_end(self, trainer: TrainerView) -> None:
-        state = curriculum_state(trainer, values=self.tells_values)
+        state = curriculum_state(trainer, values=self.shows_values)
         logger.info("%s: val/loss %.4f  (%s)", trainer.clock, trainer.last_row["val/loss"], state)
 
 
@@ -129,9 +127,9 @@ class _TwoLines(Progress):
 
 
 class ProgressBar(_Announcements):
-    """A bar with loss, tokens a second and the time left; below it what is on, and the values that move."""
+    """A bar with loss, tokens a second and the time left; below it the enabled modules, and the values that move."""
 
-    tells_values = False
+    shows_values = False
 
     def __init__(self, console: Console) -> None:
         whole = Column(no_wrap=True)
@@ -179,6 +177,6 @@ class ProgressBar(_Announcements):
 def curriculum_state(trainer: TrainerView, *, values: bool = True) -> str:
     """Return the scheduled values in one short line: modules that are enabled, then ``values``."""
     metrics = trainer.schedule.metrics()
-    on = " + ".join(modules_on(metrics))
-    moving = [f"{name} {value:.3g}" for name, value in anneals(metrics).items()] if values else []
-    return ", ".join([f"{on} on" if on else "dense", *moving])
+    modules = " + ".join(enabled(metrics))
+    moving = [f"{name} {value:.3g}" for name, value in scheduled_values(metrics).items()] if values else []
+    return ", ".join([f"{modules} enabled" if modules else "dense", *moving])

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from apt_launch.commands import command, config_flags, override
 from apt_launch.config.run_config import RunConfig
 from apt_launch.config.schema import Role, role_of
-from apt_launch.sweep.values import changed_keys
+from apt_launch.values import changed_keys
 from apt_model.errors import CheckpointError, ConfigError
 from apt_model.files import STRICT, from_json, in_home, read_json, read_regular, refuse_links, refuse_place, write_json
 from apt_model.schedule import Horizon
@@ -24,7 +24,7 @@ from apt_model.schedule.runner import horizon_changed
 from apt_model.training.checkpoint import Checkpoints, newest_intact, read_manifest
 
 OF_ONE_ATTEMPT = ("hydra.mode", "hydra.run.dir", "trainer.resume")
-"""Keys whose values a command that goes on with a run has of its own."""
+"""Keys whose values a command that resumes a run has of its own."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class RunFolder:
         """Make sure that nothing of another run would be lost here; return what a resume continues from, see :meth:`resume`.
 
         Raises:
-            ConfigError: the folder holds a run and ``trainer.resume`` does not say to go on with it.
+            ConfigError: the folder holds a run and ``trainer.resume`` does not say to continue it.
         """
         refuse_place(self.path, "hydra.run.dir")
         refuse_links(self.path, "hydra.run.dir")
@@ -155,7 +155,7 @@ class RunFolder:
         return resume
 
     def owns(self, checkpoint: Path) -> bool:
-        """Say whether ``checkpoint`` is one of this folder's."""
+        """Return whether ``checkpoint`` is one of this folder's."""
         return checkpoint.parent.resolve() == self.checkpoints.resolve()
 
     def left_out(self) -> list[tuple[int, int]]:
@@ -198,7 +198,7 @@ class RunFolder:
         about = About.of(checkpoint, manifest)
         saved = about.config
         changed = changed_keys(saved, config.result_values)
-        known = [key for key in changed if key in saved]  # what came after the checkpoint, its weights will tell
+        known = [key for key in changed if key in saved]  # keys newer than the checkpoint: its weights decide
         fixed = [key for key in known if role_of(key) is Role.FIXED]
         if fixed:
             raise ConfigError(

@@ -9,11 +9,12 @@ import shutil
 import socket
 import subprocess
 import sys
+from email.parser import Parser
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from apt_launch.sweep.secrets import redacted
+from apt_launch.secrets import redacted
 
 LARGEST_DIFF = 1 << 20
 
@@ -42,13 +43,19 @@ def provenance(folder: Path) -> dict[str, Any]:
 @functools.cache
 def packages() -> dict[str, str]:
     """Return the version of each package that is installed."""
-    return dict(sorted({d.metadata["Name"]: d.version for d in distributions()}.items()))
+    found = {}
+    for installed in distributions():
+        # the description, most of the file, is left out: parsing it would take a second
+        text = installed.read_text("METADATA") or installed.read_text("PKG-INFO") or ""
+        headers = Parser().parsestr(text.partition("\n\n")[0], headersonly=True)
+        found[headers["Name"]] = headers["Version"]
+    return {name: version for name, version in sorted(found.items()) if name}
 
 
 def _git(folder: Path) -> dict[str, Any] | None:
     """Return commit and uncommitted changes; None outside a repository, or where git does not answer.
 
-    The repository may be of other hands: no program that its config names is run (see :func:`_quiet`).
+    The repository may be somebody else's: no program that its config names is run (see :func:`_quiet`).
     """
     if shutil.which("git") is None:
         return None

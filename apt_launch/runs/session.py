@@ -161,7 +161,7 @@ class Session:
         }
 
     def close(self, state: str) -> None:
-        """Wait for the last checkpoint, and for whoever is shown the rows."""
+        """Wait for the last checkpoint, and for the projections of the record."""
         self.checkpoints.wait()
         self.tracking.close(state)
 

@@ -24,7 +24,7 @@ class StopRequest:
         self.own_process = own_process
 
     def __call__(self) -> bool:
-        """Say whether a signal has come."""
+        """Return whether a signal has come."""
         return self.made
 
     @contextmanager

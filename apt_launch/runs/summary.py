@@ -11,16 +11,16 @@ from apt_launch.commands import command
 from apt_launch.config.run_config import RunConfig
 from apt_launch.escapes import console
 from apt_launch.record import Row
+from apt_launch.rows import first_enabled, scheduled_values
 from apt_launch.runs.folder import RunFolder
 from apt_model.schedule import MODULES
-from apt_model.schedule.rows import anneals, first_on
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """Return the first, last and best losses, when modules were enabled, and the ends that anneals had."""
     train = [row for row in rows if "train/loss" in row]
     val = [row for row in rows if "val/loss" in row]
-    on = first_on(train)
+    on = first_enabled(train)
     best = min(val, key=lambda row: row["val/loss"], default=None)
     summary: dict[str, Any] = {
         "final": {name: value for row in (train[-1:] + val[-1:]) for name, value in row.items()},
@@ -33,7 +33,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         },
         "anneals": {},
     }
-    for name in sorted({name for row in train for name in anneals(row)}):
+    for name in sorted({name for row in train for name in scheduled_values(row)}):
         values = [row[f"schedule/{name}"] for row in train if f"schedule/{name}" in row]
         summary["anneals"][name] = {"first": values[0], "last": values[-1]}
     return summary
@@ -70,7 +70,7 @@ def show(summary: dict[str, Any], config: RunConfig, folder: RunFolder) -> None:
 
 
 def suggest(folder: RunFolder) -> None:
-    """Say what can be done after a run."""
+    """Print what can be done after a run."""
     screen = console(highlight=False)
     screen.print("\nWhat next?", style="bold")
     for text, line in (

@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from apt_launch.config.run_config import RunConfig
+from apt_launch.lease import Holder, Lease
 from apt_launch.runs.build import build_trainer
 from apt_launch.runs.drill import Drill, Drilled
 from apt_launch.runs.folder import Checked, RunFolder
 from apt_launch.runs.session import RolledBack, may_roll_back, run_once
 from apt_launch.runs.stop import StopRequest
-from apt_launch.sweep.lease import Holder, Lease
 from apt_launch.tracking.deliver import Membership
 from apt_model.errors import ConfigError, NonFiniteError
 

@@ -1,6 +1,6 @@
 """What a sweep asks of the program that it runs: the protocol, and how a job's process finds the program again.
 
-``plan.yaml`` names the application by ``module:name``. A sweep's folder comes from many hands, so only names listed here are
+``plan.yaml`` names the application by ``module:name``. A sweep's folder comes from many people, so only names listed here are
 loaded from one: no file of a folder chooses code.
 """
 
@@ -69,7 +69,7 @@ class JobSpec:
     """A checked config, as a sweep sees it."""
 
     values: Mapping[str, Any]
-    """The whole config, resolved and nested as in YAML: what is frozen, and what the job gets back."""
+    """The whole config, resolved and nested as in YAML: what is frozen, and what the job is started with."""
     identity: str
     """Equal for configs that compute the same: hexadecimal digits."""
     resources: Resources

@@ -8,16 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from apt_launch.command_line import ending
 from apt_launch.commands import command
+from apt_launch.secrets import keep_private
 from apt_launch.sweep.backends.registry import backend
-from apt_launch.sweep.command import ending
 from apt_launch.sweep.control import cancel as cancelling
 from apt_launch.sweep.control import resume as resuming
 from apt_launch.sweep.control.follow import follow, say
 from apt_launch.sweep.control.ledger import Ledger, Status
 from apt_launch.sweep.control.table import show
 from apt_launch.sweep.plan.plan import Plan
-from apt_launch.sweep.secrets import keep_private
 
 
 def main() -> None:
@@ -33,13 +33,13 @@ def parser() -> argparse.ArgumentParser:
     """Return what reads the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m apt_launch.sweep",
-        description="Look after a sweep that python -m apt_launch --multirun has sent; from any terminal, any day.",
+        description="Show, follow and control a sweep that python -m apt_launch --multirun has sent, from any terminal.",
         epilog="Each command has a --help of its own. Example: python -m apt_launch.sweep status multirun/DATE/TIME",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
-        ("status", "show every job: state, progress, loss, age of its last sign of life"),
+        ("status", "show every job: state, progress, loss, when it was last seen"),
         (
             "watch",
             "follow it live: a page with curves and schedules, on this machine alone, and a table in the terminal",

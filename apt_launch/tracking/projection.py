@@ -53,7 +53,7 @@ class Projection:
         self._thread.start()
 
     def notice(self) -> None:
-        """Say that the record has grown."""
+        """Wake the thread: the record has grown."""
         self._news.set()
 
     def close(self, state: str) -> None:
@@ -75,7 +75,7 @@ class Projection:
             tracker.close(str(self._state))
         except Exception as error:
             logger.warning(
-                "%s failed %s and is shown no more rows (%s: %s). metrics.jsonl goes on with all of them. %s",
+                "%s failed %s and is shown no more rows (%s: %s). metrics.jsonl still gets all of them. %s",
                 self.name,
                 "at its start" if self._shown < 0 else f"after step {self._shown:.0f}",
                 type(error).__name__,

@@ -95,7 +95,7 @@ class WandbTracker:
 
     @staticmethod
     def _online(about: dict[str, Any], *, fallback: bool) -> Any:
-        """Return a run that the service knows; None, and a word about it, if there is no key or nobody answers."""
+        """Return a run that the service knows; None, with a message, if there is no key or no answer."""
         import wandb
 
         wandb.setup(wandb.Settings(silent=True))

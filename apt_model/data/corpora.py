@@ -117,7 +117,7 @@ class DocumentCorpus(Corpus):
 
     @functools.cached_property
     def kept(self) -> Shards:
-        """The shards, made now if nobody has made them yet.
+        """The shards, made now if there are none yet.
 
         Raises:
             ConfigError: the text cannot be read, or the shards cannot be written.
@@ -155,7 +155,7 @@ class ByteCorpus(DocumentCorpus):
         return Tokens([np.frombuffer(self.read_bytes(split), dtype=np.uint8)], sources=sources)
 
     def byte_sources(self, split: Split) -> Sequence[Run]:
-        """Return where the bytes of ``split`` come from, in order; none: nobody knows."""
+        """Return where the bytes of ``split`` come from, in order; none: unknown."""
         return ()
 
     def check(self) -> None:
@@ -355,9 +355,14 @@ class TextCorpus(_Files):
 class JsonlCorpus(ByteCorpus):
     """Files with one JSON object a line, whose ``text_key`` holds a document.
 
-    Args:
-        source_key: holds where the document comes from; None: nobody knows.
-        tokenizer: see :class:`DocumentCorpus`, as for ``bos`` and ``cache``.
+        Args:
+    <<<<<<< HEAD
+            source_key: holds where the document comes from; None: nobody knows.
+            tokenizer: see :class:`DocumentCorpus`, as for ``bos`` and ``cache``.
+    =======
+            source_key: holds where the document comes from; None: unknown.
+            tokenizer: see :class:`DocumentCorpus`, as for ``cache``.
+    >>>>>>> main
     """
 
     def __init__(
@@ -474,7 +479,7 @@ class Keys(NamedTuple):
         return Document(text, done, _text_of(row, self.source, "source", where) if self.source else "")
 
     def as_dict(self) -> dict[str, str]:
-        """Return the keys as plain values; nothing of a source that nobody asked for."""
+        """Return the keys as plain values; nothing of a source that was not asked for."""
         return {"text_key": self.text} | ({"source_key": self.source} if self.source else {})
 
 

@@ -22,7 +22,7 @@ class Document(NamedTuple):
 
     text: str
     done: float
-    source: str = ""  # where it comes from; empty: nobody knows
+    source: str = ""  # where it comes from; empty: unknown
 
 
 class Corpus(ABC):

@@ -32,7 +32,7 @@ class HFCorpus(DocumentCorpus):
         revision: commit, tag or branch on the Hub; only a commit is always the same.
         val_split: None: the first ``val_documents`` of ``train_split`` validate, and are not trained on.
         text_key: the column.
-        source_key: the column that says where a document comes from; None: nobody knows.
+        source_key: the column that says where a document comes from; None: unknown.
         streaming: read only as far as needed, without a copy of the whole on this machine.
         max_documents: of a split, at the most; None: all. A stream needs this or ``max_tokens``.
         max_tokens: of a split, at the most; the last document is cut off.

@@ -1,4 +1,4 @@
-"""Makes shards of a corpus: aside, as ``.NAME.partial``, renamed once whole; what was cut off goes on at the last whole shard."""
+"""Writes shards aside, as ``.NAME.partial``, renamed once whole; after an interruption it continues at the last whole shard."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write(
     on_progress: OnProgress,
     shard_tokens: int = SHARD_TOKENS,
 ) -> None:
-    """Make shards of ``corpus`` in ``folder``, or go on where an earlier attempt was cut off; one process at a time.
+    """Make shards of ``corpus`` in ``folder``, or continue where an earlier attempt was cut off; one process at a time.
 
     Nothing is done where the folder has shards already.
 
@@ -88,7 +88,7 @@ def _write(folder: Path, corpus: Documents, tokenizer: Tokenizer, on_progress: O
             progress = splits.get(split, SplitShards())
             if not progress.done:
                 _write_split(partial, split, progress, corpus, tokenizer, on_progress, shard_tokens, save)
-    except ConfigError:  # the text is wrong, or the network failed: then it is worth going on later
+    except ConfigError:  # the text is wrong, or the network failed: then it may be continued later
         if not any(progress.shards for progress in splits.values()):
             shutil.rmtree(partial, ignore_errors=True)
         raise

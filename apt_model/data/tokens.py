@@ -19,7 +19,7 @@ class Tokens:
     Args:
         parts: 1-dim each, none empty.
         maps: the files that they are in, one for each; none: they are in memory.
-        sources: where all tokens come from, in order; none: nobody knows.
+        sources: where all tokens come from, in order; none: unknown.
     """
 
     def __init__(

@@ -23,13 +23,13 @@ class HostRun:
     Args:
         schedule: whose horizon it shall fit.
         steps: updates of the whole run at the most; None: the loop has no end of its own.
-        updates_per_epoch: None: nobody knows before the epoch is over.
-        told_by: the library's names of what decides these numbers.
+        updates_per_epoch: None: unknown before the epoch is over.
+        set_by: the library's names of what decides these numbers.
         stream: the data do not say how long an epoch is.
 
     Raises:
         ConfigError: the run is longer than planned, or its epochs have another number of updates. One that is shorter is a
-            part of the whole: a warning tells where it ends.
+            part of the whole: a warning says where it ends.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class HostRun:
         *,
         steps: int | None,
         updates_per_epoch: int | None,
-        told_by: str,
+        set_by: str,
         stream: bool = False,
     ) -> None:
         self.planned = planned = schedule.planned
@@ -47,18 +47,18 @@ class HostRun:
         self._watched = by_epoch and updates_per_epoch is None
         self._updates: int | None = None  # tried in this epoch; None: its begin was not seen
         if steps is None:
-            raise ConfigError(f"horizon: {planned} were planned, and this run has no end. Set {told_by}.")
+            raise ConfigError(f"horizon: {planned} were planned, and this run has no end. Set {set_by}.")
         same_length = steps == planned.steps and not by_epoch
         if updates_per_epoch not in (None, planned.updates_per_epoch) and not same_length:
             raise ConfigError(
                 f"horizon: {planned} were planned, and this run makes {updates_per_epoch} updates an epoch: what goes by "
                 f"epochs and steps would be off. Give the runner Horizon(epochs={-(-steps // (updates_per_epoch or 1))}, "
-                f"updates_per_epoch={updates_per_epoch}), or change {told_by}."
+                f"updates_per_epoch={updates_per_epoch}), or change {set_by}."
             )
         if steps > planned.steps:
             raise ConfigError(
                 f"horizon: {planned} were planned, and this run makes {steps} steps: the curriculum would be over before it. "
-                f"Give the runner a horizon of {steps} steps, or change {told_by}."
+                f"Give the runner a horizon of {steps} steps, or change {set_by}."
             )
         if steps < planned.steps:
             logger.warning(
@@ -68,7 +68,7 @@ class HostRun:
             )
 
     def begin_epoch(self, epoch: int) -> None:
-        """Compare the epoch before with the plan, where nobody could before.
+        """Compare the epoch before with the plan, where that was not possible before.
 
         Raises:
             HorizonError: a stream gave fewer updates, or more epochs, and the curriculum goes by epochs.
@@ -106,7 +106,7 @@ class HostRun:
 
 
 def goes_by_epoch(curriculum: Curriculum) -> bool:
-    """Say whether some time or anneal of ``curriculum`` counts epochs."""
+    """Return whether some time or anneal of ``curriculum`` counts epochs."""
 
     def counts(value: Any) -> bool:
         if isinstance(value, Anneal) and value.by == "epoch":

@@ -19,9 +19,9 @@ from apt_model.training.distributed import average_buffers, from_rank_zero
 class HostedTrainer(BaseTrainer):
     """A trainer whose loop is another library's.
 
-    The library is told of one process and one device. Ranks share batches and average gradients as those of
-    :class:`apt_model.training.trainer.Trainer` do: the engines of this project go along with modules that come and go,
-    which those of the libraries do not.
+    The library sees one process and one device. Ranks share batches and average gradients as those of
+    :class:`apt_model.training.trainer.Trainer` do: the engines of this project support parameters that are added and
+    removed, which those of the libraries do not.
     """
 
     shares_batches: ClassVar[bool] = True
@@ -61,7 +61,7 @@ class EpochLoader:
 
     @property
     def sampler(self) -> EpochLoader:
-        """What is told the epoch, for libraries that look for it here."""
+        """Whose ``set_epoch`` is called, for libraries that look for it here."""
         return self
 
     def set_epoch(self, epoch: int) -> None:

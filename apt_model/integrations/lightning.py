@@ -39,11 +39,11 @@ except ImportError:
 class ScheduleCallback(pl.Callback):
     """Takes a curriculum through the training of any LightningModule.
 
-    Before each optimizer update (not each batch) the model is brought to what the clock says. What the clock counts:
+    Before each optimizer update (not each batch) the model is set to the scheduled values of the clock. What the clock counts:
 
     * steps: updates of the first optimizer that really changed the weights. Where ``training_step`` makes several of them
-      (manual optimization), each is one, and the model is brought to the clock before the next forward pass.
-    * samples and tokens: those of ``training_step``'s batches (see :func:`apt_model.training.follower.sizes`), over all
+      (manual optimization), each is one, and the model is set to the clock before the next forward pass.
+    * samples and tokens: those of ``training_step``'s batches (see :func:`apt_model.training.schedule_driver.sizes`), over all
       processes, once each, when an update of any optimizer has changed the weights. Those of batches that only accumulate
       gradients wait for the update that takes them; those of an update that mixed precision skipped are left out.
     * epochs: Lightning's.
@@ -52,8 +52,8 @@ class ScheduleCallback(pl.Callback):
     loss, ``train/loss`` (the mean over the update's batches), and after a validation what was logged there; of several
     updates in one training step, the last one's; in several processes, the first one's. The clock and the runner's state go
     into Lightning's checkpoints, and modules are switched before a checkpoint's weights are loaded. A ``fit`` that begins
-    at step 0 begins the curriculum anew; one that goes on, in the same trainer or from a checkpoint, goes on with it. In
-    several processes modules can come and go under ``strategy="ddp"``.
+    at step 0 begins the curriculum anew; one that continues, in the same trainer or from a checkpoint, continues it. In
+    several processes modules can be enabled and disabled under ``strategy="ddp"``.
 
     Args:
         schedule: a runner that nothing is bound to yet; its horizon must fit the run.
@@ -67,7 +67,7 @@ class ScheduleCallback(pl.Callback):
         self, schedule: ScheduleRunner, *, values: Values | None = None, switches: Switches | None = None
     ) -> None:
         super().__init__()
-        self.follower = ScheduleDriver(schedule)
+        self.driver = ScheduleDriver(schedule)
         self.values = values
         self.switches = switches
         self._run: HostRun | None = None
@@ -87,8 +87,13 @@ class ScheduleCallback(pl.Callback):
 
     @property
     def clock(self) -> Clock:
-        """The clock of the update in the making, or of the next one."""
-        return self.follower.clock
+        """The clock of the current update, or of the next one."""
+        return self.driver.clock
+
+    @property
+    def follower(self) -> ScheduleDriver:
+        """``driver``, by its earlier name."""
+        return self.driver
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Bind the curriculum; should a checkpoint be loaded, switch modules first, so that its weights fit.
@@ -100,9 +105,9 @@ class ScheduleCallback(pl.Callback):
             return
         self._release()
         if not trainer.global_step:
-            self.follower.load_state_dict(anew(self.follower.schedule))
+            self.driver.load_state_dict(anew(self.driver.schedule))
         model = subject_of(pl_module)
-        bind(self.follower.schedule, model, values=self.values, switches=self.switches)
+        bind(self.driver.schedule, model, values=self.values, switches=self.switches)
         theirs = pl_module.on_load_checkpoint
 
         # Lightning calls no callback before it loads weights
@@ -126,9 +131,9 @@ class ScheduleCallback(pl.Callback):
         self._world_size = trainer.world_size
         self._compare(trainer, pl_module)
         if self._world_size > 1:
-            self.follower.schedule.broadcast = deciding_together(self.follower.schedule.broadcast)
+            self.driver.schedule.broadcast = deciding_together(self.driver.schedule.broadcast)
             self._wrapped = trained_parts(pl_module)
-        self.follower.connect(subject_of(pl_module), trainer.optimizers[0])
+        self.driver.connect(subject_of(pl_module), trainer.optimizers[0])
         for number, optimizer in enumerate(trainer.optimizers):
             self._hooks.append(optimizer.register_step_post_hook(partial(self._stepped, number)).remove)
         if not pl_module.automatic_optimization:  # there may be more than one update a batch
@@ -136,7 +141,7 @@ class ScheduleCallback(pl.Callback):
                 self._hooks.append(module.register_forward_pre_hook(partial(self._before_forward, pl_module)).remove)
 
     def _compare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._run = host_run(trainer, pl_module, self.follower.schedule)
+        self._run = host_run(trainer, pl_module, self.driver.schedule)
 
     def _release(self) -> None:
         """Remove what listens to the module and its optimizers."""
@@ -156,36 +161,36 @@ class ScheduleCallback(pl.Callback):
         self._made = True
 
     def _before_forward(self, pl_module: pl.LightningModule, *unused: Any) -> None:
-        """Bring the model to the clock between two updates of one training step."""
+        """Set the model to the clock between two updates of one training step."""
         if self._made:
             self._end_update({})
-            self.follower.begin_update()
+            self.driver.begin_update()
             if self._world_size > 1 and trained_parts(pl_module) != self._wrapped:
                 raise ConfigError(
-                    f"strategy: parameters came, went, froze or thawed between two updates of one training_step, at "
+                    f"strategy: parameters were added, removed, frozen or unfrozen between two updates of one training_step, at "
                     f"{self.clock}, and processes that share a model can take that up between batches only. Make one update "
                     "a batch, or let such events happen where a batch begins."
                 )
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Compare the epoch before with the plan, where nobody could before it was over."""
+        """Compare the epoch before with the plan, where that was not possible before it was over."""
         if self._run is not None:
             self._run.begin_epoch(trainer.current_epoch)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Bring the model to the clock, once an update.
+        """Set the model to the clock, once an update.
 
         Raises:
-            ConfigError: parameters came, went, froze or thawed, and the strategy cannot take that up.
+            ConfigError: parameters were added, removed, frozen or unfrozen, and the strategy cannot take that up.
         """
-        self.follower.clock = self.follower.clock.at_epoch(trainer.current_epoch)
-        if not self.follower.begun:
-            self.follower.begin_update()
+        self.driver.clock = self.driver.clock.at_epoch(trainer.current_epoch)
+        if not self.driver.begun:
+            self.driver.begin_update()
             self._wrap(trainer, pl_module)
         self._count(batch)
-        if self.follower.schedule.program.watched:
+        if self.driver.schedule.program.watched:
             self._logged_before = dict(trainer.callback_metrics)
 
     def _wrap(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -197,8 +202,8 @@ class ScheduleCallback(pl.Callback):
             return
         if not isinstance(trainer.strategy, DDPStrategy):
             raise ConfigError(
-                f"strategy: parameters came, went, froze or thawed at {self.clock}, and {type(trainer.strategy).__name__} "
-                "shares those of the beginning. Use strategy='ddp', which can be told of new ones."
+                f"strategy: parameters were added, removed, frozen or unfrozen at {self.clock}, and "
+                f"{type(trainer.strategy).__name__} shares those of the beginning.  Use strategy='ddp', which can take new ones."
             )
         self._wrapped = found
         trainer.strategy.model = pl_module
@@ -216,12 +221,12 @@ class ScheduleCallback(pl.Callback):
         return over_ranks(samples, tokens, self._world_size)
 
     def _end_update(self, metrics: Mapping[str, float]) -> None:
-        """Let the clock go on, if the first optimizer has made an update that it does not have yet."""
+        """Advance the clock, if the first optimizer has made an update that it does not have yet."""
         if not self._made:
             return
         samples, tokens = self._taken()
-        self.follower.count(samples=samples, tokens=tokens)
-        self.follower.end_update(metrics)
+        self.driver.count(samples=samples, tokens=tokens)
+        self.driver.end_update(metrics)
         if self._run is not None:
             self._run.end_update()
 
@@ -234,17 +239,17 @@ class ScheduleCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After the update's last batch: show latches its metrics, and let the clock go on if it has happened."""
+        """After the update's last batch: show latches its metrics, and advance the clock if it has happened."""
         metrics = self._metrics(trainer, outputs)
         if self._made:
             self._end_update(metrics)
         elif self._made_by_others:
             samples, tokens = self._taken()
-            clock = self.follower.clock
-            self.follower.clock = replace(clock, sample=clock.sample + samples, token=clock.token + tokens)
-            self.follower.schedule.observe(metrics)
+            clock = self.driver.clock
+            self.driver.clock = replace(clock, sample=clock.sample + samples, token=clock.token + tokens)
+            self.driver.schedule.observe(metrics)
         elif self._attempted:
-            self.follower.skip_update()
+            self.driver.skip_update()
             self._waiting = (0, 0)
             if self._run is not None:
                 self._run.end_update()
@@ -254,7 +259,7 @@ class ScheduleCallback(pl.Callback):
         self._losses = []
 
     def _metrics(self, trainer: pl.Trainer, outputs: Any) -> dict[str, float]:
-        if not self.follower.schedule.program.watched:
+        if not self.driver.schedule.program.watched:
             return {}
         outputs = dict(outputs) if isinstance(outputs, Mapping) else {"loss": outputs}
         loss = outputs.pop("loss", None)
@@ -274,28 +279,28 @@ class ScheduleCallback(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show latches what the validation logged."""
         if not trainer.sanity_checking:
-            self.follower.schedule.observe(self._logged_since(trainer))
+            self.driver.schedule.observe(self._logged_since(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let module and optimizers go."""
+        """Release module and optimizers."""
         self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let module and optimizers go, whatever ended the loop."""
+        """Release module and optimizers, whatever ended the loop."""
         self._release()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the clock and the runner's state, as plain values."""
-        return self.follower.state_dict()
+        return self.driver.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what :meth:`state_dict` returned, and bring the model to it.
+        """Take up what :meth:`state_dict` returned, and set the model to it.
 
         Raises:
             ConfigError: the horizon has changed and ``on_horizon_change`` is ``error``.
         """
-        self.follower.load_state_dict(state_dict)
-        self.follower.schedule.reconcile()
+        self.driver.load_state_dict(state_dict)
+        self.driver.schedule.reconcile()
 
 
 def host_run(trainer: pl.Trainer, module: pl.LightningModule, schedule: ScheduleRunner) -> HostRun | None:
@@ -322,7 +327,7 @@ def host_run(trainer: pl.Trainer, module: pl.LightningModule, schedule: Schedule
         schedule,
         steps=min(limits, default=None),
         updates_per_epoch=per_epoch,
-        told_by="max_epochs, max_steps, limit_train_batches or accumulate_grad_batches",
+        set_by="max_epochs, max_steps, limit_train_batches or accumulate_grad_batches",
         stream=stream,
     )
 
@@ -331,7 +336,7 @@ class LightningTrainer(HostedTrainer):
     """Runs a profile in Lightning. Arguments: see :class:`apt_model.training.base.BaseTrainer`.
 
     Batches, precision, learning rate, rows, checkpoints and how ranks share a batch are those of
-    :class:`apt_model.training.trainer.Trainer`, which can go on from its checkpoints; it cannot do that itself.
+    :class:`apt_model.training.trainer.Trainer`, which can resume from its checkpoints; it cannot do that itself.
     """
 
     def fit(self) -> None:
@@ -339,7 +344,7 @@ class LightningTrainer(HostedTrainer):
 
         Raises:
             Interrupted: ``stop_requested`` said so; the update was finished and a checkpoint written.
-            TrainingError: the run cannot go on.
+            TrainingError: the run cannot continue.
         """
         loop = _Loop(self)
         scaled = self.scaler.is_enabled()
@@ -380,7 +385,7 @@ class _Loop(ScheduleCallback):
 
     def __init__(self, owner: LightningTrainer) -> None:
         super().__init__(owner.schedule)
-        self.follower: LightningTrainer = owner
+        self.driver: LightningTrainer = owner
         self.stopped = False
         self._batch = ExitStack()
 
@@ -389,7 +394,7 @@ class _Loop(ScheduleCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        # Lightning ends a run in the middle of an update; stop_requested, which hears of the same signals, does not
+        # Lightning ends a run in the middle of an update; stop_requested, which gets the same signals, does not
         trainer._signal_connector.teardown()
 
     def _compare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -402,19 +407,19 @@ class _Loop(ScheduleCallback):
         return {}
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.follower.callbacks.notify("on_epoch_begin", self.follower)
+        self.driver.callbacks.notify("on_epoch_begin", self.driver)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         done = batch_idx + 1
-        last = not done % self.follower.accumulate or done == len(self.follower.train_batches)
-        self._batch.enter_context(self.follower.engine.batch(last=last))
+        last = not done % self.driver.accumulate or done == len(self.driver.train_batches)
+        self._batch.enter_context(self.driver.engine.batch(last=last))
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._batch.close()
-        self.follower.callbacks.notify("on_batch_end", self.follower)
+        self.driver.callbacks.notify("on_batch_end", self.driver)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *details: Any) -> None:
         last = self._attempted
@@ -424,11 +429,11 @@ class _Loop(ScheduleCallback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.stopped:
-            self.follower.end_epoch()
+            self.driver.end_epoch()
             self._stop_if_asked(trainer)
 
     def _stop_if_asked(self, trainer: pl.Trainer) -> None:
-        if self.follower.asked_to_stop():
+        if self.driver.asked_to_stop():
             self.stopped = trainer.should_stop = True
 
 

@@ -48,11 +48,11 @@ ALIASES = {"eval_loss": "val/loss", "learning_rate": "lr", "grad_norm": "train/g
 class ScheduleCallback(transformers.TrainerCallback, ExportableState):
     """Takes a curriculum through the training of any model in ``transformers.Trainer``.
 
-    Before each optimizer update (not each batch) the model is brought to what the clock says. What the clock counts:
+    Before each optimizer update (not each batch) the model is set to the scheduled values of the clock. What the clock counts:
 
-    * steps: updates that really changed the weights, which ``state.global_step`` does not tell.
+    * steps: updates that really changed the weights, which ``state.global_step`` does not count.
     * samples and tokens: those of the model's inputs in a batch's first forward pass (see
-      :func:`apt_model.training.follower.sizes`), over all processes, when an update has changed the weights. Batches that
+      :func:`apt_model.training.schedule_driver.sizes`), over all processes, when an update has changed the weights. Batches that
       are left over where an epoch of a stream ends wait for
       the next epoch's first update, which their gradients are part of; those of an update that mixed precision skipped are
       left out.
@@ -63,7 +63,8 @@ class ScheduleCallback(transformers.TrainerCallback, ExportableState):
     several processes, what the first one has. The clock and the runner's state go into ``trainer_state.json`` of each
     checkpoint; before a resume call :meth:`restore`. A ``train()`` that begins at step 0 begins the curriculum anew.
 
-    In several processes the library's engine shares the parameters of the beginning, so modules cannot come and go.
+    In several processes the library's engine shares the parameters of the beginning, so modules that add or remove parameters
+    cannot be enabled or disabled.
 
     Args:
         schedule: a runner that nothing is bound to yet; its horizon must fit the run.
@@ -77,7 +78,7 @@ class ScheduleCallback(transformers.TrainerCallback, ExportableState):
     def __init__(
         self, schedule: ScheduleRunner, *, values: Values | None = None, switches: Switches | None = None
     ) -> None:
-        self.follower = ScheduleDriver(schedule)
+        self.driver = ScheduleDriver(schedule)
         self.values = values
         self.switches = switches
         self._restored: tuple[int, dict[str, Any]] | None = None  # the checkpoint's step and the state in it
@@ -98,8 +99,13 @@ class ScheduleCallback(transformers.TrainerCallback, ExportableState):
 
     @property
     def clock(self) -> Clock:
-        """The clock of the update in the making, or of the next one."""
-        return self.follower.clock
+        """The clock of the current update, or of the next one."""
+        return self.driver.clock
+
+    @property
+    def follower(self) -> ScheduleDriver:
+        """``driver``, by its earlier name."""
+        return self.driver
 
     def restore(self, checkpoint: str | Path, model: nn.Module) -> None:
         """Take up what ``checkpoint`` has, and switch the modules of ``model`` so that its weights fit.
@@ -120,13 +126,13 @@ class ScheduleCallback(transformers.TrainerCallback, ExportableState):
         state = callbacks[type(self).__name__]["attributes"]["saved"]
         self._release()
         self._bind(model)
-        self.follower.load_state_dict(state)
-        self.follower.schedule.reconcile()
+        self.driver.load_state_dict(state)
+        self.driver.schedule.reconcile()
         getattr(subject_of(model), "take_lineage", list)()  # the checkpoint has the optimizer's state
         self._restored = (saved.global_step, state)
 
     def _bind(self, model: nn.Module) -> None:
-        bind(self.follower.schedule, subject_of(model), values=self.values, switches=self.switches)
+        bind(self.driver.schedule, subject_of(model), values=self.values, switches=self.switches)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Bind the curriculum, take up model and optimizer, and listen to them.
@@ -145,14 +151,14 @@ class ScheduleCallback(transformers.TrainerCallback, ExportableState):
         self._epoch = begun - 1
         self._model, self._world_size, self._replicas = model, args.world_size, args.n_gpu
         if self._world_size > 1:
-            self.follower.schedule.broadcast = deciding_together(self.follower.schedule.broadcast)
+            self.driver.schedule.broadcast = deciding_together(self.driver.schedule.broadcast)
             self._wrapped = trained_parts(model)
-        self.follower.connect(subject_of(model), _unwrapped(given["optimizer"]))
+        self.driver.connect(subject_of(model), _unwrapped(given["optimizer"]))
 
     def _go_back(self, state: Any) -> None:
         """Bring the clock to where the loop begins, whatever an earlier one has left."""
         if not state.global_step:
-            self.follower.load_state_dict(anew(self.follower.schedule))
+            self.driver.load_state_dict(anew(self.driver.schedule))
             return
         step, saved = self._restored or (None, {})
         if step != state.global_step:
@@ -161,16 +167,16 @@ class ScheduleCallback(transformers.TrainerCallback, ExportableState):
                 f"{type(self).__name__}.restore(checkpoint, model) before trainer.train(resume_from_checkpoint=checkpoint), "
                 f"with the same checkpoint{f', not one of step {step}' if step else ''}."
             )
-        self.follower.load_state_dict(saved)
-        self.follower.schedule.reconcile()
+        self.driver.load_state_dict(saved)
+        self.driver.schedule.reconcile()
 
     def _compare(self, args: Any, state: Any, data: Any, *, stream: bool) -> None:
         per_epoch = None if stream else max(1, math.ceil(len(data) / args.gradient_accumulation_steps))
         self._run = HostRun(
-            self.follower.schedule,
+            self.driver.schedule,
             steps=state.max_steps,
             updates_per_epoch=per_epoch,
-            told_by="num_train_epochs, max_steps, per_device_train_batch_size or gradient_accumulation_steps",
+            set_by="num_train_epochs, max_steps, per_device_train_batch_size or gradient_accumulation_steps",
             stream=stream,
         )
 
@@ -178,7 +184,7 @@ class ScheduleCallback(transformers.TrainerCallback, ExportableState):
         """Count the next batch that the model trains on, and keep what it returns; callbacks are shown neither.
 
         Nothing is left on the model when its forward pass begins, but for a latch: an error or Ctrl-C ends the loop without
-        a word to callbacks.
+        a call of callbacks.
         """
         self._stop_listening()
 
@@ -189,7 +195,7 @@ class ScheduleCallback(transformers.TrainerCallback, ExportableState):
             self._waiting = (self._waiting[0] + samples, self._waiting[1] + tokens)
             if self._replicas <= 1:
                 self._stop_listening()
-            if self.follower.schedule.program.watched:
+            if self.driver.schedule.program.watched:
                 self._hooks.append(module.register_forward_hook(after).remove)
 
         def after(module: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
@@ -216,17 +222,17 @@ class ScheduleCallback(transformers.TrainerCallback, ExportableState):
             self._run.begin_epoch(self._epoch)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Bring the model to the clock, and listen to its first batch.
+        """Set the model to the clock, and listen to its first batch.
 
         Raises:
-            ConfigError: parameters came, went, froze or thawed, and the library's engine cannot take that up.
+            ConfigError: parameters were added, removed, frozen or unfrozen, and the library's engine cannot take that up.
         """
-        self.follower.clock = self.follower.clock.at_epoch(self._epoch)
-        self.follower.begin_update()
+        self.driver.clock = self.driver.clock.at_epoch(self._epoch)
+        self.driver.begin_update()
         if self._world_size > 1 and trained_parts(self._model) != self._wrapped:
             raise ConfigError(
-                f"parameters came, went, froze or thawed at {self.clock}, and transformers' engine goes on to share those of "
-                "the beginning among processes. Train in one process, in Lightning with strategy='ddp', or with "
+                f"parameters were added, removed, frozen or unfrozen at {self.clock}, and transformers' engine still shares "
+                "those of the beginning among processes. Train in one process, in Lightning with strategy='ddp', or with "
                 "python -m apt_launch trainer=hf."
             )
         self._listen()
@@ -238,18 +244,18 @@ class ScheduleCallback(transformers.TrainerCallback, ExportableState):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Notice whether the optimizer really steps."""
         self._stop_listening()
-        self._hooks = [self.follower.watch()]
+        self._hooks = [self.driver.watch()]
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Let the optimizer go."""
+        """Release the optimizer."""
         self._stop_listening()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Show latches the update's metrics, and let the clock go on if it has happened."""
-        if self.follower.happened:
+        """Show latches the update's metrics, and advance the clock if it has happened."""
+        if self.driver.happened:
             self._end_update()
         else:
-            self.follower.skip_update()
+            self.driver.skip_update()
         self._forget()
         if self._run is not None:
             self._run.end_update()
@@ -257,12 +263,12 @@ class ScheduleCallback(transformers.TrainerCallback, ExportableState):
     def _end_update(self) -> None:
         samples, tokens = over_ranks(*self._waiting, self._world_size)
         metrics = {}
-        if self.follower.schedule.program.watched:
+        if self.driver.schedule.program.watched:
             metrics = numbers(self._summary or {})
             if self._losses:
                 metrics["train/loss"] = torch.stack(self._losses).mean().item()
-        self.follower.count(samples=samples, tokens=tokens)
-        self.follower.end_update(metrics)
+        self.driver.count(samples=samples, tokens=tokens)
+        self.driver.end_update(metrics)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **given: Any) -> None:
         """Show latches what the trainer logs of training."""
@@ -276,18 +282,18 @@ class ScheduleCallback(transformers.TrainerCallback, ExportableState):
 
     def _observe(self, metrics: Mapping[str, Any]) -> None:
         found = numbers(metrics)
-        self.follower.schedule.observe(
+        self.driver.schedule.observe(
             found | {ours: found[theirs] for theirs, ours in ALIASES.items() if theirs in found}
         )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Let model and optimizer go."""
+        """Release model and optimizer."""
         self._release()
         self._restored = None
 
     def state(self) -> dict[str, Any]:
         """Return the clock and the runner's state, as the library keeps them: plain values for JSON."""
-        return {"args": {}, "attributes": {"saved": self.follower.state_dict()}}
+        return {"args": {}, "attributes": {"saved": self.driver.state_dict()}}
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
@@ -305,7 +311,7 @@ class HFTrainer(HostedTrainer):
     """Runs a profile in ``transformers.Trainer``.
 
     Batches, precision, learning rate, rows, checkpoints and how ranks share a batch are those of
-    :class:`apt_model.training.trainer.Trainer`, which can go on from its checkpoints; it cannot do that itself. Arguments:
+    :class:`apt_model.training.trainer.Trainer`, which can resume from its checkpoints; it cannot do that itself. Arguments:
     see :class:`apt_model.training.base.BaseTrainer`.
 
     Raises:
@@ -318,7 +324,7 @@ class HFTrainer(HostedTrainer):
         Raises:
             ConfigError: the device is another than the first.
             Interrupted: ``stop_requested`` said so; the update was finished and a checkpoint written.
-            TrainingError: the run cannot go on.
+            TrainingError: the run cannot continue.
         """
         if self.device.index:
             raise ConfigError(
@@ -358,7 +364,7 @@ class HFTrainer(HostedTrainer):
 
 
 class _Arguments(transformers.TrainingArguments):
-    """The library's arguments, told of the device of one of several ranks."""
+    """The library's arguments, with the device of one of several ranks."""
 
     def take(self, device: torch.device) -> None:
         """Train on ``device``, without DataParallel."""
@@ -386,7 +392,7 @@ class _Loop(ScheduleCallback):
 
     def __init__(self, owner: HFTrainer) -> None:
         super().__init__(owner.schedule)
-        self.follower: HFTrainer = owner
+        self.driver: HFTrainer = owner
         self.stopped = False
 
     def _bind(self, model: nn.Module) -> None:
@@ -403,10 +409,10 @@ class _Loop(ScheduleCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         super().on_epoch_begin(args, state, control, **given)
-        self.follower.callbacks.notify("on_epoch_begin", self.follower)
+        self.driver.callbacks.notify("on_epoch_begin", self.driver)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        self.follower.clip(scaled=self.follower.scaler.is_enabled())
+        self.driver.clip(scaled=self.driver.scaler.is_enabled())
         super().on_pre_optimizer_step(args, state, control, **given)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -415,11 +421,11 @@ class _Loop(ScheduleCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if not self.stopped:
-            self.follower.end_epoch()
+            self.driver.end_epoch()
             self._stop_if_asked(control)
 
     def _stop_if_asked(self, control: Any) -> None:
-        if self.follower.asked_to_stop():
+        if self.driver.asked_to_stop():
             self.stopped = control.should_training_stop = True
 
 

@@ -70,7 +70,7 @@ class BiStateAlignment(nn.Module):
         return self.down is not None
 
     def enable(self, on: bool) -> None:
-        """Switch on, with new projections, or off, without any."""
+        """Enable, with new projections, or disable, without any."""
         if on == self.enabled:
             return
         self.down = nn.Linear(self.d_model, self.rank, bias=False).to(self.weight.device) if on else None
@@ -79,7 +79,7 @@ class BiStateAlignment(nn.Module):
             nn.init.zeros_(self.back.weight)
 
     def forward(self, hidden: Tensor, seen: StableSum | None = None) -> tuple[Tensor, AlignReport | None]:
-        """Map ``hidden`` (batch, seq, d_model) to the same shape; a report when switched on.
+        """Map ``hidden`` (batch, seq, d_model) to the same shape; a report when enabled.
 
         Args:
             seen: of the positions before those of ``hidden``, which are added; None: there are none.

@@ -73,7 +73,7 @@ def _products_are_fast(dtype: torch.dtype) -> bool:
 class _OnCPU(torch.autograd.Function):
     """Torch's fused kernel with a backward pass of its own: that one's is slow where oneDNN does products on the CPU.
 
-    Scores are computed again, a block of queries at a time, against the keys that it sees.
+    Scores are computed again, a group of queries at a time, against the keys that it sees.
     """
 
     @staticmethod

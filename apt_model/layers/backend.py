@@ -12,7 +12,7 @@ _ONEDNN, _MKL = "bf16", "ieee"
 
 
 def eager_on_cpu(x: Tensor) -> bool:
-    """Return whether ``x`` is on the CPU and nobody compiles: sizes may follow from values there, without waiting."""
+    """Return whether ``x`` is on the CPU and nothing is compiled: sizes may follow from values there, without waiting."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

@@ -1,4 +1,4 @@
-"""Experts on the CPU, in eager mode: where slots stand, how rows come and go, and products a few experts at a time.
+"""Experts on the CPU, in eager mode: where slots stand, how rows are gathered and combined, and products a few experts at a time.
 
 Rows are moved by one pass each way, and what an expert computes is used again while it is in the cache: its weights in
 16 bits, too, which are made when a product needs them and not kept. Elsewhere,
@@ -34,12 +34,12 @@ aten = torch.ops.aten
 class Places(NamedTuple):
     """Where slots stand: sorted by expert, with room at the end and, for oneDNN, after each expert's."""
 
-    order: Tensor  # (slots,) int64: slots by expert, then those that nobody computes
-    at: Tensor  # (slots,) int64: where they stand; those that nobody computes past the last place
+    order: Tensor  # (slots,) int64: slots by expert, then those that are not computed
+    at: Tensor  # (slots,) int64: where they stand; those that are not computed past the last place
     token: Tensor  # (places,) int64: whose row stands there; token 0 where there is room
     ends: Tensor  # (num_experts,) int32: the places of expert e end before ends[e]
-    of_token: Tensor  # (tokens, top_k) int64: where a token's slots stand; 0 for those that nobody computes
-    served: Tensor  # (tokens, top_k) bool: which of them somebody computes
+    of_token: Tensor  # (tokens, top_k) int64: where a token's slots stand; 0 for those that are not computed
+    served: Tensor  # (tokens, top_k) bool: which of them are computed
 
 
 def size_step(rows: int, groups: int) -> int:
@@ -96,7 +96,7 @@ def combine(outputs: Tensor, weights: Tensor, where: Places) -> Tensor:
 
     Args:
         outputs: (places, d_model).
-        weights: (tokens, top_k), at least float32, 0 for slots that nobody computes.
+        weights: (tokens, top_k), at least float32, 0 for slots that are not computed.
 
     Returns:
         (tokens, d_model), in the dtype of ``weights``.
@@ -280,7 +280,7 @@ def tile_rows(width: int) -> int:
 
 
 class _Tile(NamedTuple):
-    """Rows that are computed together; the first expert may have begun in the tile before, the last may go on."""
+    """Rows that are computed together; the first expert may have begun in the tile before, the last may continue."""
 
     begin: int
     first: int  # expert
@@ -336,7 +336,7 @@ def _multiply(rows: Tensor, matrix: Tensor, out: Tensor, add: bool = False) -> N
 
 
 def _products(left: Tensor, right: Tensor, by_weight: Sequence[Tensor] | None, part: _Part) -> None:
-    """Write the rows of ``left``, transposed, times those of ``right`` as the expert's gradient, if somebody wants it."""
+    """Write the rows of ``left``, transposed, times those of ``right`` as the expert's gradient, if it is needed."""
     if by_weight is None:
         return
     out = by_weight[part.expert]

@@ -1,4 +1,4 @@
-"""A feed-forward layer that is dense until it is switched on, and a sparse mixture of experts after."""
+"""A feed-forward layer that is dense until it is enabled, and a sparse mixture of experts after."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class MoEReport(NamedTuple):
 class MoE(nn.Module):
     """Feed-forward layer with a switch.
 
-    Off, it is ``dense``, and there are no other parameters. :meth:`enable` replaces the dense layer by ``num_experts``
+    Disabled, it is ``dense``, and there are no other parameters. :meth:`enable` replaces the dense layer by ``num_experts``
     copies and a router: as the weights of a token's experts sum to 1, the function stays the same, whatever the
     temperature and the capacity. Switching off folds the experts into their mean.
 

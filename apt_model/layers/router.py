@@ -1,4 +1,4 @@
-"""Which experts a token goes to, with what weight, and who has to stay out when an expert is full."""
+"""Which experts a token goes to, with what weight, and which slots are dropped when an expert is full."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLDEST = 1e-30
 
 
 class Routing(NamedTuple):
-    """Where tokens want to go. ``weights`` sum to 1 over each token's ``top_k`` experts."""
+    """The experts that tokens choose. ``weights`` sum to 1 over each token's ``top_k`` experts."""
 
     experts: Tensor  # (tokens, top_k) int64, best first
     weights: Tensor  # (tokens, top_k) float32

@@ -1,8 +1,8 @@
 """Values that a curriculum may move, as modules hold them: 0-dim buffers, written in place.
 
 A module declares them in ``scheduled``: names of its buffers and their domains. What costs something even at its neutral
-value (dropout at 0, say) is computed only where ``expected`` has its name, so that what nobody moves costs nothing, and
-what somebody moves is in the graph from the first step.
+value (dropout at 0, say) is computed only where ``expected`` has its name, so that what does not move costs nothing, and
+what moves is in the graph from the first step.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def setter(model: nn.Module, path: str) -> Callable[[float], None]:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Say whether ``module`` or a part of it runs under torch.compile."""
+    """Return whether ``module`` or a part of it runs under torch.compile."""
     return any(
         hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None
         for part in module.modules()

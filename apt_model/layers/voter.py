@@ -36,11 +36,11 @@ class EntropyVoter(nn.Module):
         self.num_votes = num_votes
         self.dropout = dropout
         self.enabled = False
-        self.watched = False  # whether the entropy is asked for also while the voter is off
+        self.watched = False  # whether the entropy is asked for also while the voter is disabled
         self.register_buffer("threshold", torch.tensor(float(threshold)), persistent=False)
 
     def enable(self, on: bool) -> None:
-        """Switch voting on or off."""
+        """Enable or disable voting."""
         self.enabled = on
 
     def forward(

@@ -1,4 +1,4 @@
-"""The curriculum: when modules switch on and how values anneal. Pure: it knows no tensors and no trainer.
+"""The curriculum: when modules are enabled and how values anneal. Pure: it knows no tensors and no trainer.
 
 from apt_model.schedule import Clock, Horizon, ScheduleRunner
 

@@ -29,7 +29,7 @@ class Segment(Strict):
     type: Literal["linear", "cosine", "exponential", "sqrt", "inverse_sqrt"] = "linear"  # shape of a ramp
 
     def contradictions(self, key: str) -> list[str]:
-        """Say what does not go together."""
+        """Return what does not go together."""
         kinds = [name for name in ("ramp", "hold", "jump") if getattr(self, name) is not None]
         if len(kinds) != 1:
             return [f"{key}: give one of ramp, hold and jump, not {' and '.join(kinds) or 'none'}."]
@@ -65,7 +65,7 @@ class Anneal(Strict):
     over: Span | None = None  # the window's length, instead of until
 
     def contradictions(self, key: str) -> list[str]:
-        """Say what is missing or does not go together, before any run is known."""
+        """Return what is missing or does not go together, before any run is known."""
         problems = []
         ways = [name for name in ("end", "points", "segments") if getattr(self, name) is not None]
         if len(ways) != 1:
@@ -229,7 +229,7 @@ class Anneal(Strict):
     def problems(
         self, key: str, horizon: Horizon, domain: Domain | None = None, fired: Mapping[str, Clock] | None = None
     ) -> list[str]:
-        """Say what keeps this anneal from running over ``horizon`` within ``domain``."""
+        """Return what keeps this anneal from running over ``horizon`` within ``domain``."""
         if problems := self.contradictions(key):
             return problems
         try:
@@ -295,7 +295,7 @@ class Anneal(Strict):
         return self._strays(key, horizon, domain)
 
     def _strays(self, key: str, horizon: Horizon, domain: Domain) -> list[str]:
-        """Say which values are outside the domain."""
+        """Return which values are outside the domain."""
         problems = [
             f"{key}.{name} = {value:g} is outside its domain: it must be {domain}."
             for name, value in (("start", self.start), ("end", self.end), ("peak", self.peak))

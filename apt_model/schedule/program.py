@@ -32,6 +32,11 @@ class Subject:
         verbs = {("enabled", True): "enabled", ("enabled", False): "disabled"}
         return f"{self.name}.{verbs.get((self.state, on), 'frozen' if on else 'unfrozen')}"
 
+    def words(self, on: bool) -> str:
+        """Return the switch as messages name it: ``moe enabled``, ``blocks.0 trained again``."""
+        verbs = ("enabled", "disabled") if self.state == "enabled" else ("frozen", "trained again")
+        return f"{self.name} {verbs[0] if on else verbs[1]}"
+
 
 @dataclass(frozen=True)
 class Switch:
@@ -174,7 +179,7 @@ class Program:
                     fired[name] = self.horizon.clock_at(step)
 
     def _check_names(self, unresolved: list[Switch], problems: list[str]) -> None:
-        """Refuse times after an event that nothing brings about."""
+        """Refuse times after an event that nothing causes."""
         known = {subject.event(on) for subject in self.switches for on in (True, False)}
         known &= {*self.fired, *(subject.event(on) for subject in self.latches for on in (True, False))}
         waiting = [(switch.key, switch.at.anchor) for switch in unresolved]
@@ -381,12 +386,12 @@ class Program:
     # --- before a run ------------------------------------------------------------------------------------------------
 
     def first_step(self, module: str) -> int | None:
-        """Return the first planned update with ``module`` on; None: never, or a latch decides."""
+        """Return the first planned update with ``module`` enabled; None: never, or a latch decides."""
         clock = self.fired.get(f"{module}.enabled")
         return clock.step if clock and Subject(module, "enabled") not in self.latches else None
 
     def notes(self) -> list[str]:
-        """Return what is allowed and hardly meant: values that never change, anneals that nothing reads, twins."""
+        """Return what is allowed and probably a mistake: values that never change, anneals that nothing reads, duplicates."""
         notes = []
         steps = self.horizon.steps
         samples = sorted({*range(0, steps, max(1, steps // 256)), steps - 1})
@@ -403,11 +408,11 @@ class Program:
                 notes.append(f"{where} has the values of {drawn[values]} over the whole run.")
             drawn.setdefault(values, where)
             module = reader_of(self.curriculum, name)
-            if module is not None and not self.ever_on(module):
+            if module is not None and not self.ever_enabled(module):
                 notes.append(f"{where} anneals what nothing reads: {module} is never enabled.")
         for subject, switches in self.switches.items():
             if switches and not any(switch.on for switch in switches):
-                notes.append(f"{switches[0].key} turns off {subject.name}, which nothing turns on.")
+                notes.append(f"{switches[0].key} disables {subject.name}, which nothing enables.")
         for subject, when in self.latches.items():
             deadline = when.deadline.step(self.horizon, self.fired) if when.deadline is not None else None
             if deadline is not None and deadline >= steps:
@@ -416,8 +421,8 @@ class Program:
                 )
         return notes
 
-    def ever_on(self, module: str) -> bool:
-        """Say whether ``module`` can be on at some update."""
+    def ever_enabled(self, module: str) -> bool:
+        """Return whether ``module`` can be enabled at some update."""
         subject = Subject(module, "enabled")
         return subject in self.latches or any(switch.on for switch in self.switches.get(subject, []))
 

@@ -1,4 +1,4 @@
-"""Executes a curriculum: before each update it brings the model to what the clock says."""
+"""Executes a curriculum: before each update it sets the model to the scheduled values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from apt_model.errors import ConfigError, nearest
 from apt_model.schedule.clock import Clock, Horizon
 from apt_model.schedule.program import LatchState, Program, Subject
-from apt_model.schedule.rows import as_metrics
 from apt_model.schedule.spec import Curriculum
 from apt_model.schedule.targets import MODULES, Domain, matching
 
@@ -19,6 +18,11 @@ class Change(NamedTuple):
 
     name: str
     value: bool | float
+
+    @property
+    def switch(self) -> str:
+        """A switch in words: ``moe enabled``; see :meth:`Subject.words`."""
+        return Subject(*self.name.rsplit("_", 1)).words(bool(self.value))
 
 
 class ScheduleRunner:
@@ -149,7 +153,7 @@ class ScheduleRunner:
                     self._setters[subject.label](True)
 
     def reconcile(self) -> list[Change]:
-        """After :meth:`load_state_dict`: bring the model to what the last update had, whatever the checkpoint held."""
+        """After :meth:`load_state_dict`: set the model to what the last update had, whatever the checkpoint held."""
         return self._write(self._applied) if self._applied is not None else []
 
     def _write(self, clock: Clock) -> list[Change]:
@@ -167,8 +171,8 @@ class ScheduleRunner:
             self._latches = self.program.observe(self._latches, seen)
 
     def metrics(self) -> dict[str, float]:
-        """Return the scheduled values as metrics; see :mod:`apt_model.schedule.rows`."""
-        return as_metrics(self._values)
+        """Return the scheduled values as metrics: ``schedule/route_temp``, ``schedule/moe_enabled`` (0 or 1) and so on."""
+        return {f"schedule/{name}": float(value) for name, value in self._values.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs; curve values are no part of it, they are computed anew."""
@@ -180,7 +184,7 @@ class ScheduleRunner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a saved state; then :meth:`reconcile` brings the model to it.
+        """Take up a saved state; then :meth:`reconcile` sets the model to it.
 
         Raises:
             ConfigError: the horizon has changed and ``on_horizon_change`` is ``error``.
@@ -202,7 +206,7 @@ class ScheduleRunner:
 
 
 def horizon_changed(saved: Horizon, planned: Horizon) -> str:
-    """Say that a resume has another length than its checkpoint, and what can be done."""
+    """Return the message of a resume that has another length than its checkpoint."""
     return (
         f"The checkpoint was made for {saved}, this run has {planned}: every anneal would bend. "
         "Say what is meant: schedule.on_horizon_change=rescale computes the curves over the new length, "

@@ -34,7 +34,7 @@ class When(Strict):
     deadline: WrittenTime | None = None  # on at this time whatever the metric says
 
     def contradictions(self, key: str) -> list[str]:
-        """Say what is missing or does not go together."""
+        """Return what is missing or does not go together."""
         if self.hold.anchor is not None:
             return [f"{key}.hold: {self.hold} is a time after an event; a length such as 100st is wanted here."]
         if (self.above is None) == (self.below is None):
@@ -49,11 +49,11 @@ class When(Strict):
         return []
 
     def triggered(self, value: float) -> bool:
-        """Say whether the smoothed metric asks for on."""
+        """Return whether the smoothed metric is past the threshold that enables."""
         return value > self.above if self.above is not None else value < (self.below or 0.0)
 
     def released(self, value: float) -> bool:
-        """Say whether the smoothed metric asks for off."""
+        """Return whether the smoothed metric is past the threshold that disables."""
         if self.release is None:
             return False
         return value < self.release if self.above is not None else value > self.release
@@ -65,7 +65,7 @@ ACTIONS = {
     "freeze": ("frozen", True),
     "unfreeze": ("frozen", False),
 }
-"""What an event does: to which state of its subject, and whether it turns it on."""
+"""What an event does: to which state of its subject, and whether that begins or ends."""
 
 
 class Event(Strict):
@@ -90,7 +90,7 @@ class Event(Strict):
         return subject
 
     def contradictions(self, key: str) -> list[str]:
-        """Say what is missing or does not go together."""
+        """Return what is missing or does not go together."""
         actions = [name for name in ACTIONS if getattr(self, name) is not None]
         problems = []
         if len(actions) != 1:
@@ -100,12 +100,14 @@ class Event(Strict):
         if self.when is not None:
             problems += self.when.contradictions(f"{key}.when")
             if actions and actions[0] in ("disable", "unfreeze"):
-                problems.append(f"{key}.when: a latch turns on; write enable or freeze, and release for off.")
+                problems.append(
+                    f"{key}.when: a latch enables or freezes; write enable or freeze, and release for the way back."
+                )
         return problems
 
 
 class Curriculum(Strict):
-    """What switches on when, and what anneals; ``null`` leaves a module off or a value as its module has it."""
+    """Which modules are enabled when, and which values anneal; ``null``: never, or as the module has it."""
 
     enable_moe_at_epoch: Count | None = None
     enable_moe_at_step: Count | None = None
@@ -134,7 +136,7 @@ class Curriculum(Strict):
         return curriculum
 
     def contradictions(self, key: str = "schedule") -> list[str]:
-        """Say what is missing or does not go together, before any run is known."""
+        """Return what is missing or does not go together, before any run is known."""
         problems = [
             f"{key}.enable_{module}_at_epoch and {key}.enable_{module}_at_step are both set; set one of them to null."
             for module in MODULES

@@ -1,4 +1,4 @@
-"""What a curriculum may turn: modules that switch and values that move, each with the domain it may move in."""
+"""What a curriculum may change: modules that it enables and values that move, each with its domain."""
 
 from __future__ import annotations
 

@@ -30,10 +30,9 @@ def timeline(program: Program) -> list[Moment]:
             happens.setdefault(step, []).append(what)
 
     for subject, switches in program.switches.items():
-        verbs = ("on", "off") if subject.state == "enabled" else ("frozen", "trained again")
         for switch in switches:
             step = switch.at.step(horizon, program.fired)
-            event = f"{subject.name} {verbs[0] if switch.on else verbs[1]}"
+            event = subject.words(switch.on)
             if step is None:
                 add(0, f"{event}: {switch.at}, whenever that is")
             add(step, event)
@@ -42,7 +41,7 @@ def timeline(program: Program) -> list[Moment]:
         condition = f"{subject.name} is enabled when {when.metric} {sign} {threshold:g}"
         add(when.not_before.step(horizon, program.fired), f"from here on {condition}")
         if when.deadline is not None:
-            add(when.deadline.step(horizon, program.fired), f"{subject.name} on at the latest")
+            add(when.deadline.step(horizon, program.fired), f"{subject.name} enabled at the latest")
     for name, spec in program.curriculum.all_anneals.items():
         pieces = [piece for piece in spec.curve(horizon, program.fired).pieces if piece.finish > piece.begin]
         begins = {piece.begin for piece in pieces}
@@ -71,7 +70,7 @@ def series(program: Program, points: int = 512) -> tuple[list[int], list[dict[st
 
 
 def effect(program: Program, points: int = 128) -> list[dict[str, bool | float | None]]:
-    """Return what a model would notice: values count only while the module that reads them is enabled."""
+    """Return what has an effect on a model: values count only while the module that reads them is enabled."""
     noticed = []
     for state in series(program, points)[1]:
         read: dict[str, bool | float | None] = {}

@@ -73,7 +73,7 @@ class Time:
         return cls(amount, UNITS[unit])
 
     def reached(self, clock: Clock, horizon: Horizon, fired: Mapping[str, Clock]) -> bool:
-        """Say whether ``clock`` is at this time or past it; ``fired``: when events happened."""
+        """Return whether ``clock`` is at this time or past it; ``fired``: when events happened."""
         origin = Clock()
         if self.anchor is not None:
             if self.anchor not in fired:

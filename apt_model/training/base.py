@@ -54,7 +54,7 @@ class BaseTrainer(ScheduleDriver):
         schedule: a runner whose horizon fits ``corpus`` and ``loop``.
         corpus: text in two splits.
         loop, compute, saving, nonfinite: see :mod:`apt_model.training.options`.
-        resume: the folder of a checkpoint to go on from.
+        resume: the folder of a checkpoint to resume from.
         checkpoints: where they go; None: none are written.
         log: receives every row.
         callbacks: see :class:`apt_model.training.callbacks.Callback`.
@@ -198,7 +198,7 @@ class BaseTrainer(ScheduleDriver):
 
         Raises:
             Interrupted: ``stop_requested`` said so; the update was finished and a checkpoint written.
-            TrainingError: the run cannot go on.
+            TrainingError: the run cannot continue.
         """
         raise NotImplementedError
 
@@ -276,7 +276,7 @@ class BaseTrainer(ScheduleDriver):
         return norm
 
     def _must_read_every_update(self) -> bool:
-        """Say whether each update's numbers have to be known before the next: on CUDA that waits for the device."""
+        """Return whether each update's numbers have to be known before the next: on CUDA that waits for the device."""
         fused = all(group.get("fused") for group in self.optimizer.param_groups)
         waits = self.device.type != "cuda" or self.scaler.is_enabled() or not (self.may_read_late and fused)
         return waits or self.nonfinite.on_nonfinite != "stop" or bool(self.schedule.program.watched - {"val/loss"})
@@ -296,7 +296,7 @@ class BaseTrainer(ScheduleDriver):
         super().end_update(row)
 
     def skip_update(self) -> None:
-        """Take note of an update that was skipped; the clock stays."""
+        """Record an update that was skipped; the clock stays."""
         self._take_time()
         self.updates_skipped += 1
         super().skip_update()
@@ -310,7 +310,7 @@ class BaseTrainer(ScheduleDriver):
     # --- around updates -----------------------------------------------------------------------------------------------
 
     def end_epoch(self) -> None:
-        """Compare the epoch with the plan, validate, go on to the next epoch, and save where it is due."""
+        """Compare the epoch with the plan, validate, begin the next epoch, and save where it is due."""
         self._compare_with_plan()
         loss = self.validate()
         self.callbacks.notify("on_epoch_end", self)
@@ -321,7 +321,7 @@ class BaseTrainer(ScheduleDriver):
             self.save(wait=epoch == self.max_epochs, epochs=epoch, loss=loss)
 
     def asked_to_stop(self) -> bool:
-        """Say whether the run should stop here; a checkpoint is written then, and also where one is due by time."""
+        """Return whether the run should stop here; a checkpoint is written then, and also where one is due by time."""
         due = self.seconds - self._saved_at >= self.saving.seconds
         asked, due = any_rank(self.stop_requested(), due) if self.ranks.world > 1 else (self.stop_requested(), due)
         if asked or due:
@@ -392,7 +392,7 @@ class BaseTrainer(ScheduleDriver):
         """Write a checkpoint, named after the update that comes next; the first rank writes for all.
 
         Args:
-            wait: until it is safe; False: go on once the state is copied.
+            wait: until it is safe; False: return once the state is copied.
             epochs: that are complete; None: this one is in the middle of an epoch.
             loss: of its validation.
 

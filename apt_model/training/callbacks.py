@@ -1,4 +1,4 @@
-"""What may watch a run, and when it is called."""
+"""Callbacks of a run, and when each is called."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TrainerView(Protocol):
 
     @property
     def clock(self) -> Clock:
-        """The clock of the update in the making, or of the next one."""
+        """The clock of the current update, or of the next one."""
 
     @property
     def schedule(self) -> ScheduleRunner:
@@ -39,7 +39,7 @@ class TrainerView(Protocol):
 
     @property
     def model(self) -> GPT:
-        """The model, with the modules of now."""
+        """The model, with its current modules."""
 
     @property
     def device(self) -> torch.device:

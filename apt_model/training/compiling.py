@@ -1,4 +1,4 @@
-"""torch.compile for a model whose modules come and go while it trains."""
+"""torch.compile for a model whose modules are enabled and disabled while it trains."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def eagerly() -> AbstractContextManager[Any]:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Keep signals that ask to stop from processes that are started within: a compiler would die of them.
+    """Keep signals that ask to stop from processes that are started within: they would end a compiler.
 
-    This process hears them at the end.
+    This process receives them at the end.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:

@@ -86,7 +86,7 @@ def barrier() -> None:
 
 
 def any_rank(*values: bool) -> tuple[bool, ...]:
-    """Say of each value whether it is true on some rank."""
+    """Return of each value whether it is true on some rank."""
     if Ranks.of_group().world == 1:
         return values
     shared = torch.tensor([float(value) for value in values], device=_device())

@@ -26,7 +26,7 @@ class Engine:
         return self.model.switches()
 
     def settle(self) -> None:
-        """Take note of parameters that came, went, froze or thawed; every rank calls it at the same time."""
+        """Take up parameters that were added, removed, frozen or unfrozen; every rank calls it at the same time."""
         self.rest()
         has = [(id(parameter), parameter.requires_grad) for parameter in self.model.parameters()]
         if has != self._had:

@@ -1,4 +1,4 @@
-"""A model in shards, one on each rank (FSDP2), with experts spread over ranks; modules come and go while it trains."""
+"""A model in shards, one on each rank (FSDP2), with experts spread over ranks; modules switch while it trains."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from apt_model.training.sharding import full_tensor
 class Sharded(Engine):
     """Every rank holds a part of each parameter, its gradient and its moments, and gathers a layer at a time (FSDP2).
 
-    Each block is a unit; so are its dense layer, router and experts, which come and go. Experts are shared out whole, by
-    their first dimension, where every rank gets as many; else each is cut. With ``expert_parallel`` N, N ranks in a row
+    Each block is a unit; so are its dense layer, router and experts, which are added and removed. Experts are shared out whole,
+    by their first dimension, where every rank gets as many; else each is cut. With ``expert_parallel`` N, N ranks in a row
     share one set of experts and send each other tokens; only what is left of a set is cut among the other ranks.
 
     A switch of experts gathers one layer at a time, switches it as a process alone would, and shards it again.
@@ -144,7 +144,7 @@ class Sharded(Engine):
             experts.set_force_sum_reduction_for_comms(cut > 1)
 
     def _settle(self) -> None:
-        """Let torch find its units anew at the next forward pass."""
+        """Have torch find its units again at the next forward pass."""
         for state in _states(self.model):
             state._is_root = None
             state._state_ctx.all_states.clear()

@@ -43,11 +43,11 @@ class Meter:
         self.ranks = ranks
         self.reads_every_update = reads_every_update
         self.last_loss = torch.tensor(math.nan)  # of the last update, 0-dim; to read it waits for the device
-        self.has_row = False  # whether the update in the making gets one
+        self.has_row = False  # whether the current update gets one
         self.with_metrics = False  # whether the model is asked for metrics of routing
         self.in_full = False  # whether those of each layer, and of the experts' weights, are wanted, too
         self._began = 0.0
-        self._losses: list[Tensor] = []  # of the batches of the update in the making, as the next three
+        self._losses: list[Tensor] = []  # of the batches of the current update, as the next three
         self._auxiliary: list[Tensor] = []
         self._metrics: list[dict[str, Tensor]] = []
         self._routing: list[Tensor] = []
@@ -62,7 +62,7 @@ class Meter:
         self._began = time.perf_counter()
 
     def add_batch(self, output: Output) -> None:
-        """Take note of a forward pass."""
+        """Record a forward pass."""
         assert output.language_loss is not None
         self._losses.append(output.language_loss.detach())
         self._auxiliary.append(output.auxiliary_loss.detach())
@@ -72,11 +72,11 @@ class Meter:
 
     @property
     def num_batches(self) -> int:
-        """Batches of the update in the making."""
+        """Batches of the current update."""
         return len(self._losses)
 
     def add_norm(self, clock: Clock, norm: Tensor, *, scaled: bool) -> None:
-        """Take note of the gradient's norm, 0-dim: the update's numbers are all there.
+        """Record the gradient's norm, 0-dim: the update's numbers are all there.
 
         Args:
             scaled: whether mixed precision scales gradients and skips an update whose gradients overflowed.

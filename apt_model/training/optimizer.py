@@ -1,4 +1,4 @@
-"""Optimizers of a model whose parameters come and go."""
+"""Optimizers of a model whose parameters are added and removed."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Take up what :func:`random_state` returned; a device of another kind goes on from its own."""
+    """Take up what :func:`random_state` returned; a device of another kind continues from its own."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

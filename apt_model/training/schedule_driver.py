@@ -86,7 +86,7 @@ def restore_model(
 class ScheduleDriver:
     """Drives a curriculum: before an update it sets the model to the clock, after it the clock advances.
 
-    ``clock`` is that of the update in the making, or of the next one. A loop calls :meth:`begin_update`, then
+    ``clock`` is that of the current update, or of the next one. A loop calls :meth:`begin_update`, then
     :meth:`count` for each batch, then :meth:`end_update` if the optimizer has changed the weights, :meth:`skip_update` if
     mixed precision kept it from that. Where the optimizer is stepped by somebody else, :meth:`watch` it: ``happened`` then
     says which of the two to call.
@@ -99,10 +99,10 @@ class ScheduleDriver:
     def __init__(self, schedule: ScheduleRunner) -> None:
         self.schedule = schedule
         self.clock = Clock()
-        self.samples = 0  # of the update in the making
+        self.samples = 0  # of the current update
         self.tokens = 0
         self.happened = False
-        self._begun: Clock | None = None  # the clock of the update in the making
+        self._begun: Clock | None = None  # the clock of the current update
         self._left_out: frozenset[nn.Parameter] = frozenset()
 
     def connect(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -127,11 +127,11 @@ class ScheduleDriver:
 
     @property
     def begun(self) -> bool:
-        """Whether the update of the clock is in the making."""
+        """Whether the update of the clock is in progress."""
         return self._begun == self.clock
 
     def begin_update(self) -> list[Change]:
-        """Bring the model and the optimizer to the clock; return what changed."""
+        """Set the model and the optimizer to the clock; return what changed."""
         self._begun = self.clock
         self.samples = self.tokens = 0
         self.happened = False
@@ -148,7 +148,7 @@ class ScheduleDriver:
             self._note_left_out()
 
     def count(self, *, samples: int, tokens: int) -> None:
-        """Count a batch of the update in the making."""
+        """Count a batch of the current update."""
         self.samples += samples
         self.tokens += tokens
 
@@ -159,7 +159,7 @@ class ScheduleDriver:
         self.happened = False
 
     def skip_update(self) -> None:
-        """Forget the update in the making: the weights are those from before."""
+        """Forget the current update: the weights are those from before."""
         self._begun = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,7 +167,7 @@ class ScheduleDriver:
         return {"clock": asdict(self.clock), "schedule": self.schedule.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what :meth:`state_dict` returned; :meth:`reconcile` then brings a model to it.
+        """Take up what :meth:`state_dict` returned; :meth:`reconcile` then sets a model to it.
 
         Raises:
             ConfigError: the horizon has changed and ``on_horizon_change`` is ``error``.

@@ -16,7 +16,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Say whether ``tensor`` is a DTensor, without loading what those need."""
+    """Return whether ``tensor`` is a DTensor, without loading what those need."""
     return hasattr(tensor, "device_mesh")
 
 

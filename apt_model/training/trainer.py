@@ -44,7 +44,7 @@ class Trainer(BaseTrainer):
 
         Raises:
             Interrupted: ``stop_requested`` said so; the update was finished and a checkpoint written.
-            TrainingError: the run cannot go on.
+            TrainingError: the run cannot continue.
         """
         if self.resume is not None:
             self.load(self.resume)
@@ -108,13 +108,13 @@ class Trainer(BaseTrainer):
         return None if self.scaler.get_scale() < scale else norm
 
     def leave_out_update(self, batches: list[Batch]) -> None:
-        """Go on without the update of ``batches``."""
+        """Continue without the update of ``batches``."""
         logger.warning("%s: the update of batch %d is left out", self.clock, self.batches_done)
         self.batches_done += len(batches)
         self.updates_skipped += 1
 
     def give_up_update(self, batches: list[Batch], error: NonFiniteError) -> None:
-        """Go on with the weights from before an update that is not finite, where ``on_nonfinite`` says so.
+        """Continue with the weights from before an update that is not finite, where ``on_nonfinite`` says so.
 
         Raises:
             NonFiniteError: it does not, or this one was the last of too many in a row.
@@ -135,7 +135,7 @@ class Trainer(BaseTrainer):
             raise Interrupted(f"stopped on request before {self.clock}")
 
     def load(self, path: Path) -> None:
-        """Go on from the checkpoint in ``path``: the weights of its time first, then what the clock says now.
+        """Resume from the checkpoint in ``path``: the weights of its time first, then what the clock says now.
 
         Raises:
             CheckpointError: it is missing or damaged.

@@ -42,7 +42,7 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
-        """Return ``val/loss``, the mean over batches, and where the text has several sources what tells them apart."""
+        """Return ``val/loss``, the mean over batches, and where the text has several sources how different they are."""
         self.model.eval()
         losses = []
         loads = self._loads_by_source()

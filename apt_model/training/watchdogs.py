@@ -1,4 +1,4 @@
-"""What keeps an eye on a run: a step that stalls, memory that runs out, a loss that jumps, experts that nobody uses."""
+"""Watches a run: a step that stalls, memory that runs out, a loss that jumps, experts that get no tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GIB = 2**30
 
 
 class SpikeWatch(Callback):
-    """Says what the loss was before and after a module was switched, and warns if it jumps.
+    """Logs the loss before and after a module was switched, and warns if it jumps.
 
     A jump is one of the mean over ``short`` updates above that of the ``window`` updates before the switch, by more than
     three of their standard deviations; within ``window`` updates of the switch, and once for each.
@@ -39,10 +39,10 @@ class SpikeWatch(Callback):
         self.left = 0
 
     def on_schedule(self, trainer: TrainerView, changes: Sequence[Change]) -> None:
-        """Take note of what the loss was."""
+        """Record the losses before a switch."""
         switched = [change for change in changes if isinstance(change.value, bool)]
         if switched and len(self.losses) >= self.short:
-            names = " and ".join(f"{c.name.rsplit('_', 1)[0]} {'on' if c.value else 'off'}" for c in switched)
+            names = " and ".join(change.switch for change in switched)
             where = f"{names} at {trainer.clock}"
             before = [float(loss) for loss in self.losses]
             self.armed = (

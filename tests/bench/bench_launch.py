@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from apt_launch.preview.jobs import gather
+from apt_launch.planning import gather
 from tests.conftest import SMALL
 from tests.forks import environment
 from tests.slurm.cluster import Cluster

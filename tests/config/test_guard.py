@@ -10,13 +10,13 @@ import pytest
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from apt_launch.config.composing import config_loader
 from apt_launch.config.explain import understood
 from apt_launch.config.guard import guard
 from apt_launch.config.instantiate import factory
 from apt_launch.config.menu import CONF
-from apt_launch.sweep.composing import config_loader
+from apt_launch.secrets import without_secrets_of_the_environment
 from apt_launch.sweep.plugins import register
-from apt_launch.sweep.secrets import without_secrets_of_the_environment
 from apt_model.errors import ConfigError
 
 SECRET = "c4n4ry-0123456789abcdef"

@@ -18,8 +18,9 @@ from apt_model.data import HFCorpus
 from apt_model.data.tokenizer import train_tokenizer
 from apt_model.errors import ConfigError
 from tests.forks import HANGS
+from tests.late import Late
 
-datasets = pytest.importorskip("datasets")
+datasets = Late("datasets")
 
 TEXTS = [f"document {i}, {i * i} squared\n" for i in range(50)]
 
@@ -112,7 +113,7 @@ def test_a_changed_file_is_read_again(corpus: Any, files: Path) -> None:
         ({"path": "nobody/nothing"}, r"data\.path: datasets cannot give the split .* of 'nobody/nothing': "),
     ],
 )
-def test_mistakes_are_told_in_words(corpus: Any, options: dict[str, Any], message: str) -> None:
+def test_mistakes_are_reported_in_words(corpus: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         corpus(**options).count("train")
 
@@ -121,7 +122,7 @@ def test_mistakes_are_told_in_words(corpus: Any, options: dict[str, Any], messag
     ("name", "content"), [("json", b'{"text": "a"}\n{"text": '), ("json", b"\xff\xfe"), ("parquet", b"PAR1 no")]
 )
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_damaged_file_is_told_in_words(
+def test_a_damaged_file_is_reported_in_words(
     corpus: Any, files: Path, tmp_path: Path, name: str, content: bytes, streaming: bool
 ) -> None:
     path = files / f"damaged-{len(content)}.{name}"
@@ -145,7 +146,7 @@ contents = st.one_of(
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(content=contents, name=st.sampled_from(["json", "parquet", "text"]), streaming=st.booleans())
-def test_whatever_is_in_a_file_is_text_or_told_in_words(content: bytes, name: str, streaming: bool) -> None:
+def test_whatever_is_in_a_file_is_text_or_reported_in_words(content: bytes, name: str, streaming: bool) -> None:
     assume(
         not content.lstrip().startswith(b"null")
     )  # pyarrow 26.0.1 dies of it: python -c "pyarrow.json.read_json(...)"

@@ -74,7 +74,7 @@ class CutError(Exception):
 
 
 @pytest.mark.parametrize("shards_before", [1, 2, 4])
-def test_what_was_cut_off_goes_on_with_the_shards_that_are_complete(tmp_path: Path, shards_before: int) -> None:
+def test_what_was_cut_off_continues_with_the_shards_that_are_complete(tmp_path: Path, shards_before: int) -> None:
     folder, partial = tmp_path / "out", tmp_path / ".out.partial"
 
     def cut(split: str, done: float, tokens: int) -> None:
@@ -186,7 +186,7 @@ def test_pieces_of_a_long_document_have_the_tokens_of_the_whole(words: list[str]
     assert [token for piece in pieces[:-1] for token in BPE.encode(piece.text)] == BPE.encode(text)
 
 
-def test_progress_is_told_up_to_its_end_once(tmp_path: Path) -> None:
+def test_progress_is_reported_up_to_its_end_once(tmp_path: Path) -> None:
     rows: list[tuple[str, float, int]] = []
     show: OnProgress = lambda split, done, tokens: rows.append((split, done, tokens))  # noqa: E731
     made(tmp_path / "out", on_progress=show)

@@ -111,7 +111,7 @@ def test_shards_keep_the_sources_of_validation(tmp_path: Path) -> None:
     ]
 
 
-def test_a_manifest_that_tells_the_sources_of_other_tokens_is_damaged(tmp_path: Path) -> None:
+def test_a_manifest_that_names_the_sources_of_other_tokens_is_damaged(tmp_path: Path) -> None:
     path = rows(tmp_path / "rows.jsonl")
     corpus = JsonlCorpus(train_path=path, val_path=path, source_key="from")
     write(tmp_path / "out", corpus, ByteTokenizer(), key="OUT", on_progress=corpus.on_progress)

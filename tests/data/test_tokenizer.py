@@ -95,7 +95,7 @@ changes = st.tuples(
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(changes=st.lists(changes, min_size=1, max_size=3))
-def test_a_changed_file_is_a_tokenizer_or_told_in_words(changes: list[tuple[float, bytes, int]]) -> None:
+def test_a_changed_file_is_a_tokenizer_or_reported_in_words(changes: list[tuple[float, bytes, int]]) -> None:
     content = BPE.content.encode()
     for where, put, instead_of in changes:
         begin = round(where * len(content))

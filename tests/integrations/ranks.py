@@ -44,7 +44,7 @@ def ranks() -> Iterator[Ranks]:
 def _serve() -> None:
     for name in ("torch._dynamo", "safetensors.torch", "apt_model.training.trainer", "apt_launch.runs.build"):
         importlib.import_module(name)
-    for name in ("test_lightning", "test_transformers", "test_ranks"):
+    for name in ("of_lightning", "of_transformers", "test_ranks"):
         importlib.import_module(f"tests.integrations.{name}")
     for job in requests():
         with socket.socket() as free:

@@ -62,7 +62,7 @@ def test_a_run_on_a_gpu_comes_to_its_end(cli: Cli, text_file: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("other", "library"), [("lightning", "lightning"), ("hf", "transformers"), ("hf", "accelerate")]
 )
-def test_a_missing_extra_is_told_with_the_command_that_brings_it(
+def test_a_missing_extra_is_reported_with_the_command_that_brings_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str, library: str
 ) -> None:
     hidden = tmp_path / "hidden"
@@ -91,7 +91,7 @@ def test_a_missing_extra_is_told_with_the_command_that_brings_it(
         ("tokenizers", ["data.tokenizer=x"], "data.tokenizer: tokenizers cannot be found. Run: pip install "),
     ],
 )
-def test_a_missing_library_for_data_is_told(
+def test_a_missing_library_for_data_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str, overrides: list[str], told: str
 ) -> None:
     hidden = tmp_path / "hidden"
@@ -115,7 +115,7 @@ def test_a_resume_is_refused_before_anything_is_made(cli: Cli, tmp_path: Path) -
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("other", ["lightning", "hf"])
-def test_a_signal_ends_the_run_with_a_checkpoint_and_the_default_trainer_goes_on(
+def test_a_signal_ends_the_run_with_a_checkpoint_and_the_default_trainer_continues(
     cli: Cli, text_file: Path, tmp_path: Path, other: str, number: signal.Signals
 ) -> None:
     long = ["trainer.max_epochs=6", "trainer.max_batches_per_epoch=8", "trainer.log_every=1"]

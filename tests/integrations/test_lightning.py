@@ -2,93 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import signal
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.plugins import MixedPrecision
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from apt_model.errors import ConfigError, HorizonError
-from apt_model.gpt import GPT
-from apt_model.integrations.lightning import ScheduleCallback
-from apt_model.layers.moe import MoE
 from apt_model.schedule import Clock, Horizon, ScheduleRunner
+from tests.integrations.curriculum import CURRICULUM, runner
+from tests.late import Late
 
+own = Late("tests.integrations.of_lightning")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # Lightning's own
-
-CURRICULUM = {
-    "enable_moe_at_epoch": 1,
-    "enable_align_at_step": 5,
-    "route_temp": {"start": 2.0, "end": 0.5, "by": "epoch"},
-    "align_weight": {"start": 0.0, "end": 0.8, "by": "step"},
-}
-
-
-class Plain(pl.LightningModule):
-    """A language model of its own making, which knows nothing of curricula."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = GPT(
-            vocab_size=20, d_model=8, num_heads=2, num_layers=2, d_ff=16, seq_len=6, moe=partial(MoE, num_experts=4)
-        )
-        self.seen: list[tuple[Any, ...]] = []
-        self.callback: ScheduleCallback | None = None
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        assert self.callback is not None
-        layer = self.net.moe_layers[-1]
-        values = (layer.temperature.item(), self.net.align.weight.item())
-        self.seen.append((self.callback.clock, *values, layer.enabled, self.net.align.enabled))
-        output = self.net(*batch)
-        self.log("entropy", 10.0 - batch_idx, on_step=True)
-        return output.language_loss + output.auxiliary_loss
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.log("val_loss", self.net(*batch).language_loss)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.net.parameters(), lr=1e-2)
-
-
-def batches(number: int = 5) -> DataLoader[Any]:
-    tokens = torch.randint(0, 20, (2 * number, 7), generator=torch.Generator().manual_seed(3))
-    return DataLoader(TensorDataset(tokens[:, :-1], tokens[:, 1:]), batch_size=2, generator=torch.Generator())
-
-
-def runner(**curriculum: Any) -> ScheduleRunner:
-    return ScheduleRunner(horizon=Horizon(epochs=4, updates_per_epoch=3), **(curriculum or CURRICULUM))
-
-
-def trainer(callback: ScheduleCallback, folder: Path, **options: Any) -> pl.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    given = {"max_epochs": 4, "accumulate_grad_batches": 2, "enable_checkpointing": False, "num_sanity_val_steps": 0}
-    return pl.Trainer(callbacks=[callback], default_root_dir=folder, **{**quiet, **given, **options})
-
-
-def fit(folder: Path, schedule: ScheduleRunner | None = None, **options: Any) -> Plain:
-    module = Plain()
-    module.callback = ScheduleCallback(schedule or runner())
-    path = options.pop("ckpt_path", None)
-    validation = options.pop("validation", None)
-    module.made = trainer(module.callback, folder, **options)
-    module.made.fit(module, batches(), validation, ckpt_path=path)
-    return module
 
 
 def test_a_plain_module_goes_through_the_curriculum_update_by_update(tmp_path: Path) -> None:
-    seen = fit(tmp_path).seen
+    seen = own.fit(tmp_path).seen
     clocks = [clock for clock, *_ in seen]
     assert [clock.step for clock in clocks] == [3 * e + b // 2 for e in range(4) for b in range(5)]
     assert [clock.epoch for clock in clocks] == [e for e in range(4) for _ in range(5)]
@@ -101,7 +37,7 @@ def test_a_plain_module_goes_through_the_curriculum_update_by_update(tmp_path: P
 
 
 def test_the_optimizer_follows_the_model_and_keeps_moments(tmp_path: Path) -> None:
-    module = fit(tmp_path)
+    module = own.fit(tmp_path)
     optimizer = module.made.optimizers[0]
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert held == {id(parameter) for parameter in module.net.parameters()}
@@ -111,15 +47,15 @@ def test_the_optimizer_follows_the_model_and_keeps_moments(tmp_path: Path) -> No
 
 
 def test_parameters_left_to_no_optimizer_stay_out(tmp_path: Path) -> None:
-    class Partial(Plain):
+    class Partial(own.Plain):
         def configure_optimizers(self) -> torch.optim.Optimizer:
             kept = [p for name, p in self.net.named_parameters() if "ffn.dense" not in name]
             return torch.optim.AdamW(kept, lr=1e-2)
 
     module = Partial()
-    module.callback = ScheduleCallback(runner())
-    made = trainer(module.callback, tmp_path)
-    made.fit(module, batches())
+    module.callback = own.ScheduleCallback(runner())
+    made = own.trainer(module.callback, tmp_path)
+    made.fit(module, own.batches())
     held = {id(parameter) for group in made.optimizers[0].param_groups for parameter in group["params"]}
     names = {name for name, parameter in module.net.named_parameters() if id(parameter) in held}
     assert not any("experts" in name for name in names)
@@ -129,44 +65,44 @@ def test_parameters_left_to_no_optimizer_stay_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("epochs", [1, 2, 3])
 def test_a_resume_from_a_checkpoint_of_lightning_equals_an_uninterrupted_run(tmp_path: Path, epochs: int) -> None:
     torch.manual_seed(1)
-    whole = fit(tmp_path)
+    whole = own.fit(tmp_path)
     torch.manual_seed(1)
-    first = fit(tmp_path, max_epochs=epochs)
+    first = own.fit(tmp_path, max_epochs=epochs)
     path = tmp_path / "state.ckpt"
     first.made.save_checkpoint(path)
     state = torch.get_rng_state()
 
     schedule = runner()
-    module = Plain()
-    module.callback = ScheduleCallback(schedule)
-    made = trainer(module.callback, tmp_path)
+    module = own.Plain()
+    module.callback = own.ScheduleCallback(schedule)
+    made = own.trainer(module.callback, tmp_path)
     torch.set_rng_state(state)
 
-    class Restore(pl.Callback):  # what the checkpoint cannot hold: the generator that new modules draw from
+    class Restore(own.pl.Callback):  # what the checkpoint cannot hold: the generator that new modules draw from
         def on_train_start(self, *unused: Any) -> None:
             torch.set_rng_state(state)
 
     made.callbacks.append(Restore())
-    made.fit(module, batches(), ckpt_path=path)
+    made.fit(module, own.batches(), ckpt_path=path)
     assert first.seen + module.seen == whole.seen
     for name, weight in whole.net.state_dict().items():
         assert torch.allclose(weight, module.net.state_dict()[name], atol=1e-6), name
-    assert schedule.state_dict() == whole.callback.follower.schedule.state_dict()
+    assert schedule.state_dict() == whole.callback.driver.schedule.state_dict()
 
 
 def test_a_resume_over_another_length_needs_a_word(tmp_path: Path) -> None:
-    first = fit(tmp_path, max_epochs=1)
+    first = own.fit(tmp_path, max_epochs=1)
     path = tmp_path / "state.ckpt"
     first.made.save_checkpoint(path)
     longer = ScheduleRunner(horizon=Horizon(epochs=5, updates_per_epoch=3), **CURRICULUM)
     with pytest.raises(ConfigError, match=r"4 epochs x 3 updates = 12 steps.*5 epochs"):
-        fit(tmp_path, longer, max_epochs=5, ckpt_path=path)
+        own.fit(tmp_path, longer, max_epochs=5, ckpt_path=path)
 
 
 def test_an_update_that_mixed_precision_skips_is_not_counted(tmp_path: Path) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=1000)  # the first ones overflow
-    precision = MixedPrecision("16-mixed", "cpu", scaler)
-    module = fit(tmp_path, runner(route_temp={"start": 2.0, "end": 0.5, "by": "epoch"}), plugins=[precision])
+    precision = own.MixedPrecision("16-mixed", "cpu", scaler)
+    module = own.fit(tmp_path, runner(route_temp={"start": 2.0, "end": 0.5, "by": "epoch"}), plugins=[precision])
     skipped = round(24 - torch.tensor(scaler.get_scale()).log2().item())
     assert 0 < skipped < 12
     assert module.callback is not None
@@ -181,7 +117,7 @@ def test_latches_see_what_is_logged_and_once(tmp_path: Path, metric: str) -> Non
     schedule = runner(events={"x": {"enable": "voter", "when": {"metric": metric, "below": -1.0}}})
     told: list[float] = []
     schedule.observe = lambda metrics: told.extend([metrics[metric]] if metric in metrics else [])  # type: ignore[method-assign]
-    fit(tmp_path, schedule, validation=batches(2))
+    own.fit(tmp_path, schedule, validation=own.batches(2))
     if metric == "entropy":
         assert told == [9.0, 7.0, 6.0] * 4  # as logged in the update's last training step
     else:
@@ -191,108 +127,41 @@ def test_latches_see_what_is_logged_and_once(tmp_path: Path, metric: str) -> Non
 
 def test_a_latch_turns_a_module_on_at_the_next_update(tmp_path: Path) -> None:
     schedule = runner(events={"x": {"enable": "align", "when": {"metric": "entropy", "below": 6.5}}})
-    seen = fit(tmp_path, schedule).seen
+    seen = own.fit(tmp_path, schedule).seen
     assert [on for *_, on in seen] == [clock.step >= 3 for clock, *_ in seen]
 
 
-class Dial(nn.Module):
-    """Somebody's module with a number of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(3, 1)
-        self.strength = 1.0
-        self.on = False
-
-
-class Dialled(pl.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.dial = Dial()
-        self.seen: list[tuple[float, bool]] = []
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        self.seen.append((self.dial.strength, self.dial.on))
-        return self.dial.linear(batch[0]).square().mean()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
 def test_setters_and_switches_may_be_given(tmp_path: Path) -> None:
-    module = Dialled()
+    module = own.Dialled()
     schedule = ScheduleRunner(
         horizon=Horizon(epochs=2, updates_per_epoch=2),
         anneals={"s": {"target": "strength", "start": 4.0, "end": 1.0, "by": "step"}},
         enable_moe_at_step=3,
     )
-    callback = ScheduleCallback(
+    callback = own.ScheduleCallback(
         schedule,
         values={"strength": partial(setattr, module.dial, "strength")},
         switches={"moe": partial(setattr, module.dial, "on")},
     )
     loader = DataLoader(TensorDataset(torch.randn(6, 3)), batch_size=2)
-    trainer(callback, tmp_path, max_epochs=2).fit(module, loader)
+    own.trainer(callback, tmp_path, max_epochs=2).fit(module, loader)
     assert [strength for strength, _ in module.seen] == pytest.approx([4, 4, 3, 2, 2, 1])
     assert [on for _, on in module.seen] == [False] * 5 + [True]
     assert callback.clock == Clock(epoch=1, step=4, sample=12, token=12)
 
 
-def test_a_name_that_the_model_does_not_have_is_told_before_the_first_update(tmp_path: Path) -> None:
+def test_a_name_that_the_model_does_not_have_is_reported_before_the_first_update(tmp_path: Path) -> None:
     schedule = runner(anneals={"x": {"target": "blocks.*.ffn.temprature", "start": 1.0, "end": 2.0}})
     with pytest.raises(ConfigError, match=r"temprature.*Did you mean 'blocks\.\d\.ffn\.temperature'"):
-        fit(tmp_path, schedule)
+        own.fit(tmp_path, schedule)
 
 
 # --- what the clock counts where training_step makes the updates -----------------------------------------------------
 
 
-class Manual(pl.LightningModule):
-    """Steps its optimizers by itself: ``plan`` says which of them in which batch (counted over epochs), in order."""
-
-    def __init__(self, plan: Callable[[int], Sequence[int]]) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.parts = nn.ModuleList([nn.Linear(3, 1), nn.Linear(3, 1)])
-        self.strength = 0.0
-        self.plan = plan
-        self.batches = 0
-        self.seen: list[tuple[int, int, float]] = []
-        self.callback: ScheduleCallback | None = None
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        for number in self.plan(self.batches):
-            loss = self.parts[number](batch[0]).square().mean()
-            assert self.callback is not None
-            self.seen.append((self.callback.clock.step, self.callback.clock.sample, self.strength))
-            self.manual_backward(loss)
-            optimizer = self.optimizers()[number]
-            optimizer.step()
-            optimizer.zero_grad()
-        self.batches += 1
-
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in self.parts]
-
-
-def manual(folder: Path, plan: Callable[[int], Sequence[int]], horizon: Horizon, **options: Any) -> Manual:
-    """Train on epochs of 7 batches of 8 samples; ``strength`` is the number of the update."""
-    module = Manual(plan)
-    last = horizon.steps - 1
-    schedule = ScheduleRunner(
-        horizon=horizon, anneals={"s": {"target": "strength", "start": 0.0, "end": float(last), "by": "step"}}
-    )
-    module.callback = ScheduleCallback(schedule, values={"strength": partial(setattr, module, "strength")}, switches={})
-    loader = DataLoader(TensorDataset(torch.randn(56, 3)), batch_size=8)
-    trainer(module.callback, folder, accumulate_grad_batches=1, max_epochs=horizon.epochs, **options).fit(
-        module, loader
-    )
-    return module
-
-
 def test_samples_reach_an_update_of_any_optimizer(tmp_path: Path) -> None:
     # the first one steps in batches 1, 3 and 5 of 7, the second in each
-    module = manual(tmp_path, lambda batch: [0, 1] if batch % 2 else [1], Horizon(epochs=1, updates_per_epoch=3))
+    module = own.manual(tmp_path, lambda batch: [0, 1] if batch % 2 else [1], Horizon(epochs=1, updates_per_epoch=3))
     assert module.callback is not None
     assert module.callback.clock == Clock(step=3, sample=56, token=56)
     assert [(step, sample) for step, sample, _ in module.seen] == [
@@ -301,7 +170,7 @@ def test_samples_reach_an_update_of_any_optimizer(tmp_path: Path) -> None:
 
 
 def test_each_step_of_one_optimizer_is_an_update(tmp_path: Path) -> None:
-    module = manual(tmp_path, lambda batch: [0, 0], Horizon(epochs=1, updates_per_epoch=14))
+    module = own.manual(tmp_path, lambda batch: [0, 0], Horizon(epochs=1, updates_per_epoch=14))
     assert module.callback is not None
     assert module.callback.clock == Clock(step=14, sample=56, token=56)
     assert module.seen == [
@@ -310,7 +179,7 @@ def test_each_step_of_one_optimizer_is_an_update(tmp_path: Path) -> None:
 
 
 def test_batches_that_wait_for_an_update_are_counted_with_it_in_the_next_epoch_too(tmp_path: Path) -> None:
-    module = manual(tmp_path, lambda batch: [0] if batch % 2 else [], Horizon(epochs=2, updates_per_epoch=4))
+    module = own.manual(tmp_path, lambda batch: [0] if batch % 2 else [], Horizon(epochs=2, updates_per_epoch=4))
     assert module.callback is not None
     assert module.callback.clock == Clock(epoch=1, step=7, sample=112, token=112)
     assert [sample for _, sample, _ in module.seen] == [16 * update for update in range(7)]
@@ -320,12 +189,12 @@ def test_batches_that_wait_for_an_update_are_counted_with_it_in_the_next_epoch_t
 
 
 def test_a_second_fit_begins_the_curriculum_anew(tmp_path: Path) -> None:
-    callback = ScheduleCallback(runner())
+    callback = own.ScheduleCallback(runner())
     seen = []
     for _ in range(2):
-        module = Plain()
+        module = own.Plain()
         module.callback = callback
-        trainer(callback, tmp_path).fit(module, batches())
+        own.trainer(callback, tmp_path).fit(module, own.batches())
         assert callback.clock == Clock(epoch=3, step=12, sample=40, token=240)
         seen.append(module.seen)
     assert seen[0] == seen[1]
@@ -335,34 +204,34 @@ def test_a_second_fit_begins_the_curriculum_anew(tmp_path: Path) -> None:
 def test_whatever_ends_a_fit_nothing_stays_behind_and_the_next_begins_anew(
     tmp_path: Path, error: type[BaseException]
 ) -> None:
-    class Fails(Plain):
+    class Fails(own.Plain):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
             if len(self.seen) == 8:
                 raise error
             return super().training_step(batch, batch_idx)
 
     module = Fails()
-    module.callback = ScheduleCallback(runner())
-    first = trainer(module.callback, tmp_path)
+    module.callback = own.ScheduleCallback(runner())
+    first = own.trainer(module.callback, tmp_path)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
-        first.fit(module, batches())
+        first.fit(module, own.batches())
     signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
     assert module.callback.clock.step == 4
     assert not any(optimizer._optimizer_step_post_hooks for optimizer in first.optimizers)
     assert "on_load_checkpoint" not in vars(module)
 
-    again = Plain()
+    again = own.Plain()
     again.callback = module.callback
-    trainer(again.callback, tmp_path).fit(again, batches())
+    own.trainer(again.callback, tmp_path).fit(again, own.batches())
     assert [clock.step for clock, *_ in again.seen] == [3 * e + b // 2 for e in range(4) for b in range(5)]
     assert [on for *_, on, _ in again.seen] == [clock.epoch >= 1 for clock, *_ in again.seen]
 
 
-def test_a_trainer_that_goes_on_goes_on_with_the_curriculum(tmp_path: Path) -> None:
-    module = fit(tmp_path, max_epochs=2)
+def test_a_trainer_that_continues_continues_the_curriculum(tmp_path: Path) -> None:
+    module = own.fit(tmp_path, max_epochs=2)
     module.made.fit_loop.max_epochs = 4
-    module.made.fit(module, batches())
+    module.made.fit(module, own.batches())
     assert [clock.step for clock, *_ in module.seen] == [3 * e + b // 2 for e in range(4) for b in range(5)]
     assert [on for *_, on, _ in module.seen] == [clock.epoch >= 1 for clock, *_ in module.seen]
 
@@ -383,19 +252,19 @@ def test_a_trainer_that_goes_on_goes_on_with_the_curriculum(tmp_path: Path) -> N
 )
 def test_a_run_that_does_not_fit_the_horizon_is_refused(tmp_path: Path, options: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=r"^horizon: 4 epochs x 3 updates = 12 steps were planned, and " + message):
-        fit(tmp_path, **options)
+        own.fit(tmp_path, **options)
 
 
 @pytest.mark.parametrize("options", [{"max_epochs": -1, "max_steps": 12}, {"fast_dev_run": 2}])
 def test_other_ways_to_say_how_long_a_run_is_are_read(tmp_path: Path, options: Any) -> None:
     steps = 2 if "fast_dev_run" in options else 12
-    module = fit(tmp_path, **{"accumulate_grad_batches": 1 if "fast_dev_run" in options else 2} | options)
+    module = own.fit(tmp_path, **{"accumulate_grad_batches": 1 if "fast_dev_run" in options else 2} | options)
     assert module.callback is not None
     assert module.callback.clock.step == steps
 
 
-def test_a_part_of_the_planned_run_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    fit(tmp_path, max_epochs=2)
+def test_a_part_of_the_planned_run_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    own.fit(tmp_path, max_epochs=2)
     assert "12 steps were planned, and this run ends after 6 steps" in caplog.text
 
 
@@ -403,20 +272,8 @@ def test_a_curriculum_by_step_asks_for_no_more_than_the_number_of_steps(tmp_path
     schedule = ScheduleRunner(
         horizon=Horizon(epochs=1, updates_per_epoch=12), route_temp={"start": 2.0, "end": 0.9, "by": "step"}
     )
-    seen = fit(tmp_path, schedule).seen
+    seen = own.fit(tmp_path, schedule).seen
     assert [values[0] for _, *values in seen] == pytest.approx([2.0 - 0.1 * clock.step for clock, *_ in seen])
-
-
-class Stream(IterableDataset[Any]):
-    """Batches that do not say how many they are."""
-
-    def __init__(self, number: float) -> None:
-        self.number = number
-
-    def __iter__(self) -> Iterator[Any]:
-        count = itertools.count() if self.number == math.inf else range(int(self.number))
-        for _ in count:
-            yield torch.zeros(2, 6, dtype=torch.int64), torch.zeros(2, 6, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
@@ -430,11 +287,11 @@ class Stream(IterableDataset[Any]):
     ],
 )
 def test_streams(tmp_path: Path, number: float, curriculum: Any, error: str | None) -> None:
-    module = Plain()
-    module.callback = ScheduleCallback(runner(**curriculum))
-    made = trainer(module.callback, tmp_path, max_epochs=4, max_steps=12)
+    module = own.Plain()
+    module.callback = own.ScheduleCallback(runner(**curriculum))
+    made = own.trainer(module.callback, tmp_path, max_epochs=4, max_steps=12)
     with pytest.raises(ConfigError if "past" in error else HorizonError, match=error) if error else nullcontext():
-        made.fit(module, DataLoader(Stream(number), batch_size=None))
+        made.fit(module, DataLoader(own.Stream(number), batch_size=None))
     if error is None:
         assert module.callback.clock.step == 12
         epochs = [clock.epoch for clock, *_ in module.seen]

@@ -14,16 +14,16 @@ import torch
 from apt_launch.config.load import composed
 from apt_launch.runs.build import build_trainer
 from apt_model.errors import ConfigError, Interrupted
-from apt_model.integrations import lightning as in_lightning
-from apt_model.integrations import transformers as in_transformers
 from apt_model.schedule import Horizon, ScheduleRunner
 from apt_model.training.checkpoint import Checkpoints
 from apt_model.training.distributed import process_group
 from tests.conftest import SMALL
-from tests.integrations import test_lightning, test_transformers
 from tests.integrations.ranks import Ranks, ranks
+from tests.late import Late
 
 HERE = __name__
+in_lightning = Late("tests.integrations.of_lightning")
+in_transformers = Late("tests.integrations.of_transformers")
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def default(group: Ranks, text: tuple[str, str], tmp_path_factory: pytest.TempPa
 
 
 @pytest.mark.parametrize("other", ["lightning", "hf"])
-def test_two_processes_share_batches_and_a_resume_goes_on(
+def test_two_processes_share_batches_and_a_resume_continues(
     other: str, default: list[dict[str, Any]], group: Ranks, text: tuple[str, str], tmp_path: Path
 ) -> None:
     overrides = [*SMALL, *text, *RUN]
@@ -143,19 +143,19 @@ def told(model: torch.nn.Module, callback: Any, seen: list[Any]) -> dict[str, An
 
 def in_others_lightning(out: Path, **curriculum: Any) -> dict[str, Any]:
     warnings.simplefilter("ignore")
-    module = test_lightning.Plain()
+    module = in_lightning.Plain()
     module.callback = in_lightning.ScheduleCallback(runner(**curriculum))
-    trainer = test_lightning.trainer(module.callback, out, devices=2, strategy="ddp")
-    trainer.fit(module, test_lightning.batches(10))  # 20 rows, 10 for each rank in batches of 2, 2 batches an update
+    trainer = in_lightning.trainer(module.callback, out, devices=2, strategy="ddp")
+    trainer.fit(module, in_lightning.batches(10))  # 20 rows, 10 for each rank in batches of 2, 2 batches an update
     return told(module, module.callback, module.seen)
 
 
 def in_others_transformers(out: Path, **curriculum: Any) -> dict[str, Any]:
     warnings.simplefilter("ignore")
-    model = test_transformers.Plain()
+    model = in_transformers.Plain()
     model.callback = in_transformers.ScheduleCallback(runner(**curriculum))
-    trainer = test_transformers.made(model, model.callback, out, save_strategy="no", ddp_find_unused_parameters=False)
-    trainer.train_dataset = test_transformers.rows(20)
+    trainer = in_transformers.made(model, model.callback, out, save_strategy="no", ddp_find_unused_parameters=False)
+    trainer.train_dataset = in_transformers.rows(20)
     try:
         trainer.train()
     except ConfigError as error:
@@ -173,7 +173,7 @@ def test_modules_that_come_in_somebodys_ddp_are_shared(group: Ranks, tmp_path: P
 
 def test_modules_that_come_in_transformers_ddp_are_refused(group: Ranks, tmp_path: Path) -> None:
     for rank in group.call(2, tmp_path / "out", f"{HERE}:in_others_transformers", **SWITCHES, **ANNEALS):
-        assert "parameters came, went, froze or thawed at epoch 1, step 3" in rank["refused"]
+        assert "parameters were added, removed, frozen or unfrozen at epoch 1, step 3" in rank["refused"]
         assert "Train in one process, in Lightning with strategy='ddp'" in rank["refused"]
 
 

@@ -1,4 +1,4 @@
-"""One profile in three trainers: what is in force in the model during each update is the same, to the bit."""
+"""One profile in three trainers: the scheduled values in the model during each update are the same, to the bit."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_callbacks_are_called_in_the_same_order(small: Small, other: str) -> Non
 
 @pytest.mark.parametrize("other", OTHERS)
 @pytest.mark.parametrize("stop_after", [3, 8])
-def test_a_stopped_run_leaves_a_checkpoint_that_the_default_trainer_goes_on_from(
+def test_a_stopped_run_leaves_a_checkpoint_that_the_default_trainer_resumes_from(
     small: Small, tmp_path: Path, other: str, stop_after: int
 ) -> None:
     overrides = ("trainer.accumulate=2", "trainer.max_batches_per_epoch=5")

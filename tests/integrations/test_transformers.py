@@ -2,104 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch import Tensor
 
 from apt_model.errors import ConfigError, HorizonError
-from apt_model.gpt import GPT
-from apt_model.integrations.transformers import ScheduleCallback
-from apt_model.layers.moe import MoE
 from apt_model.schedule import Clock, Horizon, ScheduleRunner
+from tests.integrations.curriculum import CURRICULUM, runner
+from tests.late import Late
 
+own = Late("tests.integrations.of_transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # the library's own
-
-CURRICULUM = {
-    "enable_moe_at_epoch": 1,
-    "enable_align_at_step": 5,
-    "route_temp": {"start": 2.0, "end": 0.5, "by": "epoch"},
-    "align_weight": {"start": 0.0, "end": 0.8, "by": "step"},
-}
-
-
-class Plain(nn.Module):
-    """A language model with the library's interface, which knows nothing of curricula."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = GPT(
-            vocab_size=20, d_model=8, num_heads=2, num_layers=2, d_ff=16, seq_len=6, moe=partial(MoE, num_experts=4)
-        )
-        self.seen: list[tuple[Any, ...]] = []
-        self.callback: ScheduleCallback | None = None
-
-    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Any]:
-        if self.training:
-            assert self.callback is not None
-            layer = self.net.moe_layers[-1]
-            values = (layer.temperature.item(), self.net.align.weight.item())
-            self.seen.append((self.callback.clock, *values, layer.enabled, self.net.align.enabled))
-        output = self.net(input_ids, labels)
-        loss = output.language_loss + output.auxiliary_loss
-        return {"loss": loss, "logits": output.logits, "metrics": {"batches": torch.tensor(float(len(self.seen)))}}
-
-
-class Told(transformers.TrainerCallback):
-    """Keeps the optimizer."""
-
-    optimizer: Any = None
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        self.optimizer = given["optimizer"]
-
-
-def rows(number: int = 10) -> list[dict[str, Tensor]]:
-    tokens = torch.randint(0, 20, (number, 7), generator=torch.Generator().manual_seed(3))
-    return [{"input_ids": row[:-1], "labels": row[1:]} for row in tokens]
-
-
-def runner(**curriculum: Any) -> ScheduleRunner:
-    return ScheduleRunner(horizon=Horizon(epochs=4, updates_per_epoch=3), **(curriculum or CURRICULUM))
-
-
-def made(model: nn.Module, callback: ScheduleCallback, folder: Path, **options: Any) -> transformers.Trainer:
-    given = {
-        "num_train_epochs": 4,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "save_strategy": "epoch",
-        "logging_strategy": "no",
-        "learning_rate": 1e-2,
-        "dataloader_pin_memory": False,
-    }
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder), use_cpu=True, report_to=[], disable_tqdm=True, **{**given, **options}
-    )
-    return transformers.Trainer(
-        model, arguments, train_dataset=rows(), eval_dataset=rows(4), callbacks=[callback, Told()]
-    )
-
-
-def trained(folder: Path, schedule: ScheduleRunner | None = None, **options: Any) -> tuple[Plain, transformers.Trainer]:
-    model = Plain()
-    model.callback = ScheduleCallback(schedule or runner())
-    trainer = made(model, model.callback, folder, **options)
-    trainer.train()
-    return model, trainer
 
 
 def test_a_plain_model_goes_through_the_curriculum_update_by_update(tmp_path: Path) -> None:
-    model, _ = trained(tmp_path)
+    model, _ = own.trained(tmp_path)
     seen = model.seen
     clocks = [clock for clock, *_ in seen]
     assert [clock.step for clock in clocks] == [3 * e + b // 2 for e in range(4) for b in range(5)]
@@ -113,7 +35,7 @@ def test_a_plain_model_goes_through_the_curriculum_update_by_update(tmp_path: Pa
 
 
 def test_the_optimizer_follows_the_model_and_keeps_moments(tmp_path: Path) -> None:
-    model, trainer = trained(tmp_path)
+    model, trainer = own.trained(tmp_path)
     optimizer = trainer.optimizer
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert held == {id(parameter) for parameter in model.parameters()}
@@ -124,26 +46,26 @@ def test_the_optimizer_follows_the_model_and_keeps_moments(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("epochs", [1, 2, 3])
 def test_a_resume_from_a_checkpoint_of_the_library_equals_an_uninterrupted_run(tmp_path: Path, epochs: int) -> None:
-    whole, _ = trained(tmp_path / "whole")
+    whole, _ = own.trained(tmp_path / "whole")
     checkpoint = tmp_path / "whole" / f"checkpoint-{3 * epochs}"
 
-    model = Plain()
-    model.callback = ScheduleCallback(runner())
-    trainer = made(model, model.callback, tmp_path / "again")
+    model = own.Plain()
+    model.callback = own.ScheduleCallback(runner())
+    trainer = own.made(model, model.callback, tmp_path / "again")
     model.callback.restore(checkpoint, model)
     trainer.train(resume_from_checkpoint=str(checkpoint))
     assert model.seen == whole.seen[5 * epochs :]
     for name, weight in whole.state_dict().items():
         assert torch.allclose(weight, model.state_dict()[name], atol=1e-6), name
     assert whole.callback is not None
-    assert model.callback.follower.state_dict() == whole.callback.follower.state_dict()
+    assert model.callback.driver.state_dict() == whole.callback.driver.state_dict()
 
 
 def test_a_resume_without_the_state_is_refused(tmp_path: Path) -> None:
-    trained(tmp_path)
-    model = Plain()
-    model.callback = ScheduleCallback(runner())
-    trainer = made(model, model.callback, tmp_path)
+    own.trained(tmp_path)
+    model = own.Plain()
+    model.callback = own.ScheduleCallback(runner())
+    trainer = own.made(model, model.callback, tmp_path)
     with pytest.raises(ConfigError, match=r"Call ScheduleCallback\.restore\(checkpoint, model\) before trainer\.train"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     with pytest.raises(ConfigError, match=r"nowhere is no checkpoint"):
@@ -151,10 +73,10 @@ def test_a_resume_without_the_state_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_resume_over_another_length_needs_a_word(tmp_path: Path) -> None:
-    trained(tmp_path)
-    longer = ScheduleCallback(ScheduleRunner(horizon=Horizon(epochs=5, updates_per_epoch=3), **CURRICULUM))
+    own.trained(tmp_path)
+    longer = own.ScheduleCallback(ScheduleRunner(horizon=Horizon(epochs=5, updates_per_epoch=3), **CURRICULUM))
     with pytest.raises(ConfigError, match=r"4 epochs x 3 updates = 12 steps.*5 epochs"):
-        longer.restore(tmp_path / "checkpoint-6", Plain())
+        longer.restore(tmp_path / "checkpoint-6", own.Plain())
 
 
 @pytest.mark.parametrize("metric", ["train/loss", "batches", "val/loss", "eval_loss", "lr"])
@@ -162,7 +84,7 @@ def test_latches_see_what_there_is_and_once(tmp_path: Path, metric: str) -> None
     schedule = runner(events={"x": {"enable": "voter", "when": {"metric": metric, "below": -1.0}}})
     told: list[float] = []
     schedule.observe = lambda metrics: told.extend([metrics[metric]] if metric in metrics else [])  # type: ignore[method-assign]
-    trained(tmp_path, schedule, eval_strategy="epoch", logging_strategy="epoch", save_strategy="no")
+    own.trained(tmp_path, schedule, eval_strategy="epoch", logging_strategy="epoch", save_strategy="no")
     if metric == "batches":
         assert told == [5 * e + b for e in range(4) for b in (2, 4, 5)]
     else:
@@ -172,38 +94,23 @@ def test_latches_see_what_there_is_and_once(tmp_path: Path, metric: str) -> None
 
 def test_a_latch_turns_a_module_on_at_the_next_update(tmp_path: Path) -> None:
     schedule = runner(events={"x": {"enable": "align", "when": {"metric": "batches", "above": 4.5}}})
-    model, _ = trained(tmp_path, schedule)
+    model, _ = own.trained(tmp_path, schedule)
     assert [on for *_, on in model.seen] == [clock.step >= 3 for clock, *_ in model.seen]
 
 
-class Dial(nn.Module):
-    """Somebody's model with a number of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(7, 1)
-        self.strength = 1.0
-        self.on = False
-        self.seen: list[tuple[float, bool]] = []
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        self.seen.append((self.strength, self.on))
-        return {"loss": self.linear(x).square().mean()}
-
-
 def test_setters_and_switches_may_be_given(tmp_path: Path) -> None:
-    model = Dial()
+    model = own.Dial()
     schedule = ScheduleRunner(
         horizon=Horizon(epochs=2, updates_per_epoch=2),
         anneals={"s": {"target": "strength", "start": 4.0, "end": 1.0, "by": "step"}},
         enable_moe_at_step=3,
     )
-    callback = ScheduleCallback(
+    callback = own.ScheduleCallback(
         schedule,
         values={"strength": partial(setattr, model, "strength")},
         switches={"moe": partial(setattr, model, "on")},
     )
-    trainer = made(model, callback, tmp_path, num_train_epochs=2, save_strategy="no")
+    trainer = own.made(model, callback, tmp_path, num_train_epochs=2, save_strategy="no")
     trainer.train_dataset = [{"x": torch.randn(7)} for _ in range(6)]
     trainer.train()
     assert [strength for strength, _ in model.seen] == pytest.approx([4, 4, 3, 2, 2, 1])
@@ -211,39 +118,17 @@ def test_setters_and_switches_may_be_given(tmp_path: Path) -> None:
     assert callback.clock == Clock(epoch=1, step=4, sample=12, token=12)
 
 
-def test_a_name_that_the_model_does_not_have_is_told_before_the_first_update(tmp_path: Path) -> None:
+def test_a_name_that_the_model_does_not_have_is_reported_before_the_first_update(tmp_path: Path) -> None:
     schedule = runner(anneals={"x": {"target": "blocks.*.ffn.temprature", "start": 1.0, "end": 2.0}})
     with pytest.raises(ConfigError, match=r"temprature.*Did you mean 'blocks\.\d\.ffn\.temperature'"):
-        trained(tmp_path, schedule)
+        own.trained(tmp_path, schedule)
 
 
 # --- streams ---------------------------------------------------------------------------------------------------------
 
 
-class Stream(IterableDataset[Any]):
-    """Rows that do not say how many they are."""
-
-    def __init__(self, number: float) -> None:
-        self.number = number
-
-    def __iter__(self) -> Iterator[Any]:
-        kept = rows(14)
-        count = itertools.count() if self.number == math.inf else range(int(self.number))
-        for number in count:
-            yield kept[number % 14]
-
-
-def streamed(folder: Path, number: float, schedule: ScheduleRunner) -> Plain:
-    model = Plain()
-    model.callback = ScheduleCallback(schedule)
-    trainer = made(model, model.callback, folder, max_steps=12, save_strategy="no")
-    trainer.train_dataset = Stream(number)
-    trainer.train()
-    return model
-
-
 def test_each_epoch_of_a_stream_begins_with_its_first_update(tmp_path: Path) -> None:
-    model = streamed(tmp_path, 12, runner())  # 6 batches, 2 an update
+    model = own.streamed(tmp_path, 12, runner())  # 6 batches, 2 an update
     clocks = [clock for clock, *_ in model.seen]
     assert [clock.epoch for clock in clocks] == [batch // 6 for batch in range(24)]
     assert [clock.step for clock in clocks] == [batch // 2 for batch in range(24)]
@@ -252,7 +137,7 @@ def test_each_epoch_of_a_stream_begins_with_its_first_update(tmp_path: Path) -> 
 
 
 def test_batches_left_over_in_an_epoch_are_counted_with_the_update_that_takes_them(tmp_path: Path) -> None:
-    model = streamed(tmp_path, 14, runner())  # 7 batches, the last of which waits for the next epoch
+    model = own.streamed(tmp_path, 14, runner())  # 7 batches, the last of which waits for the next epoch
     clocks = [clock for clock, *_ in model.seen]
     assert len(clocks) == 27  # the last epoch's seventh is not asked for
     assert [clock.epoch for clock in clocks] == [batch // 7 for batch in range(27)]
@@ -266,11 +151,11 @@ def test_a_stream_that_does_not_go_by_the_planned_epochs_is_refused(tmp_path: Pa
     with pytest.raises(
         ConfigError, match=r"an epoch goes on past the 3 updates.*give the data a length, or plan Horizon"
     ):
-        streamed(tmp_path, math.inf, runner())
+        own.streamed(tmp_path, math.inf, runner())
     with pytest.raises(HorizonError, match="epoch 0 had 2 updates, and 4 epochs x 3 updates = 12 steps were planned"):
-        streamed(tmp_path, 8, runner())
+        own.streamed(tmp_path, 8, runner())
     by_step = runner(route_temp={"start": 2.0, "end": 0.9, "by": "step"})
-    seen = streamed(tmp_path, math.inf, by_step).seen
+    seen = own.streamed(tmp_path, math.inf, by_step).seen
     assert [clock.epoch for clock, *_ in seen] == [0] * 24
     assert [values[0] for _, *values in seen] == pytest.approx([2.0 - 0.1 * (batch // 2) for batch in range(24)])
 
@@ -278,40 +163,19 @@ def test_a_stream_that_does_not_go_by_the_planned_epochs_is_refused(tmp_path: Pa
 # --- loops that begin again ------------------------------------------------------------------------------------------
 
 
-def hooks(model: nn.Module, trainer: transformers.Trainer) -> int:
-    optimizer = trainer.optimizer
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return len(model._forward_pre_hooks) + len(model._forward_hooks) + len(optimizer._optimizer_step_post_hooks)
-
-
 def test_a_second_train_begins_the_curriculum_anew(tmp_path: Path) -> None:
-    model, trainer = trained(tmp_path, save_strategy="no")
+    model, trainer = own.trained(tmp_path, save_strategy="no")
     first, model.seen = model.seen, []
     trainer.train()
     assert model.seen == first
     assert model.callback is not None
     assert model.callback.clock == Clock(epoch=3, step=12, sample=40, token=240)
-    assert hooks(model, trainer) == 0
-
-
-class Stops(transformers.TrainerCallback):
-    """Ends the loop from within, where it is told to."""
-
-    def __init__(self, event: str, error: type[BaseException]) -> None:
-        setattr(self, event, self.stop)
-        self.error: type[BaseException] | None = error
-
-    def stop(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        error = self.error
-        if state.global_step == 4 and error is not None:
-            self.error = None
-            raise error("CUDA out of memory.")
+    assert own.hooks(model, trainer) == 0
 
 
 @pytest.mark.parametrize("where", ["forward", "on_pre_optimizer_step"])
 def test_after_ctrl_c_nothing_stays_behind_and_the_loop_begins_anew(tmp_path: Path, where: str) -> None:
-    class Stopped(Plain):
+    class Stopped(own.Plain):
         def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Any]:
             if where == "forward" and len(self.seen) == 7 and not again:
                 raise KeyboardInterrupt
@@ -319,29 +183,29 @@ def test_after_ctrl_c_nothing_stays_behind_and_the_loop_begins_anew(tmp_path: Pa
 
     again = False
     model = Stopped()
-    model.callback = ScheduleCallback(
+    model.callback = own.ScheduleCallback(
         runner(events={"x": {"enable": "align", "when": {"metric": "batches", "above": 1e9}}})
     )
-    trainer = made(model, model.callback, tmp_path, save_strategy="no")
+    trainer = own.made(model, model.callback, tmp_path, save_strategy="no")
     if where != "forward":
-        trainer.add_callback(Stops(where, KeyboardInterrupt))
+        trainer.add_callback(own.Stops(where, KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert hooks(model, trainer) <= 1  # of the latch, or of the optimizer, which the next begin removes
+    assert own.hooks(model, trainer) <= 1  # of the latch, or of the optimizer, which the next begin removes
     model.seen, again = [], True
     trainer.train()
     assert [clock.step for clock, *_ in model.seen] == [3 * e + b // 2 for e in range(4) for b in range(5)]
     assert model.callback.clock == Clock(epoch=3, step=12, sample=40, token=240)
-    assert hooks(model, trainer) == 0
+    assert own.hooks(model, trainer) == 0
 
 
 def test_a_smaller_batch_that_the_library_finds_begins_anew(tmp_path: Path) -> None:
-    model = Plain()
+    model = own.Plain()
     schedule = ScheduleRunner(horizon=Horizon(epochs=8, updates_per_epoch=1), route_temp=CURRICULUM["route_temp"])
-    model.callback = ScheduleCallback(schedule)
+    model.callback = own.ScheduleCallback(schedule)
     options = {"per_device_train_batch_size": 10, "num_train_epochs": 8, "auto_find_batch_size": True}
-    trainer = made(model, model.callback, tmp_path, save_strategy="no", **options)
-    trainer.add_callback(Stops("on_step_end", RuntimeError))
+    trainer = own.made(model, model.callback, tmp_path, save_strategy="no", **options)
+    trainer.add_callback(own.Stops("on_step_end", RuntimeError))
     trainer.train()  # 4 updates of 10 samples; then 8 updates, each of 9 and 1
     assert trainer.state.train_batch_size == 9
     assert [clock.sample for clock, *_ in model.seen] == [10 * u for u in range(4)] + [
@@ -351,19 +215,19 @@ def test_a_smaller_batch_that_the_library_finds_begins_anew(tmp_path: Path) -> N
 
 
 def test_another_model_is_brought_to_the_begin(tmp_path: Path) -> None:
-    model, _ = trained(tmp_path, save_strategy="no")
-    other = Plain()
+    model, _ = own.trained(tmp_path, save_strategy="no")
+    other = own.Plain()
     other.callback = model.callback
     assert other.callback is not None
-    made(other, other.callback, tmp_path, save_strategy="no").train()
+    own.made(other, other.callback, tmp_path, save_strategy="no").train()
     assert other.seen == model.seen
 
 
 def test_a_resume_needs_the_state_of_its_own_checkpoint(tmp_path: Path) -> None:
-    trained(tmp_path)
-    model = Plain()
-    model.callback = ScheduleCallback(runner())
-    trainer = made(model, model.callback, tmp_path)
+    own.trained(tmp_path)
+    model = own.Plain()
+    model.callback = own.ScheduleCallback(runner())
+    trainer = own.made(model, model.callback, tmp_path)
     model.callback.restore(tmp_path / "checkpoint-6", model)
     with pytest.raises(ConfigError, match=r"with the same checkpoint, not one of step 6"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
@@ -383,9 +247,9 @@ def test_a_resume_needs_the_state_of_its_own_checkpoint(tmp_path: Path) -> None:
 )
 def test_a_run_that_does_not_fit_the_horizon_is_refused(tmp_path: Path, options: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=r"^horizon: 4 epochs x 3 updates = 12 steps were planned, and " + message):
-        trained(tmp_path, **options)
+        own.trained(tmp_path, **options)
 
 
-def test_a_part_of_the_planned_run_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trained(tmp_path, num_train_epochs=2, save_strategy="no")
+def test_a_part_of_the_planned_run_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    own.trained(tmp_path, num_train_epochs=2, save_strategy="no")
     assert "12 steps were planned, and this run ends after 6 steps" in caplog.text

@@ -85,7 +85,7 @@ def test_a_run_leaves_a_whole_folder_and_wandb_has_every_row(cli: Cli, text_file
     provenance = json.loads((run / "provenance.json").read_text())
     assert provenance["packages"]["torch"] == torch.__version__
     assert provenance["device"] == "cpu"
-    assert "moe on" in (run / "train.log").read_text()
+    assert "moe enabled" in (run / "train.log").read_text()
 
     kept: dict[int, dict[str, float]] = {}
     for row in rows:  # W&B has one row a step: what validation said joins the update's
@@ -93,7 +93,12 @@ def test_a_run_leaves_a_whole_folder_and_wandb_has_every_row(cli: Cli, text_file
     seen = wandb_rows(wandb_records(next((run / "wandb").glob("offline-run-*"))))
     assert seen == [pytest.approx(row) for row in kept.values()]
 
-    for line in ("epoch 2, step 8: moe on", "epoch 3, step 12: align on", "done: 24 of 24 steps", "run folder"):
+    for line in (
+        "epoch 2, step 8: moe enabled",
+        "epoch 3, step 12: align enabled",
+        "done: 24 of 24 steps",
+        "run folder",
+    ):
         assert line in result.stdout
     assert "route_temp" in result.stdout
     assert result.stderr == ""
@@ -233,7 +238,7 @@ LONG = ("trainer.max_batches_per_epoch=6", "trainer.log_every=10", "logger.mode=
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_goes_on_to_the_same_weights_and_rows(
+def test_an_interrupted_run_continues_to_the_same_weights_and_rows(
     cli: Cli, start: Callable[..., Started], text_file: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     whole = cli(*small(text_file, *LONG, "hydra.run.dir=whole", "logger.mode=disabled"))
@@ -241,7 +246,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights_and_rows(
 
     hold = Hold(tmp_path / "hold", at=15)
     started = start(small(text_file, *LONG), hold)
-    started.wait_for("moe on")
+    started.wait_for("moe enabled")
     until(hold.holding, "the run to hold")
     os.killpg(started.process.pid, number)  # as a terminal does: to the whole group
     assert started.end() == 130, started.output
@@ -281,7 +286,7 @@ def test_a_terminal_gets_a_progress_bar_with_the_curriculum(text_file: Path, tmp
     assert re.search(r"epoch [1-6]/6 [━╸╺]+ *\d+/24 loss \d\.\d+", shown)
     assert "tok/s" in shown
     assert "moe + align" in shown
-    assert "epoch 2, step 8: moe on" in shown
+    assert "epoch 2, step 8: moe enabled" in shown
 
 
 def on_terminal(

@@ -86,7 +86,7 @@ def printed(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return run_module(module, *arguments, cwd=cwd)
 
 
-def test_how_to_go_on_and_what_next_work_as_they_are_printed(text_file: Path, tmp_path: Path) -> None:
+def test_how_to_continue_and_what_next_work_as_they_are_printed(text_file: Path, tmp_path: Path) -> None:
     hold = Hold(tmp_path / "hold", at=9)
     given = [*own_options(tmp_path, text_file), 'hydra.run.dir="runs/lr (1), b"', "hydra.output_subdir=null", "seed=3"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from apt_launch.cli.completion import answer, script
 from apt_launch.config import schema
 from apt_launch.config.menu import CONF, groups, keys
-from apt_launch.sweep.values import flatten
+from apt_launch.values import flatten
 from apt_model.schedule import Anneal
 from tests.forks import HANGS, environment, run_module
 from tests.packages import needed
@@ -120,7 +120,7 @@ def test_a_completion_is_quick_and_loads_no_library_that_is_not() -> None:
     assert not {"torch", "hydra", "omegaconf", "pydantic", "rich", "yaml"} & set(loaded.stdout.split())
 
 
-def test_a_shell_that_is_unknown_is_told() -> None:
+def test_a_shell_that_is_unknown_is_reported() -> None:
     result = run_module("apt_launch", "-sc", "install=ksh")
     assert result.returncode == 2
     assert result.stderr == (

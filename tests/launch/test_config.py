@@ -49,7 +49,7 @@ def test_every_data_option_composes_and_is_right(composed: Composed, text_file: 
     assert composed("data=shards", f"data.path={made}").horizon == jsonl.horizon
 
 
-def test_a_vocabulary_that_the_model_has_no_room_for_is_told_before_tokens_are_made(
+def test_a_vocabulary_that_the_model_has_no_room_for_is_reported_before_tokens_are_made(
     composed: Composed, text_file: Path, tmp_path: Path
 ) -> None:
     bpe = train_tokenizer([text_file.read_text()], 300)
@@ -192,7 +192,7 @@ def test_keys_in_yaml_equal_parameters_of_the_class(target: tuple[str, type[sche
                 "schedule.enable_moe_at_epoch=null",
                 "+schedule.events.x={enable: moe, when: {metric: moe/max_load, above: 2}}",
             ],
-            r"a latch turns moe on by moe/max_load, which comes only while moe is on",
+            r"a latch enables moe by moe/max_load, which exists only while moe is enabled",
         ),
         (["seed=99999999999999999999999"], r"seed: 99999999999999999999999 is not valid"),
         (["schedule.route_tmp.end=0.6"], r"Did you mean 'schedule\.route_temp\.end'"),
@@ -240,7 +240,7 @@ def test_what_is_wrong_is_named_with_its_full_key_and_a_remedy(
     assert re.search(message, str(problem), flags=re.DOTALL), str(problem)
 
 
-def test_a_key_of_another_option_is_told_as_such(composed: Composed) -> None:
+def test_a_key_of_another_option_is_reported_as_such(composed: Composed) -> None:
     with pytest.raises(Exception) as caught:  # noqa: PT011
         composed("data.path=x")
     assert (

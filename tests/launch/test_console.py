@@ -53,13 +53,13 @@ def test_the_bar_has_colours_unless_they_are_unwanted(no_color: bool, monkeypatc
     file = io.StringIO()
     progress = ProgressBar(Console(file=file, force_terminal=True, width=90, color_system="standard")).progress
     progress.add_task("train", total=24, completed=12, epoch="3/6", numbers="loss 2.500  9,000 tok/s")
-    progress.below = "moe on, " + ", ".join(f"a_long_name_{i} {i}" for i in range(9))
+    progress.below = "moe enabled, " + ", ".join(f"a_long_name_{i} {i}" for i in range(9))
     progress.console.print(progress.get_renderable())
     shown = file.getvalue()
     assert bool(re.search(r"\x1b\[[\d;]*\b3[0-7]m", shown)) is not no_color
     upper, lower = re.sub(r"\x1b\[[\d;]*m", "", shown).splitlines()
     assert re.fullmatch(r"epoch 3/6 [━╸╺]+ *12/24 loss 2\.500  9,000 tok/s -:--:-- left *", upper)
-    assert lower.startswith("moe on, a_long_name_0 0, ")
+    assert lower.startswith("moe enabled, a_long_name_0 0, ")
     assert lower.rstrip().endswith("…")
     assert max(len(upper), len(lower)) <= 90
 
@@ -69,11 +69,17 @@ def test_a_dumb_terminal_gets_a_whole_run_without_a_control_character(text_file:
     assert returncode == 0
     assert "\x1b" not in shown
     assert "\r" not in shown.replace("\r\n", "")
-    in_order = ("Loading torch ...", "parameters on cpu", "epoch 2, step 8: moe on", "done: 24 of 24", "What next?")
+    in_order = (
+        "Loading torch ...",
+        "parameters on cpu",
+        "epoch 2, step 8: moe enabled",
+        "done: 24 of 24",
+        "What next?",
+    )
     assert sorted(in_order, key=shown.index) == list(in_order)
 
 
-def test_how_to_go_on_is_the_whole_command(tmp_path: Path) -> None:
+def test_how_to_continue_is_the_whole_command(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra" / "overrides.yaml").write_text(

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
+from apt_launch.command_line import show_error
 from apt_launch.config.schedule_plot import Sheet, draw_schedule
 from apt_launch.escapes import cell, console, markdown, visible
 from apt_launch.preview import page as preview
 from apt_launch.runs.console import Stdout
 from apt_launch.sweep.application import Resources
-from apt_launch.sweep.command import show_error
 from apt_launch.sweep.control.follow import say
 from apt_launch.sweep.control.ledger import Status
 from apt_launch.sweep.control.table import show

@@ -70,7 +70,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(trained: Path, tmp_path: P
         (["RUN", "--prompt", "a", "--device", "gpu"], "--device = 'gpu' is not one of auto, cpu, cuda"),
     ],
 )
-def test_mistakes_are_told_in_words(trained: Path, tmp_path: Path, arguments: list[str], told: str) -> None:
+def test_mistakes_are_reported_in_words(trained: Path, tmp_path: Path, arguments: list[str], told: str) -> None:
     arguments = [str(trained) if argument == "RUN" else argument for argument in arguments]
     done = run_module("apt_launch.generate", *arguments, cwd=tmp_path)
     assert done.returncode == 2

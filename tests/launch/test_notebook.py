@@ -51,7 +51,7 @@ def state_of_the_process() -> tuple[object, ...]:
     )
 
 
-def test_a_run_tells_its_folder_its_summary_and_its_rows(run: Train, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_has_its_folder_its_summary_and_its_rows(run: Train, capsys: pytest.CaptureFixture[str]) -> None:
     before = state_of_the_process()
     done = run("hydra.run.dir=a")
     assert done.folder == Path("a").absolute()
@@ -64,8 +64,8 @@ def test_a_run_tells_its_folder_its_summary_and_its_rows(run: Train, capsys: pyt
     shown = done._repr_html_()
     assert f"<td>{losses[-1]:.4f}</td>" in shown
     assert "data:image/png;base64,iVBOR" in shown
-    assert "epoch 2, step 8: moe on" in capsys.readouterr().out
-    assert "moe on" in (done.folder / "train.log").read_text()
+    assert "epoch 2, step 8: moe enabled" in capsys.readouterr().out
+    assert "moe enabled" in (done.folder / "train.log").read_text()
     assert state_of_the_process() == before
     with pytest.raises(ConfigError, match=r"a already holds a run\. Go on with it by trainer\.resume=auto"):
         run("hydra.run.dir=a")
@@ -91,7 +91,7 @@ def test_it_works_under_a_running_loop_and_in_a_thread(run: Train) -> None:
     assert found[0].summary["state"] == "done"
 
 
-def test_the_stop_button_writes_a_checkpoint_and_the_run_goes_on(
+def test_the_stop_button_writes_a_checkpoint_and_the_run_continues(
     run: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = state_of_the_process()
@@ -118,7 +118,7 @@ def test_the_stop_button_writes_a_checkpoint_and_the_run_goes_on(
     assert (done.summary["state"], done.summary["steps"]) == ("done", 24)
 
 
-def test_pressed_twice_the_stop_button_leaves_at_once_and_the_process_lives() -> None:
+def test_pressed_twice_the_stop_button_leaves_at_once_and_the_process_runs() -> None:
     stop = StopRequest(own_process=False)
     with stop.listening():
         os.kill(os.getpid(), signal.SIGINT)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from apt_launch.preview.jobs import gather
-from apt_launch.sweep.command import CLOSED, ending, take_any_character
+from apt_launch.command_line import CLOSED, ending, take_any_character
+from apt_launch.planning import gather
 from tests.conftest import SMALL
 from tests.forks import HANGS, Fork, environment
 

@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from apt_launch.config.load import composed
-from apt_launch.preview.jobs import gather
+from apt_launch.planning import gather
 from apt_launch.sweep.plan.plan import Plan
 from apt_model.errors import ConfigError
 from tests.conftest import SMALL
@@ -143,7 +143,7 @@ def test_a_plan_reads_back_as_it_was_written(base: list[str], tmp_path: Path) ->
     assert OmegaConf.load(tmp_path / "plan.yaml").asked == 4
 
 
-def test_a_bad_job_is_named_and_what_all_have_is_told_once(base: list[str]) -> None:
+def test_a_bad_job_is_named_and_what_all_have_is_reported_once(base: list[str]) -> None:
     with pytest.raises(ConfigError) as found:
         gather([*base, "schedule.route_temp.end=0.6,0,hot", "optimizer.lr=-1"])
     told = found.value.problems
@@ -175,7 +175,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused(base: list[str]) -> None:
 
 def test_planning_loads_no_torch(text_file: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from apt_launch.preview.jobs import gather; import apt_launch.sweep.control.send; "
+        "import sys; from apt_launch.planning import gather; import apt_launch.sweep.control.send; "
         "import apt_launch.sweep.backends.slurm, apt_launch.sweep.__main__; "
         f"gather({[*SMALL, 'data=text', f'data.path={text_file}', 'seed=0,1']!r}); assert 'torch' not in sys.modules"
     )

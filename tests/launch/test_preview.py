@@ -10,9 +10,9 @@ import pytest
 
 from apt_launch.config.catalogue import metrics, parameters, targets
 from apt_launch.config.run_config import RunConfig
-from apt_launch.preview.jobs import config_of, gather
+from apt_launch.planning import gather
 from apt_launch.preview.page import page
-from apt_launch.preview.terminal import unread_sweeps
+from apt_launch.preview.terminal import config_of, unread_sweeps
 from apt_model.errors import ConfigError
 from apt_model.schedule.timeline import timeline
 from tests.forks import HANGS, environment
@@ -20,15 +20,15 @@ from tests.forks import HANGS, environment
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def test_the_timeline_tells_every_moment_in_every_unit(composed: Callable[..., RunConfig]) -> None:
+def test_the_timeline_shows_every_moment_in_every_unit(composed: Callable[..., RunConfig]) -> None:
     moments = timeline(composed("schedule=gpt5_moe").program)
     told = [(m.clock.step, m.clock.epoch, m.clock.sample, m.clock.token, m.what) for m in moments]
     assert told == [
         (0, 0, 0, 0, ("begin",)),
         (26, 0, 416, 106496, ("align_weight leaves 0",)),
-        (64, 2, 1024, 262144, ("moe on",)),
-        (96, 3, 1536, 393216, ("align on",)),
-        (160, 5, 2560, 655360, ("voter on",)),
+        (64, 2, 1024, 262144, ("moe enabled",)),
+        (96, 3, 1536, 393216, ("align enabled",)),
+        (160, 5, 2560, 655360, ("voter enabled",)),
         (255, 7, 4080, 1044480, ("last update",)),
     ]
     assert moments[-1].values == {"route_temp": 0.8, "moe_capacity": 1.1, "align_weight": 0.3, "vote_threshold": 2.0}
@@ -51,7 +51,7 @@ def test_what_is_shown_is_what_training_logs(cli: Cli, text_file: Path, tmp_path
 def test_the_command_prints_and_draws_without_torch(cli: Cli, tmp_path: Path) -> None:
     result = cli("schedule=gpt5_moe", module="apt_launch.preview")
     assert result.returncode == 0, result.stderr
-    for shown in ("64", "moe on", "voter on", "route_temp", "█", "vote", "outputs/preview/preview.png"):
+    for shown in ("64", "moe enabled", "voter enabled", "route_temp", "█", "vote", "outputs/preview/preview.png"):
         assert shown in result.stdout
     folder = tmp_path / "outputs" / "preview"
     assert (folder / "preview.png").read_bytes().startswith(b"\x89PNG")
@@ -65,7 +65,7 @@ def test_the_command_prints_and_draws_without_torch(cli: Cli, tmp_path: Path) ->
     assert fresh.stdout.splitlines()[-1] == "False"
 
 
-def test_several_values_are_expanded_and_duplicates_told(cli: Cli) -> None:
+def test_several_values_are_expanded_and_duplicates_reported(cli: Cli) -> None:
     plan = gather(["seed=1,1", "schedule.route_temp.end=0.6,0.60,0.8"])
     asked, jobs = plan.asked, plan.jobs
     assert asked == 6
@@ -125,7 +125,7 @@ def test_the_page_needs_nothing_from_outside(composed: Callable[..., RunConfig])
         ),
         (
             ["+schedule.events.off={disable: moe, at: 1ep}", "schedule.enable_moe_at_epoch=null"],
-            "schedule.events.off turns off moe, which nothing turns on",
+            "schedule.events.off disables moe, which nothing enables",
         ),
         (
             [

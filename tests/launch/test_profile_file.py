@@ -133,7 +133,7 @@ def test_a_file_that_is_no_profile_is_refused(tmp_path: Path, content: str, mess
         ("model: {d_model: null}", "model.d_model"),
     ],
 )
-def test_odd_values_of_a_file_are_told_as_not_used(tmp_path: Path, content: str, unused: str, capsys) -> None:
+def test_odd_values_of_a_file_are_reported_as_not_used(tmp_path: Path, content: str, unused: str, capsys) -> None:
     path = tmp_path / "odd.yaml"
     path.write_text(content)
     assert with_profile_file([f"+profile_file={path}"]) == [f"+profile_file={path}"]

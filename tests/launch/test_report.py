@@ -16,7 +16,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from apt_launch.config.load import composed
-from apt_launch.preview.jobs import gather
+from apt_launch.planning import gather
 from apt_launch.sweep.plan.plan import Plan
 from apt_launch.sweep.report.findings import Estimate, find, headline, t_95
 from apt_launch.sweep.report.report import group_table, note_on_groups, write_report
@@ -141,7 +141,7 @@ def test_a_sweep_without_data_still_has_its_table(planned: Sweep) -> None:
     assert all(path.exists() for path in files)
 
 
-def test_the_table_tells_every_job_and_why_it_failed(planned: Sweep) -> None:
+def test_the_table_shows_every_job_and_why_it_failed(planned: Sweep) -> None:
     folder, plan = planned(SIX, ENDS)
     write_report(folder, states(plan, *["done"] * 5, "failed"), causes={plan.jobs[5].folder: "the <loss> is | nan"})
     with (folder / "report" / "report.csv").open() as file:

@@ -90,7 +90,7 @@ def test_a_small_model_has_the_parameters_and_bytes_worked_out_by_hand(small: Co
     assert {phase.casts for phase in phases} == {0}
 
 
-def test_phases_begin_where_modules_go_on_and_cover_the_run(small: Composed) -> None:
+def test_phases_begin_where_modules_are_enabled_and_cover_the_run(small: Composed) -> None:
     phases = sizes(small("schedule=gpt5_moe"), on_gpu=False)  # 6 epochs x 4 updates
     assert [(phase.step, phase.updates, phase.modules) for phase in phases] == [
         (0, 8, ()),
@@ -380,7 +380,7 @@ def test_a_device_holds_what_torch_shards_to_it(
     assert device_bytes(phase, config, world) == pytest.approx(16 * held + (3 * 2 + 4) * block, rel=1e-3)
 
 
-def test_what_does_not_fit_is_told_with_the_batch_that_does(full: Callable[..., RunConfig]) -> None:
+def test_what_does_not_fit_is_reported_with_the_batch_that_does(full: Callable[..., RunConfig]) -> None:
     config = full()
     phases = sizes(config, on_gpu=True)
     told = cost(config, phases, gpu="h100", num_gpus=4)
@@ -424,7 +424,7 @@ def test_every_kind_names_where_its_numbers_are_from() -> None:
     assert all("NVIDIA" in gpu.source and gpu.bf16_tflops > 100 and gpu.memory_gb >= 24 for gpu in GPUS.values())
 
 
-def test_the_table_tells_phases_and_the_verdict(full: Callable[..., RunConfig]) -> None:
+def test_the_table_shows_phases_and_the_verdict(full: Callable[..., RunConfig]) -> None:
     config = full()
     text = drawn(table(sizes(config, on_gpu=False), config, gpu="h100", num_gpus=4))
     for expected in ("10.97 B", "436.2 M", "moe align voter", "16-bit copies", "MFU of 0.4", "does not fit", "989.5"):
@@ -454,7 +454,7 @@ def test_blocks_that_are_computed_again_make_room(full: Callable[..., RunConfig]
     assert "activation_checkpointing" not in text
 
 
-def test_the_table_tells_nothing_of_gpus_without_one(small: Composed) -> None:
+def test_the_table_has_nothing_of_gpus_without_one(small: Composed) -> None:
     config = small("schedule=gpt5_moe")
     text = drawn(table(sizes(config, on_gpu=False), config))
     assert "moe align voter" in text

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from apt_launch.preview.jobs import gather
+from apt_launch.lease import LOST, read_holder
+from apt_launch.planning import gather
 from apt_launch.sweep.control.send import prepare
-from apt_launch.sweep.lease import LOST, read_holder
-from apt_launch.sweep.values import from_yaml
+from apt_launch.values import from_yaml
 from tests.conftest import SMALL, until, wandb_records
 from tests.forks import HANGS, Fork, environment, run_module
 from tests.hold import Hold
@@ -175,7 +175,7 @@ def test_a_job_that_is_killed_loses_only_itself_and_resume_makes_it_whole(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
-def test_a_job_that_is_preempted_goes_on_exactly_in_its_folder(
+def test_a_job_that_is_preempted_continues_exactly_in_its_folder(
     start: Start, sweep: Path, hold: Hold, number: int
 ) -> None:
     process = start(
@@ -232,7 +232,7 @@ def test_a_drill_notices_the_smallest_difference(start: Start, sweep: Path) -> N
     assert "drill: step" in state_file(sweep, 0)["cause"]
 
 
-def test_a_job_stops_when_its_hours_are_spent_and_goes_on_with_more(
+def test_a_job_stops_when_its_hours_are_spent_and_continues_with_more(
     start: Start, sweep: Path, hold: Hold, tmp_path: Path
 ) -> None:
     process = start("seed=0", *LONG, "launch.hours=0.0008", hold=hold)
@@ -267,7 +267,7 @@ def test_cancel_from_another_terminal_leaves_no_process_and_every_checkpoint(
         assert list(folder(sweep, number).glob("checkpoints/step-*"))
 
 
-def test_ctrl_c_asks_and_the_jobs_go_on_when_one_leaves(sweep: Path, start: Start, hold: Hold) -> None:
+def test_ctrl_c_asks_and_the_jobs_continue_when_one_leaves(sweep: Path, start: Start, hold: Hold) -> None:
     main, terminal = pty.openpty()
     process = start("seed=0", *LONG, hold=hold, stdin=terminal)
     until(lambda: holds(sweep, 0, hold), "the job to hold")
@@ -320,7 +320,7 @@ def test_a_folder_in_use_takes_no_second_writer(start: Start, sweep: Path, hold:
     assert "is writing here" in (own / "log.txt").read_text()
 
 
-def test_a_later_life_of_a_cluster_job_takes_the_folder_and_the_earlier_one_leaves(
+def test_a_later_attempt_of_a_cluster_job_takes_the_folder_and_the_earlier_one_leaves(
     base: list[str], sweep: Path, hold: Hold
 ) -> None:
     plan = gather([*base, *LONG, "seed=0"])
@@ -404,7 +404,7 @@ def test_optuna_chooses_by_true_results(start: Start, sweep: Path) -> None:
         ),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_sent(start: Start, sweep: Path, mistake: str, told: str) -> None:
+def test_a_mistake_is_reported_before_anything_is_sent(start: Start, sweep: Path, mistake: str, told: str) -> None:
     process = start(*mistake.split())
     output, _ = process.communicate()
     assert process.returncode == 2
@@ -423,7 +423,7 @@ def test_a_dry_run_shows_the_plan_and_sends_nothing(start: Start, sweep: Path) -
 
 
 @pytest.mark.parametrize("command", ["status", "wait", "resume", "cancel", "report"])
-def test_a_folder_without_a_sweep_is_told(tmp_path: Path, command: str) -> None:
+def test_a_folder_without_a_sweep_is_reported(tmp_path: Path, command: str) -> None:
     result = after(tmp_path, command)
     assert result.returncode == 2
     assert "there is no sweep here" in result.stderr

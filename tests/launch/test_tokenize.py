@@ -123,7 +123,7 @@ def test_a_resume_with_another_tokenizer_is_refused(forks: Forks, made: Path) ->
         (["text.txt", "data=text", "data.path=text.txt"], "OUT: text.txt is a file, and a folder is wanted"),
     ],
 )
-def test_mistakes_are_told_in_words_and_leave_nothing(
+def test_mistakes_are_reported_in_words_and_leave_nothing(
     forks: Forks, made: Path, arguments: list[str], told: str
 ) -> None:
     before = {path.name for path in made.iterdir()}
@@ -159,7 +159,7 @@ def test_damaged_shards_are_refused_before_torch_is_loaded(made: Path, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_interrupted_and_killed_it_goes_on_where_it_stood(tmp_path: Path) -> None:
+def test_interrupted_and_killed_it_continues_where_it_stood(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "apt_launch.tokenize", "out", "--shard-tokens", "20000"]
     partial = tmp_path / ".out.partial"
     shards = 0
@@ -203,7 +203,7 @@ def test_a_terminal_sees_a_bar(made: Path) -> None:
     assert "━".encode() in shown
 
 
-def test_a_full_disk_is_told_and_the_same_command_goes_on_where_there_is_room(made: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_the_same_command_continues_where_there_is_room(made: Path, tmp_path: Path) -> None:
     asked = [*("out", "--shard-tokens", "9000", "data=text"), f"data.path={made / 'text.txt'}"]
     ended = run_module("apt_launch.tokenize", *asked, cwd=tmp_path, largest_file=9500)  # the text has 19 kB
     assert ended.returncode == 2, ended.stderr
@@ -214,7 +214,7 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on_where_there_is_room(ma
     Shards(tmp_path / "out").check()
 
 
-def test_a_cache_that_cannot_be_is_told(forks: Forks, made: Path) -> None:
+def test_a_cache_that_cannot_be_is_reported(forks: Forks, made: Path) -> None:
     ended = forks.run(
         *(*SMALL, "data=text", "data.path=text.txt", "data.tokenizer=out", "model.vocab_size=300"),
         *("data.cache=text.txt/cache", "hydra.run.dir=never"),

@@ -72,7 +72,7 @@ class Slow:
         self.state = state
 
 
-def test_a_tracker_that_fails_is_left_out_and_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tracker_that_fails_is_left_out_and_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fragile = Fragile()
     tracking = Tracking(Record(tmp_path / "metrics.jsonl"))
     tracking.project(lambda: fragile, name="Fragile", remedy="Do this.")

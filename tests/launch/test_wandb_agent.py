@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from apt_launch.sweep.values import from_yaml, to_yaml
+from apt_launch.values import from_yaml, to_yaml
 from tests.conftest import SMALL
 from tests.forks import HANGS, REPOSITORY, environment
 from tests.wandb_server import WandbServer, serving

@@ -23,10 +23,10 @@ from urllib.parse import urlsplit
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from apt_launch.preview.jobs import gather
+from apt_launch.lease import Holder
+from apt_launch.planning import gather
 from apt_launch.record import RecordReader
 from apt_launch.sweep.jobs.state import State
-from apt_launch.sweep.lease import Holder
 from apt_launch.sweep.plan.plan import Plan
 from apt_launch.sweep.watch.live import MOST_POINTS, Curve, Watch
 from apt_launch.sweep.watch.page import Server
@@ -146,13 +146,13 @@ def test_a_record_that_a_resume_cut_back_is_read_anew_even_where_it_has_grown_be
 
 def test_a_long_curve_keeps_its_ends_and_a_viewer_of_differences_sees_the_same() -> None:
     rng = random.Random(0)
-    curve, seen, look = Curve(), [], 0
+    curve, seen, reading = Curve(), [], 0
     for place in range(5000):
         curve.add(1 + place // 7, float(place), place / 10)
-        if place % 7 == 6 and rng.random() < 0.3:  # a look is told when it is over
-            first, points = curve.since(look)
+        if place % 7 == 6 and rng.random() < 0.3:  # a reading is passed on when it is over
+            first, points = curve.since(reading)
             seen = seen[:first] + points
-            look = 1 + place // 7
+            reading = 1 + place // 7
             assert seen == curve.points
             assert seen[-1] == (place, place / 10)
     assert len(curve.points) <= MOST_POINTS
@@ -161,7 +161,7 @@ def test_a_long_curve_keeps_its_ends_and_a_viewer_of_differences_sees_the_same()
     assert gaps == {16}  # 5000 / 512 = 9.8, and every second point is left out each time
 
 
-def test_what_is_told_of_a_real_sweep_is_what_its_jobs_did(tmp_path: Path, text_file: Path, serve: Any) -> None:
+def test_what_is_reported_of_a_real_sweep_is_what_its_jobs_did(tmp_path: Path, text_file: Path, serve: Any) -> None:
     folder = tmp_path / "sweep"
     overrides = [
         *SMALL,
@@ -190,7 +190,7 @@ def test_what_is_told_of_a_real_sweep_is_what_its_jobs_did(tmp_path: Path, text_
         assert job["val/loss"] == job["compared"] == val[-1][1]
         temperature = job["curves"]["schedule/route_temp"]["points"]
         assert (temperature[0][1], temperature[-1][1]) == (1.5, pytest.approx(end))
-        # moe goes on at epoch 2, align at 3, voter at 5: with updates 8, 12 and 20, which end at 9, 13 and 21 times 32 tokens
+        # moe is enabled at epoch 2, align at 3, voter at 5: with updates 8, 12 and 20, which end at 9, 13 and 21 times 32 tokens
         assert job["switches"] == {"moe": 288, "align": 416, "voter": 672}
         assert job["phase"] == "moe+align+voter"
     assert told["best"] == min((one, other), key=lambda job: job["val/loss"])["number"]
@@ -199,7 +199,7 @@ def test_what_is_told_of_a_real_sweep_is_what_its_jobs_did(tmp_path: Path, text_
     assert news(serve(folder), since=1)["jobs"] == []  # nothing is told twice
 
 
-def test_rows_are_told_as_they_come_and_a_resume_replaces_what_it_cut(planned: Any, serve: Any) -> None:
+def test_rows_are_reported_as_they_come_and_a_resume_replaces_what_it_cut(planned: Any, serve: Any) -> None:
     folder, plan = planned("seed=0,1,2")
     own = folder / plan.jobs[1].folder
     server = serve(folder)
@@ -210,10 +210,10 @@ def test_rows_are_told_as_they_come_and_a_resume_replaces_what_it_cut(planned: A
         "train/loss": {"first": 0, "points": [[32, 5.0], [128, 5.0]]},
         "val/loss": {"first": 0, "points": [[128, 3.0]]},
     }
-    look = told["look"]
+    reading = told["reading"]
 
     append(own, row(7, train__loss=3.5, tokens_per_second=64.0))
-    told = until_news(server, look)
+    told = until_news(server, reading)
     (job,) = told["jobs"]
     assert not told["whole"]
     assert job["curves"] == {"train/loss": {"first": 2, "points": [[256, 3.5]]}}
@@ -223,7 +223,7 @@ def test_rows_are_told_as_they_come_and_a_resume_replaces_what_it_cut(planned: A
     kept = (own / "metrics.jsonl").read_text().splitlines(keepends=True)[:1]
     (own / "metrics.jsonl").write_text("".join(kept))
     append(own, row(1, train__loss=float("nan")))
-    (job,) = until_news(server, told["look"])["jobs"]
+    (job,) = until_news(server, told["reading"])["jobs"]
     assert job["anew"]
     assert job["curves"] == {"train/loss": {"first": 0, "points": [[32, 5.0]]}}
     assert job["train/loss"] == "nan"
@@ -255,10 +255,10 @@ def test_jobs_that_come_later_and_states_that_change_are_seen(planned: Any) -> N
 
 def test_viewers_share_one_reading(planned: Any) -> None:
     live = Watch(planned("seed=0,1")[0])
-    assert {live.news(0)["look"] for _ in range(50)} == {1}
+    assert {live.news(0)["reading"] for _ in range(50)} == {1}
 
 
-def test_a_folder_that_vanishes_is_told_and_what_was_known_stays(planned: Any, tmp_path: Path) -> None:
+def test_a_folder_that_vanishes_is_reported_and_what_was_known_stays(planned: Any, tmp_path: Path) -> None:
     folder, _ = planned("seed=0,1")
     live = Watch(folder)
     folder.rename(tmp_path / "elsewhere")
@@ -395,7 +395,7 @@ def in_terminal(*command: str, interrupt_at: str | None = None) -> tuple[int, st
     return process.wait(timeout=HANGS), shown.decode()
 
 
-def test_in_a_terminal_the_table_lives_until_ctrl_c_and_the_cursor_comes_back(planned: Any) -> None:
+def test_in_a_terminal_the_table_is_live_until_ctrl_c_and_the_cursor_comes_back(planned: Any) -> None:
     folder, _ = planned("seed=0,1")
     code, shown = in_terminal("watch", str(folder), interrupt_at="loss so far")
     assert code == 130
@@ -433,9 +433,11 @@ def test_the_table_fits_every_terminal(planned: Any) -> None:
             assert max(map(len, lines)) <= width
             assert any("seed=1 " in line for line in lines)  # the one that runs
             assert any(line.startswith("and ") and line.endswith(" planned") for line in lines) == (height < 60)
-            curves = [line.split() for line in lines if line.strip().startswith(("route_temp", "moe on"))]
+            curves = [line.split() for line in lines if line.strip().startswith(("route_temp", "moe enabled"))]
             # 5 of 24 updates: 5 / 24 of the width has begun
-            assert [words[:2] for words in curves] == ([["route_temp", "1.5"], ["moe", "on"]] if height == 60 else [])
+            assert [words[:2] for words in curves] == (
+                [["route_temp", "1.5"], ["moe", "enabled"]] if height == 60 else []
+            )
 
 
 # --- the browser -------------------------------------------------------------------------------------------------------
@@ -464,7 +466,7 @@ def test_a_browser_shows_rows_and_curves_as_they_come(planned: Any, tmp_path: Pa
         curves = "[...document.querySelectorAll('figure')].map(f => [f.querySelector('figcaption span').textContent, \
             f.querySelectorAll('path').length])"
         assert browser.evaluate(curves) == [["val/loss", 2], ["train/loss", 2], ["route_temp", 1]]
-        assert browser.evaluate("document.querySelectorAll('figure .of').length") == 3  # "moe on" in each
+        assert browser.evaluate("document.querySelectorAll('figure .of').length") == 3  # "moe enabled" in each
         # 160 tokens are 5 of 24 updates: the run's curve has 5 / 24 of the axis behind it
         x = "charts.get('train/loss').x"
         assert browser.evaluate(f"({x}(160) - {x}(0)) / ({x}(768) - {x}(0))") == pytest.approx(5 / 24)
@@ -479,7 +481,7 @@ def test_a_browser_shows_rows_and_curves_as_they_come(planned: Any, tmp_path: Pa
         assert browser.evaluate("jobs.get(1).curves['val/loss']") == [[128, 3.0], [384, 2.0]]
         assert browser.evaluate("document.querySelectorAll('#losses figure')[0].querySelectorAll('circle').length") == 3
 
-        (own / "metrics.jsonl").write_text("")  # its next life has no checkpoint to go on from
+        (own / "metrics.jsonl").write_text("")  # its next attempt has no checkpoint to resume from
         browser.wait("document.querySelectorAll('#rows tr')[1].cells[6].innerText === ''")
         assert browser.evaluate(curves) == [["val/loss", 1], ["train/loss", 1], ["route_temp", 0]]
         append(own, row(11, train__loss=2.5, val__loss=2.0, schedule__route_temp=1.5))

@@ -64,7 +64,7 @@ def test_the_loss_is_the_number_worked_out_by_hand() -> None:
     assert agreement.item() == pytest.approx(0.9)
 
 
-def test_a_batch_of_one_has_nothing_to_tell_apart() -> None:
+def test_a_batch_of_one_has_nothing_to_distinguish() -> None:
     assert module()(torch.randn(1, 5, 8))[1].loss.item() == pytest.approx(0.0, abs=1e-6)
 
 

@@ -214,7 +214,7 @@ def test_a_granularity_costs_a_token_what_whole_copies_cost() -> None:
     assert 8 * fine.experts.up[0].numel() == 2 * whole.experts.up[0].numel()
 
 
-def test_noise_tells_experts_apart_by_a_share_of_the_weights_deviation() -> None:
+def test_noise_makes_experts_differ_by_a_share_of_the_weights_deviation() -> None:
     dense = layer(d_model=64, d_ff=128).dense.up.detach().clone()
     for share, expected in ((None, 0.01), (0.1, 0.1)):
         moe = layer(d_model=64, d_ff=128, upcycling="noise", upcycling_share=share)
@@ -363,7 +363,7 @@ def test_grouped_matrices_equal_a_loop_for_every_kind_of_size() -> None:
         assert torch.allclose(out[:10].double(), expected.double(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
-def test_metrics_tell_of_load_and_certainty() -> None:
+def test_metrics_show_load_and_certainty() -> None:
     moe = layer(num_experts=4, top_k=1, capacity_factor=None)
     moe.enable(True)
     with torch.no_grad():
@@ -380,7 +380,7 @@ def test_metrics_tell_of_load_and_certainty() -> None:
     assert metric(report, "balance_loss") == pytest.approx(4 / 16 * (3 * 3 + 1 * 1))
 
 
-def test_specialisation_is_what_a_sequence_tells_about_its_experts() -> None:
+def test_specialisation_is_what_a_sequence_says_about_its_experts() -> None:
     moe = layer(num_experts=4, top_k=1, capacity_factor=None)
     moe.enable(True)
     with torch.no_grad():
@@ -408,7 +408,7 @@ def test_sums_of_two_batches_give_the_metrics_of_one_batch_with_both() -> None:
     assert added[balance].item() == pytest.approx(sum(each).item() / 2)
 
 
-def test_what_is_not_asked_for_is_not_told_and_the_output_is_the_same() -> None:
+def test_what_is_not_asked_for_is_not_reported_and_the_output_is_the_same() -> None:
     moe = apart(layer())
     x = torch.randn(2, 8, 16)
     told, silent = moe(x), moe(x, with_metrics=False)

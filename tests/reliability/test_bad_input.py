@@ -26,7 +26,7 @@ from apt_model.schedule.curves import SHAPES
 from tests.conftest import SMALL
 from tests.forks import Forks
 
-EXAMPLES = int(os.environ.get("APT_EXAMPLES", "20"))
+EXAMPLES = int(os.environ.get("APT_EXAMPLES", "10"))
 tried = settings(
     max_examples=EXAMPLES,
     deadline=None,

@@ -78,9 +78,9 @@ def test_every_row_arrives_once_over_five_kills(
     forks: Forks, server: WandbServer, command: list[str], tmp_path: Path
 ) -> None:
     long = [*command, "trainer.max_epochs=200", "schedule=none", "trainer.checkpoint_every_epochs=5"]
-    for life in range(5):
+    for attempt in range(5):
         before = sum(map(len, server.history.values()))
-        hold = Hold(tmp_path / f"hold-{life}", at=50)
+        hold = Hold(tmp_path / f"hold-{attempt}", at=50)
         pid = forks.start(*long, cwd=tmp_path, env=client(server.url) | hold.environment)
         until(lambda before=before: sum(map(len, server.history.values())) > before, "rows of this attempt")
         os.kill(pid, signal.SIGKILL)
@@ -93,7 +93,7 @@ def test_every_row_arrives_once_over_five_kills(
     os.kill(pid, signal.SIGINT)
     assert forks.wait().code == 130
     assert sync(forks, tmp_path, server.url).code == 0
-    check_every_row_once(  # times are the clock of another life
+    check_every_row_once(  # times are the clock of another attempt
         server, tmp_path / "run", but=("time", "tokens_per_second"), interrupted=True
     )
     assert len(server.runs) == 1

@@ -19,7 +19,7 @@ def command(text_file: Path, *more: str) -> list[str]:
     return ["apt_launch", *SMALL, "data=text", f"data.path={text_file}", "hydra.run.dir=run", *more]
 
 
-def test_training_goes_on_while_no_checkpoint_can_be_written(text_file: Path, tmp_path: Path) -> None:
+def test_training_continues_while_no_checkpoint_can_be_written(text_file: Path, tmp_path: Path) -> None:
     """No file may grow beyond 100 kB, which every checkpoint would: a full disk that needs no privilege."""
     larger = command(text_file, "schedule=none", "model.d_model=64", "model.d_ff=256")
     ended = run_module(*larger, cwd=tmp_path, largest_file=100_000)

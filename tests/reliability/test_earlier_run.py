@@ -12,7 +12,7 @@ import pytest
 
 from apt_launch.config.menu import CONF
 from apt_launch.record import read_rows
-from apt_launch.sweep.values import from_yaml
+from apt_launch.values import from_yaml
 from tests.forks import Forks
 from tests.wandb_server import WandbServer, serving
 

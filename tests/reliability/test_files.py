@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from apt_launch.lease import Holder, read_holder
 from apt_launch.record import Record, RecordReader, last_row, read_rows
 from apt_launch.runs.drill import SavedDrill as Told
 from apt_launch.runs.folder import RunFolder
@@ -19,12 +20,11 @@ from apt_launch.sweep.control.ledger import Ledger
 from apt_launch.sweep.control.send import prepare
 from apt_launch.sweep.jobs.process import About
 from apt_launch.sweep.jobs.state import read_state, transition
-from apt_launch.sweep.lease import Holder, read_holder
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
 from apt_launch.sweep.report.findings import find
-from apt_launch.sweep.values import from_yaml, read_frozen, to_yaml
 from apt_launch.tracking.deliver import Identity, Summary
+from apt_launch.values import from_yaml, read_frozen, to_yaml
 from apt_model.data.tokenizer import load_tokenizer
 from apt_model.errors import CheckpointError, ConfigError
 from apt_model.files import read_json, read_regular, write_atomic

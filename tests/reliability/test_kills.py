@@ -26,7 +26,7 @@ from tests.forks import Forks
 KILLS = int(os.environ.get("APT_KILLS", "8"))
 SEED = int(os.environ.get("APT_KILLS_SEED", "0"))
 
-LIVES = (
+INTERRUPTED = (
     "trainer.accumulate=2",
     "trainer.max_epochs=24",
     "trainer.max_batches_per_epoch=12",
@@ -97,7 +97,7 @@ def test_runs_that_are_killed_at_random_times_end_as_if_nothing_had_happened(
     places: Counter[str] = Counter()
     runs = 0
     while sum(places.values()) < KILLS:
-        command = [*SMALL, *LIVES, "data=text", f"data.path={text_file}", f"seed={runs}"]
+        command = [*SMALL, *INTERRUPTED, "data=text", f"data.path={text_file}", f"seed={runs}"]
         folders = {name: tmp_path / f"{runs}-{name}" for name in ("whole", "killed")}
         for path in folders.values():
             path.mkdir()

@@ -42,7 +42,7 @@ assert slurm._user() == "12345"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user that the system does not know")
-def test_who_has_no_home_is_told_what_to_write() -> None:
+def test_who_has_no_home_learns_what_to_write() -> None:
     result = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=HANGS, check=False)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()

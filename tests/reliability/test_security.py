@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from apt_launch.sweep.secrets import check_secrets, redacted
-from apt_launch.sweep.values import from_yaml, to_yaml
+from apt_launch.secrets import check_secrets, redacted
+from apt_launch.values import from_yaml, to_yaml
 from apt_model.errors import CheckpointError
 from apt_model.training.checkpoint import load
 from tests.conftest import SMALL, until

@@ -108,7 +108,7 @@ def trainer_at(step: int, loss: float) -> Any:
     return SimpleNamespace(clock=Clock(epoch=0, step=step), last_loss=loss)
 
 
-def test_a_jump_of_the_loss_after_a_switch_is_told_with_numbers(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_jump_of_the_loss_after_a_switch_is_reported_with_numbers(caplog: pytest.LogCaptureFixture) -> None:
     watch = SpikeWatch(window=4, short=2)
     with caplog.at_level(logging.WARNING):
         for step, loss in enumerate((9.0, 2.0, 2.2, 2.0, 2.2)):  # the first one is forgotten: mean 2.1, deviation 0.1
@@ -121,12 +121,12 @@ def test_a_jump_of_the_loss_after_a_switch_is_told_with_numbers(caplog: pytest.L
         watch.on_step(trainer_at(8, 9.0))
     assert caplog.text.count("train/loss rose") == 1
     assert (
-        "moe on at epoch 0, step 5: train/loss rose from 2.1000 (mean of the updates before, deviation 0.1000) to 2.5000"
+        "moe enabled at epoch 0, step 5: train/loss rose from 2.1000 (mean of the updates before, deviation 0.1000) to 2.5000"
         in (caplog.text)
     )
 
 
-def test_a_switch_that_the_loss_does_not_notice_is_told_too(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_switch_that_the_loss_does_not_notice_is_reported_too(caplog: pytest.LogCaptureFixture) -> None:
     watch = SpikeWatch(window=4, short=2)
     with caplog.at_level(logging.INFO):
         for step, loss in enumerate((3.0, 2.4, 2.2, 2.0)):
@@ -134,7 +134,9 @@ def test_a_switch_that_the_loss_does_not_notice_is_told_too(caplog: pytest.LogCa
         watch.on_schedule(trainer_at(4, 0.0), [Change("moe_enabled", True)])
         for step in range(4, 8):
             watch.on_step(trainer_at(step, 2.0))
-    assert caplog.messages == ["moe on at epoch 0, step 4: train/loss 2.1000 before, 2.0000 after (means of 2 updates)"]
+    assert caplog.messages == [
+        "moe enabled at epoch 0, step 4: train/loss 2.1000 before, 2.0000 after (means of 2 updates)"
+    ]
 
 
 def test_a_jump_without_a_switch_or_long_after_one_is_none_of_its_business(caplog: pytest.LogCaptureFixture) -> None:
@@ -167,7 +169,7 @@ EVEN = (0, math.log(8))
 
 
 @pytest.mark.parametrize("bad", [(3, math.log(5)), (0, math.log(3.5))], ids=["dead experts", "uneven load"])
-def test_routing_that_stays_collapsed_is_told_once_with_numbers(
+def test_routing_that_stays_collapsed_is_reported_once_with_numbers(
     bad: tuple[float, float], caplog: pytest.LogCaptureFixture
 ) -> None:
     watch = CollapseWatch(updates=20)
@@ -184,7 +186,7 @@ def test_routing_that_stays_collapsed_is_told_once_with_numbers(
     assert "moe.balance_loss_weight (it is 0.01)" in caplog.text
 
 
-def test_routing_that_is_uneven_for_a_while_is_nothing_to_tell(caplog: pytest.LogCaptureFixture) -> None:
+def test_routing_that_is_uneven_for_a_while_is_nothing_to_report(caplog: pytest.LogCaptureFixture) -> None:
     watch = CollapseWatch(updates=20)
     with caplog.at_level(logging.WARNING):
         for step in range(0, 100, 10):
@@ -199,7 +201,7 @@ def test_routing_that_is_uneven_for_a_while_is_nothing_to_tell(caplog: pytest.Lo
     assert caplog.text == ""
 
 
-def test_a_run_whose_router_sends_all_to_two_experts_is_told(
+def test_a_run_whose_router_sends_all_to_two_experts_is_reported(
     small: Small, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Pull(Callback):
@@ -217,7 +219,7 @@ def test_a_run_whose_router_sends_all_to_two_experts_is_told(
     assert caplog.text.count("has collapsed since step") == 1
 
 
-def test_a_step_that_stalls_is_told_and_the_log_shows_where_every_thread_stands(
+def test_a_step_that_stalls_is_reported_and_the_log_shows_where_every_thread_stands(
     small: Small, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = tmp_path / "train.log"
@@ -242,7 +244,7 @@ def test_a_step_that_stalls_is_told_and_the_log_shows_where_every_thread_stands(
     assert not [thread for thread in threading.enumerate() if thread.name == "watchdog"]
 
 
-def test_memory_that_is_nearly_full_is_told_once(
+def test_memory_that_is_nearly_full_is_reported_once(
     small: Small, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     looks = 0

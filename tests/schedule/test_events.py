@@ -92,7 +92,7 @@ def test_names_of_the_profile_and_events_share_one_arbiter() -> None:
             {"b": {"enable": "moe", "when": {"metric": "x", "above": 1.0, "release": 2.0}}},
             r"events\.b\.when\.release = 2 must be at most above = 1",
         ),
-        ({"b": {"disable": "moe", "when": {"metric": "x", "above": 1}}}, r"a latch turns on"),
+        ({"b": {"disable": "moe", "when": {"metric": "x", "above": 1}}}, r"a latch enables or freezes"),
         (
             {"b": {"enable": "moe", "when": {"metric": "x", "above": 1, "not_before": "2ep", "deadline": "1ep"}}},
             r"the latch of moe has its deadline at 1ep = step 4, before 2ep = step 8",

@@ -69,7 +69,7 @@ def test_the_first_apply_writes_everything_switches_first_and_later_ones_only_wh
     assert board.writes.count(("moe", True)) == 1
 
 
-def test_metrics_tell_what_is_in_force() -> None:
+def test_metrics_are_the_scheduled_values() -> None:
     schedule = Board().connect(runner())
     schedule.apply(Clock(epoch=2, step=11))
     assert schedule.metrics() == {

@@ -155,7 +155,7 @@ def test_a_value_outside_its_domain_is_found_before_launch(name: str, spec: dict
         program(**{name: spec})
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         program(enable_moe_at_epoch=8, route_temp={"start": 0, "end": -1})
     assert len(caught.value.problems) == 3

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from apt_launch.sweep.lease import read_holder
+from apt_launch.lease import read_holder
 from tests.conftest import SMALL, until
 from tests.forks import Fork, environment
 from tests.hold import Hold
@@ -34,6 +34,8 @@ class Sweep:
         self.base = base
         self.env = environment() | {"SLURM_CONF": cluster.environment()["SLURM_CONF"]}
         self.holding: Hold
+        self.forked = False
+        """Whether jobs are forked where libraries are loaded: for what becomes of jobs, not of their processes."""
 
     def hold(self, at: int = 11) -> None:
         r"""Have each process hold in its ``at``\ th update; those of ``LONG`` then have a checkpoint and are within an epoch."""
@@ -65,7 +67,7 @@ class Sweep:
         return result
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        with Fork(command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, forks=False) as process:
+        with Fork(command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, forks=self.forked) as process:
             out, err = process.communicate()
         return subprocess.CompletedProcess(command, process.wait(), out, err)
 
@@ -93,12 +95,12 @@ class Sweep:
     def steps(self, number: int) -> list[int]:
         return [row["step"] for row in self.rows(number) if "train/loss" in row]
 
-    def finishes_whole(self, number: int, lives: int = 2, updates: int = 48) -> None:
-        """Check that the job comes to its end, each update once, after ``lives`` at least."""
+    def finishes_whole(self, number: int, attempts: int = 2, updates: int = 48) -> None:
+        """Check that the job comes to its end, each update once, after ``attempts`` at least."""
         assert self.call("wait").returncode == 0, self.log(number)
         assert self.steps(number) == list(range(updates))
-        assert self.written(number)["restarts"] >= lives - 1
-        assert self.log(number).count("resuming") >= lives - 1
+        assert self.written(number)["restarts"] >= attempts - 1
+        assert self.log(number).count("resuming") >= attempts - 1
 
 
 @pytest.fixture
@@ -112,6 +114,7 @@ def sweep(cluster: Cluster, at: Callable[[Cluster], Sweep]) -> Sweep:
 
 
 def test_an_array_of_eight_loses_only_the_job_that_fails_and_the_one_that_dies(sweep: Sweep) -> None:
+    sweep.forked = True
     sweep.env["MY_SERVICE_TOKEN"] = secret = "c4n4ry-0123456789abcdef-c4n4ry"
     rates = ",".join(["0.001", "0.0011", "0.0012", "0.0013", "0.0014", "0.0015", "0.0016", "1e30"])
     sweep.hold(at=1)
@@ -153,7 +156,7 @@ def test_an_array_of_eight_loses_only_the_job_that_fails_and_the_one_that_dies(s
 
 
 @pytest.mark.slow
-def test_a_time_limit_makes_a_checkpoint_and_another_life(sweep: Sweep) -> None:
+def test_a_time_limit_makes_a_checkpoint_and_another_attempt(sweep: Sweep) -> None:
     limit = ("launch.time_limit_minutes=1", "hydra.launcher.signal_delay_s=15")  # SLURM may be 30 s early
     sweep.hold()
     sweep.send("seed=0", *LONG, *limit)
@@ -163,7 +166,7 @@ def test_a_time_limit_makes_a_checkpoint_and_another_life(sweep: Sweep) -> None:
 
 
 @pytest.mark.parametrize("number", ["USR1", "USR2", "TERM"])
-def test_a_signal_makes_a_checkpoint_and_another_life(sweep: Sweep, number: str) -> None:
+def test_a_signal_makes_a_checkpoint_and_another_attempt(sweep: Sweep, number: str) -> None:
     sweep.hold()
     sweep.send("seed=0", *LONG)
     until(lambda: sweep.holds(0), "the job to hold")
@@ -173,7 +176,7 @@ def test_a_signal_makes_a_checkpoint_and_another_life(sweep: Sweep, number: str)
     assert sweep.written(0)["restarts"] == 1
 
 
-def test_scontrol_requeue_goes_on_from_a_checkpoint(sweep: Sweep) -> None:
+def test_scontrol_requeue_resumes_from_a_checkpoint(sweep: Sweep) -> None:
     sweep.hold()
     sweep.send("seed=0", *LONG)
     until(lambda: sweep.holds(0), "the job to hold")
@@ -183,7 +186,7 @@ def test_scontrol_requeue_goes_on_from_a_checkpoint(sweep: Sweep) -> None:
 
 
 @pytest.mark.parametrize("warned", [True, False])
-def test_a_preempted_job_goes_on_whether_it_was_warned_or_not(
+def test_a_preempted_job_continues_whether_it_was_warned_or_not(
     make_cluster: Callable[..., Cluster], at: Callable[[Cluster], Sweep], warned: bool
 ) -> None:
     cluster = make_cluster(grace_seconds=10 if warned else 0, signal_on_preemption=warned)
@@ -211,9 +214,10 @@ def test_a_node_that_dies_loses_no_job_and_comes_back(sweep: Sweep) -> None:
 
 
 def test_a_controller_that_is_away_at_submission_is_waited_for(sweep: Sweep) -> None:
+    sweep.forked = True
     sweep.cluster.stop_controller()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    sending = Fork(sweep.command("seed=0,1"), env=sweep.env, forks=False, **pipes)
+    sending = Fork(sweep.command("seed=0,1"), env=sweep.env, forks=sweep.forked, **pipes)
     assert sending.stderr is not None
     try:
         assert "does not answer; trying again" in sending.stderr.readline()
@@ -225,7 +229,7 @@ def test_a_controller_that_is_away_at_submission_is_waited_for(sweep: Sweep) -> 
     assert len([name for name in sweep.cluster.states() if name.split("_")[0] in output]) == 2
 
 
-def test_a_controller_that_stays_away_is_told(sweep: Sweep) -> None:
+def test_a_controller_that_stays_away_is_reported(sweep: Sweep) -> None:
     sweep.cluster.stop_controller()
     try:
         told = sweep.send("seed=0,1", "hydra.launcher.retry_minutes=0", code=2).stderr
@@ -252,7 +256,7 @@ def test_a_controller_that_goes_away_makes_states_unknown_and_kills_nothing(swee
     assert sweep.jobs()[0]["state"] == "done"
 
 
-def test_cancel_leaves_nothing_on_the_cluster_and_resume_goes_on(sweep: Sweep) -> None:
+def test_cancel_leaves_nothing_on_the_cluster_and_resume_continues(sweep: Sweep) -> None:
     sweep.hold()
     sweep.send("seed=range(0,6)", *LONG)
     until(lambda: sweep.holds(0), "the first job to hold")
@@ -267,11 +271,12 @@ def test_cancel_leaves_nothing_on_the_cluster_and_resume_goes_on(sweep: Sweep) -
 def test_more_jobs_than_an_array_may_have_go_in_several(
     make_cluster: Callable[..., Cluster], at: Callable[[Cluster], Sweep]
 ) -> None:
-    sweep = at(make_cluster(max_array_size=4))
-    told = sweep.send("seed=range(0,7)", "trainer.max_epochs=1", "schedule=none").stdout
+    sweep = at(make_cluster(max_array_size=3))
+    sweep.forked = True
+    told = sweep.send("seed=range(0,5)", "trainer.max_epochs=1", "schedule=none").stdout
     assert [line.split(": ")[1].split(",")[0] for line in told.splitlines() if line.startswith("SLURM job")] == [
-        "3 jobs",
-        "3 jobs",
+        "2 jobs",
+        "2 jobs",
         "1 job",
     ]
     assert sweep.call("wait").returncode == 0
@@ -279,6 +284,7 @@ def test_more_jobs_than_an_array_may_have_go_in_several(
 
 
 def test_jobs_of_different_resources_go_in_arrays_of_their_own(sweep: Sweep) -> None:
+    sweep.forked = True
     told = sweep.send("launch.gpus=1,4", "seed=0,1", "trainer.max_epochs=1", "schedule=none").stdout
     assert told.count("SLURM job") == 2
     assert sweep.call("wait").returncode == 0
@@ -325,6 +331,7 @@ def test_four_ranks_on_two_nodes_train_one_model(sweep: Sweep) -> None:
 
 
 def test_other_sweepers_wait_and_get_true_results(sweep: Sweep) -> None:
+    sweep.forked = True
     told = sweep.send(
         "hydra/sweeper=basic", "optimizer.lr=0.001,1e30", "optimizer.weight_decay=0", "schedule=none", code=1
     )

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from apt_launch.preview.jobs import gather
+from apt_launch.lease import Holder
+from apt_launch.planning import gather
 from apt_launch.sweep.control.ledger import Ledger, record_ends
 from apt_launch.sweep.control.send import prepare
 from apt_launch.sweep.jobs.state import read_state, transition
-from apt_launch.sweep.lease import Holder
 from apt_launch.sweep.report.report import write_report
 from apt_launch.sweep.watch.live import Watch
 from tests.conftest import SMALL

@@ -36,7 +36,7 @@ AGAIN = State("submitted", "12_3", restarts=1)
         (RUNS, ["CANCELLED by 1000", "0:15"], "cancelled", "by scancel", True),
         (RUNS, ["CANCELLED+", "0:15"], "cancelled", "by scancel", True),
         (RUNS, ["FAILED", "1:0"], "failed", "SLURM: FAILED, it left with an error (1:0).", True),
-        (RUNS, ["NODE_FAIL", "1:0"], "failed", "SLURM: NODE_FAIL, its node died (1:0).", True),
+        (RUNS, ["NODE_FAIL", "1:0"], "failed", "SLURM: NODE_FAIL, its node failed (1:0).", True),
         (RUNS, ["BOOT_FAIL", ""], "failed", "SLURM: BOOT_FAIL, a node did not boot ().", True),
         (RUNS, ["DEADLINE", "0:0"], "failed", "SLURM: DEADLINE, it could not end before its deadline (0:0).", True),
         (

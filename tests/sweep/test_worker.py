@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from apt_launch.sweep import lease
+from apt_launch import lease
+from apt_launch.lease import Holder, heartbeats
 from apt_launch.sweep.application import TRAINER, Resources
 from apt_launch.sweep.backends.local import LocalBackend
 from apt_launch.sweep.backends.local_worker import Worker
 from apt_launch.sweep.backends.machine import Machine, worker_file
 from apt_launch.sweep.jobs.state import State
-from apt_launch.sweep.lease import Holder, signs_of_life
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
 from apt_model.errors import ConfigError
@@ -110,7 +110,7 @@ def test_a_machine_has_room_for_so_many_jobs(resources: Resources, fits: int) ->
     assert SMALL.room_for(resources) == fits
 
 
-def test_a_worker_of_another_container_is_judged_by_its_signs_of_life_and_not_signalled(
+def test_a_worker_of_another_container_is_judged_by_its_heartbeats_and_not_signalled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "INTERVAL", 0.1)
@@ -121,7 +121,7 @@ def test_a_worker_of_another_container_is_judged_by_its_signs_of_life_and_not_si
     )  # a signal to its pid would end this test
     jobs = {"0-a": State(state="running", job_id="worker-0"), "1-b": State(state="submitted", job_id="worker-0")}
     where = LocalBackend({})
-    with signs_of_life(own):
+    with heartbeats(own):
         assert [seen.state for seen in where.poll(tmp_path, jobs).values()] == ["running", "pending"]
         with pytest.raises(
             ConfigError, match=r"in another container .* cannot be signalled from here. Cancel the sweep there"

@@ -17,7 +17,7 @@ from apt_model.training.checkpoint import Checkpoints, load, newest_intact, read
 from tests.forks import HANGS
 
 
-def test_what_is_loaded_is_what_was_saved_and_the_manifest_tells_of_the_run(tmp_path: Path) -> None:
+def test_what_is_loaded_is_what_was_saved_and_the_manifest_reports_the_run(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "c", about={"identity": "abc"})
     state = {"w": torch.randn(3), "clock": {"step": 7}}
     path = checkpoints.save(state, step=7, rows=4)
@@ -161,7 +161,7 @@ def test_the_same_step_saved_again_replaces_the_old_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "no manifest"])
-def test_a_damaged_checkpoint_is_told_and_passed_over(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_checkpoint_is_reported_and_passed_over(tmp_path: Path, damage: str) -> None:
     checkpoints = Checkpoints(tmp_path, keep_last=3)
     good = checkpoints.save({"w": torch.zeros(100)}, step=1)
     bad = checkpoints.save({"w": torch.ones(100)}, step=2)

@@ -140,7 +140,7 @@ def test_slices_of_experts_begin_on_ranks_as_on_one_process(
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_all_ranks_stop_where_one_is_asked_to_and_go_on_exactly(
+def test_all_ranks_stop_where_one_is_asked_to_and_continue_exactly(
     engine: str, group: Ranks, data: tuple[str, str], tmp_path: Path
 ) -> None:
     given = (*data, "trainer.log_every=1", "trainer.max_batches_per_epoch=2", f"trainer.parallel={engine}")
@@ -153,7 +153,7 @@ def test_all_ranks_stop_where_one_is_asked_to_and_go_on_exactly(
 
 
 @pytest.mark.parametrize("step", [3, 7])  # before experts are on, and after
-def test_a_checkpoint_of_four_shards_goes_on_on_two_replicas_and_alone(
+def test_a_checkpoint_of_four_shards_continues_on_two_replicas_and_alone(
     step: int, alone: tuple[Path, Rows], group: Ranks, data: tuple[str, str], tmp_path: Path
 ) -> None:
     given = (*data, *PLAIN, *FROZEN)

@@ -69,7 +69,7 @@ def test_nothing_is_read_in_an_update_without_a_row(small: Small) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_what_was_not_finite_left_the_weights_and_is_told_with_its_own_clock(small: Small, device: str) -> None:
+def test_what_was_not_finite_left_the_weights_and_is_reported_with_its_own_clock(small: Small, device: str) -> None:
     class Poison(Callback):
         def on_batch_end(self, trainer: Trainer) -> None:
             if trainer.clock.step == 1:

@@ -37,7 +37,7 @@ def told(signs: list[list[int]], runs: list[Run]) -> dict[str, float]:
     return loads.metrics()
 
 
-def test_experts_that_each_serve_one_source_tell_all_of_it() -> None:
+def test_experts_that_each_serve_one_source_have_all_of_it() -> None:
     found = told([[-1, -1, -1, 1]], [Run("a", 3), Run("b", 1)])
     everything = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert found == {
@@ -48,7 +48,7 @@ def test_experts_that_each_serve_one_source_tell_all_of_it() -> None:
     }
 
 
-def test_experts_that_serve_all_sources_alike_tell_nothing() -> None:
+def test_experts_that_serve_all_sources_alike_have_none() -> None:
     found = told([[-1, 1, -1, 1]], [Run("a", 2), Run("b", 2)])
     assert set(found.values()) == {0.0}
 
@@ -61,14 +61,14 @@ def test_what_is_between_is_the_mutual_information_over_all_batches() -> None:
     assert found["val/source/a/specialisation"] == pytest.approx(found["val/source/b/specialisation"])
 
 
-def test_a_source_that_validation_did_not_reach_is_not_told() -> None:
+def test_a_source_that_validation_did_not_reach_is_not_reported() -> None:
     found = told([[-1, 1]], [Run("a", 1), Run("b", 1), Run("c", 9)])
     assert "val/source/c/specialisation" not in found
     assert "val/source/b/specialisation" in found
 
 
 @pytest.mark.parametrize("folders", [("one", "two"), ("one", "one")])
-def test_a_run_on_several_folders_tells_it_once_experts_are_on(
+def test_a_run_on_several_folders_reports_it_once_experts_are_enabled(
     composed: Callable[..., RunConfig], small: Callable[..., RunConfig], tmp_path: Path, folders: tuple[str, str]
 ) -> None:
     for number, (name, text) in enumerate(zip(folders * 4, ("abcdefgh", "12345678") * 4, strict=True)):

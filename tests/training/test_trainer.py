@@ -144,7 +144,7 @@ def test_accumulating_batches_equals_one_larger_batch(small: Small) -> None:
 ROUTED = ("schedule=none", "schedule.enable_moe_at_epoch=0", "trainer.max_epochs=2", "moe.capacity_factor=null")
 
 
-def test_routing_is_told_of_all_batches_of_an_update(small: Small) -> None:
+def test_routing_is_reported_of_all_batches_of_an_update(small: Small) -> None:
     one = Run(small(*ROUTED, "trainer.batch_size=4", "trainer.max_batches_per_epoch=2"))
     one.trainer.fit()
     two = Run(small(*ROUTED, "trainer.batch_size=2", "trainer.max_batches_per_epoch=4", "trainer.accumulate=2"))
@@ -155,7 +155,7 @@ def test_routing_is_told_of_all_batches_of_an_update(small: Small) -> None:
     assert [added[name] for name in names] == pytest.approx([whole[name] for name in names], abs=1e-4)
 
 
-def test_a_row_that_is_there_for_an_anneal_tells_of_no_single_layer(small: Small) -> None:
+def test_a_row_that_is_there_for_an_anneal_reports_no_single_layer(small: Small) -> None:
     run = Run(small("schedule.enable_moe_at_epoch=1"))
     run.trainer.fit()
     rows = {row["step"]: row for row in run.rows if "train/loss" in row}
@@ -166,7 +166,7 @@ def test_a_row_that_is_there_for_an_anneal_tells_of_no_single_layer(small: Small
 
 
 @pytest.mark.parametrize("watched", [False, True])
-def test_the_model_tells_of_routing_only_where_somebody_reads_it(small: Small, watched: bool) -> None:
+def test_the_model_reports_routing_only_where_somebody_reads_it(small: Small, watched: bool) -> None:
     asked: list[bool] = []
     latch = "+schedule.events.x={enable: voter, when: {metric: moe/layer_01/max_load, above: 99, deadline: 5ep}}"
     more = (latch, "trainer.max_epochs=6") if watched else ()
@@ -476,7 +476,7 @@ def test_validation_does_not_touch_training(small: Small) -> None:
         assert torch.equal(weight, validating.weights()[name])
 
 
-def test_devices_and_precisions_that_are_not_there_are_told(small: Small) -> None:
+def test_devices_and_precisions_that_are_not_there_are_reported(small: Small) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
     with pytest.raises(ConfigError, match=r"trainer\.device: 'cuda' was asked for.*trainer\.device=cpu"):

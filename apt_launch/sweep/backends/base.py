@@ -1,4 +1,4 @@
-"""What a sweep asks of a place where jobs run."""
+"""What a sweep asks of a backend: of what runs jobs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """``hydra/launcher=local``: jobs in processes of their own on this machine, as many at once as there is room for.
 
 One worker, started through submitit and apart from the terminal, loads the application's libraries once and forks a process
-for each job: a job that dies takes nothing with it.
+for each job: a job that is killed ends no other.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from apt_launch.lease import Holder, holder_is_alive, is_alive, read_holder
 from apt_launch.sweep.backends.local_worker import GRACE_SECONDS, work
 from apt_launch.sweep.backends.machine import Machine, visible_gpus, worker_file
 from apt_launch.sweep.jobs.state import ObservedState, State, transition
-from apt_launch.sweep.lease import Holder, holder_is_alive, is_alive, read_holder
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
 from apt_model.errors import ConfigError
@@ -133,4 +133,4 @@ class LocalBackend:
 
 
 _workers: list[Any] = []
-"""submitit's handles of the workers that this process started: as long as it lives, it reaps them."""
+"""submitit's handles of the workers that this process started: as long as it runs, it reaps them."""

@@ -11,11 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from apt_launch.lease import Holder, heartbeats
 from apt_launch.sweep.application import Resources, load
 from apt_launch.sweep.backends.machine import Machine, worker_file
 from apt_launch.sweep.jobs import process
 from apt_launch.sweep.jobs.state import ENDED, read_state, transition
-from apt_launch.sweep.lease import Holder, signs_of_life
 from apt_launch.sweep.plan.plan import Plan
 from apt_model.files import write_json
 
@@ -31,7 +31,7 @@ def work(sweep: str, name: str, names: Sequence[str], machine: Machine, max_para
     os.setsid()  # Ctrl-C in the terminal is not for this process
     own = worker_file(Path(sweep), name)
     write_json(own, asdict(Holder.this_process()))
-    with signs_of_life(own):
+    with heartbeats(own):
         Worker(Path(sweep), names, machine, max_parallel).run()
 
 
@@ -118,7 +118,7 @@ class Worker:
         elif state.state not in ENDED:
             cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
             if code == -signal.SIGKILL:
-                cause += ", perhaps for want of memory"
+                cause += ", perhaps by a lack of memory"
             transition(folder, "cancelled" if self.cancelled else "failed", cause=cause)
 
     def _cancel(self, number: int, frame: Any) -> None:
@@ -147,7 +147,7 @@ def _be_job(folder: Path, gpus: Sequence[str], cores: int) -> int:
 
 
 def _end_with_parent() -> None:
-    """Ask Linux for a SIGTERM when the worker dies: no job stays behind alone."""
+    """Ask Linux for a SIGTERM when the worker ends: no job outlives it."""
     if sys.platform == "linux":
         import ctypes
 

@@ -29,7 +29,7 @@ def backend(name: str, values: Mapping[str, Any]) -> Backend:
         return LocalBackend(validated(LocalLauncherConfig, given, key="hydra.launcher").model_dump())
     if name == "slurm":
         return SlurmBackend(validated(SlurmLauncherConfig, given, key="hydra.launcher").model_dump())
-    raise ConfigError(f"hydra/launcher: {name!r} gets no plan; choose local or slurm.")
+    raise ConfigError(f"hydra/launcher: {name!r} takes no plan; choose local or slurm.")
 
 
 def backend_of(option: str, values: Mapping[str, Any]) -> Backend:

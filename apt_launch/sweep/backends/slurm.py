@@ -35,7 +35,7 @@ FAILURES: Final = {
     "BOOT_FAIL": "a node did not boot",
     "DEADLINE": "it could not end before its deadline",
     "FAILED": "it left with an error",
-    "NODE_FAIL": "its node died",
+    "NODE_FAIL": "its node failed",
     "OUT_OF_MEMORY": "it took more memory than it had (launch.mem_gb)",
     "TIMEOUT": "it reached its time limit before it could write a checkpoint (hydra.launcher.signal_delay_s)",
     "COMPLETED": "SLURM says COMPLETED, but it wrote no result",
@@ -209,7 +209,7 @@ class SlurmBackend:
         return str(sent[0].job_id).split("_")[0]
 
     def _patiently(self, action: Callable[[], Any]) -> Any:
-        """Do it, again while the controller is away, for ``retry_minutes``.
+        """Do it, again while the controller does not answer, for ``retry_minutes``.
 
         Raises:
             ConfigError: SLURM refuses, or stays away.
@@ -320,7 +320,7 @@ class AwayError(Exception):
 
 
 class RefusedError(Exception):
-    """SLURM does not want it."""
+    """SLURM refuses it."""
 
 
 def ask(*command: str) -> str:

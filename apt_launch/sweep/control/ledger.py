@@ -1,6 +1,6 @@
 """How far a sweep is: what its jobs wrote, and what the machine or the cluster says. Reading changes no file.
 
-What nobody knows is ``unknown``.
+What cannot be found out is ``unknown``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Status:
     restarts: int = 0
     row: Mapping[str, float] = field(default_factory=dict)  # the last of its record
     phase: str | None = None  # of that row; None: it has none
-    age: float | None = None  # seconds since its last sign of life
+    age: float | None = None  # seconds since it was last seen
     final: bool = False  # the state will not change by itself
     damaged: bool = False  # a file of the job cannot be read: the state is unknown, and ``cause`` names the file
 
@@ -81,7 +81,7 @@ class Ledger:
             seen = ObservedState(state.state, state.cause, final=state.state in ENDED)
             if job.folder in observed:
                 seen = observed[job.folder]
-                with suppress(ConfigError):  # the next look reports it
+                with suppress(ConfigError):  # the next poll reports it
                     state = read_state(folder)
                 if state.state in ENDED:  # it ended while the backend was asked
                     seen = ObservedState(state.state, state.cause, final=True)

@@ -12,7 +12,7 @@ from apt_launch.sweep.backends.registry import backend
 from apt_launch.sweep.control.follow import say
 from apt_launch.sweep.control.ledger import Ledger
 from apt_launch.sweep.control.send import prepare
-from apt_launch.sweep.values import changed_keys, flatten, read_frozen, unflatten
+from apt_launch.values import changed_keys, flatten, read_frozen, unflatten
 from apt_model.errors import ConfigError
 
 
@@ -23,7 +23,7 @@ def resume(folder: Path, overrides: Sequence[str] = ()) -> int:
         overrides: of keys that cannot change a result, such as ``launch.hours=48``.
 
     Raises:
-        ConfigError: a key cannot change, a job's folder holds another config than the plan, or nobody knows what became
+        ConfigError: a key cannot change, a job's folder holds another config than the plan, or it is unknown what became
             of a job.
     """
     ledger = Ledger(folder)

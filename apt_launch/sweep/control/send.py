@@ -12,7 +12,7 @@ from apt_launch.sweep.control.follow import follow, say
 from apt_launch.sweep.control.ledger import Ledger
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
-from apt_launch.sweep.values import to_yaml
+from apt_launch.values import to_yaml
 from apt_model.errors import ConfigError
 from apt_model.files import refuse_links, refuse_place, write_atomic, write_json
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
+from apt_launch.command_line import take_any_character
 from apt_launch.commands import command
+from apt_launch.lease import Holder, Lease
+from apt_launch.secrets import keep_private
 from apt_launch.sweep.application import TRAINER, JobContext, Result, load
-from apt_launch.sweep.command import take_any_character
 from apt_launch.sweep.jobs.state import State, read_state, transition
-from apt_launch.sweep.lease import Holder, Lease
-from apt_launch.sweep.secrets import keep_private
-from apt_launch.sweep.values import read_frozen
+from apt_launch.values import read_frozen
 from apt_model.errors import ConfigError, Interrupted, TrainingError, cause_of
 from apt_model.files import STRICT, read_json
 
@@ -53,7 +53,7 @@ class About:
     application: str = TRAINER
 
     def __post_init__(self) -> None:
-        """Refuse what nobody can have planned."""
+        """Raise ValueError for values that no plan has."""
         if not 0 < self.hours < math.inf:
             raise ValueError("its hours must be a number above 0")
 

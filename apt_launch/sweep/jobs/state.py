@@ -23,7 +23,7 @@ WAITING: Final[frozenset[Name]] = frozenset({"planned", "submitted", "pending"})
 TRANSITIONS: Final[dict[Name, frozenset[Name]]] = {
     "planned": frozenset({"submitted", "running", "preempted", "failed", "cancelled"}),
     "submitted": frozenset({"submitted", "running", "preempted", "failed", "cancelled"}),
-    # to running: a cluster started it again without a word; to submitted: it died without a word, and is resumed
+    # to running: a cluster started it again without notice; to submitted: it was killed without notice, and is resumed
     "running": frozenset({"submitted", "running", "preempted", "requeued", "failed", "cancelled", "done"}),
     "preempted": frozenset({"submitted", "running", "preempted", "requeued", "failed", "cancelled"}),
     "requeued": frozenset({"submitted", "running", "preempted", "requeued", "failed", "cancelled"}),
@@ -50,7 +50,7 @@ class State:
     loss: float | None = None  # not a number, too: what a run that diverged has
 
     def __post_init__(self) -> None:
-        """Refuse what no job can have written."""
+        """Raise ValueError for values that no job writes."""
         if not 0 <= self.restarts < 1 << 31 or not 0 <= self.seconds < math.inf:
             raise ValueError("restarts and seconds cannot be negative or endless")
 
@@ -94,7 +94,7 @@ def transition(
     restarts: int | None = None,
     seconds: float | None = None,
 ) -> State:
-    """Change the state of the job in ``folder``, with the time of now, and return it.
+    """Change the state of the job in ``folder``, with the current time, and return it.
 
     A job that has ended stays as it is: of a job that ends while it is cancelled the first word counts. The state that stands
     is returned.

@@ -17,7 +17,7 @@ from apt_launch.sweep.application import JobSpec, Resources
 from apt_launch.sweep.plan.composer import Composer
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan, shared_values, without
-from apt_launch.sweep.values import flatten
+from apt_launch.values import flatten
 from apt_model.errors import ConfigError, nearest
 
 if TYPE_CHECKING:

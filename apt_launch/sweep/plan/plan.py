@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Final, Literal
 
 from apt_launch.sweep.application import TRAINER, Resources
 from apt_launch.sweep.plan.jobs import Job
-from apt_launch.sweep.values import flatten, from_yaml, to_yaml, unflatten
+from apt_launch.values import flatten, from_yaml, to_yaml, unflatten
 from apt_model.errors import ConfigError
 from apt_model.files import STRICT, from_json, read_regular, write_atomic
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from apt_launch.record import Row, read_rows
+from apt_launch.rows import first_enabled, is_number, is_scheduled_value
 from apt_launch.sweep.application import load
 from apt_launch.sweep.plan.jobs import Job, in_short
 from apt_launch.sweep.plan.plan import Plan
-from apt_launch.sweep.rows import first_enabled, is_number, is_scheduled_value
 from apt_model.errors import ConfigError, nearest
 
 SEEDS = ("seed", "data.seed")

@@ -147,7 +147,7 @@ def _mark_phases(axis: Any, trials: Sequence[Trial], colours: dict[int, Any]) ->
                 if alike:
                     break
         axis.annotate(
-            f" {label(module)} on",
+            f" {label(module)} enabled",
             (min(places), 1 - 0.07 * (height + 1)),
             xycoords=("data", "axes fraction"),
             fontsize=8,

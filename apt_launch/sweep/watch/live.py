@@ -14,11 +14,11 @@ from typing import Any, Final
 
 from apt_launch.commands import command
 from apt_launch.record import RecordReader, Row
+from apt_launch.rows import enabled, is_number, is_scheduled_value
 from apt_launch.sweep.control.ledger import Ledger, Status
 from apt_launch.sweep.jobs.state import WAITING
 from apt_launch.sweep.plan.plan import Plan
 from apt_launch.sweep.report.findings import Findings, Trial, compare, headline
-from apt_launch.sweep.rows import enabled, is_number, is_scheduled_value
 
 METRIC: Final = "val/loss"
 LOSSES: Final = (METRIC, "train/loss")
@@ -26,7 +26,7 @@ LOSSES: Final = (METRIC, "train/loss")
 MOST_POINTS: Final = 512
 """Points of a curve; of more rows every second one is left out, then every second of those, and so on."""
 
-LOOK_SECONDS: Final = 1.0
+READ_EVERY_SECONDS: Final = 1.0
 """Records are read at most this often, for any number of viewers."""
 
 READ_SECONDS: Final = 0.5
@@ -41,26 +41,26 @@ class Curve:
 
     def __init__(self) -> None:
         self.points: list[tuple[float, float]] = []
-        self._looks: list[int] = []  # when each point came
+        self._readings: list[int] = []  # when each point came
         self._count = 0
         self._stride = 1
 
-    def add(self, look: int, tokens: float, value: float) -> None:
-        """Add a point that was found by the look with that number."""
+    def add(self, reading: int, tokens: float, value: float) -> None:
+        """Add a point that was found by the reading with that number."""
         if self._count and (self._count - 1) % self._stride:  # the newest until now has no place of its own
             self.points.pop()
-            self._looks.pop()
+            self._readings.pop()
         self.points.append((tokens, value))
-        self._looks.append(look)
+        self._readings.append(reading)
         self._count += 1
         if len(self.points) > MOST_POINTS:
             self._stride *= 2
             self.points = self.points[::2]
-            self._looks = [look] * len(self.points)
+            self._readings = [reading] * len(self.points)
 
-    def since(self, look: int) -> tuple[int, list[tuple[float, float]]]:
-        """Return what came after that look: where it begins among the points, and the points from there."""
-        first = bisect_right(self._looks, look)
+    def since(self, reading: int) -> tuple[int, list[tuple[float, float]]]:
+        """Return what came after that reading: where it begins among the points, and the points from there."""
+        first = bisect_right(self._readings, reading)
         return first, self.points[first:]
 
 
@@ -74,43 +74,43 @@ class Runner:
     """A job, as far as its record has been read."""
 
     reader: RecordReader
-    born: int  # the look that began to read its record
-    changed: int = 0  # the last look that found something new
+    began: int  # the first reading of its record
+    changed: int = 0  # the last reading that found something new
     last: Row = field(default_factory=dict)  # the newest values, laid over each other
     compared: list[Row] = field(default_factory=list)  # of each row with the metric, what is compared
     curves: dict[str, Curve] = field(default_factory=dict)
     switches: dict[str, float] = field(default_factory=dict)  # where each part was enabled, in tokens
-    facts: dict[str, Any] = field(default_factory=dict)  # what viewers have got of it, beside curves
+    facts: dict[str, Any] = field(default_factory=dict)  # what viewers have of it, beside curves
 
-    def read(self, look: int, until: float) -> bool:
+    def read(self, reading: int, until: float) -> bool:
         """Read what is new; return whether that is all of it. Stop at ``until``, seconds of the monotonic clock."""
         restarts = self.reader.restarts
         for row in self.reader.rows():
             if self.reader.restarts != restarts:
                 restarts = self.reader.restarts
-                self._forget(look)
-            self._take(look, row)
+                self._forget(reading)
+            self._take(reading, row)
             if time.monotonic() > until:
                 return False
         if self.reader.restarts != restarts:  # nothing is left
-            self._forget(look)
+            self._forget(reading)
         return True
 
-    def _forget(self, look: int) -> None:
-        self.born = self.changed = look
+    def _forget(self, reading: int) -> None:
+        self.began = self.changed = reading
         self.last, self.compared, self.curves, self.switches = {}, [], {}, {}
 
-    def _take(self, look: int, row: Row) -> None:
+    def _take(self, reading: int, row: Row) -> None:
         tokens = row.get("tokens")
         if not is_number(tokens):
             return
-        self.changed = look
+        self.changed = reading
         self.last |= row
         if METRIC in row:
             self.compared.append({"tokens": row["tokens"], METRIC: row[METRIC]})
         for name, value in row.items():
             if _is_drawn(name) and is_number(value):
-                self.curves.setdefault(name, Curve()).add(look, row["tokens"], value)
+                self.curves.setdefault(name, Curve()).add(reading, row["tokens"], value)
         for part in enabled(row):
             self.switches.setdefault(part, row["tokens"])
 
@@ -141,7 +141,7 @@ class _Answer:
         return cls(ledger, written, statuses, time.time(), now + pause)
 
     def last_seen(self, status: Status) -> float | None:
-        """Return when a job last showed a sign of life."""
+        """Return when a job was last seen."""
         return None if status.age is None else self.at - status.age
 
 
@@ -162,7 +162,7 @@ class Picture:
 
 
 class Watch:
-    """Follows the sweep in ``folder`` for any number of viewers, who share one reading. While nobody looks, nothing is read.
+    """Follows the sweep in ``folder`` for any number of viewers, who share one reading. Without viewers nothing is read.
 
     Raises:
         ConfigError: there is no sweep.
@@ -170,13 +170,13 @@ class Watch:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.look = 0  # the number of the newest reading
-        self.born = 1  # the reading that found this sweep here for the first time
+        self.reading = 0  # the number of the newest reading
+        self.began = 1  # the reading that found this sweep here for the first time
         self.problem: str | None = None  # why states could not be asked for
         self._lock = threading.Lock()
         self._runners: dict[str, Runner] = {}
         self._thread = threading.Thread()
-        self._looked = 0.0
+        self._read_at = 0.0
         self._answer = _Answer.ask(folder, None)
         self._picture: Picture | None = None
 
@@ -189,16 +189,16 @@ class Watch:
         """Return what a page that knows everything up to reading ``since`` has to learn, ready for JSON."""
         with self._lock:
             picture = self._fresh()
-            whole = not self.born <= since <= self.look
+            whole = not self.began <= since <= self.reading
             since = -1 if whole else since
             jobs = [
-                runner.facts | {"anew": runner.born > since, "curves": _curves(runner, since)}
+                runner.facts | {"anew": runner.began > since, "curves": _curves(runner, since)}
                 for runner in picture.runners
                 if runner.changed > since
             ]
             best = picture.findings.best
             return {
-                "look": self.look,
+                "reading": self.reading,
                 "whole": whole,
                 "now": time.time(),
                 "problem": self.problem,
@@ -222,11 +222,11 @@ class Watch:
         return command("apt_launch.sweep", verb, self.folder)
 
     def _fresh(self) -> Picture:
-        if self._picture is None or self._picture.behind or time.monotonic() - self._looked >= LOOK_SECONDS:
+        if self._picture is None or self._picture.behind or time.monotonic() - self._read_at >= READ_EVERY_SECONDS:
             if time.monotonic() >= self._answer.good_until and not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._ask, name="ask", daemon=True)
                 self._thread.start()  # a cluster may take its time
-            self._picture = self._look()
+            self._picture = self._read()
         return self._picture
 
     def _ask(self) -> None:
@@ -238,23 +238,23 @@ class Watch:
             pause = ASK_SECONDS[self._answer.ledger.plan.launcher]
             self._answer = replace(self._answer, good_until=time.monotonic() + pause)
 
-    def _look(self) -> Picture:
-        self._looked = time.monotonic()
-        self.look += 1
+    def _read(self) -> Picture:
+        self._read_at = time.monotonic()
+        self.reading += 1
         answer = self._answer
         plan, states = answer.ledger.plan, answer.statuses
         if self._picture is not None and plan.id != self._picture.plan.id:
-            self._runners, self.born = {}, self.look
+            self._runners, self.began = {}, self.reading
         behind = False
         for status in states:
             name = status.job.folder
             if name not in self._runners:
-                self._runners[name] = Runner(RecordReader(status.folder / "metrics.jsonl"), born=self.look)
-            behind = behind or not self._runners[name].read(self.look, self._looked + READ_SECONDS)
+                self._runners[name] = Runner(RecordReader(status.folder / "metrics.jsonl"), began=self.reading)
+            behind = behind or not self._runners[name].read(self.reading, self._read_at + READ_SECONDS)
         runners = [self._runners[status.job.folder] for status in states]
         trials = [Trial(s.job, s.state, r.compared, s.cause) for s, r in zip(states, runners, strict=True)]
         findings = compare(plan, trials, METRIC, answer.ledger.application.program)
-        looks = _looks(trials)
+        styles = _styles(trials)
         statuses: list[Status] = []
         for status, runner, trial in zip(states, runners, trials, strict=True):
             phase = answer.ledger.application.phase(runner.last) if runner.last else None
@@ -263,12 +263,12 @@ class Watch:
             statuses.append(replace(status, row=runner.last, phase=phase))
             seen = [time for time in (answer.last_seen(status), runner.reader.touched) if time is not None]
             facts = _facts(statuses[-1], runner, trial) | {
-                "colour": looks[trial.job.number],
+                "colour": styles[trial.job.number],
                 "last_seen": round(max(seen)) if seen and status.state not in WAITING else None,
                 "compared": findings.values.get(trial.job.number),
             }
             if facts != runner.facts:
-                runner.facts, runner.changed = facts, self.look
+                runner.facts, runner.changed = facts, self.reading
         return Picture(plan, statuses, findings, runners, behind)
 
 
@@ -288,7 +288,7 @@ def _curves(runner: Runner, since: int) -> dict[str, Any]:
     return found
 
 
-def _looks(trials: Sequence[Trial]) -> dict[int, tuple[int, int]]:
+def _styles(trials: Sequence[Trial]) -> dict[int, tuple[int, int]]:
     """Return by each job's number which colour and which kind of line it has: seeds of one experiment share the colour."""
     groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
     for trial in trials:
@@ -299,7 +299,7 @@ def _looks(trials: Sequence[Trial]) -> dict[int, tuple[int, int]]:
 
 
 def _facts(status: Status, runner: Runner, trial: Trial) -> dict[str, Any]:
-    """Return what a viewer gets of a job, beside its curves; a number that JSON has not as text."""
+    """Return what viewers are sent of a job, beside its curves; a number that JSON has not as text."""
     job, row = status.job, runner.last
     step, tokens, speed = row.get("step"), row.get("tokens", 0), row.get("tokens_per_second")
     total = tokens / (step + 1) * job.steps if step is not None else None

@@ -24,7 +24,7 @@ NAMES: Final = frozenset({"127.0.0.1", "localhost"})
 
 
 class Server(ThreadingHTTPServer):
-    """Serves the page and its data on loopback, under an address that nobody can guess: loopback has many users.
+    """Serves the page and its data on loopback, under a random address: loopback is open to all users of the machine.
 
     Args:
         live: what is shown.
@@ -71,7 +71,7 @@ class Server(ThreadingHTTPServer):
         )
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Stay silent about viewers that go away in the middle of an answer."""
+        """Print nothing about viewers that disconnect in the middle of an answer."""
 
 
 def _digest(page: bytes, element: str) -> str:

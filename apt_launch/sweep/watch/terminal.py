@@ -6,11 +6,11 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
+from apt_launch.sparkline import blocks
 from apt_launch.sweep.control.follow import collected_interrupts
 from apt_launch.sweep.control.table import counted, show, table
 from apt_launch.sweep.report.findings import headline
-from apt_launch.sweep.sparkline import blocks
-from apt_launch.sweep.watch.live import LOOK_SECONDS, Picture, Runner, Watch
+from apt_launch.sweep.watch.live import READ_EVERY_SECONDS, Picture, Runner, Watch
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -35,7 +35,7 @@ def show_live(live: Watch, console: Console, *, until_ended: bool) -> int:
                 screen.update(frame(picture, console.width, console.height - 4, live.problem), refresh=True)
                 if picture.ended and until_ended:
                     break
-                until = time.monotonic() + (0.0 if picture.behind else LOOK_SECONDS)
+                until = time.monotonic() + (0.0 if picture.behind else READ_EVERY_SECONDS)
                 while not interrupts and time.monotonic() < until:
                     time.sleep(0.05)
     show(picture.plan, picture.statuses, live.folder)
@@ -117,5 +117,5 @@ def _curves(runner: Runner, width: int) -> list[str]:
     for part, tokens in runner.switches.items():
         ends = [total * (column + 1) / width for column in range(width)]
         drawn = "".join("█" if tokens <= end else "·" for end in ends if end - total / width < reached)
-        lines.append(f"{part + ' on':>20}         {drawn}")
+        lines.append(f"{part + ' enabled':>20}         {drawn}")
     return lines

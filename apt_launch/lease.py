@@ -1,4 +1,4 @@
-"""One writer a folder: a lease file that names the process, whose time of change shows that it lives."""
+"""One writer a folder: a lease file that names the process, whose time of change shows that it is running."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from apt_model.errors import ConfigError
 from apt_model.files import read_json
 
 INTERVAL = 2.0
-"""Seconds between signs of life."""
+"""Seconds between two heartbeats: changes of the file's time."""
 
 LOST = 70
 """Exit code of a process whose lease was taken over: it has left without writing."""
@@ -46,7 +46,7 @@ class Holder:
 
     @property
     def alive(self) -> bool | None:
-        """Whether the process lives; None: its pid counts elsewhere, on another host, in another container or before a boot."""
+        """Whether the process runs; None: its pid counts elsewhere, on another host, in another container or before a boot."""
         if self.host != socket.gethostname() or not _shows_own_namespace():
             return None
         if (self.boot and self.boot != _boot()) or (self.pid_namespace and self.pid_namespace != _pid_namespace()):
@@ -104,7 +104,7 @@ class Lease:
     """Held while a run writes into its folder.
 
     A process that finds it held takes it over from a process that is gone, and from one whose pid counts elsewhere and that
-    shows no sign of life. From an earlier attempt of the same SLURM job it takes it over, too, and waits until that one,
+    has no heartbeat. From an earlier attempt of the same SLURM job it takes it over, too, and waits until that one,
     which sees the loss within ``INTERVAL``, has left. In any other case it is refused.
 
     Args:
@@ -193,14 +193,14 @@ def read_holder(path: Path) -> Holder | None:
 
 
 def holder_is_alive(folder: Path) -> bool:
-    """Return whether the process that writes into ``folder`` lives."""
+    """Return whether the process that writes into ``folder`` runs."""
     return is_alive(folder / "lease.json")
 
 
 def is_alive(path: Path) -> bool:
-    """Return whether the process that the file at ``path`` names lives: by its pid where that counts here, else by signs of life.
+    """Return whether the process that the file at ``path`` names runs: by its pid where that counts here, else by heartbeats.
 
-    Signs of life are awaited for three intervals; clocks of two hosts are never compared.
+    Heartbeats are awaited for three intervals; clocks of two hosts are never compared.
     """
     holder = read_holder(path)
     if holder is None:
@@ -217,7 +217,7 @@ def is_alive(path: Path) -> bool:
 
 
 @contextmanager
-def signs_of_life(path: Path) -> Iterator[None]:
+def heartbeats(path: Path) -> Iterator[None]:
     """Touch the file at ``path`` every interval, from a process of its own that ends with this one.
 
     A thread would do, too, but for processes that this one forks meanwhile.

@@ -74,7 +74,7 @@ def take_any_character() -> None:
 
 @contextmanager
 def output() -> Iterator[None]:
-    """Let a command write whatever it has to say, and end it quietly once nobody reads that."""
+    """Let a command write its output, and end it quietly once the reading end is closed."""
     take_any_character()
     try:
         try:

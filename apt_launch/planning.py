@@ -1,4 +1,4 @@
-"""The jobs of a sweep, or the one of a run, planned outside of Hydra's command."""
+"""Plans the jobs of a sweep, or the one of a run, outside of Hydra's command: for previews and dry runs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from apt_launch.config.run_config import RunConfig
-from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
 from apt_model.errors import ConfigError
 
@@ -25,10 +23,10 @@ def gather(arguments: Sequence[str], own_options: Path | None = None) -> Plan:
     from omegaconf import OmegaConf
 
     from apt_launch.config import guard
+    from apt_launch.config.composing import config_loader
     from apt_launch.config.menu import CONF
     from apt_launch.sweep.application import TRAINER
     from apt_launch.sweep.backends.registry import backend_of
-    from apt_launch.sweep.composing import config_loader
     from apt_launch.sweep.plan.composer import Composer
     from apt_launch.sweep.plan.expand import make
     from apt_launch.sweep.plugins import register
@@ -52,10 +50,3 @@ def gather(arguments: Sequence[str], own_options: Path | None = None) -> Plan:
             params=sweeper.get("params"),
             zipped=sweeper.get("zip") or (),
         )
-
-
-def config_of(job: Job) -> RunConfig:
-    """Return the config of a job that was planned by this process."""
-    config: RunConfig | None = job.config
-    assert config is not None
-    return config

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-Row = Mapping[str, float]
+from apt_launch.record import Row
 
 PREFIX: Final = "schedule/"
 SWITCH: Final = "_enabled"
@@ -20,7 +20,12 @@ def is_scheduled_value(name: str) -> bool:
     return name.startswith(PREFIX) and not name.endswith((SWITCH, "_frozen"))
 
 
-def enabled(row: Row) -> list[str]:
+def scheduled_values(row: Mapping[str, float]) -> dict[str, float]:
+    """Return the scheduled values in ``row``, by the names of their anneals."""
+    return {name.removeprefix(PREFIX): value for name, value in row.items() if is_scheduled_value(name)}
+
+
+def enabled(row: Mapping[str, float]) -> list[str]:
     """Return the parts that ``row`` says are enabled."""
     return [
         name[len(PREFIX) : -len(SWITCH)]

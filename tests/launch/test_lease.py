@@ -15,22 +15,22 @@ from pathlib import Path
 
 import pytest
 
-from apt_launch.sweep import lease as module
-from apt_launch.sweep.lease import Holder, Lease, holder_is_alive, is_alive, read_holder, signs_of_life
+from apt_launch import lease as module
+from apt_launch.lease import Holder, Lease, heartbeats, holder_is_alive, is_alive, read_holder
 from apt_model.errors import ConfigError
 from tests.forks import HANGS
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Show life every tenth of a second, not every two seconds."""
+    """Send a heartbeat every tenth of a second, not every two seconds."""
     monkeypatch.setattr(module, "INTERVAL", 0.1)
 
 
 @pytest.fixture
 def gone() -> Holder:
     """A holder of this host whose process has ended."""
-    code = "import json, dataclasses; from apt_launch.sweep.lease import Holder; "
+    code = "import json, dataclasses; from apt_launch.lease import Holder; "
     code += "print(json.dumps(dataclasses.asdict(Holder.this_process('7', 0))))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANGS)
     return Holder(**json.loads(printed.stdout))
@@ -41,7 +41,7 @@ ELSEWHERE = Holder("another-host", 1, "100", "7", 0, "token of another host")
 
 @contextmanager
 def touched(path: Path) -> Iterator[None]:
-    """Show the life of a holder of another host."""
+    """Send heartbeats of a holder of another host."""
     over = threading.Event()
 
     def touch() -> None:
@@ -91,7 +91,7 @@ def test_a_process_number_that_is_used_again_is_another_process(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("job_id", "restart"), [(None, 0), ("7", 0), ("8", 1)])
-def test_a_holder_of_this_host_that_lives_keeps_it(tmp_path: Path, job_id: str | None, restart: int) -> None:
+def test_a_holder_of_this_host_that_runs_keeps_it(tmp_path: Path, job_id: str | None, restart: int) -> None:
     first = held(tmp_path / "lease.json", me("7"))
     kept = first.read_bytes()
     with pytest.raises(ConfigError, match=rf"process {os.getpid()} on {socket.gethostname()} is writing here"):
@@ -102,7 +102,7 @@ def test_a_holder_of_this_host_that_lives_keeps_it(tmp_path: Path, job_id: str |
 @pytest.mark.parametrize(
     ("job_id", "restart", "shows_life", "taken"),
     [
-        (None, 0, False, True),  # no sign of life: gone
+        (None, 0, False, True),  # no heartbeat: gone
         (None, 0, True, False),
         ("8", 1, True, False),  # another job
         ("7", 0, True, False),  # the same attempt twice
@@ -110,7 +110,7 @@ def test_a_holder_of_this_host_that_lives_keeps_it(tmp_path: Path, job_id: str |
         ("7", 1, False, True),
     ],
 )
-def test_of_another_host_signs_of_life_and_attempts_decide(
+def test_of_another_host_heartbeats_and_attempts_decide(
     tmp_path: Path, job_id: str | None, restart: int, shows_life: bool, taken: bool
 ) -> None:
     path = held(tmp_path / "lease.json", ELSEWHERE)
@@ -168,10 +168,10 @@ def test_a_holder_of_an_earlier_version_is_judged_by_its_pid(tmp_path: Path) -> 
     assert not holder_is_alive(tmp_path)
 
 
-def test_a_process_shows_life_for_another_that_forks_and_ends_with_it(tmp_path: Path) -> None:
+def test_a_process_sends_heartbeats_for_another_that_forks_and_ends_with_it(tmp_path: Path) -> None:
     path = held(tmp_path / "worker-0.json", replace(me(), boot="of another machine"))
     assert not is_alive(path)
-    with signs_of_life(path):
+    with heartbeats(path):
         assert is_alive(path)
     assert not is_alive(path)
 
@@ -182,7 +182,7 @@ def test_a_run_in_another_pid_namespace_keeps_its_folder(tmp_path: Path, options
     if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no namespace can be made here")
     code = (
-        "import sys; from pathlib import Path; from apt_launch.sweep import lease; lease.INTERVAL = 0.1\n"
+        "import sys; from pathlib import Path; from apt_launch import lease; lease.INTERVAL = 0.1\n"
         "held = lease.Lease(Path(sys.argv[1]), lease.Holder.this_process())\n"
         "print(lease.holder_is_alive(held.path.parent), flush=True); sys.stdin.read()"
     )

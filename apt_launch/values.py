@@ -12,6 +12,13 @@ from apt_model.files import read_regular
 MOST_VALUES: Final = 1 << 24
 """Values of one file, each counted wherever YAML's aliases repeat it; more of them are an attack."""
 
+DEEPEST: Final = 50
+"""Levels of a file."""
+
+PLAIN_TAGS: Final = frozenset(
+    f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq", "merge")
+)
+
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested mappings as one: dotted key to value; lists and empty mappings stay as they are."""
@@ -62,26 +69,63 @@ def from_yaml(text: str) -> dict[str, Any]:
     import yaml
 
     try:
+        if "&" in text:  # without an anchor nothing repeats itself
+            check_yaml(text, "YAML", MOST_VALUES)
         content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         if not isinstance(content, dict):
             raise ValueError("not a mapping")
-        if _count(content, {}) > MOST_VALUES:
-            raise ValueError("its aliases stand for more values than any config has")
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ConfigError) as error:
         raise ValueError(str(error)) from None
     except RecursionError:
         raise ValueError("it is nested too deeply, or holds itself") from None
     return content
 
 
-def _count(value: Any, known: dict[int, int]) -> int:
-    """Return how many values there are in ``value``, each wherever it stands; ``known`` has those of its parts."""
-    if not isinstance(value, dict | list):
-        return 1
-    if id(value) not in known:
-        parts = value.values() if isinstance(value, dict) else value
-        known[id(value)] = 1 + sum(_count(part, known) for part in parts)
-    return known[id(value)]
+def check_yaml(text: str, place: str, most: int) -> None:
+    """Make sure that ``text`` makes no more than ``most`` values, and has plain ones only; nothing is built.
+
+    Each alias counts as all that it stands for.
+
+    Raises:
+        ConfigError: it makes more, is deeper than :data:`DEEPEST`, or has a tag.
+        yaml.YAMLError: it is no YAML.
+    """
+    import yaml
+
+    sizes: dict[str, int] = {}
+    open_nodes: list[tuple[str | None, int]] = []
+    count = 0
+
+    def where(event: yaml.Event) -> str:
+        return f"{place}, line {event.start_mark.line + 1}, column {event.start_mark.column + 1}"
+
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        tag = getattr(event, "tag", None)
+        if tag is not None and tag not in PLAIN_TAGS and tag != "!":
+            raise ConfigError(f"{where(event)}: the tag {tag!r} has no place in a config. Write the value without it.")
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise ConfigError(f"{where(event)}: the alias *{event.anchor} names nothing that ends before it.")
+            count += sizes[event.anchor]
+        elif isinstance(event, yaml.ScalarEvent):
+            count += 1
+            if event.anchor:
+                sizes[event.anchor] = 1
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, count))
+            sizes.pop(event.anchor, None)
+            count += 1
+            if len(open_nodes) > DEEPEST:
+                raise ConfigError(f"{where(event)}: more than {DEEPEST} levels. Write it flatter.")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            if anchor:
+                sizes[anchor] = count - before
+        if count > most:
+            raise ConfigError(
+                f"{where(event)}: more than {most} values, each alias counted as what it stands for. Write out what is "
+                "needed."
+            )
 
 
 def read_frozen(path: Path) -> dict[str, Any]:
