@@ -104,6 +104,7 @@ def test_the_checkpoint_can_be_chosen(place: Path) -> None:
 
 
 def test_a_run_that_begins_with_a_folder_goes_through_the_curriculum_resumes_and_leaves(place: Path) -> None:
+    shutil.rmtree(place / "base", ignore_errors=True)
     run("apt_launch.export", "dense", "--to", "base", "--shard-gb", "0.00002", cwd=place)
     begin = (
         "model=pretrained",
@@ -122,10 +123,8 @@ def test_a_run_that_begins_with_a_folder_goes_through_the_curriculum_resumes_and
     values = (place / "upcycled" / "config.yaml").read_text()
     assert "d_model: 16" in values
     assert "tokenizer: " in values
-    shutil.move(place / "base", place / "moved")  # a run that has begun does not need it
-    run(
-        "apt_launch", *once, f"model.path={place / 'moved'}", "hydra.run.dir=upcycled", "trainer.resume=auto", cwd=place
-    )
+    run("apt_launch", *once, "hydra.run.dir=upcycled", "trainer.resume=auto", cwd=place)
+    shutil.move(place / "base", place / "moved")  # the run has all that it needs
     told = run("apt_launch.generate", "upcycled", "--prompt", "to be", "--max-new-tokens", "3", cwd=place)
     assert "(moe)" in told.stderr
     run("apt_launch.export", "upcycled", "--to", "experts", cwd=place)
