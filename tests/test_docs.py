@@ -179,11 +179,13 @@ def shortened(module: str, arguments: list[str]) -> list[str]:
     if module != "apt_launch" or {"--cfg", "--help", "-sc"} & set(arguments):
         return arguments
     sizes = {override.split("=", 1)[0] for override in SMALL if override.startswith("model.")}
-    arguments = [argument for argument in arguments if argument.split("=", 1)[0] not in sizes]
-    given = {argument.split("=", 1)[0] for argument in arguments}
-    small = [override for override in SMALL if override.split("=", 1)[0] not in given]
+    small = list(SMALL)
     if "model=pretrained" in arguments:  # which has sizes of its own
-        small = [override for override in small if not override.startswith("model.")]
+        small = [override for override in SMALL if override.split("=", 1)[0] not in sizes]
+    else:
+        arguments = [argument for argument in arguments if argument.split("=", 1)[0] not in sizes]
+    given = {argument.split("=", 1)[0] for argument in arguments}
+    small = [override for override in small if override.split("=", 1)[0] not in given]
     if "--multirun" in arguments and "hydra.sweep.dir" not in given:
         return [*arguments, *small, *([] if "--dry-run" in arguments else ["--dry-run"])]
     return [*arguments, *small]
