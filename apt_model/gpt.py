@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from apt_model.layers.align import AlignReport, BiStateAlignment, StableSum
-from apt_model.layers.attention import KeyValues, SelfAttention
+from apt_model.layers.attention import KeyValues, QKNorm, SelfAttention
 from apt_model.layers.feed_forward import FeedForward
 from apt_model.layers.metrics import METRICS
 from apt_model.layers.moe import Lineage, MoE, MoEReport
@@ -49,11 +49,11 @@ class Cache:
 class Block(nn.Module):
     """Pre-norm residual block: attention, then a feed-forward layer that may be a mixture of experts."""
 
-    def __init__(self, *, attention: SelfAttention, ffn: MoE, d_model: int) -> None:
+    def __init__(self, *, attention: SelfAttention, ffn: MoE, d_model: int, norm_eps: float | None = None) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(d_model)
+        self.attention_norm = RMSNorm(d_model, norm_eps)
         self.attention = attention
-        self.ffn_norm = RMSNorm(d_model)
+        self.ffn_norm = RMSNorm(d_model, norm_eps)
         self.ffn = ffn
 
     def forward(
@@ -66,10 +66,10 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Decoder-only transformer: RMSNorm, rotary positions, no biases, tied embeddings.
+    """Decoder-only transformer: RMSNorm, rotary positions; unless told otherwise no biases, tied embeddings.
 
     Args:
-        vocab_size, d_model, num_heads, num_layers, d_ff: the usual sizes; d_model / num_heads is even.
+        vocab_size, d_model, num_heads, num_layers, d_ff: the usual sizes; a head's width is even.
         seq_len: the longest sequence in tokens.
         attention: a name of :data:`apt_model.layers.attention.ATTENTION`.
         ffn: a name of :data:`apt_model.layers.feed_forward.FFN`.
@@ -77,6 +77,9 @@ class GPT(nn.Module):
         label_smoothing: share of the target that training spreads over all tokens (arXiv:1512.00567).
         loss_chunk: tokens whose logits are held at once while the loss is computed; None: all. Costs one more product with
             the embedding, and spares most of what a large vocabulary needs.
+        num_kv_heads, head_dim, rope_theta, rope_scaling, qk_norm, qkv_bias, sliding_window: see :class:`SelfAttention`.
+        tie_embeddings: whether the matrix that embeds tokens predicts them, too; else there is one more, ``unembedding``.
+        norm_eps: of every :class:`RMSNorm`.
         moe: wraps a dense layer; called once a layer.
         align: builds the alignment for a d_model.
         voter: builds the voter.
@@ -99,6 +102,15 @@ class GPT(nn.Module):
         dropout: float = 0.0,
         label_smoothing: float = 0.0,
         loss_chunk: int | None = None,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        tie_embeddings: bool = True,
+        rope_theta: float = 10_000.0,
+        rope_scaling: Mapping[str, Any] | None = None,
+        norm_eps: float | None = None,
+        qk_norm: QKNorm | None = None,
+        qkv_bias: bool = False,
+        sliding_window: int | None = None,
         moe: Callable[..., MoE],
         align: Callable[..., BiStateAlignment] = BiStateAlignment,
         voter: Callable[[], EntropyVoter] = EntropyVoter,
@@ -112,14 +124,29 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.blocks = nn.ModuleList(
             Block(
-                attention=SelfAttention(d_model=d_model, num_heads=num_heads, seq_len=seq_len, attention=attention),
+                attention=SelfAttention(
+                    d_model=d_model,
+                    num_heads=num_heads,
+                    seq_len=seq_len,
+                    attention=attention,
+                    num_kv_heads=num_kv_heads,
+                    head_dim=head_dim,
+                    rope_theta=rope_theta,
+                    rope_scaling=rope_scaling,
+                    norm_eps=norm_eps,
+                    qk_norm=qk_norm,
+                    qkv_bias=qkv_bias,
+                    sliding_window=sliding_window,
+                ),
                 ffn=moe(FeedForward(d_model=d_model, d_ff=d_ff, ffn=ffn), dropout=dropout),
                 d_model=d_model,
+                norm_eps=norm_eps,
             )
             for _ in range(num_layers)
         )
         self.align = align(d_model=d_model)
-        self.norm = RMSNorm(d_model)
+        self.norm = RMSNorm(d_model, norm_eps)
+        self.unembedding = None if tie_embeddings else nn.Linear(d_model, vocab_size, bias=False)
         self.voter = voter()
         self._initialise(num_layers)
 
@@ -133,7 +160,12 @@ class GPT(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return logits (..., vocab_size) for hidden states (..., d_model)."""
-        return F.linear(hidden, self.embedding.weight)
+        return F.linear(hidden, self.output_weight)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The matrix that predicts tokens, (vocab_size, d_model)."""
+        return (self.embedding if self.unembedding is None else self.unembedding).weight
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, *, with_metrics: bool = True, with_hidden: bool = False

@@ -96,7 +96,7 @@ def domain(annotation: Any, bounds: list[Any] | None = None) -> str:
         return domain(annotation.__origin__, bounds)
     flat = [m for bound in bounds or [] for m in (bound.metadata if isinstance(bound, FieldInfo) else [bound])]
     if origin in (Union, UnionType):
-        kinds = [domain(kind, flat) for kind in inner if kind is not type(None)]
+        kinds = dict.fromkeys(domain(kind, flat) for kind in inner if kind is not type(None))
         return " or ".join(kinds) + ("; or null" if type(None) in inner else "")
     if origin is Literal:
         return "one of " + ", ".join(f"`{choice}`" for choice in inner)
@@ -107,6 +107,8 @@ def domain(annotation: Any, bounds: list[Any] | None = None) -> str:
         return f"mapping to {domain(inner[1])}"
     if annotation in GRAMMAR:
         return f"[{annotation.__name__.lower()}](#{annotation.__name__.lower()})"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "mapping"
     if any(type(m).__name__ == "BeforeValidator" for m in flat):
         return "length" if any(m.func.__name__ in ("length", "span") for m in flat if hasattr(m, "func")) else "time"
     kind = {int: "integer", float: "number", bool: "`true` or `false`", str: "text"}.get(annotation, "anything")

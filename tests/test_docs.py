@@ -186,11 +186,12 @@ def shortened(module: str, arguments: list[str]) -> list[str]:
     if module != "apt_launch" or {"--cfg", "--help", "-sc"} & set(arguments):
         return arguments
     sizes = {override.split("=", 1)[0] for override in SMALL if override.startswith("model.")}
-    arguments = [argument for argument in arguments if argument.split("=", 1)[0] not in sizes]
+    if "--allow" in arguments or any(argument.startswith("model=") for argument in arguments):
+        small = [override for override in SMALL if not override.startswith("model.")]  # another model, of its own size
+    else:
+        small, arguments = list(SMALL), [argument for argument in arguments if argument.split("=", 1)[0] not in sizes]
     given = {argument.split("=", 1)[0] for argument in arguments}
-    small = [override for override in SMALL if override.split("=", 1)[0] not in given]
-    if "--allow" in arguments or "model" in given:  # another model, with keys of its own
-        small = [override for override in small if not override.startswith("model.")]
+    small = [override for override in small if override.split("=", 1)[0] not in given]
     if "--multirun" in arguments and "hydra.sweep.dir" not in given:
         return [*arguments, *small, *([] if "--dry-run" in arguments else ["--dry-run"])]
     return [*arguments, *small]

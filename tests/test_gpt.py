@@ -36,6 +36,28 @@ def test_the_number_of_parameters_is_that_worked_out_by_hand() -> None:
     assert sum(p.numel() for p in gpt.parameters()) == dense + 3 * (3 * 3 * 16 * 24 + 4 * 16)
 
 
+def test_features_add_the_parameters_worked_out_by_hand() -> None:
+    def count(gpt: GPT) -> int:
+        return sum(p.numel() for p in gpt.parameters())
+
+    plain = count(model())
+    assert count(model(tie_embeddings=False)) == plain + 50 * 16
+    assert count(model(num_kv_heads=1)) == plain - 3 * 2 * 16 * 8  # keys and values of one of two heads, 8 wide
+    assert count(model(head_dim=4)) == plain - 3 * 4 * 16 * 8
+    assert count(model(qkv_bias=True)) == plain + 3 * 48
+    assert count(model(qk_norm="head")) == plain + 3 * (8 + 8)
+    assert count(model(qk_norm="all", num_kv_heads=1)) == count(model(num_kv_heads=1)) + 3 * (16 + 8)
+
+
+def test_an_untied_model_predicts_by_a_matrix_of_its_own() -> None:
+    gpt = model(tie_embeddings=False).eval()
+    tokens = torch.randint(0, 50, (2, 20))
+    with torch.no_grad():
+        before = gpt(tokens).logits
+        gpt.unembedding.weight.mul_(2)
+        assert torch.allclose(gpt(tokens).logits, 2 * before)
+
+
 def test_the_loss_of_a_new_model_is_that_of_guessing() -> None:
     tokens = torch.randint(0, 50, (4, 20))
     loss = model()(tokens, torch.randint(0, 50, (4, 20))).language_loss

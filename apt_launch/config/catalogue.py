@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from apt_launch.config.instantiate import GPT
+from apt_launch.config.instantiate import GPTS
 from apt_model.errors import ConfigError, cause_of
 from apt_model.layers.metrics import EXPERT_COSINE, METRICS
 from apt_model.schedule.targets import BELOW_ONE, MODULES, NOT_NEGATIVE, OF_EXPERTS, OF_OPTIMIZER, Domain
@@ -39,7 +39,7 @@ class _Found(NamedTuple):
 
 
 def _is_gpt(values: Mapping[str, Any]) -> bool:
-    return bool(values["model"]["_target_"] == GPT)
+    return bool(values["model"]["_target_"] in GPTS)
 
 
 def _of_model(values: Mapping[str, Any]) -> _Found:
@@ -121,12 +121,14 @@ def parameters(values: Mapping[str, Any]) -> list[str]:
     """Return the modules that events can freeze, by path."""
     if not _is_gpt(values):
         return list(_of_model(values).parameters)
-    found = ["embedding", "blocks", "align", "norm"]
+    model = values["model"]
+    found = ["embedding", "blocks", "align", "norm", *([] if model.get("tie_embeddings", True) else ["unembedding"])]
     parts = (
         "attention_norm",
         "attention",
         "attention.qkv",
         "attention.out",
+        *(("attention.q_norm", "attention.k_norm") if model.get("qk_norm") else ()),
         "ffn_norm",
         "ffn",
         "ffn.router",

@@ -26,7 +26,7 @@ def check_together(values: Mapping[str, Any], groups: Mapping[str, Any], launch:
         ConfigError: with every problem found.
     """
     model, moe, schedule, optimizer = (groups[name] for name in ("model", "moe", "schedule", "optimizer"))
-    problems = _model_problems(model) if isinstance(model, schema.GPTConfig) else []
+    problems = _attention_problems(model) if isinstance(model, schema.GPTConfig) else []
     if moe.top_k > moe.num_experts:
         problems.append(f"moe.top_k = {moe.top_k} is more than moe.num_experts = {moe.num_experts}.")
     problems += _expert_problems(model, moe)
@@ -66,13 +66,27 @@ def check_together(values: Mapping[str, Any], groups: Mapping[str, Any], launch:
     return corpus
 
 
-def _model_problems(model: schema.GPTConfig) -> list[str]:
-    if not model.d_model % (2 * model.num_heads):
-        return []
-    return [
-        f"model.d_model = {model.d_model} does not give {model.num_heads} heads (model.num_heads) of an even width, "
-        f"which rotary positions need. Make it a multiple of {2 * model.num_heads}."
-    ]
+def _attention_problems(model: schema.GPTConfig) -> list[str]:
+    """Say why there could be no such heads."""
+    problems, heads, shared, scaling = [], model.num_heads, model.num_kv_heads, model.rope_scaling
+    if model.head_dim is None and model.d_model % (2 * heads):
+        problems.append(
+            f"model.d_model = {model.d_model} does not give {heads} heads (model.num_heads) of an even width, which rotary "
+            f"positions need. Make it a multiple of {2 * heads}, or set model.head_dim."
+        )
+    if model.head_dim is not None and model.head_dim % 2:
+        problems.append(f"model.head_dim = {model.head_dim} is odd, and rotary positions turn pairs of channels.")
+    if shared is not None and heads % shared:
+        problems.append(
+            f"model.num_kv_heads = {shared} does not divide model.num_heads = {heads}. Choose a divisor, such as "
+            f"{math.gcd(shared, heads)}, or null."
+        )
+    if isinstance(scaling, schema.Llama3ScalingConfig) and scaling.low_freq_factor >= scaling.high_freq_factor:
+        problems.append(
+            f"model.rope_scaling.low_freq_factor = {scaling.low_freq_factor:g} must be below high_freq_factor = "
+            f"{scaling.high_freq_factor:g}."
+        )
+    return problems
 
 
 def _expert_problems(model: schema.Group, moe: schema.MoEConfig) -> list[str]:

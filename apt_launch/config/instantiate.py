@@ -12,7 +12,8 @@ from hydra.utils import get_object
 from apt_launch.config import own, schema
 from apt_model.errors import ConfigError
 
-GPT: Final = "apt_model.gpt.GPT"
+GPTS: Final = ("apt_model.gpt.GPT", "apt_model.layouts.pretrained.PretrainedGPT")
+"""Models of this project, which take experts, alignment and votes as their parts."""
 
 ALLOWED = frozenset(target for targets in schema.GROUPS.values() for target in targets if target)
 
@@ -115,7 +116,7 @@ def build_model(values: Mapping[str, Any]) -> Any:
         ConfigError: it is the user's own, and no ``torch.nn.Module``.
     """
     make = factory(values["model"])
-    if values["model"]["_target_"] == GPT:
+    if values["model"]["_target_"] in GPTS:
         return make(moe=factory(values["moe"]), align=factory(values["align"]), voter=factory(values["voter"]))
     from torch import nn
 

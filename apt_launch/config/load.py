@@ -17,6 +17,7 @@ from apt_launch.config.composing import config_loader
 from apt_launch.config.corpus import Counts, plan_horizon
 from apt_launch.config.guard import guard
 from apt_launch.config.menu import CONF as CONF
+from apt_launch.config.pretrained import with_pretrained
 from apt_launch.config.run_config import RunConfig
 from apt_launch.interpolations import bounded
 from apt_launch.secrets import check_secrets, secret_error, without_secrets_of_the_environment
@@ -88,6 +89,7 @@ def composing() -> Iterator[Callable[[Sequence[str]], DictConfig]]:
 
 def parse(values: dict[str, Any], counts: Counts | None = None) -> RunConfig:
     """Check plain values; see :func:`load`. ``counts`` keeps what was counted, for the next of many configs."""
+    values = with_pretrained(values)
     groups, top = parse_groups(values)
     corpus = check_together(values, groups, top.launch)
     horizon = plan_horizon(values, groups, corpus, {} if counts is None else counts)

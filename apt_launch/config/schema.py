@@ -44,8 +44,25 @@ class Group(Strict):
     target: str | None = Field(alias="_target_")
 
 
+class LinearScalingConfig(Strict):
+    """``model.rope_scaling`` with ``rope_type: linear``."""
+
+    rope_type: Literal["linear"]
+    factor: PositiveNumber
+
+
+class Llama3ScalingConfig(Strict):
+    """``model.rope_scaling`` with ``rope_type: llama3``."""
+
+    rope_type: Literal["llama3"]
+    factor: PositiveNumber
+    low_freq_factor: PositiveNumber
+    high_freq_factor: PositiveNumber
+    original_max_position_embeddings: Positive
+
+
 class GPTConfig(Group):
-    """``model=gpt``."""
+    """``model=gpt``. The defaults are what runs of earlier versions had."""
 
     role = Role.FIXED
 
@@ -60,6 +77,24 @@ class GPTConfig(Group):
     dropout: BelowOne
     label_smoothing: BelowOne
     loss_chunk: Positive | None
+    num_kv_heads: Positive | None = None
+    head_dim: Positive | None = None
+    tie_embeddings: bool = True
+    rope_theta: PositiveNumber = 10_000.0
+    rope_scaling: Annotated[LinearScalingConfig | Llama3ScalingConfig, Field(discriminator="rope_type")] | None = None
+    norm_eps: PositiveNumber | None = None
+    qk_norm: Literal["head", "all"] | None = None
+    qkv_bias: bool = False
+    sliding_window: Positive | None = None
+
+
+class PretrainedConfig(GPTConfig):
+    """``model=pretrained``, once :mod:`apt_launch.config.pretrained` has filled it in."""
+
+    path: Annotated[Text, Role.NEUTRAL]  # whose weights they are, ``weights`` says
+    revision: Annotated[Text | None, Role.NEUTRAL] = None
+    weights: Text
+    max_seq_len: Positive
 
 
 class MoEConfig(Group):
@@ -120,6 +155,7 @@ class _DocumentsConfig(Group):
     role = Role.FIXED
 
     tokenizer: Text | None = None
+    bos: bool | None = None
     cache: Annotated[Text | None, Role.NEUTRAL] = None
 
 
@@ -378,6 +414,7 @@ INJECTED: Final[dict[str, tuple[str, ...]]] = {
 GROUPS: Final[dict[str, dict[str | None, type[Group]]]] = {
     "model": {
         "apt_model.gpt.GPT": GPTConfig,
+        "apt_model.layouts.pretrained.PretrainedGPT": PretrainedConfig,
         "apt_model.integrations.transformers.causal_lm": TransformersConfig,
     },
     "moe": {"apt_model.layers.moe.MoE": MoEConfig},

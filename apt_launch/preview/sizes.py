@@ -91,8 +91,10 @@ class Saved:
 
     - a block that is computed again: 4 d (its input)
     - a norm: 4 d + 4 (its input over the root mean square, and the latter)
-    - attention: 7 c d + 4 h (input, query-key-value, rotated query and key, output, and the normaliser);
-      written out (``eager``) 5 c d + h S c, and 4 h S more under autocast on a GPU, whose softmax works in float32
+    - attention, with a channels of all heads and b of those of keys: c (d + 3 a + 3 b) + 4 h (input, query-key-value, rotated
+      query and key, output, and the normaliser), that is 7 c d + 4 h where a = b = d; written out (``eager``) c (d + 4 a) +
+      h S c, and 4 h S more under autocast on a GPU, whose softmax works in float32; normalised queries and keys 4 more for each
+      vector, and 4 (a + b) under autocast; a window that is shorter than S: its mask
     - a dense feed-forward layer: c d (twice under autocast with swiglu) + 4 c f; 2 c f with gelu and relu2
     - experts: 4 d + 8 E + k (c d + 4 c f / g + 8 d + 40) with a granularity of g; on the CPU k (2 c d + 4 c f / g + 48); a
       shared expert 4 c f (+ 2 c d under autocast) more; jitter 4 d more (and c d beside a shared expert in fp32)
@@ -240,7 +242,9 @@ def _multiplied(model: GPT, on_gpu: bool) -> int:
     if on_gpu:
         experts = [_numel(layer.experts) for layer in model.moe_layers if layer.experts is not None]
         matrices += max(experts, default=0) if model.activation_checkpointing else sum(experts)
-    return matrices - (model.embedding.weight.numel() if model.loss_chunk else 0)  # the head's is made anew a chunk
+    if model.unembedding is not None:
+        matrices -= model.embedding.weight.numel()  # rows of it are read
+    return matrices - (model.output_weight.numel() if model.loss_chunk else 0)  # the head's is made anew a chunk
 
 
 def _at_once(model: GPT, tokens: int) -> int:
@@ -258,7 +262,7 @@ def _token(model: GPT, *, batch: int, length: int, compute: int, on_gpu: bool) -
     total, block_again = norm, Saved(0, 0)
     for block in model.blocks:
         whole = norm + norm
-        whole += _attention(block.attention, length, compute, on_gpu)  # type: ignore[arg-type]
+        whole += _attention(block.attention, batch, length, compute, on_gpu)  # type: ignore[arg-type]
         whole += _feed_forward(block.ffn, d, compute, 0 if on_gpu else batch * length)  # type: ignore[arg-type]
         if model.activation_checkpointing:
             block_again = max(block_again, whole, key=lambda saved: saved.saved)
@@ -280,18 +284,24 @@ def _token(model: GPT, *, batch: int, length: int, compute: int, on_gpu: bool) -
     return total, predicted, block_again
 
 
-def _attention(layer: SelfAttention, length: int, compute: int, on_gpu: bool) -> Saved:
+def _attention(layer: SelfAttention, batch: int, length: int, compute: int, on_gpu: bool) -> Saved:
     from apt_model.layers.attention import eager
 
-    d, heads = layer.out.out_features, layer.num_heads
+    d, heads, shared = layer.out.out_features, layer.num_heads, layer.num_kv_heads
+    a, b = heads * layer.head_dim, shared * layer.head_dim
+    windowed = layer.window is not None and layer.window < length
     if layer.attend is eager:
         softmax = FP32 if on_gpu and compute < FP32 else 0
-        saved = 5 * compute * d + heads * length * (compute + softmax)
+        saved: float = compute * (d + 4 * a) + heads * length * (compute + softmax)
     else:
-        saved = 7 * compute * d + 4 * heads
+        saved = compute * (d + 3 * a + 3 * b) + 4 * heads
+        if windowed:
+            saved += compute * (2 * (a - b) + length / batch)
+    if layer.qk_norm is not None:
+        saved += 4 * (heads + shared if layer.qk_norm == "head" else 2) + (4 * (a + b) if compute < FP32 else 0)
     if "dropout" in layer.expected:
         saved += d
-    return Saved(2 * 4 * d * d + 4 * length * d, saved)
+    return Saved(2 * d * (2 * a + 2 * b) + 4 * length * a, saved)
 
 
 def _feed_forward(layer: MoE, d: int, compute: int, tokens: int) -> Saved:

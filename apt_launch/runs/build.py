@@ -27,12 +27,16 @@ def build_trainer(
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Trainer:
     """Return the trainer of a run, seeded."""
+    from apt_model.layouts.pretrained import PretrainedGPT
     from apt_model.training.distributed import from_rank_zero
     from apt_model.training.options import by_concern
     from apt_model.training.randomness import seed_all
 
     seed_all(config.seed)
     values = config.values
+    model = build_model(values)
+    if resume is None and isinstance(model, PretrainedGPT):
+        model.load_pretrained()
     options = by_concern(
         values["trainer"]
         | {"seed": config.seed, "weight_decay": config.optimizer.weight_decay, "leave_out": frozenset(leave_out)}
@@ -41,7 +45,7 @@ def build_trainer(
     trainer: Trainer = build(
         {"_target_": values["trainer"]["_target_"]},
         **options,
-        model=build_model(values),
+        model=model,
         loss=build_loss(values),
         optimizer=factory(values["optimizer"]),
         schedule=build(values["schedule"], horizon=config.horizon, program=config.program, broadcast=from_rank_zero),

@@ -36,12 +36,14 @@ class DocumentCorpus(Corpus):
 
     Args:
         tokenizer: a ``tokenizer.json``, or a folder that holds one; None: a token is a byte of UTF-8.
+        bos: whether each document begins with the token that the tokenizer puts before texts.
         cache: folder for shards; None: ``apt_launch`` in the user's cache folder.
     """
 
     max_tokens: int | None = None  # of a split
 
-    def __init__(self, *, tokenizer: str | None = None, cache: str | None = None) -> None:
+    def __init__(self, *, tokenizer: str | None = None, bos: bool | None = None, cache: str | None = None) -> None:
+        self.bos = bool(bos)
         self._tokenizer_file = find_tokenizer(in_home(tokenizer, "data.tokenizer")) if tokenizer else None
         caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         self._cache = cache or f"{caches}/apt_launch"
@@ -73,6 +75,17 @@ class DocumentCorpus(Corpus):
     def vocab_size(self) -> int:
         """How many tokens are possible."""
         return self.tokenizer.vocab_size
+
+    @property
+    def begin(self) -> int | None:
+        """The token that each document begins with; None: none.
+
+        Raises:
+            ConfigError: the tokenizer has none.
+        """
+        if self.bos and self.tokenizer.begin is None:
+            raise ConfigError("data.bos: the tokenizer puts no token before a text. Set it to false.")
+        return self.tokenizer.begin if self.bos else None
 
     @abstractmethod
     def documents(self, split: Split) -> Iterator[Document]:
@@ -109,7 +122,8 @@ class DocumentCorpus(Corpus):
         Raises:
             ConfigError: the text cannot be read, or the shards cannot be written.
         """
-        about = json.dumps([self.source(), self.max_tokens, self.tokenizer.fingerprint], sort_keys=True)
+        begin = [] if self.begin is None else [self.begin]
+        about = json.dumps([self.source(), self.max_tokens, self.tokenizer.fingerprint, *begin], sort_keys=True)
         folder = self.cache / hashlib.sha256(about.encode()).hexdigest()[:32]
         if not (folder / MANIFEST).exists():
             write(folder, self, self.tokenizer, key="data.cache", on_progress=self.on_progress)
@@ -196,13 +210,19 @@ class StdlibCorpus(_Files):
 
     Args:
         val_fraction: share of the files that validates, between 0 and 1.
-        tokenizer: see :class:`DocumentCorpus`, as for ``cache``.
+        tokenizer: see :class:`DocumentCorpus`, as for ``bos`` and ``cache``.
     """
 
     def __init__(
-        self, *, val_fraction: float = 0.05, seed: int = 0, tokenizer: str | None = None, cache: str | None = None
+        self,
+        *,
+        val_fraction: float = 0.05,
+        seed: int = 0,
+        tokenizer: str | None = None,
+        bos: bool | None = None,
+        cache: str | None = None,
     ) -> None:
-        super().__init__(tokenizer=tokenizer, cache=cache)
+        super().__init__(tokenizer=tokenizer, bos=bos, cache=cache)
         self.val_fraction = val_fraction
         self.seed = seed
 
@@ -246,7 +266,7 @@ class TextCorpus(_Files):
 
     Args:
         val_fraction: share of the files, or of the file, that validates, between 0 and 1.
-        tokenizer: see :class:`DocumentCorpus`, as for ``cache``.
+        tokenizer: see :class:`DocumentCorpus`, as for ``bos`` and ``cache``.
     """
 
     def __init__(
@@ -257,9 +277,10 @@ class TextCorpus(_Files):
         val_fraction: float = 0.05,
         seed: int = 0,
         tokenizer: str | None = None,
+        bos: bool | None = None,
         cache: str | None = None,
     ) -> None:
-        super().__init__(tokenizer=tokenizer, cache=cache)
+        super().__init__(tokenizer=tokenizer, bos=bos, cache=cache)
         self.path = in_home(path, "data.path")
         self.suffix = suffix
         self.val_fraction = val_fraction
@@ -336,7 +357,7 @@ class JsonlCorpus(ByteCorpus):
 
     Args:
         source_key: holds where the document comes from; None: unknown.
-        tokenizer: see :class:`DocumentCorpus`, as for ``cache``.
+        tokenizer: see :class:`DocumentCorpus`, as for ``bos`` and ``cache``.
     """
 
     def __init__(
@@ -347,9 +368,10 @@ class JsonlCorpus(ByteCorpus):
         text_key: str = "text",
         source_key: str | None = None,
         tokenizer: str | None = None,
+        bos: bool | None = None,
         cache: str | None = None,
     ) -> None:
-        super().__init__(tokenizer=tokenizer, cache=cache)
+        super().__init__(tokenizer=tokenizer, bos=bos, cache=cache)
         self.paths: dict[Split, Path] = {
             "train": in_home(train_path, "data.train_path"),
             "val": in_home(val_path, "data.val_path"),

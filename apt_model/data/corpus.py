@@ -74,6 +74,10 @@ class Documents(Protocol):
 
     max_tokens: int | None  # of a split
 
+    @property
+    def begin(self) -> int | None:
+        """The token that each document begins with; None: none."""
+
     def documents(self, split: Split) -> Iterator[Document]:
         """Yield the documents of ``split``, always the same in the same order."""
 

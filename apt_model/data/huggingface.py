@@ -36,7 +36,7 @@ class HFCorpus(DocumentCorpus):
         streaming: read only as far as needed, without a copy of the whole on this machine.
         max_documents: of a split, at the most; None: all. A stream needs this or ``max_tokens``.
         max_tokens: of a split, at the most; the last document is cut off.
-        tokenizer: see :class:`DocumentCorpus`, as for ``cache``.
+        tokenizer: see :class:`DocumentCorpus`, as for ``bos`` and ``cache``.
 
     Raises:
         ConfigError: a stream without a bound.
@@ -58,9 +58,10 @@ class HFCorpus(DocumentCorpus):
         max_documents: int | None = None,
         max_tokens: int | None = None,
         tokenizer: str | None = None,
+        bos: bool | None = None,
         cache: str | None = None,
     ) -> None:
-        super().__init__(tokenizer=tokenizer, cache=cache)
+        super().__init__(tokenizer=tokenizer, bos=bos, cache=cache)
         if streaming and max_documents is None and max_tokens is None:
             raise ConfigError(
                 "data.streaming: how much of a stream a run takes has to be known before it starts. Set data.max_tokens or "

@@ -70,6 +70,8 @@ def _write(folder: Path, corpus: Documents, tokenizer: Tokenizer, on_progress: O
         "tokenizer": tokenizer.fingerprint,
         "shard_tokens": shard_tokens,
     }
+    if corpus.begin is not None:
+        about["begin"] = corpus.begin
     about = json.loads(json.dumps(about))
     splits = _progress(partial, about)
     if splits is None:
@@ -121,7 +123,8 @@ def _write_split(
     import numpy as np
 
     limit = corpus.max_tokens
-    end = np.array([tokenizer.end], dtype=tokenizer.dtype)
+    begin, end = (np.array([token or 0], dtype=tokenizer.dtype) for token in (corpus.begin, tokenizer.end))
+    marked = corpus.begin is not None
     room = limit - progress.tokens if limit else None
     waiting: list[NDArray[Any]] = []
     size, pieces = 0, progress.pieces
@@ -141,10 +144,10 @@ def _write_split(
     on_progress(split, 0.0, progress.tokens)
     for batch in _batches(_pieces(corpus.documents(split)), skip=progress.pieces):
         encoded = tokenizer.encode_all([piece.text for piece in batch])
-        for tokens, (_, ends, _, source) in zip(encoded, batch, strict=True):
+        for tokens, (_, begins, ends, _, source) in zip(encoded, batch, strict=True):
             pieces += 1
             before = size
-            for part in (tokens, end) if ends else (tokens,):
+            for part in (*((begin,) if begins and marked else ()), tokens, *((end,) if ends else ())):
                 waiting.append(part[:room])
                 size += len(waiting[-1])
                 room = None if room is None else room - len(waiting[-1])
@@ -171,9 +174,10 @@ def _write_split(
 
 
 class _Piece(NamedTuple):
-    """A text, whether a document ends with it, the share of the split that has been read with it, and its source."""
+    """A text, whether a document begins or ends with it, the share of the split that has been read with it, and its source."""
 
     text: str
+    begins: bool
     ends: bool
     done: float
     source: str
@@ -193,9 +197,9 @@ def _pieces(documents: Iterator[Document], longest: int = PIECE) -> Iterator[_Pi
                 cut = text.find("\n", cut) + 1
             if not 0 < cut < len(text):
                 break
-            yield _Piece(text[begin:cut], False, before + (done - before) * cut / len(text), source)
+            yield _Piece(text[begin:cut], begin == 0, False, before + (done - before) * cut / len(text), source)
             begin = cut
-        yield _Piece(text[begin:], True, done, source)
+        yield _Piece(text[begin:], begin == 0, True, done, source)
         before = done
 
 

@@ -36,6 +36,7 @@ class Tokenizer(ABC):
 
     vocab_size: int
     end: int
+    begin: int | None = None  # what its library puts before a text; documents have it only if asked for
     content: str | None = None
 
     @property
@@ -111,6 +112,9 @@ class FileTokenizer(Tokenizer):
                 f"data.tokenizer: {name} has no token that ends a document. It needs one of {', '.join(ENDS)}."
             )
         self.end = end
+        with _as_config_error(f"data.tokenizer: {name} is no tokenizer"):
+            added: list[int] = self._library.encode("", add_special_tokens=True).ids
+        self.begin = added[0] if added and added[0] != end else None
 
     def encode_all(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """Return the tokens of each of ``texts``; halves of a surrogate pair, which are no text, count as U+FFFD."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from apt_model.layers.backend import eager_on_cpu, mkl_products, onednn_multiplies
+from apt_model.layers.norm import RMSNorm
+from apt_model.layers.rotary import RotaryEmbedding
 from apt_model.layers.scheduled import dropout
 from apt_model.schedule.targets import BELOW_ONE, Domain
 
@@ -24,22 +26,40 @@ ROWS = 4096
 """Queries of all sequences and heads, whose scores it holds at a time."""
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+QKNorm = Literal["head", "all"]
+"""What is normalised of queries, and of keys, before they are rotated: each head's channels, or those of all heads at once."""
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, window: int | None = None) -> Tensor:
     """Causal attention through torch's fused kernels.
 
     Args:
         query: (batch, heads, seq, head_dim).
-        key, value: (batch, heads, keys, head_dim), keys >= seq: the last query is at the position of the last key.
+        key, value: (batch, kv_heads, keys, head_dim), keys >= seq: the last query is at the position of the last key; as many
+            heads of queries in a row as there are to each share one of them.
+        window: a position sees so many, itself counted; None: all before it.
 
     Returns:
         The shape of ``query``.
     """
-    if query.shape[-2] == key.shape[-2]:
+    grouped = query.shape[1] != key.shape[1]
+    if query.shape[-2] == key.shape[-2] and (window is None or window >= key.shape[-2]):
         if eager_on_cpu(query) and torch.is_grad_enabled() and _products_are_fast(query.dtype):
             output: Tensor = _OnCPU.apply(query, key, value)  # type: ignore[no-untyped-call]
             return output
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=~_future(query, key))
+        if not grouped:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        if query.dtype.itemsize > 2 and query.device.type != "cpu":  # flash attention alone knows groups
+            key, value = _for_each_query_head(query, key, value)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    if grouped:
+        key, value = _for_each_query_head(query, key, value)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=~_unseen(query, key, window))
+
+
+def _for_each_query_head(query: Tensor, *shared: Tensor) -> tuple[Tensor, ...]:
+    """Return ``shared`` (batch, kv_heads, ...), repeated for the heads of ``query`` (batch, heads, ...)."""
+    return tuple(tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1) for tensor in shared)
 
 
 def _products_are_fast(dtype: torch.dtype) -> bool:
@@ -70,14 +90,23 @@ class _OnCPU(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: reading them may compute them again
         query = saved[0]
         batch, heads, length, _ = query.shape
-        grads = tuple(torch.empty(query.shape, dtype=query.dtype) for _ in range(3))
+        grads = tuple(torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in saved[:3])
+        grouped = heads != saved[1].shape[1]
         at_once = max(1, ROWS // (heads * min(QUERIES, length)))
         for begin in range(0, batch, at_once):
             some = slice(begin, begin + at_once)
+            q, k, v, log_sum = (tensor[some] for tensor in saved)
+            by_q, by_k, by_v = by = tuple(tensor[some] for tensor in grads)
+            if grouped:
+                k, v = _for_each_query_head(q, k, v)
+                by = (by_q, torch.empty_like(k), torch.empty_like(v))
             _attention_backward(
-                *(tensor[some].flatten(0, 1) for tensor in (grad, *saved)),
-                *(tensor[some].flatten(0, 1) for tensor in grads),
+                *(tensor.flatten(0, 1) for tensor in (grad[some], q, k, v, log_sum)),
+                *(tensor.flatten(0, 1) for tensor in by),
             )
+            if grouped:
+                for shared, each in zip((by_k, by_v), by[1:], strict=True):
+                    torch.sum(each.view(*shared.shape[:2], -1, *shared.shape[2:]), dim=2, out=shared)
         return grads  # type: ignore[return-value]
 
 
@@ -96,7 +125,7 @@ def _attention_backward(
         beta = 0 if begin + QUERIES >= length else 1
         q_here, grad_here, k_seen, v_seen = q[:, here], grad[:, here], k[:, seen], v[:, seen]
         scores = torch.baddbmm(less[:, here], q_here, k_seen.transpose(1, 2), alpha=scale)
-        scores[:, :, begin:].masked_fill_(_future(q_here, q_here), -math.inf)
+        scores[:, :, begin:].masked_fill_(_unseen(q_here, q_here), -math.inf)
         shares = scores.softmax(dim=2)
         by_v[:, seen].baddbmm_(shares.transpose(1, 2), grad_here, beta=beta)
         by_shares = torch.bmm(grad_here, v_seen.transpose(1, 2))
@@ -105,23 +134,26 @@ def _attention_backward(
         by_k[:, seen].baddbmm_(by_scores.transpose(1, 2), q_here, beta=beta, alpha=scale)
 
 
-def eager(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def eager(query: Tensor, key: Tensor, value: Tensor, window: int | None = None) -> Tensor:
     """Causal attention written out, quadratic in memory: the reference for :func:`sdpa`, with its shapes."""
+    key, value = _for_each_query_head(query, key, value) if query.shape[1] != key.shape[1] else (key, value)
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
-    return scores.masked_fill(_future(query, key), -math.inf).softmax(dim=-1) @ value
+    return scores.masked_fill(_unseen(query, key, window), -math.inf).softmax(dim=-1) @ value
 
 
-def _future(query: Tensor, key: Tensor) -> Tensor:
-    """Return (seq, keys): whether a key comes after a query."""
+def _unseen(query: Tensor, key: Tensor, window: int | None = None) -> Tensor:
+    """Return (seq, keys): whether a key comes after a query, or before its ``window``."""
     queries, keys = query.shape[-2], key.shape[-2]
-    return torch.ones(queries, keys, dtype=torch.bool, device=query.device).triu(1 + keys - queries)
+    every = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+    unseen = every.triu(1 + keys - queries)
+    return unseen if window is None else unseen | every.tril(keys - queries - window)
 
 
-ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"sdpa": sdpa, "eager": eager}
+ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor, int | None], Tensor]] = {"sdpa": sdpa, "eager": eager}
 
 
 class KeyValues:
-    """Keys and values of the positions that a layer has seen, each (batch, heads, length, head_dim)."""
+    """Keys and values of the positions that a layer has seen, each (batch, kv_heads, length, head_dim)."""
 
     def __init__(self) -> None:
         self._key: Tensor | None = None
@@ -139,94 +171,60 @@ class KeyValues:
         return self._key[:, :, : here.stop], self._value[:, :, : here.stop]
 
 
-class RotaryEmbedding(nn.Module):
-    """Rotates pairs of channels by an angle that grows with the position. Source: RoFormer, arXiv:2104.09864."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def __init__(self, head_dim: int, seq_len: int, theta: float = 10_000.0) -> None:
-        super().__init__()
-        frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-        angles = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequencies)
-        self.register_buffer("cos", angles.cos(), persistent=False)  # (seq_len, head_dim / 2)
-        self.register_buffer("sin", angles.sin(), persistent=False)
-
-    def forward(self, qkv: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotate queries and keys.
-
-        Args:
-            qkv: (batch, seq, 3, heads, head_dim).
-            start: the first position; the last < seq_len.
-
-        Returns:
-            Queries, keys and values, each (batch, heads, seq, head_dim).
-        """
-        here = slice(start, start + qkv.shape[1])
-        cos, sin = (angles[here].to(qkv.dtype)[:, None] for angles in (self.cos, self.sin))
-        if torch.compiler.is_compiling():
-            query, key, value = qkv.unbind(2)
-            query, key = (
-                torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-                for first, second in (query.chunk(2, dim=-1), key.chunk(2, dim=-1))
-            )
-        else:
-            query, key, value = _Turn.apply(qkv, torch.cat((cos, cos), dim=-1), sin)  # type: ignore[no-untyped-call]
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-
-
-class _Turn(torch.autograd.Function):
-    """Turns pairs (channel i, channel i + half) of queries and keys by angles, and gradients back; only angles are kept."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(cos, sin)
-        query, key = torch.empty_like(qkv[:, :, 0]), torch.empty_like(qkv[:, :, 1])
-        _turn(qkv[:, :, 0], cos, sin, out=query)
-        _turn(qkv[:, :, 1], cos, sin, out=key)
-        return query, key, qkv[:, :, 2]
-
-    @staticmethod
-    def backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        back = -sin
-        grad = query.new_empty(*query.shape[:2], 3, *query.shape[2:])
-        _turn(query, cos, back, out=grad[:, :, 0])
-        _turn(key, cos, back, out=grad[:, :, 1])
-        grad[:, :, 2] = value
-        return grad, None, None
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Write ``x`` (batch, seq, heads, head_dim), turned; ``cos`` is of all channels, ``sin`` of a half."""
-    torch.mul(x, cos, out=out)
-    (first, second), (one, other) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
-    one.addcmul_(second, sin, value=-1)
-    other.addcmul_(first, sin)
-
-
 class SelfAttention(nn.Module):
-    """Multi-head causal self-attention without biases. Source: arXiv:1706.03762.
+    """Multi-head causal self-attention. Source: arXiv:1706.03762.
 
     Args:
         attention: a name of :data:`ATTENTION`.
         dropout: share of the output's channels that training drops.
+        num_kv_heads: heads of keys and values, which as many heads of queries share (arXiv:2305.13245); None: one for each.
+        head_dim: channels of a head; None: d_model / num_heads.
+        rope_theta, rope_scaling: see :func:`~apt_model.layers.rotary.frequencies`.
+        norm_eps: of :class:`RMSNorm`, where there are some.
+        qk_norm: normalise queries and keys; None: neither.
+        qkv_bias: whether queries, keys and values have one.
+        sliding_window: a position sees so many, itself counted; None: all before it.
     """
 
     scheduled: ClassVar[dict[str, Domain]] = {"dropout": BELOW_ONE}
     dropout: Tensor
+    q_norm: RMSNorm
+    k_norm: RMSNorm
 
     def __init__(
-        self, *, d_model: int, num_heads: int, seq_len: int, attention: str = "sdpa", dropout: float = 0.0
+        self,
+        *,
+        d_model: int,
+        num_heads: int,
+        seq_len: int,
+        attention: str = "sdpa",
+        dropout: float = 0.0,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        rope_theta: float = 10_000.0,
+        rope_scaling: Mapping[str, Any] | None = None,
+        norm_eps: float | None = None,
+        qk_norm: QKNorm | None = None,
+        qkv_bias: bool = False,
+        sliding_window: int | None = None,
     ) -> None:
         super().__init__()
         self.register_buffer("dropout", torch.tensor(float(dropout)), persistent=False)
         self.expected = {"dropout"} if dropout else set[str]()
         self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.head_dim = head_dim or d_model // num_heads
+        self.window = sliding_window
         self.attend = ATTENTION[attention]
-        self.rotate = RotaryEmbedding(d_model // num_heads, seq_len)
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.rotate = RotaryEmbedding(self.head_dim, seq_len, rope_theta, rope_scaling)
+        self.qkv = nn.Linear(d_model, (num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=qkv_bias)
+        if qkv_bias:
+            nn.init.zeros_(self.qkv.bias)
+        self.out = nn.Linear(num_heads * self.head_dim, d_model, bias=False)
+        self.qk_norm = qk_norm
+        if qk_norm is not None:
+            for name, heads in (("q_norm", num_heads), ("k_norm", self.num_kv_heads)):
+                setattr(self, name, RMSNorm(self.head_dim * (heads if qk_norm == "all" else 1), norm_eps))
 
     def forward(self, x: Tensor, seen: KeyValues | None = None) -> Tensor:
         """Map (batch, seq, d_model) to the same shape; position t sees positions 0 to t.
@@ -234,13 +232,32 @@ class SelfAttention(nn.Module):
         Args:
             seen: of the positions before those of ``x``, which are added; None: there are none.
         """
-        batch, length, d_model = x.shape
-        qkv = self.qkv(x).view(batch, length, 3, self.num_heads, -1)
-        query, key, value = self.rotate(qkv, seen.length if seen else 0)
+        query, key, value = self._heads(self.qkv(x), seen.length if seen else 0)
         if seen:
             key, value = seen.append(key, value, room=self.rotate.cos.shape[0])
-        mixed = self.attend(query, key, value)
-        output: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, d_model))
+        mixed = self.attend(query, key, value, self.window)
+        output: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         if self.training and "dropout" in self.expected:
             return dropout(output, self.dropout)
         return output
+
+    def _heads(self, qkv: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, (batch, heads or kv_heads, seq, head_dim), of ``qkv`` (batch, seq, channels)."""
+        (batch, length, _), heads, shared = qkv.shape, self.num_heads, self.num_kv_heads
+        if self.qk_norm is None and heads == shared:
+            return self.rotate(qkv.view(batch, length, 3, heads, self.head_dim), start)  # type: ignore[no-any-return]
+        both, value = torch.split(qkv.view(batch, length, -1, self.head_dim), [heads + shared, shared], dim=2)
+        if self.qk_norm is None:
+            query, key = torch.split(self.rotate.turn(both, start), [heads, shared], dim=2)
+        else:
+            query, key = torch.split(both, [heads, shared], dim=2)
+            query = self.rotate.turn(self._normalised(self.q_norm, query), start)
+            key = self.rotate.turn(self._normalised(self.k_norm, key), start)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def _normalised(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """Return ``x`` (batch, seq, heads, head_dim) normalised, in float32 whatever autocast says."""
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.qk_norm == "all":
+            return norm(precise.flatten(2)).view_as(x).to(x.dtype)  # type: ignore[no-any-return]
+        return norm(precise).to(x.dtype)  # type: ignore[no-any-return]

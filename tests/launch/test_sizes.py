@@ -206,6 +206,19 @@ MODELS = {
         "schedule.vote_threshold=null",
         "trainer.activation_checkpointing=true",
     ],
+    "grouped queries, untied": [
+        *("schedule=none", "model.num_kv_heads=2", "model.tie_embeddings=false", "model.qkv_bias=true"),
+        *("model.head_dim=24", "model.loss_chunk=40"),
+    ],
+    "normalised heads": ["schedule=none", "model.num_kv_heads=1", "model.qk_norm=head", "model.norm_eps=1e-5"],
+    "normalised at once, a window": [
+        "schedule=none",
+        "model.qk_norm=all",
+        "model.sliding_window=16",
+        "model.seq_len=40",
+    ],
+    "grouped queries written out": ["schedule=none", "model.num_kv_heads=2", "model.attention=eager"],
+    "a window over groups": ["schedule=none", "model.num_kv_heads=2", "model.sliding_window=16", "model.seq_len=40"],
     "regularised": ["schedule=none", "model.dropout=0.1", "model.label_smoothing=0.1"],
 }
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from apt_model.layers.attention import QUERIES, ROWS, RotaryEmbedding, SelfAttention, eager, sdpa
+from apt_model.layers.attention import QUERIES, ROWS, KeyValues, SelfAttention, eager, sdpa
 from apt_model.layers.backend import onednn_products
+from apt_model.layers.rotary import RotaryEmbedding, frequencies
 
 
 def test_the_fused_kernel_equals_attention_written_out() -> None:
@@ -18,6 +19,69 @@ def test_the_fused_kernel_equals_attention_written_out() -> None:
     plain.load_state_dict(fused.state_dict())
     x = torch.randn(3, 12, 16)
     assert torch.allclose(fused(x), plain(x), atol=1e-6)
+
+
+FEATURES = {
+    "grouped queries": {"num_kv_heads": 2},
+    "one pair of wide heads": {"num_kv_heads": 1, "head_dim": 8},
+    "normalised heads": {"num_kv_heads": 2, "qk_norm": "head", "norm_eps": 1e-5},
+    "normalised at once": {"num_kv_heads": 2, "qk_norm": "all"},
+    "biases": {"qkv_bias": True},
+    "a window": {"sliding_window": 5, "num_kv_heads": 2},
+}
+
+
+@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
+def test_every_feature_computes_the_same_fused_and_written_out_and_position_by_position(features) -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "num_heads": 4, "seq_len": 12, **features}
+    fused, plain = SelfAttention(**sizes, attention="sdpa"), SelfAttention(**sizes, attention="eager")
+    with torch.no_grad():
+        for parameter in fused.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    plain.load_state_dict(fused.state_dict())
+    x, direction = torch.randn(2, 3, 12, 16)
+    outputs = [layer(x) for layer in (fused, plain)]
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+    gradients = [
+        torch.autograd.grad((out * direction).sum(), list(layer.parameters()))
+        for out, layer in zip(outputs, (fused, plain), strict=True)
+    ]
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+    seen = KeyValues()
+    with torch.no_grad():
+        parts = [fused(x[:, begin:end], seen) for begin, end in ((0, 7), (7, 8), (8, 9), (9, 12))]
+    torch.testing.assert_close(torch.cat(parts, dim=1), outputs[0].detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_heads_of_queries_share_those_of_keys_in_order() -> None:
+    query, shared = torch.randn(1, 4, 6, 8), torch.randn(2, 1, 2, 6, 8)
+    grouped = sdpa(query, *shared)
+    for head in range(4):
+        alone = eager(query[:, head : head + 1], *(tensor[:, head // 2 : head // 2 + 1] for tensor in shared))
+        assert torch.allclose(grouped[:, head : head + 1], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("attend", [sdpa, eager])
+def test_a_window_of_one_gives_each_position_its_own_value_and_a_long_one_changes_nothing(attend) -> None:
+    query, key, value = torch.randn(3, 1, 2, 6, 8)
+    assert torch.allclose(attend(query, key, value, 1), value)
+    assert torch.equal(attend(query, key, value, 6), attend(query, key, value))
+    moved = value.clone()
+    moved[:, :, :3] += 1
+    changed = (attend(query, key, value, 2) != attend(query, key, moved, 2)).any(-1).any(1)[0]
+    assert changed.tolist() == [True, True, True, True, False, False]  # position 3 still sees position 2
+
+
+def test_frequencies_are_scaled_as_worked_out_by_hand() -> None:
+    plain = frequencies(8, 10_000.0)
+    assert plain.tolist() == pytest.approx([1.0, 0.1, 0.01, 0.001])
+    assert torch.equal(frequencies(8, 10_000.0, {"rope_type": "linear", "factor": 4.0}), plain / 4)
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaled = frequencies(8, 10_000.0, llama3 | {"original_max_position_embeddings": 100})
+    # waves of 6.3, 63, 628 and 6283 positions: below 100 / 4 as they are, above 100 / 1 slowed, between in shares
+    share = (100 * 0.1 / (2 * math.pi) - 1) / 3
+    assert scaled.tolist() == pytest.approx([1.0, 0.1 * (share + (1 - share) / 8), 0.01 / 8, 0.001 / 8])
 
 
 @pytest.mark.gpu
@@ -47,18 +111,20 @@ def filled_memory() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("filled_memory")
-@pytest.mark.parametrize("length", [5, QUERIES, 2 * QUERIES + 44])
+@pytest.mark.parametrize(("length", "shared"), [(5, 2), (QUERIES, 2), (2 * QUERIES + 44, 2), (2 * QUERIES + 44, 1)])
 @pytest.mark.parametrize(
     ("dtype", "by", "error"),
     [(torch.bfloat16, nullcontext, 0.01), (torch.float32, onednn_products, 1e-6)],
     ids=["bf16", "float32"],
 )
 def test_gradients_are_those_of_attention_written_out(
-    length: int, dtype: torch.dtype, by: Callable[[], AbstractContextManager[object]], error: float
+    length: int, shared: int, dtype: torch.dtype, by: Callable[[], AbstractContextManager[object]], error: float
 ) -> None:
     torch.manual_seed(0)
-    heads, at_once = 2, ROWS // (2 * min(QUERIES, length))
-    *own, grad = (torch.randn(at_once + 1, heads, length, 8, dtype=dtype, requires_grad=True) for _ in range(4))
+    at_once = ROWS // (2 * min(QUERIES, length))
+    *own, grad = (
+        torch.randn(at_once + 1, heads, length, 8, dtype=dtype, requires_grad=True) for heads in (2, shared, shared, 2)
+    )
     exact = [x.detach().double().requires_grad_() for x in own]
     with by():
         found = torch.autograd.grad(sdpa(*own), own, grad)

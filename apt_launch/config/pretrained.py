@@ -1,0 +1,66 @@
+"""``model=pretrained``: what a config leaves to the model's folder, filled in before anything else is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from apt_model.errors import ConfigError
+from apt_model.layouts.folder import WeightsFolder
+from apt_model.layouts.source import locate
+
+TARGET: Final = "apt_model.layouts.pretrained.PretrainedGPT"
+
+
+def with_pretrained(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a config whose groups ``model`` and ``data`` say what the model's folder says; others as they are.
+
+    A config that was filled in before, in the plan of a sweep or a run's folder, asks no folder.
+
+    Raises:
+        ConfigError: there is no such folder, its model has no counterpart here, or a value contradicts it.
+    """
+    model = values.get("model")
+    if not isinstance(model, Mapping) or model.get("_target_") != TARGET or model.get("weights") is not None:
+        return values
+    path, revision = model.get("path"), model.get("revision")
+    if not isinstance(path, str) or not path or not isinstance(revision, str | None):
+        raise ConfigError(f"model.path: {path!r} is no folder. Name one: model.path=DIR.")
+    folder = WeightsFolder(locate(path, revision))
+    said = folder.architecture.values()
+    problems = [
+        f"model.{name} = {model[name]!r}: the model in {folder.path} has {value!r}. Leave it null."
+        for name, value in said.items()
+        if model.get(name) is not None and model[name] != value
+    ]
+    longest, seq_len = said["max_seq_len"], model.get("seq_len")
+    if isinstance(seq_len, int) and seq_len > longest:
+        problems.append(
+            f"model.seq_len = {seq_len}: the model in {folder.path} is meant for {longest} tokens at the most."
+        )
+    if problems:
+        raise ConfigError(*problems)
+    folder.pieces  # noqa: B018 - says what of the weights is missing or has no counterpart
+    found = {**values, "model": {**model, **said, "weights": folder.fingerprint}}
+    if isinstance(values.get("data"), Mapping):
+        found["data"] = _with_tokenizer(values["data"], folder)
+    return found
+
+
+def _with_tokenizer(data: Mapping[str, Any], folder: WeightsFolder) -> dict[str, Any]:
+    """Return the group ``data`` with the model's own tokenizer, unless it names another one or has none to choose."""
+    from apt_model.data.tokenizer import FILE_NAME, find_tokenizer, load_tokenizer
+    from apt_model.files import in_home
+
+    found = dict(data)
+    if "tokenizer" in found and found["tokenizer"] is None:
+        if not (folder.path / FILE_NAME).is_file():
+            raise ConfigError(
+                f"data.tokenizer: {folder.path} has no {FILE_NAME}. Name the model's: data.tokenizer=FILE. Or let transformers "
+                "make it: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+            )
+        found["tokenizer"] = str(folder.path / FILE_NAME)
+    if isinstance(found.get("tokenizer"), str) and "bos" in found and found["bos"] is None:
+        file = find_tokenizer(in_home(found["tokenizer"], "data.tokenizer"))
+        found["bos"] = load_tokenizer(file).begin is not None
+    return found
