@@ -55,7 +55,7 @@ def check_together(values: Mapping[str, Any], groups: Mapping[str, Any], launch:
             problems += _bound_problems(corpus, groups["trainer"].batch_size, model.seq_len)
         except ConfigError as error:
             problems += error.problems
-    problems += _trainer_problems(groups["trainer"])
+    problems += _trainer_problems(groups["trainer"], drill=launch.drill)
     if optimizer.weight_decay * optimizer.lr >= 1:
         problems.append(
             f"optimizer.weight_decay x optimizer.lr = {optimizer.weight_decay * optimizer.lr:g}: one update would erase the "
@@ -154,7 +154,7 @@ def _sharing_problems(groups: Mapping[str, Any], ranks: int) -> list[str]:
     return problems
 
 
-def _trainer_problems(trainer: schema.TrainerConfig) -> list[str]:
+def _trainer_problems(trainer: schema.TrainerConfig, *, drill: bool) -> list[str]:
     """Return what the chosen trainer was asked for and cannot do."""
     problems = []
     if trainer.resume is not None and type(trainer) in EXTRAS:
@@ -162,6 +162,12 @@ def _trainer_problems(trainer: schema.TrainerConfig) -> list[str]:
         problems.append(
             f"trainer.resume: trainer={option} cannot go on from a checkpoint. Choose trainer=default, which goes on from "
             "those of every trainer, or set trainer.resume=null."
+        )
+    if drill and type(trainer) in EXTRAS:
+        option, _ = EXTRAS[type(trainer)]
+        problems.append(
+            f"launch.drill: a run of trainer={option} is continued by trainer=default, the same but for last digits, and a "
+            "drill compares them. Choose trainer=default, or set launch.drill=false."
         )
     if trainer.on_nonfinite != "stop" and type(trainer) in EXTRAS:
         problems.append(f"trainer.on_nonfinite: {trainer.on_nonfinite} is for trainer=default only. Set it to stop.")

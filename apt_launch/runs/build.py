@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from apt_launch.config.instantiate import build, build_callbacks, build_loss, build_model, factory
 from apt_launch.config.run_config import RunConfig
+from apt_launch.config.schema import DEFAULT_TRAINER, EXTRAS
 from apt_launch.runs.folder import initial_checkpoint
 
 if TYPE_CHECKING:
@@ -26,7 +27,10 @@ def build_trainer(
     leave_out: Collection[tuple[int, int]] = (),
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Trainer:
-    """Return the trainer of a run, seeded."""
+    """Return the trainer of a run, seeded.
+
+    From a checkpoint, a run of another library's loop is continued by the default one: see ``can_resume`` of the trainers.
+    """
     from apt_model.layouts.pretrained import PretrainedGPT
     from apt_model.training.distributed import from_rank_zero
     from apt_model.training.options import by_concern
@@ -42,8 +46,9 @@ def build_trainer(
         | {"seed": config.seed, "weight_decay": config.optimizer.weight_decay, "leave_out": frozenset(leave_out)}
         | {"seq_len": config.model.seq_len}
     )
+    continued = resume is not None and type(config.trainer) in EXTRAS
     trainer: Trainer = build(
-        {"_target_": values["trainer"]["_target_"]},
+        {"_target_": DEFAULT_TRAINER if continued else values["trainer"]["_target_"]},
         **options,
         model=model,
         loss=build_loss(values),

@@ -17,6 +17,7 @@ from apt_launch.commands import config_flags, for_all_ranks, override, words_of
 from apt_launch.config.run_config import RunConfig
 from apt_launch.config.schema import DEFAULT_TRAINER, EXTRAS, Role, role_of
 from apt_launch.values import changed_keys
+from apt_model.data.tokenizer import read_tokenizer
 from apt_model.errors import CheckpointError, ConfigError
 from apt_model.files import STRICT, from_json, in_home, read_json, read_regular, refuse_links, refuse_place, write_json
 from apt_model.schedule import Horizon
@@ -127,11 +128,9 @@ class RunFolder:
         return f"Go on with{remark}: {line}"
 
     def resume_overrides(self, config: RunConfig) -> list[str]:
-        """Return what a command that goes on with the run has of its own."""
+        """Return what a command that continues the run has of its own."""
         found = [override("hydra.run.dir", self.path), "trainer.resume=auto"]
-        if (
-            type(config.trainer) in EXTRAS
-        ):  # that goes on from no checkpoint, and the default one does from those of all
+        if type(config.trainer) in EXTRAS:  # it cannot continue, and the default one continues from checkpoints of all
             found.append(f"trainer._target_={DEFAULT_TRAINER}")
         return found
 
@@ -222,13 +221,16 @@ class RunFolder:
                 ]
             )
         kept, now = checkpoint.parent.parent / self.tokenizer.name, config.corpus.tokenizer_file
-        if now is not None and kept.exists() and read_regular(kept) != read_regular(now):
+        if now is not None and kept.exists() and read_tokenizer(kept) != read_tokenizer(now):
             raise ConfigError(
                 f"data: {now} is not the tokenizer that the run was trained with, which is kept in {kept}."
             )
         if config.schedule.on_horizon_change == "error" and about.horizon != config.horizon:
             raise ConfigError(horizon_changed(about.horizon, config.horizon))
         notes = [*passed_over]
+        if type(config.trainer) in EXTRAS:
+            option, _ = EXTRAS[type(config.trainer)]
+            notes.append(f"trainer={option} cannot continue from a checkpoint: trainer=default trains the rest")
         if changed:
             notes.append(f"resumed with other values than before: {', '.join(changed)}")
         return Resume(checkpoint.absolute(), manifest.get("rows", 0), tuple(notes))

@@ -26,8 +26,9 @@ from apt_launch.runs.provenance import provenance
 from apt_launch.runs.stop import StopRequest
 from apt_launch.tracking.deliver import Membership
 from apt_launch.tracking.projection import Tracking
+from apt_model.data.tokenizer import read_tokenizer
 from apt_model.errors import Interrupted, NonFiniteError, cause_of
-from apt_model.files import read_regular, write_atomic, write_json
+from apt_model.files import write_atomic, write_json
 
 if TYPE_CHECKING:
     from apt_model.training.checkpoint import Checkpoints
@@ -127,7 +128,7 @@ class Session:
         keep_rows = self.resume.rows if self.resume and folder.owns(self.resume.checkpoint) else 0
         write_atomic(folder.config, OmegaConf.to_yaml(OmegaConf.create(self.config.values)))
         if self.config.corpus.tokenizer_file is not None:  # what the weights mean without the corpus
-            write_atomic(folder.tokenizer, read_regular(self.config.corpus.tokenizer_file).decode())
+            write_atomic(folder.tokenizer, read_tokenizer(self.config.corpus.tokenizer_file))
         self.tracking = Tracking(Record(folder.metrics, keep_rows=keep_rows))
         trainer.log = self.tracking.log
         checkpoints.before = self.tracking.record.sync

@@ -213,6 +213,7 @@ def test_keys_in_yaml_equal_parameters_of_the_class(target: tuple[str, type[sche
         (["+moe.num_experts._target_=os.system"], r"num_experts"),
         (["trainer=lightning", "trainer.resume=auto"], r"^trainer\.resume: trainer=lightning cannot .*trainer=default"),
         (["trainer=hf", "trainer.resume=x"], r"^trainer\.resume: trainer=hf cannot .*trainer\.resume=null"),
+        (["trainer=hf", "launch.drill=true"], r"^launch\.drill: a run of trainer=hf .*set launch\.drill=false"),
         (["trainer=hf", "trainer.device=cuda:1"], r"^trainer\.device: trainer=hf .*CUDA_VISIBLE_DEVICES=1"),
         (["trainer=hf", "trainer.parallel=fsdp"], r"^trainer\.parallel = fsdp, .*they are for trainer=default"),
         (
