@@ -116,9 +116,9 @@ def _guarded_loader() -> type:
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
     class GuardedLoader(ConfigLoaderImpl):
-        def load_configuration(self, *arguments: Any, **options: Any) -> DictConfig:
+        def _load_configuration_impl(self, *arguments: Any, **options: Any) -> DictConfig:  # all ways lead here
             try:
-                composed = super().load_configuration(*arguments, **options)
+                composed = super()._load_configuration_impl(*arguments, **options)
             except KeyError as error:
                 if error.args and error.args[0] not in os.environ and isinstance(error.__context__, KeyError):
                     raise ConfigError(

@@ -219,9 +219,10 @@ class _PlannedLauncher(Launcher):
         from apt_launch.sweep.options import JobResources, SnapshotOptions
 
         self.umask = current_umask()
+        apart = {*JobResources.model_fields, *SnapshotOptions.model_fields}
         if application_of(task_function) != HYDRA_MAIN:
             _refuse_dropped(config)
-        apart = {*JobResources.model_fields, *SnapshotOptions.model_fields}
+            apart = set()
         values = {key: value for key, value in self.values.items() if key not in apart}
         with _reported(task_function):
             self.backend: Backend = backend(self.name, values)
