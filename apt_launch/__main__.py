@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apt_launch.command_line import output
+from apt_launch.escapes import visible
 
 if TYPE_CHECKING:  # Hydra is loaded where a config is composed, and not to show a page of help
     from omegaconf import DictConfig
@@ -23,10 +24,12 @@ def run(cfg: DictConfig) -> float:
     from hydra.core.hydra_config import HydraConfig
 
     from apt_launch.config.load import load
+    from apt_launch.escapes import escape_logs
     from apt_launch.runs.folder import Checked, RunFolder
     from apt_launch.runs.train import train
     from apt_model.errors import ConfigError
 
+    escape_logs(logging.root.handlers)  # whatever hydra.job_logging has made of them
     path = Path(HydraConfig.get().runtime.output_dir)
     os.chdir(HydraConfig.get().runtime.cwd)  # where relative paths were checked, whatever hydra.job.chdir says
     checked: Checked | None = getattr(
@@ -76,7 +79,7 @@ def _main() -> None:
     except TrainingError as error:
         if wants_traceback or error.__cause__ is not None:
             raise
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {visible(str(error))}\n")
         sys.exit(1)
     except BrokenPipeError:
         raise
@@ -87,7 +90,7 @@ def _main() -> None:
         if wants_traceback:
             raise
         if isinstance(error, OSError) and error.errno in DISK:
-            sys.stderr.write(f"error: {error}\n")
+            sys.stderr.write(f"error: {visible(str(error))}\n")
             sys.exit(1)
         message = understood(error)
         if message is None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 from apt_launch.config.ending import ending
 from apt_launch.config.instantiate import build, build_model
 from apt_launch.config.load import parse_groups
+from apt_launch.escapes import visible
 from apt_launch.runs.folder import About, find_checkpoint
 from apt_launch.secrets import keep_private
 from apt_launch.values import read_frozen
@@ -25,7 +26,7 @@ from apt_model.data.tokenizer import ByteTokenizer, load_tokenizer
 from apt_model.errors import ConfigError
 from apt_model.files import read_regular
 from apt_model.schedule.targets import OF_OPTIMIZER
-from apt_model.training.checkpoint import load, read_manifest
+from apt_model.training.checkpoint import read_manifest
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +82,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     prompts = _prompts(arguments)
     checkpoint, passed_over = find_checkpoint(arguments.folder, "RUN_DIR")
     for reason in passed_over:
-        sys.stderr.write(f"passed over: {reason}\n")
+        sys.stderr.write(f"passed over: {visible(reason)}\n")
     import torch
 
     from apt_model.generation import Sampling, generate
@@ -168,6 +169,7 @@ def restored(checkpoint: Path, device: torch.device) -> tuple[GPT, Tokenizer]:
         ConfigError: the run's config is missing or wrong, or its tokenizer.
         CheckpointError: the checkpoint is damaged.
     """
+    from apt_model.training.saved_state import read_state
     from apt_model.training.schedule_driver import bind, restore_model
 
     path = checkpoint.parent.parent / "config.yaml"
@@ -177,7 +179,7 @@ def restored(checkpoint: Path, device: torch.device) -> tuple[GPT, Tokenizer]:
     model = build_model(values)
     schedule = build(values["schedule"], horizon=horizon)
     bind(schedule, model, more=dict.fromkeys(OF_OPTIMIZER, lambda value: None))
-    restore_model(model, schedule, load(checkpoint))
+    restore_model(model, schedule, read_state(checkpoint))
     schedule.reconcile()
     model.take_lineage()
     kept = path.with_name("tokenizer.json")
@@ -192,12 +194,12 @@ class _Shown:
         self.tokenizer = tokenizer
         self.tokens: list[int] = []
         self.written = 0
-        sys.stdout.write(prompt)
+        sys.stdout.write(visible(prompt))
 
     def add(self, prompt: int, token: int) -> None:
         self.tokens.append(token)
         text = self.tokenizer.decode(self.tokens).rstrip("\ufffd")  # a character may take several tokens
-        sys.stdout.write(text[self.written :])
+        sys.stdout.write(visible(text[self.written :]))
         sys.stdout.flush()
         self.written = max(self.written, len(text))
 
@@ -208,7 +210,8 @@ def _write(prompts: Sequence[str], generated: Generated, tokenizer: Tokenizer, *
         if as_json:
             sys.stdout.write(json.dumps({"prompt": prompt, "text": text, "tokens": len(tokens)}) + "\n")
         else:
-            sys.stdout.write(("---\n" if number else "") + prompt + text + "\n")
+            whole = visible(prompt + text) if sys.stdout.isatty() else prompt + text  # a program gets it as it is
+            sys.stdout.write(("---\n" if number else "") + whole + "\n")
 
 
 def _summary(generated: Generated, checkpoint: Path, model: GPT) -> str:

@@ -20,7 +20,7 @@ GROUND = tuple(
     f"apt_launch.{name}"
     for name in (
         *("version", "record", "rows", "values", "secrets", "lease"),
-        *("commands", "command_line", "drawing", "escapes", "sparkline"),
+        *("commands", "command_line", "drawing", "escapes", "interpolations", "sparkline"),
     )
 )
 MODEL = ("apt_model.schedule", "apt_model.layers", "apt_model.gpt", "apt_model.data", "apt_model.training")

@@ -55,6 +55,7 @@ def check_together(values: Mapping[str, Any], groups: Mapping[str, Any], launch:
         try:
             corpus = build_corpus(values["data"])
             problems += _vocabulary_problems(corpus, model.vocab_size)
+            problems += _bound_problems(corpus, groups["trainer"].batch_size, model.seq_len)
         except ConfigError as error:
             problems += error.problems
     problems += _trainer_problems(groups["trainer"])
@@ -160,6 +161,17 @@ def _vocabulary_problems(corpus: Corpus, vocab_size: int) -> list[str]:
     return [
         f"model.vocab_size = {vocab_size} is less than the {needed} tokens of {place or 'a corpus of bytes'}. Set "
         f"model.vocab_size={needed}, or more."
+    ]
+
+
+def _bound_problems(corpus: Corpus, batch_size: int, seq_len: int) -> list[str]:
+    """Say whether the corpus is cut off before it fills a batch: nothing of it need be read to know that."""
+    most, needed = getattr(corpus, "max_tokens", None), batch_size * seq_len + 1
+    if most is None or most >= needed:
+        return []
+    return [
+        f"data.max_tokens = {most} is less than one batch: trainer.batch_size {batch_size} x model.seq_len {seq_len} + 1 = "
+        f"{needed}. Raise it, or set one of them lower."
     ]
 
 

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from apt_launch.config.composing import is_before_1_4, version_base
 from apt_launch.config.logging_guard import FORMATTERS, HANDLERS, logging_problems
 from apt_launch.config.yaml_file import load_yaml
+from apt_launch.interpolations import bounded
 from apt_launch.secrets import SecretError, refuse_secrets_of_the_environment, secret_error, secret_problems
 from apt_model.errors import ConfigError
 
@@ -117,8 +118,16 @@ def _guarded_loader() -> type:
 
     class GuardedLoader(ConfigLoaderImpl):
         def _load_configuration_impl(self, *arguments: Any, **options: Any) -> DictConfig:  # all ways lead here
+            with bounded():
+                composed = self._composed(*arguments, **options)
+                for name in composed:  # whoever resolves them later meets no more than is met here
+                    _resolve_all(composed, str(name))
+                check_hydra(composed)
+            return composed
+
+        def _composed(self, *arguments: Any, **options: Any) -> DictConfig:
             try:
-                composed = super()._load_configuration_impl(*arguments, **options)
+                return super()._load_configuration_impl(*arguments, **options)
             except KeyError as error:
                 if error.args and error.args[0] not in os.environ and isinstance(error.__context__, KeyError):
                     raise ConfigError(
@@ -126,8 +135,6 @@ def _guarded_loader() -> type:
                         "it out."
                     ) from None
                 raise
-            check_hydra(composed)
-            return composed
 
         def _process_config_searchpath(self, config_name: Any, parsed_overrides: Any, repo: Any) -> None:
             initialize = repo.initialize_sources
@@ -421,6 +428,14 @@ def _as_in_a_run(composed: DictConfig) -> Iterator[Any]:
         yield copy.hydra
     finally:
         HydraConfig.instance().cfg = before
+
+
+def _resolve_all(above: DictConfig, name: str) -> None:
+    """Resolve all below ``above.name``, but for what Hydra acts on, which was; what does not resolve is left to who needs it."""
+    if name != "hydra":
+        node = _try(above, name)
+        for _ in _leaves(node, name) if isinstance(node, DictConfig | ListConfig) else ():
+            pass
 
 
 def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:

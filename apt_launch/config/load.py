@@ -17,6 +17,7 @@ from apt_launch.config.corpus import Counts, plan_horizon
 from apt_launch.config.guard import guard
 from apt_launch.config.menu import CONF as CONF
 from apt_launch.config.run_config import RunConfig
+from apt_launch.interpolations import bounded
 from apt_launch.secrets import check_secrets, secret_error, without_secrets_of_the_environment
 from apt_model.errors import ConfigError, nearest, validated
 
@@ -27,7 +28,8 @@ def load(cfg: DictConfig, counts: Counts | None = None) -> RunConfig:
     Raises:
         ConfigError: with every problem found.
     """
-    values = {str(key): _resolved(cfg, str(key)) for key in cfg if key != "hydra"}
+    with bounded():
+        values = {str(key): _resolved(cfg, str(key)) for key in cfg if key != "hydra"}
     return parse(values, counts)
 
 
@@ -37,7 +39,8 @@ def load_data(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: with every problem found.
     """
-    values: dict[str, Any] = {"data": _resolved(cfg, "data")}
+    with bounded():
+        values: dict[str, Any] = {"data": _resolved(cfg, "data")}
     check_secrets(values)
     problems = missing_libraries({"data": _parse_group("data", values["data"])})
     if problems:

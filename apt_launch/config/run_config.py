@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 from apt_launch.config import schema
 from apt_launch.config.schema import Role, role_of
 from apt_launch.values import flatten
+from apt_model.schedule.prefix import Course
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from apt_model.data import Corpus
-    from apt_model.schedule import Horizon, Program
+    from apt_model.schedule import Clock, Horizon, Program
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,19 @@ class RunConfig:
         """The sha256 of what decides the result."""
         text = json.dumps(self.result_values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def course(self) -> Course:
+        """What the run will do, update by update."""
+        return Course(self.program, flatten(self.values), self._lr(), self.trainer.log_every)
+
+    def _lr(self) -> Callable[[Clock], float]:
+        """Return the learning rate at a clock, before what the curriculum says of it."""
+        base, anneal = self.optimizer.lr, self.trainer.lr_schedule
+        if anneal is None:
+            return lambda clock: base
+        curve = anneal.curve(self.horizon)
+        return lambda clock: base * curve(getattr(clock, anneal.by))
 
     def resuming(self) -> RunConfig:
         """Return the same run, continued from its own newest checkpoint."""

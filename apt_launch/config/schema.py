@@ -5,9 +5,10 @@ Torch stays unloaded: a config is judged before anything heavy is imported.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from functools import cache
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 from pydantic import Field
 
@@ -15,6 +16,7 @@ from apt_launch.sweep.options import LaunchConfig as LaunchConfig
 from apt_launch.sweep.options import LocalLauncherConfig, NotNegative, SlurmLauncherConfig, Text
 from apt_model.schedule import Anneal, Curriculum
 from apt_model.schedule.fields import Positive, PositiveNumber, Strict
+from apt_model.schedule.prefix import Reach
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -35,6 +37,9 @@ class Group(Strict):
 
     role: ClassVar[Role | None] = None
     """The role of every key that has none of its own."""
+
+    reach: ClassVar[Reach | None] = None
+    """Which updates the keys change that do not say so themselves."""
 
     target: str | None = Field(alias="_target_")
 
@@ -60,6 +65,8 @@ class GPTConfig(Group):
 class MoEConfig(Group):
     """``moe=experts``."""
 
+    reach = Reach.MOE
+
     num_experts: Annotated[int, Field(ge=2), Role.FIXED]
     top_k: Positive
     granularity: Annotated[Positive, Role.FIXED]
@@ -80,6 +87,8 @@ class MoEConfig(Group):
 class BiStateConfig(Group):
     """``align=bistate``."""
 
+    reach = Reach.ALIGN
+
     rank: Annotated[Positive, Role.FIXED]
     alpha: Share
     beta: Share
@@ -90,6 +99,8 @@ class BiStateConfig(Group):
 class VoterConfig(Group):
     """``voter=entropy``."""
 
+    reach = Reach.VOTER
+
     threshold: NotNegative
     num_votes: Positive
     dropout: BelowOne
@@ -97,6 +108,8 @@ class VoterConfig(Group):
 
 class ScheduleConfig(Group, Curriculum):
     """``schedule=...``."""
+
+    reach = Reach.SCHEDULED
 
     on_horizon_change: Annotated[Literal["error", "rescale", "keep_absolute"], Role.NEUTRAL] = "error"
 
@@ -165,7 +178,7 @@ class AdamWConfig(Group):
     """``optimizer=adamw``."""
 
     target: Annotated[str | None, Role.FIXED] = Field(alias="_target_")
-    lr: PositiveNumber
+    lr: Annotated[PositiveNumber, Reach.SCHEDULED]
     betas: Annotated[list[BelowOne], Field(min_length=2, max_length=2)]
     eps: PositiveNumber
     weight_decay: NotNegative
@@ -175,20 +188,20 @@ class AdamWConfig(Group):
 class TrainerConfig(Group):
     """``trainer=default``."""
 
-    max_epochs: Positive
+    max_epochs: Annotated[Positive, Reach.SCHEDULED]
     max_batches_per_epoch: Positive | None
     batch_size: Annotated[Positive, Role.FIXED]
     accumulate: Annotated[Positive, Role.FIXED]
-    parallel: Annotated[Literal["ddp", "fsdp"], Role.NEUTRAL]
-    expert_parallel: Annotated[Positive, Role.NEUTRAL]
+    parallel: Annotated[Literal["ddp", "fsdp"], Role.NEUTRAL, Reach.ALL]
+    expert_parallel: Annotated[Positive, Role.NEUTRAL, Reach.ALL]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
     compile: bool = False
-    activation_checkpointing: Annotated[bool, Role.NEUTRAL] = False
+    activation_checkpointing: Annotated[bool, Role.NEUTRAL, Reach.ALL] = False
     grad_clip: PositiveNumber | None
-    lr_schedule: Anneal | None
+    lr_schedule: Annotated[Anneal | None, Reach.SCHEDULED]
     resume: Annotated[Text | None, Role.PROCESS]
-    log_every: Annotated[Positive, Role.NEUTRAL]
+    log_every: Annotated[Positive, Role.NEUTRAL, Reach.ALL]
     validation_batches: Positive | None
     checkpoint_every_epochs: Annotated[Positive, Role.NEUTRAL]
     checkpoint_every_minutes: Annotated[PositiveNumber | None, Role.NEUTRAL]
@@ -198,7 +211,7 @@ class TrainerConfig(Group):
     on_nonfinite: Literal["stop", "skip", "rollback"]
     stall_minutes: Annotated[PositiveNumber | None, Role.PROCESS]
     keep_freed_memory: Annotated[bool, Role.PROCESS]
-    onednn_products: Annotated[bool, Role.PROCESS]
+    onednn_products: Annotated[bool, Role.PROCESS, Reach.ALL]
 
 
 class LightningConfig(TrainerConfig):
@@ -243,6 +256,9 @@ class NoLoggerConfig(LoggerConfig):
     mode: Literal["disabled"]
 
 
+DEFAULT_TRAINER: Final = "apt_model.training.trainer.Trainer"
+"""The ``_target_`` of ``trainer=default``."""
+
 GROUPS: Final[dict[str, dict[str | None, type[Group]]]] = {
     "model": {"apt_model.gpt.GPT": GPTConfig},
     "moe": {"apt_model.layers.moe.MoE": MoEConfig},
@@ -258,7 +274,7 @@ GROUPS: Final[dict[str, dict[str | None, type[Group]]]] = {
     },
     "optimizer": {"torch.optim.AdamW": AdamWConfig},
     "trainer": {
-        "apt_model.training.trainer.Trainer": TrainerConfig,
+        DEFAULT_TRAINER: TrainerConfig,
         "apt_model.integrations.lightning.LightningTrainer": LightningConfig,
         "apt_model.integrations.transformers.HFTrainer": HFConfig,
     },
@@ -288,24 +304,51 @@ class TopLevel(Strict):
     launch: Annotated[LaunchConfig, Role.NEUTRAL]
 
 
-@cache
-def roles() -> dict[str, Role]:
-    """Return the role of each key and group that has one."""
-    found = {name: schema.role for name, schemas in GROUPS.items() for schema in schemas.values() if schema.role}
+Mark = TypeVar("Mark", Role, Reach)
+
+
+def _marks(kind: type[Mark], of_group: str) -> dict[str, Mark]:
+    """Return what fields are marked with, and groups by their attribute ``of_group``: dotted keys and groups to marks."""
+    of_schemas = [(name, getattr(schema, of_group)) for name, schemas in GROUPS.items() for schema in schemas.values()]
+    found: dict[str, Mark] = {name: mark for name, mark in of_schemas if mark}
     places: list[tuple[str, type[Strict]]] = [("", TopLevel)]
     places += [(f"{name}.", schema) for name, schemas in GROUPS.items() for schema in schemas.values()]
     for prefix, schema in places:
         for name, field in schema.model_fields.items():
-            found |= {f"{prefix}{field.alias or name}": role for role in field.metadata if isinstance(role, Role)}
+            found |= {f"{prefix}{field.alias or name}": mark for mark in field.metadata if isinstance(mark, kind)}
     return found
+
+
+@cache
+def roles() -> dict[str, Role]:
+    """Return the role of each key and group that has one."""
+    return _marks(Role, "role")
+
+
+@cache
+def reaches() -> dict[str, Reach]:
+    """Return which updates each key and group changes that says so."""
+    return _marks(Reach, "reach")
+
+
+def _nearest_mark(key: str, known: Mapping[str, Mark]) -> Mark | None:
+    """Return the mark of a dotted key: its own, or that of the key or the group that it belongs to."""
+    while key not in known and "." in key:
+        key = key.rpartition(".")[0]
+    return known.get(key)
 
 
 def role_of(key: str) -> Role | None:
     """Return the role of a dotted key: its own, or that of the key or the group that it belongs to."""
-    known = roles()
-    while key not in known and "." in key:
-        key = key.rpartition(".")[0]
-    return known.get(key)
+    return _nearest_mark(key, roles())
+
+
+def reach_of(key: str) -> Reach:
+    """Return which updates a dotted key changes: all of them, unless it is said; none, if it changes no result."""
+    found = _nearest_mark(key, reaches())
+    if found is None:
+        return Reach.NONE if role_of(key) in (Role.NEUTRAL, Role.PROCESS) else Reach.ALL
+    return found
 
 
 def all_keys() -> list[str]:

@@ -39,7 +39,7 @@ def _preview(arguments: argparse.Namespace, overrides: list[str], painter: Paint
     from apt_launch.preview.terminal import MOST_OVERLAID, config_of, show
     from apt_model.files import refuse_place, write_atomic
 
-    plan = gather(with_profile_file(overrides), arguments.config_dir)
+    plan = gather(with_profile_file(overrides), arguments.config_dir, multirun=arguments.multirun)
     jobs = plan.jobs[:MOST_OVERLAID]
     folder: Path = arguments.out
     refuse_place(folder, "--out")
@@ -96,7 +96,7 @@ examples:
     add("--gpu", metavar="KIND", help="sizes, with hours and what fits on a kind of GPU: a100, h100, ...")
     add("--gpus", type=int, metavar="N", help="sizes, with what each of N GPUs needs that share the model")
     add("--config-dir", "-cd", type=Path, metavar="DIR", help="a folder of your own groups and options")
-    add("--multirun", "-m", action="store_true", help="taken for granted: several values always expand")
+    add("--multirun", "-m", action="store_true", help="refuse what a sweep refuses; several values always expand")
     add("--dry-run", action="store_true", help="taken for granted")
     return parser
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
 
-from apt_launch.commands import command, config_flags, override
+from apt_launch.commands import config_flags, for_all_ranks, override, words_of
 from apt_launch.config.run_config import RunConfig
-from apt_launch.config.schema import Role, role_of
+from apt_launch.config.schema import DEFAULT_TRAINER, EXTRAS, Role, role_of
 from apt_launch.values import changed_keys
 from apt_model.errors import CheckpointError, ConfigError
 from apt_model.files import STRICT, from_json, in_home, read_json, read_regular, refuse_links, refuse_place, write_json
@@ -108,8 +107,8 @@ class RunFolder:
                 with contextlib.suppress(OSError):  # it holds more
                     above.rmdir()
 
-    def resume_command(self) -> str:
-        """Return the command that continues the run: what began it, from its newest checkpoint."""
+    def how_to_resume(self, config: RunConfig) -> str:
+        """Say how the run continues: by what began it, on as many ranks, from its newest checkpoint."""
         path = self.path / ".hydra" / "overrides.yaml"
         flags: list[str] = []
         if (
@@ -119,10 +118,19 @@ class RunFolder:
             flags = config_flags()
             given = [str(one) for one in (*overrides.hydra, *overrides.task) if str(one) not in flags]
         else:
-            given = [str(one) for one in OmegaConf.load(path)] if path.exists() else []
+            given = _overrides_in(path)
         kept = [one for one in given if one.lstrip("+").partition("=")[0] not in OF_ONE_ATTEMPT]
-        place = override("hydra.run.dir", self.path)
-        return command("apt_launch", *flags, *kept, place, "trainer.resume=auto")
+        line, remark = for_all_ranks(words_of("apt_launch", *flags, *kept, *self.resume_overrides(config)))
+        return f"Go on with{remark}: {line}"
+
+    def resume_overrides(self, config: RunConfig) -> list[str]:
+        """Return what a command that goes on with the run has of its own."""
+        found = [override("hydra.run.dir", self.path), "trainer.resume=auto"]
+        if (
+            type(config.trainer) in EXTRAS
+        ):  # that goes on from no checkpoint, and the default one does from those of all
+            found.append(f"trainer._target_={DEFAULT_TRAINER}")
+        return found
 
     def check(self, config: RunConfig) -> Checked:
         """Return that ``config`` may be run here, see :meth:`check_free`."""
@@ -219,6 +227,17 @@ class RunFolder:
         if changed:
             notes.append(f"resumed with other values than before: {', '.join(changed)}")
         return Resume(checkpoint.absolute(), manifest.get("rows", 0), tuple(notes))
+
+
+def _overrides_in(path: Path) -> list[str]:
+    """Return the overrides that a run's folder has kept; none, where they cannot be read."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(read_regular(path))
+    except (FileNotFoundError, ConfigError, yaml.YAMLError, ValueError, RecursionError):
+        return []
+    return [one for one in found if isinstance(one, str)] if isinstance(found, list) else []
 
 
 def find_checkpoint(path: Path, key: str) -> tuple[Path, list[str]]:

@@ -89,7 +89,7 @@ def run_once(checked: Checked, folder: RunFolder, stop: StopRequest, member: Mem
     except Interrupted as interrupted:
         session.finish("interrupted")
         if not isinstance(interrupted, Drilled) and member is None and stop.own_process:
-            logger.info("%s. Go on with: %s", interrupted, folder.resume_command())
+            logger.info("%s. %s", interrupted, folder.how_to_resume(config))
         raise
     except NonFiniteError as error:
         if not may_roll_back(config, left_out):

@@ -201,6 +201,9 @@ class Application(Protocol):
     def is_neutral(self, key: str) -> bool:
         """Return whether the key cannot change a result."""
 
+    def job_logging(self) -> Mapping[str, Any] | None:
+        """Return how jobs log, as ``hydra.job_logging`` says it: a sweep refuses another; None: it is not compared."""
+
     def columns(self, rows: Sequence[Mapping[str, float]]) -> Sequence[tuple[str, str]]:
         """Return the metrics that a table of jobs shows, each with its format, given the jobs' last rows."""
 

@@ -198,4 +198,5 @@ def _as_json(one: Status) -> dict[str, Any]:
         "age": one.age,
         "phase": one.phase,
         "row": dict(one.row),
+        "damaged_rows": one.damaged_rows,
     }

@@ -164,8 +164,11 @@ def _reported(task: TaskFunction) -> Iterator[None]:
         yield
 
 
-def _refuse_dropped(config: DictConfig) -> None:
+def refuse_dropped(config: DictConfig, job_logging: Mapping[str, Any] | None) -> None:
     """Refuse what Hydra obeys in a single run, and a planned job, which Hydra does not start, would not.
+
+    Args:
+        job_logging: how jobs log, as ``hydra.job_logging`` would say it; None: nobody knows.
 
     Raises:
         ConfigError: with every such key.
@@ -196,10 +199,13 @@ def _refuse_dropped(config: DictConfig) -> None:
             "names the folder that holds them."
         )
     asked = [str(override).lstrip("+~") for override in (node.get("overrides") or {}).get("hydra") or ()]
-    if any(override.startswith(("hydra.job_logging", "hydra/job_logging")) for override in asked):
+    changed = job_logging is not None and node.get("job_logging") != job_logging
+    if changed or any(override.startswith(("hydra.job_logging", "hydra/job_logging")) for override in asked):
         problems.append(
             "hydra.job_logging: jobs of a sweep log to train.log and log.txt in their folders. Leave it out."
         )
+    if node.get("verbose"):
+        problems.append("hydra.verbose: jobs of a sweep log what a run logs. Leave it out, or run one job alone.")
     if problems:
         raise ConfigError(*problems)
 
@@ -221,13 +227,14 @@ class _PlannedLauncher(Launcher):
             ConfigError: a value of the launcher is wrong, or a key of Hydra's would be dropped in silence.
         """
         from apt_launch.secrets import current_umask
+        from apt_launch.sweep.application import application_of, load
         from apt_launch.sweep.backends.registry import backend
         from apt_launch.sweep.options import JobResources, SnapshotOptions
 
         self.umask = current_umask()
         apart = {*JobResources.model_fields, *SnapshotOptions.model_fields}
         if not is_foreign(task_function):
-            _refuse_dropped(config)
+            refuse_dropped(config, load(application_of(task_function)).job_logging())
             apart = set()
         values = {key: value for key, value in self.values.items() if key not in apart}
         with _reported(task_function):

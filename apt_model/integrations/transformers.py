@@ -242,8 +242,14 @@ class ScheduleCallback(transformers.TrainerCallback, ExportableState):
         self._listen()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Notice whether the optimizer really steps."""
+        """Notice whether the optimizer really steps.
+
+        Raises:
+            ConfigError: this epoch of a stream has had all updates that were planned, and the curriculum goes by epochs.
+        """
         self._stop_listening()
+        if self._run is not None:
+            self._run.before_update()
         self._hooks = [self.driver.watch()]
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:

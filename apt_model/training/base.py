@@ -14,7 +14,7 @@ from torch import Tensor
 
 from apt_model.data import Corpus, Sampler
 from apt_model.data.batches import Batches
-from apt_model.errors import ConfigError, HorizonError, TrainingError
+from apt_model.errors import CheckpointError, ConfigError, HorizonError, TrainingError
 from apt_model.gpt import GPT
 from apt_model.schedule import Anneal, Change, Clock, ScheduleRunner
 from apt_model.schedule.targets import OF_OPTIMIZER
@@ -28,6 +28,7 @@ from apt_model.training.optimizer import named_state, parameter_groups
 from apt_model.training.options import CheckpointOptions, ComputeOptions, LoopOptions, NonFinitePolicy
 from apt_model.training.parallel import engine
 from apt_model.training.randomness import random_state
+from apt_model.training.saved_state import read_state
 from apt_model.training.schedule_driver import ScheduleDriver, bind
 from apt_model.training.sharding import clip_gradients, gathered_state
 from apt_model.training.validation import Validation
@@ -61,8 +62,8 @@ class BaseTrainer(ScheduleDriver):
         stop_requested: asked after each update; True makes it the last one before a checkpoint and ``Interrupted``.
 
     Raises:
-        ConfigError: the device or its precision is not there, the corpus is too small, ranks cannot share a batch, or this
-            trainer cannot resume.
+        ConfigError: the device or its precision is not there, the corpus is too small, ranks cannot share a batch, this trainer
+            cannot resume, or the checkpoint holds something that no run goes on from.
     """
 
     model: GPT
@@ -92,6 +93,11 @@ class BaseTrainer(ScheduleDriver):
             raise ConfigError(
                 f"trainer.resume: {type(self).__name__} cannot go on from a checkpoint. Go on from it with trainer=default."
             )
+        if resume is not None:  # before anything is written or trained
+            try:
+                read_state(resume)
+            except CheckpointError as error:
+                raise ConfigError(f"trainer.resume: {error}") from None
         self.loop, self.compute, self.saving, self.nonfinite = loop, compute, saving, nonfinite
         self.resume = resume
         self.checkpoints = checkpoints

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from apt_model.errors import Interrupted, NonFiniteError
 from apt_model.schedule import Change, Clock
-from apt_model.training import checkpoint
 from apt_model.training.base import BaseTrainer, Batch
 from apt_model.training.distributed import average_buffers
 from apt_model.training.optimizer import load_named_state
 from apt_model.training.randomness import restore_random_state
+from apt_model.training.saved_state import read_state
 from apt_model.training.schedule_driver import restore_model
 
 logger = logging.getLogger(__name__)
@@ -141,13 +141,14 @@ class Trainer(BaseTrainer):
             CheckpointError: it is missing or damaged.
             ConfigError: it was made for another model, or for another length of the run.
         """
-        state = checkpoint.load(path)
+        state = read_state(path)
         restore_model(self.model, self.schedule, state, switches=self.engine.switches())
         self._lr_factor = self._lay_out_lr()
         load_named_state(self.optimizer, self.model, state["optimizer"])
         self.schedule.reconcile()
         self.follow()
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # what the checkpoint was made with may have needed none
+            self.scaler.load_state_dict(state["scaler"])
         self.clock = Clock(**state["clock"])
         for name, value in state["progress"].items():
             setattr(self, name, value)

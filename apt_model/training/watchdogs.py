@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from apt_model.files import open_kept
 from apt_model.limits import Memory, memory_limits
 from apt_model.schedule import Change
 from apt_model.training.callbacks import Callback, TrainerView
@@ -194,7 +195,7 @@ class Watchdog(Callback):
         """Begin to look."""
         device = trainer.device
         self.memory = self.memory or (lambda: {"the host": host_memory(), str(device): device_memory(device)})
-        self._file = self.log.open("a", encoding="utf-8")
+        self._file = open_kept(self.log, append=True)
         self._note()
         self._thread = threading.Thread(target=self._look, args=(trainer,), name="watchdog", daemon=True)
         self._thread.start()

@@ -172,6 +172,10 @@ def test_keys_in_yaml_equal_parameters_of_the_class(target: tuple[str, type[sche
         (["data.tokenizer=nowhere"], r"^data\.tokenizer: there is no file 'nowhere' .*--train-tokenizer"),
         (["data=hf", "data.path=x", "data.streaming=true"], r"^data\.streaming: .*Set data\.max_tokens"),
         (["data=hf", "data.path=x", "data.data_files=[1]"], r"^data\.data_files"),
+        (
+            ["data=hf", "data.path=x", "data.streaming=true", "data.max_tokens=2000"],
+            r"^data\.max_tokens = 2000 is less than one batch: trainer\.batch_size 16 x model\.seq_len 256 \+ 1 = 4097\.",
+        ),
         (["data=shards", "data.path=nowhere"], r"^data\.path: 'nowhere' holds no shards: .*apt_launch\.tokenize"),
         (["model.vocab_size=100"], r"^model\.vocab_size = 100 is less than the 256 tokens"),
         (["schedule.route_temp.end=0"], r"^schedule\.route_temp\.end = 0 is outside its domain"),

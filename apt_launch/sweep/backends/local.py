@@ -22,7 +22,7 @@ from apt_launch.sweep.jobs.state import ObservedState, State, transition
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
 from apt_model.errors import ConfigError
-from apt_model.files import write_json
+from apt_model.files import refuse_link, write_json
 
 
 class LocalBackend:
@@ -66,6 +66,7 @@ class LocalBackend:
 
         machine = Machine.here()
         own = folder / ".submitit"
+        refuse_link(own)
         own.mkdir(mode=0o700, parents=True, exist_ok=True)
         name = f"worker-{len(list(own.glob('worker-*.json')))}"
         write_json(worker_file(folder, name), asdict(Holder.this_process()))  # until the worker names itself

@@ -7,17 +7,19 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from apt_launch.escapes import visible
 from apt_launch.lease import Holder, heartbeats
 from apt_launch.sweep.application import Resources, load
 from apt_launch.sweep.backends.machine import Machine, worker_file
 from apt_launch.sweep.jobs import process
-from apt_launch.sweep.jobs.state import ENDED, read_state, transition
+from apt_launch.sweep.jobs.state import ENDED, ask_to_cancel, read_state, transition, wants_cancel
 from apt_launch.sweep.plan.plan import Plan
-from apt_model.errors import ReportedError
+from apt_model.errors import ConfigError, ReportedError
 from apt_model.files import write_json
 
 MOST_RESTARTS = 20
@@ -112,7 +114,7 @@ class Worker:
     def _start(self, name: str) -> None:
         if self.name is not None and read_state(self.sweep / name).job_id not in (None, self.name):
             return  # cancelled while it waited, and sent again since
-        if process.wants_cancel(self.sweep / name):
+        if wants_cancel(self.sweep / name):
             transition(self.sweep / name, "cancelled", cause="before it began")
             return
         resources = self.resources[name]
@@ -130,7 +132,7 @@ class Worker:
             except BaseException:
                 import traceback
 
-                traceback.print_exc()
+                sys.stderr.write(visible(traceback.format_exc()))
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
@@ -160,7 +162,10 @@ class Worker:
         """Ask every job to stop, and kill those that have not after :data:`GRACE_SECONDS`."""
         self.cancelled = True
         for pid, (name, _, _) in self.running.items():
-            (self.sweep / name / "cancel").touch()
+            with suppress(
+                ConfigError, OSError
+            ):  # a handler ends no worker: the job then stops as one that is preempted
+                ask_to_cancel(self.sweep / name)
             os.kill(pid, signal.SIGTERM)
 
         def kill(number: int, frame: Any) -> None:

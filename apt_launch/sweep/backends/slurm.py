@@ -20,10 +20,11 @@ from typing import Any, Final
 from apt_launch.sweep.application import Resources
 from apt_launch.sweep.backends.slurm_pack import run_packed_on_slurm
 from apt_launch.sweep.backends.slurm_task import run_on_slurm
-from apt_launch.sweep.jobs.state import ENDED, ObservedState, State, read_state, transition
+from apt_launch.sweep.jobs.state import ENDED, ObservedState, State, ask_to_cancel, read_state, transition
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
 from apt_model.errors import ConfigError
+from apt_model.files import open_regular, refuse_link
 
 AWAY: Final = re.compile(
     r"contact slurm controller|Socket timed out|Connection refused|Transport endpoint|Zero Bytes|slurmctld|"
@@ -41,6 +42,9 @@ FAILURES: Final = {
     "TIMEOUT": "it reached its time limit before it could write a checkpoint (hydra.launcher.signal_delay_s)",
     "COMPLETED": "SLURM says COMPLETED, but it wrote no result",
 }
+LAST_BYTES: Final = 1 << 16
+"""Of a log, in which its last line is looked for."""
+
 QUEUED: Final = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"})
 RUNNING: Final = frozenset({"RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT"})
 PREEMPTED: Final = frozenset({"PREEMPTED", "SUSPENDED", "STOPPED"})
@@ -186,6 +190,7 @@ class SlurmBackend:
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         own = folder / ".submitit"
+        refuse_link(own)
         own.mkdir(mode=0o700, parents=True, exist_ok=True)
         name = f"apt-{plan.id}-{jobs[0].number}-{int(time.time())}"
         executor = submitit.SlurmExecutor(own, python=self.values["python"] or shlex.quote(sys.executable))
@@ -291,7 +296,8 @@ class SlurmBackend:
             ConfigError: SLURM refuses, or stays away.
         """
         for name in jobs:
-            (folder / name / "cancel").touch()
+            with contextlib.suppress(ConfigError):  # a link in its place: scancel stops the job all the same
+                ask_to_cancel(folder / name)
         if not whole and self.values["pack"] > 1:  # others run in the same task, whose worker looks for the files
             self._wait_for_ends([folder / name for name, state in jobs.items() if state.state == "running"])
             return
@@ -407,10 +413,10 @@ def _last_words(folder: Path, state: State) -> str:
     """Return the last line that the job printed, into its own log or before it had one."""
     logs = [folder / "log.txt", *(folder.parent / ".submitit").glob(f"*{state.job_id}_0_log.out")]
     for log in logs:
-        with contextlib.suppress(OSError):
-            lines = [
-                line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
-            ]
+        with contextlib.suppress(OSError, ConfigError), open_regular(log) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_BYTES))
+            end = file.read().decode("utf-8", errors="replace")
+            lines = [line.strip() for line in end.splitlines() if line.strip()]
             if lines:
                 return f" Last line of {log.name}: {lines[-1][:200]}"
     return ""

@@ -14,8 +14,8 @@ from apt_launch.sweep.application import Resources
 from apt_launch.sweep.backends.local_worker import Worker, end_with_parent
 from apt_launch.sweep.backends.machine import Machine
 from apt_launch.sweep.backends.slurm_task import cores_of_task, requeue, task_id
-from apt_launch.sweep.jobs.process import STOP_SIGNALS, perform, wants_cancel
-from apt_launch.sweep.jobs.state import ENDED, read_state
+from apt_launch.sweep.jobs.process import STOP_SIGNALS, perform
+from apt_launch.sweep.jobs.state import ENDED, read_state, wants_cancel
 from apt_model.errors import ConfigError
 
 LOOK_SECONDS: Final = 1.0

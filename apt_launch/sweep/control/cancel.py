@@ -19,7 +19,8 @@ def cancel(folder: Path, numbers: Sequence[int] = ()) -> list[Status]:
         numbers: the jobs; empty: all.
 
     Raises:
-        ConfigError: there is no sweep or no such job, or the cluster does not answer.
+        ConfigError: there is no sweep or no such job, the cluster does not answer, or a job's folder is a link; all others are
+            cancelled then.
     """
     ledger = Ledger(folder)
     ledger.plan.check_numbers(numbers)
@@ -34,8 +35,14 @@ def cancel(folder: Path, numbers: Sequence[int] = ()) -> list[Status]:
     if sent:
         where = backend(ledger.plan.launcher, ledger.plan.launcher_values)
         where.cancel(folder, sent, whole=not numbers)
+    problems: list[str] = []
     for name in not_ended:
-        transition(folder / name, "cancelled", cause="on request")
+        try:
+            transition(folder / name, "cancelled", cause="on request")
+        except ConfigError as error:  # it keeps no other job from being cancelled
+            problems += error.problems
+    if problems:
+        raise ConfigError(*problems)
     return ledger.statuses()
 
 

@@ -14,6 +14,7 @@ from apt_launch.sweep.backends.registry import backend
 from apt_launch.sweep.control.follow import say
 from apt_launch.sweep.control.ledger import Ledger
 from apt_launch.sweep.control.send import prepare
+from apt_launch.sweep.jobs.state import CANCEL
 from apt_launch.values import changed_keys, flatten, read_frozen, unflatten
 from apt_model.errors import ConfigError
 
@@ -65,9 +66,9 @@ def resume(folder: Path, overrides: Sequence[str] = (), numbers: Sequence[int] =
     where = backend(plan.launcher, plan.launcher_values)
     where.check(replace(plan, jobs=tuple(again)))
     plan.write(folder)
-    for job in again:
-        (folder / job.folder / "cancel").unlink(missing_ok=True)
     prepare(plan, folder, again)
+    for job in again:
+        (folder / job.folder / CANCEL).unlink(missing_ok=True)
     for line in where.send(plan, folder, again):
         say(line)
     return len(again)

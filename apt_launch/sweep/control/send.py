@@ -16,7 +16,7 @@ from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
 from apt_launch.values import to_yaml
 from apt_model.errors import ConfigError
-from apt_model.files import read_regular, refuse_links, refuse_place, write_atomic, write_json
+from apt_model.files import read_regular, refuse_link, refuse_links, refuse_place, write_atomic, write_json
 
 
 def show_plan(plan: Plan, folder: Path, where: Backend) -> None:
@@ -146,10 +146,7 @@ def prepare(plan: Plan, folder: Path, jobs: Sequence[Job]) -> None:
     """
     for job in jobs:
         own = folder / job.folder
-        if own.is_symlink():
-            raise ConfigError(
-                f"{own} is a link, and nothing is written through links. Remove it: the job is then run anew."
-            )
+        refuse_link(own)
         refuse_links(own, f"job {job.number}")
     for job in jobs:
         own = folder / job.folder

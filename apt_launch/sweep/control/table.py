@@ -46,6 +46,8 @@ def show(plan: Plan, statuses: Sequence[Status], folder: Path) -> None:
                 soft_wrap=True,
                 markup=False,
             )
+        if one.remark is not None:
+            screen.print(f"job {one.job.number}: {one.remark}", highlight=False, soft_wrap=True, markup=False)
     if any(one.state in ("failed", "cancelled") for one in statuses):
         screen.print(
             f"Run them again, from their checkpoints: {command('apt_launch.sweep', 'resume', folder)}",

@@ -15,13 +15,14 @@ from typing import Any, ClassVar, Final, Literal
 
 from apt_launch.command_line import take_any_character
 from apt_launch.commands import command
+from apt_launch.escapes import escape_logs
 from apt_launch.lease import Holder, Lease
 from apt_launch.secrets import keep_private
 from apt_launch.sweep.application import TRAINER, JobContext, Program, Result, load
-from apt_launch.sweep.jobs.state import State, read_state, transition
+from apt_launch.sweep.jobs.state import State, read_state, transition, wants_cancel
 from apt_launch.values import read_frozen
 from apt_model.errors import ConfigError, Interrupted, TrainingError, cause_of
-from apt_model.files import STRICT, read_json
+from apt_model.files import STRICT, read_json, refuse_links
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ def perform(
     _write_output_to(folder / ("log.txt" if rank == 0 else f"log-{rank}.txt"))
     take_any_character()
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s", force=True)
+    escape_logs(logging.root.handlers)
     before = read_state(folder)
     attempts = restart if restart is not None else before.restarts
     try:
@@ -193,6 +195,9 @@ class _Attempt:
 
     def _run(self) -> Result:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        refuse_links(
+            self.folder, f"job {self.about.number}"
+        )  # put there since it was sent, or since an earlier attempt
         application = load(self.about.application, self.about.program)
         os.chdir(self.about.cwd)
         values = read_frozen(self.folder / "config.yaml")
@@ -222,11 +227,6 @@ class _Attempt:
             resume=resume,
             cores=self.cores,
         )
-
-
-def wants_cancel(folder: Path) -> bool:
-    """Return whether somebody asked the job to stop for good."""
-    return (folder / "cancel").exists()
 
 
 def _write_output_to(path: Path) -> None:

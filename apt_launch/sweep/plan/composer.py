@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from apt_launch.interpolations import bounded
 from apt_launch.secrets import without_values_of_the_environment as clean
 from apt_launch.sweep.application import JobSpec, Program, load
 
@@ -77,6 +78,11 @@ class Composer:
         Raises:
             ConfigError: with every problem found.
         """
+        with bounded():
+            return self._application.check(self._with_values(overrides))
+
+    def _with_values(self, overrides: Sequence[str]) -> DictConfig:
+        """Compose one config, whose values are those of ``overrides`` until the next is composed."""
         from hydra._internal.config_loader_impl import ConfigLoaderImpl
         from hydra.errors import HydraException
 
@@ -95,7 +101,7 @@ class Composer:
                 _name_overrides(cfg, self._of_hydra, overrides, self._parse)
         except HydraException as error:
             raise self._application.explain(error) from None
-        return self._application.check(cfg)
+        return cfg
 
     def _compose(self, structural: Sequence[str]) -> DictConfig:
         from omegaconf import OmegaConf

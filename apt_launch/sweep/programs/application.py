@@ -107,6 +107,9 @@ class HydraMain:
             return True  # values of other classes have other keys, or are used alike
         return any(fnmatchcase(key, one) or key.startswith(f"{one}.") for one in self.about.neutral)
 
+    def job_logging(self) -> None:
+        """Return None: a program logs as its config says."""
+
     def run(self, folder: Path, values: Mapping[str, Any], job: JobContext) -> Result:
         """Run the program in this process, as by hand, with the frozen config.
 

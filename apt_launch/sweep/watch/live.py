@@ -15,7 +15,7 @@ from typing import Any, Final
 from apt_launch.commands import command
 from apt_launch.record import RecordReader, Row
 from apt_launch.rows import enabled, is_number, is_scheduled_value
-from apt_launch.sweep.control.ledger import Ledger, Status
+from apt_launch.sweep.control.ledger import Ledger, Status, damaged_rows
 from apt_launch.sweep.jobs.state import WAITING
 from apt_launch.sweep.plan.plan import Plan
 from apt_launch.sweep.report.findings import COUNTED, Findings, Trial, along, compare, headline
@@ -287,7 +287,11 @@ class Watch:
             phase = application.phase(runner.last) if runner.last else None
             if (problem := runner.reader.problem) is not None:
                 status = replace(status, state="unknown", cause=problem, damaged=True)
-            statuses.append(replace(status, row=runner.last, phase=phase))
+            reader = runner.reader
+            remark = damaged_rows(reader.path, len(reader.damaged), reader.lines)
+            statuses.append(
+                replace(status, row=runner.last, phase=phase, damaged_rows=len(reader.damaged), remark=remark)
+            )
             seen = [time for time in (answer.last_seen(status), runner.reader.touched) if time is not None]
             facts = _facts(statuses[-1], runner, trial) | {
                 "colour": styles[trial.job.number],
@@ -344,7 +348,7 @@ def _facts(status: Status, runner: Runner, trial: Trial) -> dict[str, Any]:
         "asked": job.label,
         "state": status.state,
         "attempt": status.restarts + 1,
-        "cause": status.cause,
+        "cause": status.cause or status.remark,
         "steps": steps,
         "step": step + 1 if step is not None else 0,
         "phase": status.phase,
