@@ -45,9 +45,9 @@ def bounded() -> Iterator[None]:
     ways = {name: getattr(container, name) for name in ("_resolve_node_interpolation", "_evaluate_custom_resolver")}
     count = _Count(parse)
 
-    def resolved(self: Any, parse_tree: Any, node: Any, memo: Any = None, key: Any = None) -> Any:
+    def resolved(self: Any, parse_tree: Any, node: Any, memo: Any = None, key: Any = None, **more: Any) -> Any:
         with count.value_of(self, key):
-            found = resolve(self, parse_tree, node, memo=memo, key=key)
+            found = resolve(self, parse_tree, node, memo=memo, key=key, **more)  # more: of OmegaConf 2.4
             count.add(found)
             return found
 

@@ -117,7 +117,7 @@ def _guarded_loader() -> type:
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
     class GuardedLoader(ConfigLoaderImpl):
-        def load_configuration(self, *arguments: Any, **options: Any) -> DictConfig:
+        def _load_configuration_impl(self, *arguments: Any, **options: Any) -> DictConfig:  # all ways lead here
             with bounded():
                 composed = self._composed(*arguments, **options)
                 for name in composed:  # whoever resolves them later meets no more than is met here
@@ -127,7 +127,7 @@ def _guarded_loader() -> type:
 
         def _composed(self, *arguments: Any, **options: Any) -> DictConfig:
             try:
-                return super().load_configuration(*arguments, **options)
+                return super()._load_configuration_impl(*arguments, **options)
             except KeyError as error:
                 if error.args and error.args[0] not in os.environ and isinstance(error.__context__, KeyError):
                     raise ConfigError(

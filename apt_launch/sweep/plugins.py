@@ -83,9 +83,10 @@ class PlanSweeper(Sweeper):
 
         options = validated(SweeperOptions, self.options, key="hydra.sweeper")
         if not isinstance(self.launcher, _PlannedLauncher):
+            names = ("apt", "apt_local or apt_slurm") if is_foreign(self.task_function) else ("plan", "local or slurm")
             raise ConfigError(
-                "hydra/launcher: this sweeper sends through hydra/launcher=apt_local or apt_slurm (local or slurm where they "
-                "have these names). For another launcher choose hydra/sweeper=basic."
+                f"hydra/launcher: hydra/sweeper={names[0]} sends through {names[1]}. For another launcher choose "
+                "hydra/sweeper=basic."
             )
         backend = self.launcher.backend
         plan = make(
@@ -143,14 +144,20 @@ def _program_of(task: TaskFunction, config: DictConfig, umask: int) -> Program:
     return replace(found, snapshot=checkout)
 
 
+def is_foreign(task: TaskFunction) -> bool:
+    """Return whether the function is that of a program of somebody else, which has no marked application of its own."""
+    from apt_launch.sweep.application import HYDRA_MAIN, application_of
+
+    return application_of(task) == HYDRA_MAIN
+
+
 @contextmanager
 def _reported(task: TaskFunction) -> Iterator[None]:
     """Report a user's mistake in a foreign program as this package's commands do; its own application has a way of its own."""
     from apt_launch.command_line import ending
     from apt_launch.secrets import kept_private
-    from apt_launch.sweep.application import HYDRA_MAIN, application_of
 
-    if application_of(task) != HYDRA_MAIN:
+    if not is_foreign(task):
         yield
         return
     with ending(), kept_private():
@@ -220,15 +227,15 @@ class _PlannedLauncher(Launcher):
             ConfigError: a value of the launcher is wrong, or a key of Hydra's would be dropped in silence.
         """
         from apt_launch.secrets import current_umask
-        from apt_launch.sweep.application import HYDRA_MAIN, application_of, load
+        from apt_launch.sweep.application import application_of, load
         from apt_launch.sweep.backends.registry import backend
         from apt_launch.sweep.options import JobResources, SnapshotOptions
 
         self.umask = current_umask()
-        name = application_of(task_function)
-        if name != HYDRA_MAIN:
-            refuse_dropped(config, load(name).job_logging())
         apart = {*JobResources.model_fields, *SnapshotOptions.model_fields}
+        if not is_foreign(task_function):
+            refuse_dropped(config, load(application_of(task_function)).job_logging())
+            apart = set()
         values = {key: value for key, value in self.values.items() if key not in apart}
         with _reported(task_function):
             self.backend: Backend = backend(self.name, values)

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Final
 from apt_launch.sweep import job as own_job
 from apt_launch.sweep.application import JobContext, JobSpec, Program, Resources, Result
 from apt_launch.sweep.programs import start
-from apt_launch.sweep.programs.freeze import TYPES, Freezer, is_finite
+from apt_launch.sweep.programs.freeze import TYPES, Freezer
 from apt_launch.sweep.programs.metrics import Follower
 from apt_launch.values import flatten
-from apt_model.errors import ConfigError, Interrupted, cause_of
+from apt_model.errors import ConfigError, Interrupted
 from apt_model.files import write_json
 
 if TYPE_CHECKING:
@@ -132,6 +132,8 @@ class HydraMain:
             job_id=_job_id(job.number),
             overrides=job.overrides,
         )
+        if self.about.snapshot is not None:
+            _say(f"code: a copy of {self.about.snapshot}, see {folder.parent / 'snapshot.json'}")
         context = own_job.begin(folder, self.output(folder, values, job.number), first=job.rank == 0)
         _say_how_it_begins(job, context.has_checkpoint)
         for number in SIGNALS:
@@ -165,7 +167,7 @@ class HydraMain:
             name = self.about.objective or (next(iter(numbers)) if len(numbers) == 1 else None)
             if name is None or name not in numbers:
                 wanted = f"none of them is {name!r}" if name else "hydra.sweeper.objective names none of them"
-                sys.stdout.write(f"The function returned {', '.join(named) or 'an empty mapping'}, and {wanted}.\n")
+                _say(f"The function returned {', '.join(named) or 'an empty mapping'}, and {wanted}.")
                 return None, numbers
             return numbers[name], {**numbers, self.metric: numbers[name]}
         value = _number(returned)
@@ -245,8 +247,7 @@ def _job_id(number: int) -> str:
 def _say_how_it_begins(job: JobContext, has_checkpoint: bool) -> None:
     if job.attempt:
         how = "its checkpoints are in job.checkpoints" if has_checkpoint else "it has none, and starts anew"
-        sys.stdout.write(f"attempt {job.attempt + 1}: {how}\n")
-        sys.stdout.flush()
+        _say(f"attempt {job.attempt + 1}: {how}")
 
 
 def _say_how_it_ends(has_checkpoint: bool) -> None:
@@ -255,7 +256,12 @@ def _say_how_it_ends(has_checkpoint: bool) -> None:
         if has_checkpoint
         else "it has written nothing into job.checkpoints, and will start anew"
     )
-    sys.stdout.write(f"asked to stop: {how}\n")
+    _say(f"asked to stop: {how}")
+
+
+def _say(line: str) -> None:
+    """Write a line to the job's log."""
+    sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
@@ -278,6 +284,3 @@ def _as_json(value: Any) -> Any:
         return value
     number = _number(value)
     return number if number is not None else repr(value)[:1000]
-
-
-__all__ = ["HydraMain", "cause_of", "is_finite", "program"]

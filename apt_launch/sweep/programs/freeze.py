@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import enum
-import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -312,8 +311,3 @@ def _escaped(text: str) -> str:
     if "${" not in text:
         return text
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
-
-
-def is_finite(value: Any) -> bool:
-    """Return whether ``value`` is a number that can be compared."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
