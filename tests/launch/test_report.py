@@ -64,10 +64,37 @@ SIX = ["schedule.route_temp.end=0.6,0.8", "seed=0,1,2"]
 ENDS = [[(100, 4.0), (200, value)] for value in (2.0, 2.2, 2.7, 3.0, 3.1, 3.2)]
 
 
+def test_a_lead_that_seeds_cannot_tell_from_chance_is_called_so(planned: Sweep) -> None:
+    folder, plan = planned(
+        ["schedule.route_temp.end=0.6,0.8", "seed=0,1"], [[(100, value)] for value in (2.0, 2.1, 2.01, 2.13)]
+    )
+    # ahead by 0.01 and 0.03: t is 12.706 with one degree of freedom; 2.776 x 0.014142 / sqrt(5) is the first below 0.02
+    assert headline(find(folder, states(plan, *["done"] * 4))) == (
+        "Best of 2 settings: route_temp.end=0.6, val/loss 2.0500 on average over 2 seeds. It leads route_temp.end=0.8 by "
+        "0.02000 ± 0.12706 over 2 seeds: no difference that these seeds can show; 3 more seeds would show one of this size."
+    )
+
+
+def test_of_many_settings_the_best_needs_a_larger_lead(planned: Sweep) -> None:
+    ends = ",".join(f"0.{digit}" for digit in range(2, 8))
+    losses = [2.0 + (number // 2) * 0.02 + (0.1 if number % 2 else 0.0) for number in range(12)]
+    losses[3] += 0.001  # ahead by 0.02 and 0.021
+    folder, plan = planned([f"schedule.route_temp.end={ends}", "seed=0,1"], [[(100, value)] for value in losses])
+    lead = find(folder, states(plan, *["done"] * 12)).lead
+    assert lead is not None
+    assert lead.settings == 6
+    # five comparisons: t(1; 0.995) = tan(pi x 0.495) = 63.657, times 0.00070711 / sqrt(2)
+    assert lead.half_interval(2) == pytest.approx(63.657 * 0.0005, rel=1e-3)
+
+
 def test_the_lowest_value_wins_and_its_command_runs_that_very_job(planned: Sweep, text_file: Path) -> None:
     folder, plan = planned(SIX, ENDS)
     findings = find(folder, states(plan, *["done"] * 6))
-    assert headline(findings) == "Best of 6: job 0 (route_temp.end=0.6 seed=0), val/loss 2.0000."
+    # ahead by 1.0, 0.9 and 0.5: 0.8 on average, and 4.303 x 0.26458 / sqrt(3)
+    assert headline(findings) == (
+        "Best of 2 settings: route_temp.end=0.6, val/loss 2.3000 on average over 3 seeds. It leads route_temp.end=0.8 by "
+        "0.80000 ± 0.65724 over 3 seeds: more than chance gives."
+    )
     assert findings.best is not None
     words = shlex.split(findings.command(findings.best))
     assert words[:3] == ["python", "-m", "apt_launch"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -117,6 +118,51 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Lead:
+    """How far the best setting is ahead of the next, seed by seed, and whether that can be told from chance.
+
+    The interval is Student's, of 95 % for all comparisons with the best together (Bonferroni): the best of many settings is
+    ahead by chance more often than the better of two.
+    """
+
+    metric: str
+    best: Group
+    second: Group
+    settings: int
+    ahead: tuple[float, ...]  # of each seed that both have; above 0: the best one is better
+
+    def half_interval(self, seeds: int) -> float:
+        """Return half of the interval that the spread of these differences would have with ``seeds`` of them; two or more."""
+        from scipy.special import stdtrit
+
+        t = float(stdtrit(seeds - 1, 1 - 0.025 / (self.settings - 1)))
+        return t * statistics.stdev(self.ahead) / math.sqrt(seeds)
+
+    def more_seeds(self) -> int | None:
+        """Return how many more seeds would show a lead of this size; None: more than 10,000."""
+        lead, have = statistics.fmean(self.ahead), len(self.ahead)
+        return next((n - have for n in range(have + 1, 10_001) if self.half_interval(n) < lead), None)
+
+    def __str__(self) -> str:
+        seeds = len(self.ahead)
+        mean = self.best.estimate.mean
+        found = f"{self.best.label}, {self.metric} {mean:.4f} on average over {_seeds(len(self.best.by_seed))}."
+        if seeds < 2:
+            return f"{found} {_seeds(seeds).capitalize()} shared with {self.second.label} cannot tell its lead from chance."
+        lead, half = statistics.fmean(self.ahead), self.half_interval(seeds)
+        found += f" It leads {self.second.label} by {lead:.5f} ± {half:.5f} over {_seeds(seeds)}: "
+        if lead > half:
+            return found + "more than chance gives."
+        more = self.more_seeds() if lead > 0 else None
+        remedy = f"{_seeds(more, 'more ')} would show one of this size" if more else "more seeds would hardly show one"
+        return found + f"no difference that these seeds can show; {remedy}."
+
+
+def _seeds(number: int, word: str = "") -> str:
+    return f"{number} {word}seed{'s' * (number != 1)}"
+
+
+@dataclass(frozen=True)
 class Findings:
     """What can be said of a sweep as far as it is."""
 
@@ -161,6 +207,19 @@ class Findings:
                 members.setdefault(settings, {})[seeds] = self.values[trial.job.number]
         groups = [Group(dict(settings), by_seed) for settings, by_seed in members.items()]
         return sorted(groups, key=lambda group: self.rank(group.estimate.mean))
+
+    @property
+    def lead(self) -> Lead | None:
+        """How far the best setting is ahead of the next; None: there is one setting, or no seeds were swept."""
+        groups = self.groups
+        if not self.has_seeds or len(groups) < 2:
+            return None
+        best, second = groups[0], groups[1]
+        sign = -1.0 if self.direction == "maximize" else 1.0
+        ahead = [
+            sign * (second.by_seed[seed] - value) for seed, value in best.by_seed.items() if seed in second.by_seed
+        ]
+        return Lead(self.metric, best, second, len(groups), tuple(ahead))
 
     @property
     def reference(self) -> Group:
@@ -214,6 +273,9 @@ def headline(findings: Findings) -> str:
     if best is None:
         return f"{findings.plan.summary}; nothing to compare yet."
     word = "Best" if findings.tokens is None else "Best so far"
+    lead = findings.lead
+    if lead is not None:
+        return f"{word} of {len(findings.groups)} settings: {lead}"
     value = findings.values[best.job.number]
     return f"{word} of {len(findings.values)}: job {best.job.number} ({best.label}), {findings.metric} {value:.4f}."
 
