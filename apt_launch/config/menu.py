@@ -18,6 +18,7 @@ COMMANDS: Final = {
     "apt_launch.sweep": "a sweep after its launch, from any terminal",
     "apt_launch.generate": "text from a run's checkpoint",
     "apt_launch.evaluate": "loss, perplexity and bits a byte of a run's checkpoint",
+    "apt_launch.compare": "runs side by side, at equal tokens",
     "apt_launch.average": "the mean of the weights of a run's checkpoints",
     "apt_launch.export": "a run's weights as transformers and vLLM load them",
     "apt_launch.tokenize": "memory-mapped shards of a large corpus",

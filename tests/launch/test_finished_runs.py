@@ -98,6 +98,35 @@ def test_the_mean_of_checkpoints_is_a_run_like_any_other(forks: Forks, place: Pa
         assert (ended.code, told in ended.err) == (2, True), ended.err
 
 
+def test_runs_are_compared_at_equal_tokens(forks: Forks, place: Path) -> None:
+    short = (
+        "schedule=experts",
+        "trainer.max_epochs=3",
+        "optimizer.lr=0.01",
+        "hydra.run.dir=short",
+        "trainer.keep_last=1",
+    )
+    given = [override for override in SMALL if not override.startswith("trainer.max_epochs")]
+    assert forks.run(*given, *short, "data=text", "data.path=text.txt", cwd=place).code == 0
+    found = json.loads(run(forks, place, "compare", "run", "short", "--json").out)
+    assert found["tokens"][-1] == 3 * 4 * 2 * 16
+    for name in ("run", "short"):
+        rows = [row for row in read_rows(place / name / "metrics.jsonl") if "val/loss" in row and row["tokens"] <= 384]
+        assert found["values"][name][-1] == rows[-1]["val/loss"]
+    assert found["differences"] == {"optimizer.lr": [0.002, 0.01], "trainer.max_epochs": [6, 3]}
+    assert (place / "compared.png").stat().st_size > 1000
+    shown = run(forks, place, "compare", "run", "short")
+    assert "val/loss at equal tokens" in shown.out
+    assert "optimizer.lr" in shown.out
+    for arguments, told in (
+        (("run",), "Name two or more"),
+        (("run", "nowhere"), "no run here"),
+        (("run", "short", "--metric", "x"), "no row with"),
+    ):
+        ended = run(forks, place, "compare", *arguments)
+        assert (ended.code, told in ended.err) == (2, True), ended.err
+
+
 def test_a_run_begins_with_the_weights_of_another_and_with_nothing_else(forks: Forks, place: Path) -> None:
     more = ("data=text", "data.path=text.txt", "trainer.init_from=run", "trainer.max_epochs=1", "trainer.batch_size=4")
     given = [override for override in SMALL if not override.startswith(("trainer.max_epochs", "trainer.batch_size"))]
