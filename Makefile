@@ -9,7 +9,7 @@ EXAMPLES ?= 400
 TESTS ?= tests
 WORKERS ?= 5
 
-.PHONY: help run test test-fast coverage soak gpu lint docs wheel pythons clean
+.PHONY: help run test test-fast coverage soak gpu lint docs wheel pythons hydra14 clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -51,6 +51,9 @@ wheel: $(VENV)/.installed ## build the wheel and run it from another folder in a
 
 pythons: $(VENV)/.made ## what needs no torch, on Python 3.10 and 3.13, where they are
 	PYTHON_BIN="$(abspath $(BIN)/python)" sh tests/pythons.sh
+
+hydra14: $(VENV)/.installed ## composing, plugins and security with Hydra 1.4
+	PYTHON_BIN="$(abspath $(BIN)/python)" sh tests/hydra14.sh
 
 clean: ## remove the environment and what tools left
 	rm -rf $(VENV) build dist .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apt_launch.command_line import output
+from apt_launch.escapes import visible
 
 if TYPE_CHECKING:  # Hydra is loaded where a config is composed, and not to show a page of help
     from omegaconf import DictConfig
@@ -23,10 +24,12 @@ def run(cfg: DictConfig) -> float:
     from hydra.core.hydra_config import HydraConfig
 
     from apt_launch.config.load import load
+    from apt_launch.escapes import escape_logs
     from apt_launch.runs.folder import Checked, RunFolder
     from apt_launch.runs.train import train
     from apt_model.errors import ConfigError
 
+    escape_logs(logging.root.handlers)  # whatever hydra.job_logging has made of them
     path = Path(HydraConfig.get().runtime.output_dir)
     os.chdir(HydraConfig.get().runtime.cwd)  # where relative paths were checked, whatever hydra.job.chdir says
     checked: Checked | None = getattr(
@@ -55,6 +58,7 @@ def _main() -> None:
         return
     import hydra
 
+    from apt_launch.allow import take_flags
     from apt_launch.config import guard
     from apt_launch.config.menu import CONF
     from apt_launch.config.profile_file import with_profile_file
@@ -67,15 +71,16 @@ def _main() -> None:
     logging.raiseExceptions = False  # a log that cannot be written is no reason to fill the terminal
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
-        sys.argv[1:] = with_profile_file(flags_first(sys.argv[1:]))
+        sys.argv[1:] = with_profile_file(flags_first(take_flags(sys.argv[1:])))
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on as they are, and we say what they mean
         register()
         guard.install()
-        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(application(TRAINER)(run))()
+        decorated = hydra.main(config_path=str(CONF), config_name="config", **guard.main_arguments())
+        decorated(application(TRAINER)(run))()
     except TrainingError as error:
         if wants_traceback or error.__cause__ is not None:
             raise
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {visible(str(error))}\n")
         sys.exit(1)
     except BrokenPipeError:
         raise
@@ -86,7 +91,7 @@ def _main() -> None:
         if wants_traceback:
             raise
         if isinstance(error, OSError) and error.errno in DISK:
-            sys.stderr.write(f"error: {error}\n")
+            sys.stderr.write(f"error: {visible(str(error))}\n")
             sys.exit(1)
         message = understood(error)
         if message is None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging.config
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from apt_launch.escapes import escape_logs
 from apt_launch.rows import enabled
 from apt_launch.sweep.application import JobContext, JobSpec, Resources, Result
 from apt_launch.values import from_yaml
@@ -24,6 +25,10 @@ class Trainer:
     """Plans and runs training runs."""
 
     program = ("python", "-m", "apt_launch")
+    metric = "val/loss"
+    direction = "minimize"
+    axis = "tokens"
+    trusts_folder = False
 
     def __init__(self) -> None:
         self._counts: Counts = {}  # tokens of corpora: many jobs read one text
@@ -58,6 +63,18 @@ class Trainer:
         from apt_launch.config.run_config import is_neutral
 
         return is_neutral(key)
+
+    def job_logging(self) -> Mapping[str, Any]:
+        """Return how jobs log: as a run does."""
+        return from_yaml(_logging_as_written())
+
+    def columns(self, rows: Sequence[Mapping[str, float]]) -> Sequence[tuple[str, str]]:
+        """Return the losses, and the speed."""
+        return (("train/loss", ".4f"), ("val/loss", ".4f"), ("tokens_per_second", ",.0f"))
+
+    def output(self, folder: Path, values: Mapping[str, Any], number: int) -> Path:
+        """Return the job's own folder."""
+        return folder
 
     def run(self, folder: Path, values: Mapping[str, Any], job: JobContext) -> Result:
         """Train in this process; return the final validation loss."""
@@ -103,17 +120,32 @@ class Trainer:
         return "+".join(enabled(row)) or "dense"
 
     def shared_updates(self, a: JobSpec, b: JobSpec) -> int:
-        """Return 0: runs share no updates yet."""
-        return 0
+        """Return the number of first updates of ``a`` that are those of ``b``; 0 where its trainer cannot continue."""
+        from apt_launch.config.schema import EXTRAS, reach_of
+        from apt_model.schedule.prefix import shared_updates
+
+        if type(b.config.trainer) in EXTRAS:
+            return 0
+        return shared_updates(a.config.course, b.config.course, reach_of)
+
+    def environment(self) -> Mapping[str, str]:
+        """Return the packages that this process allows, as its jobs inherit the word of who sends them."""
+        from apt_launch.allow import VARIABLE, word
+
+        return {VARIABLE: word()}
 
 
 def _configure_logging(folder: Path | None) -> None:
     """Log as a run of the command does; see ``conf/hydra/job_logging``. None: of a rank that writes nothing."""
-    from apt_launch.config.menu import CONF
-
-    text = (CONF / "hydra" / "job_logging" / "train_log.yaml").read_text(encoding="utf-8")
-    settings = from_yaml(text.replace("${hydra.runtime.output_dir}", str(folder)))
+    settings = from_yaml(_logging_as_written().replace("${hydra.runtime.output_dir}", str(folder)))
     if folder is None:
         del settings["handlers"]["file"]
         settings["root"]["handlers"] = ["console"]
     logging.config.dictConfig(settings)
+    escape_logs(logging.root.handlers)
+
+
+def _logging_as_written() -> str:
+    from apt_launch.config.menu import CONF
+
+    return (CONF / "hydra" / "job_logging" / "train_log.yaml").read_text(encoding="utf-8")

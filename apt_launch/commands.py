@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 WHERE_CONFIGS_ARE = ("--config-dir", "--config-name", "--config-path")
@@ -14,7 +15,35 @@ SHORT = {"-cd": "--config-dir", "-cn": "--config-name", "-cp": "--config-path"}
 
 def command(module: str, *words: str | Path) -> str:
     """Return the command line ``python -m module`` with ``words``, which a shell reads as they are."""
-    return shlex.join(["python", "-m", module, *map(str, words)])
+    return shlex.join(words_of(module, *words))
+
+
+def words_of(module: str, *words: str | Path) -> list[str]:
+    """Return the words of :func:`command`."""
+    return ["python", "-m", module, *map(str, words)]
+
+
+def for_all_ranks(words: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[str, str]:
+    """Return the command that starts ``words`` on all ranks of this process's run, and what has to be said beside it.
+
+    Args:
+        words: ``python -m MODULE ...``, what each rank is started with.
+        environment: None: that of this process, where torchrun names the ranks.
+    """
+    known = os.environ if environment is None else environment
+    world = known.get("WORLD_SIZE", "1")
+    if world == "1":
+        return shlex.join(words), ""
+    python, *rest = words
+    if "TORCHELASTIC_RUN_ID" not in known:
+        return shlex.join(words), f", by what started these {world} processes"
+    ranks, nodes = known.get("LOCAL_WORLD_SIZE", world), known.get("GROUP_WORLD_SIZE", "1")
+    begun = [python, "-m", "torch.distributed.run", "--nproc-per-node", ranks]
+    if nodes == "1":
+        return shlex.join([*begun, "--standalone", *rest]), ""
+    place = ["--master-addr", known["MASTER_ADDR"], "--master-port", known["MASTER_PORT"]]
+    node = ["--nnodes", nodes, "--node-rank", known.get("GROUP_RANK", "0"), *place]
+    return shlex.join([*begun, *node, *rest]), ", on each node with its own --node-rank"
 
 
 def override(key: str, value: str | Path) -> str:

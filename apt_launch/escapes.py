@@ -5,6 +5,7 @@ HTML has ``html.escape`` and templates that escape by themselves; pictures take 
 
 from __future__ import annotations
 
+import logging
 import re
 from functools import cache
 from html import escape
@@ -26,6 +27,20 @@ FORMULA: Final = re.compile(r"\s*[=+\-@]")
 def visible(text: str) -> str:
     """Return ``text`` for a terminal or a log: control characters are written out, such as ``\\x1b``."""
     return CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+
+
+def escape_logs(handlers: Iterable[logging.Handler]) -> None:
+    """Write out control characters in what ``handlers`` log from now on, in tracebacks, too; colours of a formatter stay."""
+    for handler in handlers:
+        handler.addFilter(_as_text)
+
+
+def _as_text(record: logging.LogRecord) -> bool:
+    record.msg, record.args = visible(record.getMessage()), ()
+    if record.exc_info and not record.exc_text:
+        record.exc_text = logging.Formatter().formatException(record.exc_info)
+    record.exc_text = visible(record.exc_text) if record.exc_text else None
+    return True
 
 
 def cell(value: Any) -> Any:

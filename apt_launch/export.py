@@ -98,6 +98,7 @@ examples:
     add("--layout", default="auto", metavar="NAME", help=f"auto (the first that holds it), {', '.join(LAYOUTS)}")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights (fp32)")
     add("--checkpoint", default="newest", metavar="WHICH", help="newest, best (lowest val/loss) or a step (newest)")
+    add("--ema", action="store_true", help="the average of the weights (trainer.ema) instead of the last ones")
     add("--without", default="", metavar="PARTS", help=f"leave out what no layout holds: {','.join(OPTIONAL)}")
     add("--shard-gb", type=float, default=5.0, metavar="GB", help="size of a file of weights at the most (5)")
     return found
@@ -122,7 +123,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
     from apt_model.layouts.writing import seal, write_weights
 
-    model, tokenizer = restored(checkpoint, torch.device("cpu"))
+    model, tokenizer, _ = restored(checkpoint, torch.device("cpu"))
     run = RunFolder(checkpoint.parent.parent)
     values = read_frozen(run.config)
     difference = _leave_out(model, values, without)

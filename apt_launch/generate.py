@@ -15,9 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from apt_launch.allow import take_flags
+from apt_launch.config.catalogue import modules
 from apt_launch.config.ending import ending
 from apt_launch.config.instantiate import build, build_model
 from apt_launch.config.load import parse_groups
+from apt_launch.escapes import visible
 from apt_launch.runs.folder import About, find_checkpoint
 from apt_launch.secrets import keep_private
 from apt_launch.values import read_frozen
@@ -25,14 +28,13 @@ from apt_model.data.tokenizer import ByteTokenizer, load_tokenizer
 from apt_model.errors import ConfigError
 from apt_model.files import read_regular
 from apt_model.schedule.targets import OF_OPTIMIZER
-from apt_model.training.checkpoint import load, read_manifest
+from apt_model.training.checkpoint import read_manifest
 
 if TYPE_CHECKING:
     import torch
 
     from apt_model.data.tokenizer import Tokenizer
     from apt_model.generation import Generated
-    from apt_model.gpt import GPT
 
 LOWEST_TEMPERATURE: Final = 1e-30
 """Above 0: logits divided by less overflow."""
@@ -42,7 +44,7 @@ def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 the command line or the folder is wrong, 130 interrupted."""
     keep_private()
     with ending():
-        _generate(parser().parse_args())
+        _generate(parser().parse_args(take_flags(sys.argv[1:])))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,6 +75,8 @@ examples:
     add("--vote-threshold", type=float, metavar="NATS", help="entropy above which there are votes; else the run's")
     add("--seed", type=int, default=0, metavar="N", help="of draws and votes (0)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
+    add("--allow", metavar="PACKAGE", help="a package of yours whose classes the run's config may name")
+    add("--ema", action="store_true", help="the average of the weights that trainer.ema kept")
     add("--json", action="store_true", help="for programs: a line of JSON for each text")
     return found
 
@@ -81,28 +85,32 @@ def _generate(arguments: argparse.Namespace) -> None:
     prompts = _prompts(arguments)
     checkpoint, passed_over = find_checkpoint(arguments.folder, "RUN_DIR")
     for reason in passed_over:
-        sys.stderr.write(f"passed over: {reason}\n")
+        sys.stderr.write(f"passed over: {visible(reason)}\n")
     import torch
 
     from apt_model.generation import Sampling, generate
     from apt_model.training.device import choose_device
+    from apt_model.training.subject import Rereader
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     try:
         device = choose_device(arguments.device)
     except RuntimeError as error:
         raise ConfigError(f"--device: {error}") from None
-    model, tokenizer = restored(checkpoint, device)
+    model, tokenizer, seq_len = restored(checkpoint, device, ema=arguments.ema)
+    voter: Any = getattr(model, "voter", None)
+    if voter is None and (arguments.voter != "auto" or arguments.vote_threshold is not None):
+        raise ConfigError("--voter: this run's model has none. Leave --voter and --vote-threshold out.")
     if arguments.voter != "auto":
-        model.voter.enable(arguments.voter == "on")
+        voter.enable(arguments.voter == "on")
     if arguments.vote_threshold is not None:
-        model.voter.threshold.fill_(arguments.vote_threshold)
+        voter.threshold.fill_(arguments.vote_threshold)
     begin = begin_of_texts(read_frozen(checkpoint.parent.parent / "config.yaml"), tokenizer)
     torch.manual_seed(arguments.seed)
     watched = len(prompts) == 1 and not arguments.json and sys.stdout.isatty()
     shown = _Shown(tokenizer, prompts[0]) if watched else None
     generated = generate(
-        model,
+        model if callable(getattr(model, "next_logits", None)) else Rereader(model, seq_len),
         [[*begin, *tokenizer.encode(prompt)] for prompt in prompts],
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
@@ -162,28 +170,40 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     return [prompt for prompt in prompts for _ in range(arguments.num_samples)]
 
 
-def restored(checkpoint: Path, device: torch.device) -> tuple[GPT, Tokenizer]:
-    """Return a run's model as it was at ``checkpoint``, and what its tokens mean.
+def restored(checkpoint: Path, device: torch.device, *, ema: bool = False) -> tuple[Any, Tokenizer, int]:
+    """Return a run's model as it was at ``checkpoint``, what its tokens mean, and the length of its sequences.
+
+    Args:
+        ema: whether to take the average of the weights that ``trainer.ema`` kept.
 
     Raises:
-        ConfigError: the run's config is missing or wrong, or its tokenizer.
+        ConfigError: the run's config is missing or wrong, or its tokenizer; or it has no average.
         CheckpointError: the checkpoint is damaged.
     """
+    from apt_model.training.saved_state import read_state
     from apt_model.training.schedule_driver import bind, restore_model
+    from apt_model.training.subject import take_lineage
 
     path = checkpoint.parent.parent / "config.yaml"
     values = read_frozen(path)
-    parse_groups(values)
+    groups, _ = parse_groups(values)
     horizon = About.of(checkpoint, read_manifest(checkpoint)).horizon
     model = build_model(values)
-    schedule = build(values["schedule"], horizon=horizon)
+    schedule = build(values["schedule"], horizon=horizon, modules=modules(values))
     bind(schedule, model, more=dict.fromkeys(OF_OPTIMIZER, lambda value: None))
-    restore_model(model, schedule, load(checkpoint))
+    state = read_state(checkpoint)
+    if ema:
+        if "ema" not in state:
+            raise ConfigError(
+                f"--ema: {checkpoint} has no average of the weights. Train with trainer.ema=0.999, for instance."
+            )
+        state["model"] = state["model"] | state["ema"]
+    restore_model(model, schedule, state)
     schedule.reconcile()
-    model.take_lineage()
+    take_lineage(model)
     kept = path.with_name("tokenizer.json")
     tokenizer = load_tokenizer(kept) if kept.exists() else ByteTokenizer()
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), tokenizer, groups["model"].seq_len
 
 
 def begin_of_texts(values: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
@@ -198,12 +218,12 @@ class _Shown:
         self.tokenizer = tokenizer
         self.tokens: list[int] = []
         self.written = 0
-        sys.stdout.write(prompt)
+        sys.stdout.write(visible(prompt))
 
     def add(self, prompt: int, token: int) -> None:
         self.tokens.append(token)
         text = self.tokenizer.decode(self.tokens).rstrip("\ufffd")  # a character may take several tokens
-        sys.stdout.write(text[self.written :])
+        sys.stdout.write(visible(text[self.written :]))
         sys.stdout.flush()
         self.written = max(self.written, len(text))
 
@@ -214,13 +234,14 @@ def _write(prompts: Sequence[str], generated: Generated, tokenizer: Tokenizer, *
         if as_json:
             sys.stdout.write(json.dumps({"prompt": prompt, "text": text, "tokens": len(tokens)}) + "\n")
         else:
-            sys.stdout.write(("---\n" if number else "") + prompt + text + "\n")
+            whole = visible(prompt + text) if sys.stdout.isatty() else prompt + text  # a program gets it as it is
+            sys.stdout.write(("---\n" if number else "") + whole + "\n")
 
 
-def _summary(generated: Generated, checkpoint: Path, model: GPT) -> str:
+def _summary(generated: Generated, checkpoint: Path, model: Any) -> str:
     """Return what was done, in one line."""
     on = [name for name, is_on in _modules(model).items() if is_on]
-    votes = f", {generated.voted_fraction:.0%} voted on" if model.voter.enabled else ""
+    votes = f", {generated.voted_fraction:.0%} voted on" if "voter" in on else ""
     return (
         f"{checkpoint.name} ({' + '.join(on) or 'dense'}): {sum(map(len, generated.tokens))} tokens at "
         f"{generated.tokens_per_second:,.0f} a second{votes}; {generated.prompt_tokens} of the prompts in "
@@ -228,11 +249,13 @@ def _summary(generated: Generated, checkpoint: Path, model: GPT) -> str:
     )
 
 
-def _modules(model: GPT) -> dict[str, bool]:
+def _modules(model: Any) -> dict[str, bool]:
+    from apt_model.layers.in_place import moe_layers
+
+    parts = {name: getattr(model, name, None) for name in ("align", "voter")}
     return {
-        "moe": any(layer.enabled for layer in model.moe_layers),
-        "align": model.align.enabled,
-        "voter": model.voter.enabled,
+        "moe": any(layer.enabled for layer in moe_layers(model)),
+        **{name: part is not None and part.enabled for name, part in parts.items()},
     }
 
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from apt_model.errors import ConfigError
-from apt_model.files import read_json
+from apt_model.files import open_new, read_json, refuse_link
 
 INTERVAL = 2.0
 """Seconds between two heartbeats: changes of the file's time."""
@@ -112,7 +112,7 @@ class Lease:
         holder: who asks for it.
 
     Raises:
-        ConfigError: another process writes there.
+        ConfigError: another process writes there, or a link is in the file's place.
     """
 
     def __init__(self, path: Path, holder: Holder) -> None:
@@ -125,12 +125,14 @@ class Lease:
 
     def _acquire(self) -> None:
         aside = self.path.with_name(f".{self.path.name}.{self.holder.token}")
-        aside.write_text(json.dumps(asdict(self.holder)), encoding="utf-8")
+        with open_new(aside) as file:
+            file.write(json.dumps(asdict(self.holder)).encode())
         try:
             try:
                 os.link(aside, self.path)
                 return
             except FileExistsError:
+                refuse_link(self.path)
                 before = read_holder(self.path)
             earlier = before is not None and self._is_later_than(before)
             if before is not None and not earlier and is_alive(self.path):
@@ -161,7 +163,7 @@ class Lease:
                 sys.stderr.flush()
                 os._exit(LOST)
             try:
-                os.utime(self.path)
+                os.utime(self.path, follow_symlinks=False)
             except OSError:
                 continue  # a file system that is away for a moment
 
@@ -230,7 +232,7 @@ def heartbeats(path: Path) -> Iterator[None]:
                 signal.signal(number, signal.SIG_DFL)
             while os.getppid() == parent:
                 with suppress(OSError):  # a file system that is away for a moment
-                    os.utime(path)
+                    os.utime(path, follow_symlinks=False)
                 time.sleep(INTERVAL)
         finally:
             os._exit(0)
@@ -244,6 +246,6 @@ def heartbeats(path: Path) -> Iterator[None]:
 
 def _touched(path: Path) -> int:
     try:
-        return path.stat().st_mtime_ns
+        return path.lstat().st_mtime_ns
     except OSError:
         return 0

@@ -12,17 +12,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from apt_launch.commands import override
+from apt_launch.allow import allowing
 from apt_launch.config.explain import understood
 from apt_launch.config.load import composing, load
 from apt_launch.config.run_config import RunConfig
+from apt_launch.escapes import escape_logs
 from apt_launch.record import Row, read_rows
 from apt_launch.runs.alone import alone_in_process
 from apt_launch.runs.folder import RunFolder
 from apt_model.errors import ConfigError, Interrupted
-from apt_model.files import read_json, write_atomic
+from apt_model.files import STRICT, from_json, read_json, read_regular, write_atomic
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """The schema of what is shown of ``summary.json``."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    state: str
+    losses: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,11 @@ class Run:
     @property
     def summary(self) -> dict[str, Any]:
         """What ``summary.json`` holds: state, final and best metrics, when modules were enabled."""
-        return read_json(RunFolder(self.folder).summary, dict[str, Any], remedy="Resume the run, which writes it anew.")
+        path, remedy = RunFolder(self.folder).summary, "Resume the run, which writes it anew."
+        content = read_json(path, dict[str, Any], remedy=remedy)
+        parts = {"state": content.get("state"), "losses": content.get("val/loss", {})}
+        from_json(json.dumps(parts), _Summary, where=str(path), remedy=remedy)
+        return content
 
     def curve(self, metric: str) -> tuple[list[int], list[float]]:
         """Return the steps at which ``metric`` was logged, and its values: ``plt.plot(*run.curve("val/loss"))``."""
@@ -61,7 +76,7 @@ class Run:
         epochs = "".join(f"<th>{escape(str(epoch))}</th>" for epoch in losses)
         values = "".join(f"<td>{loss:.4f}</td>" for loss in losses.values())
         picture = RunFolder(self.folder).schedule
-        drawn = base64.b64encode(picture.read_bytes()).decode() if picture.exists() else ""
+        drawn = base64.b64encode(read_regular(picture)).decode() if picture.exists() else ""
         return (
             f"<p>{escape(repr(self))}</p><table><tr><th>epoch</th>{epochs}</tr><tr><th>val/loss</th>{values}</tr></table>"
             + (
@@ -72,9 +87,9 @@ class Run:
         )
 
 
-def run(overrides: Sequence[str]) -> Run:
+def run(overrides: Sequence[str], allow: Sequence[str] = ()) -> Run:
     """Compose, check and train here; see :func:`apt_launch.run`."""
-    with alone_in_process():
+    with alone_in_process(), allowing(allow):
         return _run(overrides)
 
 
@@ -87,11 +102,10 @@ def _run(overrides: Sequence[str]) -> Run:
         (folder / ".hydra").mkdir(exist_ok=True)
         write_atomic(folder / ".hydra" / "overrides.yaml", json.dumps([*overrides]) + "\n")
         try:
-            train(config, folder, checked=checked, own_process=False)
+            train(config, folder, checked=checked, own_process=False, alone=True)
         except Interrupted as interrupted:
-            raise KeyboardInterrupt(
-                f"{interrupted}. Go on with: apt_launch.run([..., {override('hydra.run.dir', folder)!r}, 'trainer.resume=auto'])"
-            ) from None
+            more = ", ".join(map(repr, RunFolder(folder).resume_overrides(config)))
+            raise KeyboardInterrupt(f"{interrupted}. Go on with: apt_launch.run([..., {more}])") from None
         except ConfigError:
             RunFolder(folder).discard()
             raise
@@ -142,6 +156,7 @@ def _logging_to(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(RunFolder(folder).log, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    escape_logs([file])
     loggers = [logging.getLogger(name) for name in ("apt_launch", "apt_model")]
     before = [(logger.level, logger.propagate, logger.handlers) for logger in loggers]
     for logger in loggers:

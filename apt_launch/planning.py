@@ -10,11 +10,12 @@ from apt_launch.sweep.plan.plan import Plan
 from apt_model.errors import ConfigError
 
 
-def gather(arguments: Sequence[str], own_options: Path | None = None) -> Plan:
-    """Plan what ``python -m apt_launch --multirun ARGUMENTS`` would send.
+def gather(arguments: Sequence[str], own_options: Path | None = None, *, multirun: bool = False) -> Plan:
+    """Plan what ``python -m apt_launch --multirun ARGUMENTS`` would send, or the one job of a run.
 
     Args:
         own_options: a folder of groups and options, as ``--config-dir`` gives it.
+        multirun: whether a sweep is meant also where it has one job.
 
     Raises:
         ConfigError: a job is wrong, or there is no such folder.
@@ -25,11 +26,11 @@ def gather(arguments: Sequence[str], own_options: Path | None = None) -> Plan:
     from apt_launch.config import guard
     from apt_launch.config.composing import config_loader
     from apt_launch.config.menu import CONF
-    from apt_launch.sweep.application import TRAINER
+    from apt_launch.sweep.application import TRAINER, load
     from apt_launch.sweep.backends.registry import backend_of
     from apt_launch.sweep.plan.composer import Composer
     from apt_launch.sweep.plan.expand import make
-    from apt_launch.sweep.plugins import register
+    from apt_launch.sweep.plugins import refuse_dropped, register
 
     if own_options is not None and not os.path.isdir(own_options):  # noqa: PTH112  (Path.is_dir raises where a name is too long)
         raise ConfigError(f"--config-dir: there is no folder {str(own_options)!r} (looked in {Path.cwd()}).")
@@ -38,15 +39,19 @@ def gather(arguments: Sequence[str], own_options: Path | None = None) -> Plan:
     with config_loader(CONF, own_options) as loader:
         composer = Composer(loader, "config", TRAINER)
         parsed = composer.parse(arguments)
-        hydra = composer.compose([str(o.input_line) for o in parsed if not o.is_sweep_override()]).hydra
+        composed = composer.compose([str(o.input_line) for o in parsed if not o.is_sweep_override()])
+        hydra = composed.hydra
         sweeper = OmegaConf.to_container(hydra.sweeper, resolve=True)
         launcher = OmegaConf.to_container(hydra.launcher, resolve=True)
         assert isinstance(sweeper, dict)
         assert isinstance(launcher, dict)
-        return make(
+        plan = make(
             [str(o.input_line) for o in parsed if not o.key_or_group.startswith(("hydra.", "hydra/"))],
             target=backend_of(hydra.runtime.choices["hydra/launcher"], {str(key): launcher[key] for key in launcher}),
             composer=composer,
             params=sweeper.get("params"),
             zipped=sweeper.get("zip") or (),
         )
+        if multirun or plan.asked > 1:
+            refuse_dropped(composed, load(TRAINER).job_logging())
+        return plan

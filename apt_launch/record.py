@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from apt_model.errors import ConfigError
 from apt_model.files import open_new, open_regular
@@ -21,8 +22,11 @@ Row = dict[str, float]
 COUNTERS = ("step", "epoch", "samples", "tokens", "time")
 """What counts how far a run is: finite in every row that has it."""
 
+LONGEST_LINE = 1 << 24
+"""Bytes of a line; a longer one is damage, and is not kept in memory to see where it ends."""
+
 CHUNK = 1 << 20
-TAIL = 1 << 14
+TAIL = 1 << 18
 """Bytes that are read at once: of a record from its beginning, and of its end alone."""
 
 
@@ -38,7 +42,7 @@ class Record:
     def __init__(self, path: Path, *, keep_rows: int = 0) -> None:
         self.path = path
         kept = _first_lines(path, keep_rows) if path.exists() and keep_rows else []
-        if kept and not kept[-1].endswith(b"\n"):  # cut off by a crash
+        while kept and not kept[-1].endswith(b"\n"):  # cut off by a crash, or longer than any row
             kept.pop()
         if len(kept) < keep_rows:
             logger.warning("%s has %d rows, but the checkpoint knew %d.", path, len(kept), keep_rows)
@@ -122,24 +126,32 @@ class RecordReader:
                 if file.read(len(self._last)) != self._last:
                     self._begin_again()
                     file.seek(0)
-                rest = b""
+                rest, cut_off = b"", 0  # of a line whose end has not been read; bytes of it that are too many
                 while chunk := file.read(CHUNK):
                     *lines, rest = (rest + chunk).split(b"\n")
                     for line in lines:
                         self._lines += 1
-                        self._end += len(line) + 1
+                        self._end += cut_off + len(line) + 1
                         self._last = line + b"\n"
-                        row = _row(line)
+                        row = None if cut_off else _row(line)
+                        cut_off = 0
                         if row is None:
                             self.damaged.append(self._lines)
                         else:
                             yield row
+                    if len(rest) > LONGEST_LINE:
+                        cut_off, rest = cut_off + len(rest), b""
             self._seen = (about.st_size, about.st_mtime_ns)
         except ConfigError as error:
             self.problem = str(error)
         except FileNotFoundError:
             if self._end:
                 self._begin_again()
+
+    @property
+    def lines(self) -> int:
+        """How many lines were read."""
+        return self._lines
 
     def _begin_again(self) -> None:
         self.restarts += 1
@@ -165,8 +177,19 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def last_row(path: Path) -> Row:
-    """Return the newest value of each metric in the last rows of a record; empty: it has no row yet. It reads the end alone.
+class Tail(NamedTuple):
+    """The end of a record."""
+
+    row: Row
+    """The newest value of each metric; empty: there is no row yet."""
+    lines: int
+    """Whole lines that were read."""
+    damaged: int
+    """Those of them that are no rows, and were left out."""
+
+
+def read_tail(path: Path) -> Tail:
+    """Return what the last lines of a record say; it reads the end alone.
 
     Raises:
         ConfigError: it is no regular file, or cannot be read.
@@ -177,18 +200,24 @@ def last_row(path: Path) -> Row:
             while True:
                 file.seek(max(0, size - length))
                 *lines, _ = file.read().split(b"\n")
-                found = [row for row in map(_row, lines) if row is not None]  # the first line may lack its beginning
-                if found or length >= size:
+                if length < size:  # the first one may lack its beginning
+                    lines = lines[1:]
+                found = [row for row in map(_row, lines) if row is not None]
+                if found or length >= min(size, LONGEST_LINE):
                     break
                 length *= 4
     except FileNotFoundError:
-        return {}
-    return {name: value for row in found for name, value in row.items()}
+        return Tail({}, 0, 0)
+    newest = {name: value for row in found for name, value in row.items()}
+    return Tail(newest, len(lines), len(lines) - len(found))
 
 
 def _first_lines(path: Path, count: int) -> list[bytes]:
+    lines: list[bytes] = []
     with open_regular(path) as file:
-        return [line for _, line in zip(range(count), file, strict=False)]
+        while len(lines) < count and (line := file.readline(LONGEST_LINE)):
+            lines.append(line)
+    return lines
 
 
 def _row(line: bytes) -> Row | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -43,7 +43,6 @@ def secret_error(error: BaseException | None) -> SecretError | None:
 
 def refuse_secrets_of_the_environment() -> None:
     """Have ``${oc.env:NAME}`` raise SecretError from now on where NAME is named like a secret, however it is written."""
-    from omegaconf import OmegaConf
     from omegaconf.resolvers import oc
 
     def env(key: str, *default: Any) -> Any:
@@ -51,7 +50,17 @@ def refuse_secrets_of_the_environment() -> None:
             raise SecretError(f"it takes the secret {key} from the environment. {REMEDY}")
         return oc.env(key, *default)
 
-    OmegaConf.register_new_resolver("oc.env", env, replace=True)
+    register_resolver("oc.env", env)
+
+
+def register_resolver(name: str, resolver: Callable[..., Any]) -> None:
+    """Register a resolver in place of another, in OmegaConf 2.3 and in 2.4, where that has another name."""
+    import omegaconf
+    from omegaconf import OmegaConf
+
+    new = tuple(map(int, omegaconf.__version__.split(".")[:2])) >= (2, 4)
+    register: Any = OmegaConf.register_resolver if new else OmegaConf.register_new_resolver
+    register(name, resolver, replace=True)
 
 
 @contextmanager
@@ -72,6 +81,23 @@ def keep_private() -> None:
     os.umask(0o077)
 
 
+def current_umask() -> int:
+    """Return the mode that files of this process lack."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
+
+
+@contextmanager
+def kept_private() -> Iterator[None]:
+    """Do so meanwhile, in a process that goes on to be somebody else's."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 def check_secrets(values: Mapping[str, Any]) -> None:
     """Make sure that no value is a secret: a config ends in the run's folder, in W&B and in job scripts.
 
@@ -83,16 +109,23 @@ def check_secrets(values: Mapping[str, Any]) -> None:
         raise ConfigError(*problems)
 
 
-def _secrets_of_the_environment() -> dict[str, str]:
+def secrets_of_the_environment() -> dict[str, str]:
     """Return the variables that are named like secrets, and long enough to be found elsewhere by their value."""
     return {
         name: value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET
     }
 
 
+def without_values_of_the_environment(text: str) -> str:
+    """Return ``text`` with interpolations where secrets of the environment stand in clear."""
+    for name, secret in secrets_of_the_environment().items():
+        text = text.replace(secret, f"${{oc.env:{name}}}")
+    return text
+
+
 def secret_problems(values: Any, path: str) -> list[str]:
     """Return what is wrong with the values below the key ``path``: each that is, or names, a secret."""
-    known = _secrets_of_the_environment()
+    known = secrets_of_the_environment()
     problems = []
     for key, value in _leaves(values, path):
         reason = _reason(key, value, known)
@@ -135,7 +168,7 @@ def _leaves(values: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def redacted(text: str) -> str:
     """Return ``text`` without the lines that look like they hold a secret."""
-    known = _secrets_of_the_environment().values()
+    known = secrets_of_the_environment().values()
 
     def clean(line: str) -> str:
         hidden = SECRET_VALUE.search(line) or _assigns_a_secret(line) or any(secret in line for secret in known)

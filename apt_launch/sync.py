@@ -14,12 +14,13 @@ from pathlib import Path
 
 from apt_launch.config.ending import ending
 from apt_launch.config.instantiate import build
+from apt_launch.escapes import visible
 from apt_launch.lease import holder_is_alive, read_holder
 from apt_launch.secrets import keep_private
 from apt_launch.tracking.deliver import Summary, deliver
 from apt_launch.values import read_frozen
 from apt_model.errors import ConfigError
-from apt_model.files import read_json
+from apt_model.files import read_json, refuse_links
 
 
 def main() -> None:
@@ -72,6 +73,7 @@ def _deliver_each(runs: list[Path]) -> int:
 def _deliver(folder: Path) -> int:
     import wandb
 
+    refuse_links(folder, "DIR")
     values = read_frozen(folder / "config.yaml")
     try:
         state = read_json(folder / "summary.json", Summary, remedy="Resume the run, which writes it anew.").state
@@ -87,7 +89,8 @@ def _deliver(folder: Path) -> int:
         make = functools.partial(build, online, folder=folder, config=values, fallback=False)
         sent, before = deliver(make, folder, state)
     except (wandb.Error, TimeoutError) as error:
-        sys.stderr.write(f"error: {folder}: W&B: {str(error).strip().rstrip('.')}. Nothing is lost; try again later.\n")
+        reason = visible(str(error).strip().rstrip("."))
+        sys.stderr.write(f"error: {folder}: W&B: {reason}. Nothing is lost; try again later.\n")
         return 1
     sys.stdout.write(f"{folder}: {sent} rows sent, {before} were there\n")
     return 0

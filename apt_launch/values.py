@@ -81,13 +81,16 @@ def from_yaml(text: str) -> dict[str, Any]:
     return content
 
 
-def check_yaml(text: str, place: str, most: int) -> None:
+def check_yaml(text: str, place: str, most: int, longest: int | None = None) -> None:
     """Make sure that ``text`` makes no more than ``most`` values, and has plain ones only; nothing is built.
 
     Each alias counts as all that it stands for.
 
+    Args:
+        longest: characters of a value with an interpolation in it; None: it is not read as one.
+
     Raises:
-        ConfigError: it makes more, is deeper than :data:`DEEPEST`, or has a tag.
+        ConfigError: it makes more, is deeper than :data:`DEEPEST`, has a tag, or an interpolation that is too long.
         yaml.YAMLError: it is no YAML.
     """
     import yaml
@@ -108,6 +111,10 @@ def check_yaml(text: str, place: str, most: int) -> None:
                 raise ConfigError(f"{where(event)}: the alias *{event.anchor} names nothing that ends before it.")
             count += sizes[event.anchor]
         elif isinstance(event, yaml.ScalarEvent):
+            if longest is not None and len(event.value) > longest and "${" in event.value:
+                raise ConfigError(
+                    f"{where(event)}: a value with an interpolation is longer than {longest} characters. Write it out."
+                )
             count += 1
             if event.anchor:
                 sizes[event.anchor] = 1

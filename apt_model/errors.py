@@ -6,6 +6,7 @@ AptError
     ├── NonFiniteError   the loss or a gradient is not a finite number
     ├── CallbackError    a callback raised
     ├── HorizonError     the updates counted do not fit the updates planned
+    ├── ReportedError    a user's program failed, and its log says how
     └── CheckpointError  a checkpoint is missing, damaged or belongs to another run
 
 Interrupted is no error: the run stopped because it was asked to, and it can be resumed (exit 130).
@@ -55,6 +56,10 @@ class CallbackError(TrainingError):
 
 class HorizonError(TrainingError):
     """The updates counted do not fit the updates planned."""
+
+
+class ReportedError(TrainingError):
+    """A user's program failed, and has written its own traceback."""
 
 
 class CheckpointError(TrainingError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -65,6 +66,35 @@ def open_new(path: Path) -> BinaryIO:
             return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb")
         except FileExistsError:
             path.unlink(missing_ok=True)
+
+
+def open_kept(path: Path, *, append: bool = False) -> BinaryIO:
+    """Open a file to be written that keeps what it has, made where there is none; ``append``: at its end.
+
+    Raises:
+        ConfigError: a link, a device, a pipe or a folder is in its place; nothing was written to what a link leads to.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_APPEND if append else 0)
+    try:
+        handle = os.open(path, flags, 0o666)
+    except OSError as error:
+        if path.is_symlink():
+            raise ConfigError(
+                f"{path} is a link to {path.readlink()}, and nothing is written through links. Remove it."
+            ) from None
+        if error.errno in (errno.ENXIO, errno.EISDIR, errno.ENODEV):
+            raise ConfigError(f"{path}: {_kind(path)}, and a regular file is wanted. Remove it.") from None
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ConfigError(f"{path}: {_kind(path)}, and a regular file is wanted. Remove it.")
+    return os.fdopen(handle, "ab" if append else "wb")
+
+
+def touch(path: Path) -> None:
+    """Make an empty file, or give the one that is there the time of now; see :func:`open_kept`."""
+    with open_kept(path) as file:
+        os.utime(file.fileno())
 
 
 def open_regular(path: Path, *, remedy: str = "remove it") -> BinaryIO:
@@ -199,6 +229,19 @@ def refuse_place(folder: Path, key: str) -> None:
                 raise ConfigError(f"{key}: {path} is a file, and a folder is wanted at {folder}.")
     if there is not None and not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"{key}: {there} may not be written to. Choose another folder.")
+
+
+def refuse_link(folder: Path) -> None:
+    """Make sure that ``folder`` is none that leads elsewhere.
+
+    Raises:
+        ConfigError: it is a symbolic link.
+    """
+    if folder.is_symlink():
+        raise ConfigError(
+            f"{folder} is a link to {folder.readlink()}, and nothing is written through links. Remove it, or put what it "
+            "leads to in its place."
+        )
 
 
 def refuse_links(folder: Path, key: str) -> None:

@@ -7,12 +7,42 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apt_model.errors import ConfigError
-from apt_model.gpt import GPT, Cache
+
+
+class Read(Protocol):
+    """What a model remembers of tokens."""
+
+    @property
+    def length(self) -> int:
+        """Tokens read."""
+
+
+class Reads(Protocol):
+    """A model that reads tokens and says what may come next, such as :class:`apt_model.gpt.GPT`."""
+
+    seq_len: int
+    training: bool
+
+    def new_cache(self) -> Any:
+        """Return a :class:`Read` that remembers nothing."""
+
+    def next_logits(self, tokens: Tensor, cache: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return logits (batch, vocab_size) of what comes after ``tokens``, and metrics; see :meth:`GPT.next_logits`."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Return the weights."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Put it into training, or not."""
+
+    def eval(self) -> Any:
+        """Put it into evaluation."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +111,7 @@ class Generated:
 
 @torch.inference_mode()
 def generate(
-    model: GPT,
+    model: Reads,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -110,9 +140,10 @@ def generate(
         raise ConfigError("prompt: there has to be one, of one token at least.")
     texts = [list(prompt) for prompt in prompts]
     result = Generated([[] for _ in prompts])
+    device = next(model.parameters()).device
     voted = []
     going_on = [max_new_tokens > 0] * len(prompts)
-    cache = Cache(len(model.blocks))
+    cache = model.new_cache()
     shortest = min(map(len, texts))
     length = shortest  # tokens read of every text
     unread = [text[max(0, shortest - model.seq_len) : shortest] for text in texts]
@@ -120,10 +151,10 @@ def generate(
     with _reading(model):
         while any(going_on):
             if cache.length + len(unread[0]) > model.seq_len:  # begin again with the younger half
-                cache = Cache(len(model.blocks))
+                cache = model.new_cache()
                 keep = max(1, model.seq_len // 2)
                 unread = [text[length - keep : length] for text in texts]
-            logits, votes = model.next_logits(torch.tensor(unread, device=model.embedding.weight.device), cache)
+            logits, votes = model.next_logits(torch.tensor(unread, device=device), cache)
             drawn = sampling.draw(logits[:, :num_tokens]).tolist()
             if length == shortest:
                 result.prompt_tokens = len(texts) * shortest
@@ -146,7 +177,7 @@ def generate(
 
 
 @contextmanager
-def _reading(model: GPT) -> Iterator[None]:
+def _reading(model: Reads) -> Iterator[None]:
     """Put ``model`` into evaluation."""
     training = model.training
     model.eval()

@@ -30,6 +30,7 @@ class Output(NamedTuple):
     auxiliary_loss: Tensor  # 0-dim: what balances and aligns, weighted
     metrics: dict[str, Tensor]  # detached, 0-dim
     routing: Tensor | None = None  # (num_layers, ...): the sums that the metrics of routing are made of
+    hidden: Tensor | None = None  # (batch, seq, d_model): what the head turned into logits, where it was asked for
 
 
 class Cache:
@@ -166,13 +167,16 @@ class GPT(nn.Module):
         """The matrix that predicts tokens, (vocab_size, d_model)."""
         return (self.embedding if self.unembedding is None else self.unembedding).weight
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, *, with_metrics: bool = True) -> Output:
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, *, with_metrics: bool = True, with_hidden: bool = False
+    ) -> Output:
         """Predict the next token at every position.
 
         Args:
             tokens: (batch, seq) int64, seq <= seq_len.
             targets: the same shape: the token that follows each.
             with_metrics: whether to return metrics of routing, which cost time; compiled, that is a graph more.
+            with_hidden: whether to return the hidden states, too.
         """
         if self.training:
             for layer in self.moe_layers:
@@ -197,7 +201,7 @@ class GPT(nn.Module):
         if alignment is not None:
             auxiliary = auxiliary + alignment.loss
             metrics |= alignment.metrics
-        return Output(logits, loss, auxiliary, metrics, routing)
+        return Output(logits, loss, auxiliary, metrics, routing, hidden if with_hidden else None)
 
     def _hidden(
         self, tokens: Tensor, cache: Cache | None = None, with_metrics: bool = False
@@ -214,6 +218,10 @@ class GPT(nn.Module):
                 reports.append(report)
         hidden, alignment = self.align(hidden, cache.align if cache else None)
         return self.norm(hidden), reports, alignment
+
+    def new_cache(self) -> Cache:
+        """Return a cache that remembers nothing."""
+        return Cache(len(self.blocks))
 
     def next_logits(self, tokens: Tensor, cache: Cache) -> tuple[Tensor, dict[str, Tensor]]:
         """Read ``tokens`` (batch, seq) after those that ``cache`` remembers, seq_len in all at most.

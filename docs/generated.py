@@ -25,7 +25,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from apt_launch.config.menu import COMMANDS, CONF
-from apt_launch.config.schema import GROUPS, LaunchConfig, LocalLauncherConfig, SlurmLauncherConfig, TopLevel
+from apt_launch.config.schema import GROUPS, OWN, LaunchConfig, LocalLauncherConfig, SlurmLauncherConfig, TopLevel
 from apt_model.schedule.anneal import Anneal, Segment
 from apt_model.schedule.spec import Event, When
 
@@ -151,7 +151,8 @@ def options(group: str) -> list[Option]:
                 keys = written(path.parent / f"{base}.yaml") | {k: v for k, v in keys.items() if k != "defaults"}
         target = below["_target_"]
         del keys["_target_"]
-        found.append(Option(path.stem, target, keys, GROUPS[group][target]))
+        schema = GROUPS[group].get(target) or OWN[group]
+        found.append(Option(path.stem, None if target == "???" else target, keys, schema))
     return found
 
 

@@ -446,6 +446,7 @@ def _become(asked: dict[str, Any], streams: list[int]) -> None:
     if asked["session"]:
         os.setsid()
     os.chdir(asked["cwd"])
+    sys.path.insert(0, asked["cwd"])  # as python -m has it
     os.environ.clear()
     os.environ.update(asked["env"])
     for number, stream in enumerate(streams):

@@ -31,6 +31,7 @@ from docs import generated, pictures
 from tests.conftest import SMALL
 from tests.forks import HANGS, REPOSITORY, Ended, Forks, environment
 from tests.slurm.conftest import shared_cluster  # noqa: F401 - a fixture
+from tests.sweep.programs import of_users
 
 DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / "README.md", *sorted({*DOCS.rglob("*.md")} - {DOCS / path for path in generated.PAGES})]
@@ -83,7 +84,7 @@ class Reader:
 
     def read(self, page: Path) -> None:
         for block, following in pairwise([*blocks(page), Block("", "", "")]):
-            if block.title:
+            if block.title:  # also a program: what it says is seen when it is started
                 path = self.folder / block.title
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(block.text, encoding="utf-8")
@@ -111,7 +112,13 @@ class Reader:
         words = shlex.split(line, comments=True)
         if not words:
             return
-        if words[:2] != ["python", "-m"] or any(word.startswith(tuple(SPELLED)) for word in words):
+        if words[0] == "python" and words[1].endswith(".py"):
+            env = of_users(**(self.slurm() if "hydra/launcher=apt_slurm" in words else {}))
+            ended = subprocess.run(
+                [sys.executable, *words[1:]], cwd=self.folder, env=env, capture_output=True, text=True, timeout=HANGS
+            )
+            assert ended.returncode == 0, f"{line}\n{ended.stdout}\n{ended.stderr}"
+        elif words[:2] != ["python", "-m"] or any(word.startswith(tuple(SPELLED)) for word in words):
             check_spelling(words)
         elif error is not None:
             self.meet(error, words[2], words[3:])
@@ -179,11 +186,10 @@ def shortened(module: str, arguments: list[str]) -> list[str]:
     if module != "apt_launch" or {"--cfg", "--help", "-sc"} & set(arguments):
         return arguments
     sizes = {override.split("=", 1)[0] for override in SMALL if override.startswith("model.")}
-    small = list(SMALL)
-    if "model=pretrained" in arguments:  # which has sizes of its own
-        small = [override for override in SMALL if override.split("=", 1)[0] not in sizes]
+    if "--allow" in arguments or any(argument.startswith("model=") for argument in arguments):
+        small = [override for override in SMALL if not override.startswith("model.")]  # another model, of its own size
     else:
-        arguments = [argument for argument in arguments if argument.split("=", 1)[0] not in sizes]
+        small, arguments = list(SMALL), [argument for argument in arguments if argument.split("=", 1)[0] not in sizes]
     given = {argument.split("=", 1)[0] for argument in arguments}
     small = [override for override in small if override.split("=", 1)[0] not in given]
     if "--multirun" in arguments and "hydra.sweep.dir" not in given:

@@ -19,8 +19,8 @@ BASE = ("apt_model.errors", "apt_model.files", "apt_model.limits")
 GROUND = tuple(
     f"apt_launch.{name}"
     for name in (
-        *("version", "record", "rows", "values", "secrets", "lease"),
-        *("commands", "command_line", "drawing", "escapes", "sparkline"),
+        *("version", "allow", "record", "rows", "values", "secrets", "lease"),
+        *("commands", "command_line", "drawing", "escapes", "interpolations", "sparkline"),
     )
 )
 MODEL = (
@@ -48,8 +48,9 @@ ROOMS: dict[str, tuple[str, ...] | None] = {
     "apt_launch.sweep": (*BASE, *GROUND, "apt_launch.sweep.options"),
     "apt_launch.sweep.plan": PLAN,
     "apt_launch.sweep.jobs": PLAN,
+    "apt_launch.sweep.programs": (*BASE, *GROUND, "apt_launch.sweep", "apt_launch.sweep.options"),
     "apt_launch.sweep.backends": CONTROL,
-    "apt_launch.sweep.control": (*CONTROL, "apt_launch.sweep.backends"),
+    "apt_launch.sweep.control": (*CONTROL, "apt_launch.sweep.backends", "apt_launch.sweep.programs"),
     "apt_launch.sweep.report": (*CONTROL, "apt_launch.sweep.control"),
     "apt_launch.sweep.watch": (*CONTROL, "apt_launch.sweep.control", "apt_launch.sweep.report"),
     **dict.fromkeys(
@@ -60,6 +61,7 @@ ROOMS: dict[str, tuple[str, ...] | None] = {
         (
             *(*CONTROL, "apt_launch.sweep.control", "apt_launch.sweep.backends", "apt_launch.sweep.report"),
             *("apt_launch.sweep.watch", "apt_launch.sweep.cli", "apt_launch.sweep.plugins"),
+            "apt_launch.sweep.programs",
         ),
     ),
     "apt_launch.tracking": (*BASE, *GROUND),

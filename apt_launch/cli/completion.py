@@ -17,6 +17,7 @@ from typing import Final
 from apt_launch.config.menu import COMMANDS, entry_point, groups, keys
 
 FLAGS: Final = (
+    "--allow",
     "--cfg",
     "--config-dir",
     "--config-name",

@@ -61,6 +61,7 @@ FLAGS: Final = {
     "--cfg job": "show the config with every key (--resolve: with values put in), and run nothing",
     "--info defaults": "show which files the config comes from",
     "--config-dir DIR": "a folder of your own groups and options",
+    "--allow PACKAGE": "the config may name classes that this package of yours defines",
     "-sc install=SHELL": "print what completes these commands in bash, zsh or fish",
     "--hydra-help": "Hydra's other flags",
     "--version": "versions of this, torch and Python",

@@ -1,15 +1,86 @@
-"""What a curriculum can name in the model that a config describes, without building it: torch stays unloaded.
+"""What a curriculum can name in the model that a config describes.
 
-A test compares this with the model itself.
+For this project's model nothing is built, and torch stays unloaded; a test compares what stands here with the model itself.
+Any other model is asked itself, built on the meta device, where weights take no memory and no time.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
+from apt_launch.config.instantiate import GPTS
+from apt_model.errors import ConfigError, cause_of
 from apt_model.layers.metrics import EXPERT_COSINE, METRICS
-from apt_model.schedule.targets import BELOW_ONE, NOT_NEGATIVE, OF_EXPERTS, OF_OPTIMIZER, Domain
+from apt_model.schedule.targets import BELOW_ONE, MODULES, NOT_NEGATIVE, OF_EXPERTS, OF_OPTIMIZER, Domain
+
+
+def modules(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the modules that can be enabled, by name."""
+    return MODULES if _is_gpt(values) else _of_model(values).modules
+
+
+def vocab_size(values: Mapping[str, Any]) -> int | None:
+    """Return how many tokens the model knows; None: nobody says."""
+    known: int | None = values["model"].get("vocab_size")
+    return known if known is not None or _is_gpt(values) else _of_model(values).vocab_size
+
+
+class _Found(NamedTuple):
+    """What a model on the meta device has."""
+
+    modules: tuple[str, ...]
+    targets: Mapping[str, Domain]
+    parameters: tuple[str, ...]
+    metrics: frozenset[str]
+    vocab_size: int | None
+
+
+def _is_gpt(values: Mapping[str, Any]) -> bool:
+    return bool(values["model"]["_target_"] in GPTS)
+
+
+def _of_model(values: Mapping[str, Any]) -> _Found:
+    wanted = {name: values[name] for name in ("model", "moe", "align", "voter")}
+    return _asked(json.dumps(wanted, sort_keys=True))
+
+
+@lru_cache(maxsize=8)
+def _asked(wanted: str) -> _Found:
+    """Build the model of a config on the meta device, and ask it.
+
+    Raises:
+        ConfigError: it cannot be built.
+    """
+    import torch
+
+    from apt_launch.config.instantiate import build_model
+    from apt_model.layers import scheduled
+    from apt_model.layers.in_place import moe_layers
+    from apt_model.training import subject
+
+    try:
+        with torch.device("meta"):
+            model = build_model(json.loads(wanted))
+            targets, names = scheduled.targets(model), dict.fromkeys(subject.freezable(model))
+            switches = subject.switches(model)
+            for switch in switches.values():  # some parts are there only once they are enabled
+                switch(True)
+            names |= dict.fromkeys(subject.freezable(model))
+    except ConfigError:
+        raise
+    except Exception as error:  # of somebody else's code, which may raise anything
+        target = json.loads(wanted)["model"]["_target_"]
+        raise ConfigError(f"model: {target} cannot be built on the meta device: {cause_of(error)}") from error
+    found = {"train/loss", "train/auxiliary_loss", "train/grad_norm", "lr", "val/loss", *getattr(model, "metrics", ())}
+    if layers := len(moe_layers(model)):
+        places = ["moe", *(f"moe/layer_{number:02}" for number in range(layers))]
+        found |= {f"{place}/{name}" for place in places for name in (*METRICS, EXPERT_COSINE)}
+    size = getattr(model, "vocab_size", None) or getattr(getattr(model, "config", None), "vocab_size", None)
+    size = size if isinstance(size, int) else None
+    return _Found(tuple(switches), targets, tuple(names), frozenset(found), size)
 
 
 def metrics(values: Mapping[str, Any]) -> frozenset[str]:
@@ -17,6 +88,8 @@ def metrics(values: Mapping[str, Any]) -> frozenset[str]:
 
     A module's metrics exist while it is enabled; ``voter/entropy`` exists always when it is watched.
     """
+    if not _is_gpt(values):
+        return _of_model(values).metrics
     found = {
         "train/loss",
         "train/auxiliary_loss",
@@ -34,6 +107,8 @@ def metrics(values: Mapping[str, Any]) -> frozenset[str]:
 
 def targets(values: Mapping[str, Any]) -> dict[str, Domain]:
     """Return what anneals can write, by path, with its domain; ``values`` is a run's config."""
+    if not _is_gpt(values):
+        return {**_of_model(values).targets, **OF_OPTIMIZER}
     found = {"label_smoothing": BELOW_ONE}
     for layer in range(values["model"]["num_layers"]):
         found[f"blocks.{layer}.attention.dropout"] = BELOW_ONE
@@ -44,6 +119,8 @@ def targets(values: Mapping[str, Any]) -> dict[str, Domain]:
 
 def parameters(values: Mapping[str, Any]) -> list[str]:
     """Return the modules that events can freeze, by path."""
+    if not _is_gpt(values):
+        return list(_of_model(values).parameters)
     model = values["model"]
     found = ["embedding", "blocks", "align", "norm", *([] if model.get("tie_embeddings", True) else ["unembedding"])]
     parts = (

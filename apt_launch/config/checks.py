@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from apt_launch.config import schema
+from apt_launch.config import catalogue, schema
 from apt_launch.config.corpus import build_corpus
 from apt_launch.config.schema import EXTRAS, HFConfig, LaunchConfig
 from apt_model.errors import ConfigError, nearest
@@ -26,7 +26,7 @@ def check_together(values: Mapping[str, Any], groups: Mapping[str, Any], launch:
         ConfigError: with every problem found.
     """
     model, moe, schedule, optimizer = (groups[name] for name in ("model", "moe", "schedule", "optimizer"))
-    problems = _attention_problems(model)
+    problems = _attention_problems(model) if isinstance(model, schema.GPTConfig) else []
     if moe.top_k > moe.num_experts:
         problems.append(f"moe.top_k = {moe.top_k} is more than moe.num_experts = {moe.num_experts}.")
     problems += _expert_problems(model, moe)
@@ -49,10 +49,13 @@ def check_together(values: Mapping[str, Any], groups: Mapping[str, Any], launch:
     if not missing:
         try:
             corpus = build_corpus(values["data"])
-            problems += _vocabulary_problems(corpus, model.vocab_size)
+            size = model.vocab_size if isinstance(model, schema.GPTConfig) else catalogue.vocab_size(values)
+            if size is not None:
+                problems += _vocabulary_problems(corpus, size)
+            problems += _bound_problems(corpus, groups["trainer"].batch_size, model.seq_len)
         except ConfigError as error:
             problems += error.problems
-    problems += _trainer_problems(groups["trainer"])
+    problems += _trainer_problems(groups["trainer"], drill=launch.drill)
     if optimizer.weight_decay * optimizer.lr >= 1:
         problems.append(
             f"optimizer.weight_decay x optimizer.lr = {optimizer.weight_decay * optimizer.lr:g}: one update would erase the "
@@ -86,10 +89,10 @@ def _attention_problems(model: schema.GPTConfig) -> list[str]:
     return problems
 
 
-def _expert_problems(model: schema.GPTConfig, moe: schema.MoEConfig) -> list[str]:
+def _expert_problems(model: schema.Group, moe: schema.MoEConfig) -> list[str]:
     """Return why experts could not begin as the dense layer that is to be cut into them."""
     slices, problems = moe.granularity, []
-    if model.d_ff % slices:
+    if isinstance(model, schema.GPTConfig) and model.d_ff % slices:
         problems.append(
             f"moe.granularity = {slices} does not divide model.d_ff = {model.d_ff}. Choose a divisor of it, such as "
             f"{math.gcd(slices, model.d_ff)}."
@@ -141,6 +144,7 @@ def _sharing_problems(groups: Mapping[str, Any], ranks: int) -> list[str]:
     elif (
         ranks > 1
         and experts > 1
+        and isinstance(model, schema.GPTConfig)
         and any(width % (ranks // experts) for width in (model.d_model, model.d_ff // moe.granularity))
     ):
         problems.append(
@@ -150,7 +154,7 @@ def _sharing_problems(groups: Mapping[str, Any], ranks: int) -> list[str]:
     return problems
 
 
-def _trainer_problems(trainer: schema.TrainerConfig) -> list[str]:
+def _trainer_problems(trainer: schema.TrainerConfig, *, drill: bool) -> list[str]:
     """Return what the chosen trainer was asked for and cannot do."""
     problems = []
     if trainer.resume is not None and type(trainer) in EXTRAS:
@@ -158,6 +162,12 @@ def _trainer_problems(trainer: schema.TrainerConfig) -> list[str]:
         problems.append(
             f"trainer.resume: trainer={option} cannot go on from a checkpoint. Choose trainer=default, which goes on from "
             "those of every trainer, or set trainer.resume=null."
+        )
+    if drill and type(trainer) in EXTRAS:
+        option, _ = EXTRAS[type(trainer)]
+        problems.append(
+            f"launch.drill: a run of trainer={option} is continued by trainer=default, the same but for last digits, and a "
+            "drill compares them. Choose trainer=default, or set launch.drill=false."
         )
     if trainer.on_nonfinite != "stop" and type(trainer) in EXTRAS:
         problems.append(f"trainer.on_nonfinite: {trainer.on_nonfinite} is for trainer=default only. Set it to stop.")
@@ -181,14 +191,25 @@ def _vocabulary_problems(corpus: Corpus, vocab_size: int) -> list[str]:
     ]
 
 
+def _bound_problems(corpus: Corpus, batch_size: int, seq_len: int) -> list[str]:
+    """Say whether the corpus is cut off before it fills a batch: nothing of it need be read to know that."""
+    most, needed = getattr(corpus, "max_tokens", None), batch_size * seq_len + 1
+    if most is None or most >= needed:
+        return []
+    return [
+        f"data.max_tokens = {most} is less than one batch: trainer.batch_size {batch_size} x model.seq_len {seq_len} + 1 = "
+        f"{needed}. Raise it, or set one of them lower."
+    ]
+
+
 def missing_libraries(groups: Mapping[str, Any]) -> list[str]:
     """Return what chosen options need and is not installed."""
     needed = [
         (name, *EXTRAS.get(type(groups[name]), ("", ())), f"choose {name}={default}")
-        for name, default in (("trainer", "default"), ("logger", "wandb"), ("data", "text"))
+        for name, default in (("trainer", "default"), ("logger", "wandb"), ("data", "text"), ("model", "gpt"))
         if name in groups
     ]
-    if getattr(groups["data"], "tokenizer", None):
+    if not isinstance(groups["data"], schema.Own) and getattr(groups["data"], "tokenizer", None):
         needed.append(("data.tokenizer", "tokenizers", ("tokenizers",), "set data.tokenizer=null"))
     return [problem for choice in needed if (problem := missing_library(*choice))]
 
@@ -209,7 +230,6 @@ def check_curriculum(values: Mapping[str, Any], groups: Mapping[str, Any], horiz
     Raises:
         ConfigError: with every problem found.
     """
-    from apt_launch.config.catalogue import metrics, parameters, targets
     from apt_model.schedule import Program
     from apt_model.schedule.targets import NOT_NEGATIVE
 
@@ -226,14 +246,14 @@ def check_curriculum(values: Mapping[str, Any], groups: Mapping[str, Any], horiz
             problems.append("trainer.lr_schedule.target: it always is the learning rate's factor. Set it to null.")
     program = None
     try:
-        program = Program(groups["schedule"], horizon)
-        program.check_targets(targets(values), parameters(values))
+        program = Program(groups["schedule"], horizon, modules=catalogue.modules(values))
+        program.check_targets(catalogue.targets(values), catalogue.parameters(values))
         writes_lr = any(groups["schedule"].target_of(name) == "optimizer.lr" for name in groups["schedule"].all_anneals)
         if writes_lr and lr_schedule is not None:
             problems.append(
                 "schedule.anneals: optimizer.lr is written by trainer.lr_schedule already. Set trainer.lr_schedule=null."
             )
-        known = metrics(values)
+        known = catalogue.metrics(values)
         problems += [
             f"schedule.events: there is no metric {metric!r}. {nearest(metric, known)}"
             for metric in sorted(program.watched - known)

@@ -8,6 +8,18 @@ from pathlib import Path
 from typing import Any
 
 
+def version_base() -> dict[str, str]:
+    """Return the argument of Hydra's functions that asks for the rules of 1.3; later versions have no such argument."""
+    return {"version_base": "1.3"} if is_before_1_4() else {}
+
+
+def is_before_1_4() -> bool:
+    """Return whether Hydra is of a version before 1.4."""
+    from hydra import __version__
+
+    return tuple(map(int, __version__.split(".")[:2])) < (1, 4)
+
+
 @contextmanager
 def config_loader(folder: Path, more: Path | None = None) -> Iterator[Any]:
     """Give Hydra's loader of the configs in ``folder``; what Hydra has composed elsewhere in this process stays as it is.
@@ -22,7 +34,7 @@ def config_loader(folder: Path, more: Path | None = None) -> Iterator[Any]:
     before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(folder), version_base="1.3"):
+        with initialize_config_dir(str(folder), **version_base()):
             loader: Any = GlobalHydra.instance().config_loader()
             if more is not None:
                 # hydra.searchpath would add the folder for composing only: glob(*) and names of groups ask the repository

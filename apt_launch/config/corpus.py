@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from apt_launch.config.instantiate import build
+from apt_launch.config.instantiate import ALLOWED, build, factory
+from apt_model.errors import ConfigError
 
 if TYPE_CHECKING:
     from apt_model.data import Corpus
@@ -23,8 +24,14 @@ def build_corpus(values: Mapping[str, Any]) -> Corpus:
     Raises:
         ConfigError: its values make no sense together.
     """
-    corpus: Corpus = build(values)
-    return corpus
+    target = values.get("_target_")
+    if target in ALLOWED:
+        corpus: Corpus = build(values)
+        return corpus
+    from apt_model.data.own import OwnCorpus
+
+    make = factory(values)
+    return OwnCorpus(make, str(target).rpartition(".")[2])
 
 
 def plan_horizon(values: Mapping[str, Any], groups: Mapping[str, Any], corpus: Corpus, counts: Counts) -> Horizon:
@@ -43,6 +50,12 @@ def plan_horizon(values: Mapping[str, Any], groups: Mapping[str, Any], corpus: C
         if counted not in counts:
             with making_tokens(corpus):
                 counts[counted] = corpus.count(split)  # type: ignore[arg-type]
+            row: int | None = getattr(corpus, "row_tokens", None)
+            if row not in (None, model.seq_len + 1):
+                raise ConfigError(
+                    f"model.seq_len = {model.seq_len} takes rows of {model.seq_len + 1} tokens, and those of the {split} split "
+                    f"have {row}. Set model.seq_len={row - 1 if row else 0}, or make other rows."
+                )
         sampler = Sampler(
             num_tokens=counts[counted],
             seq_len=model.seq_len,

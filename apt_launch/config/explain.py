@@ -23,9 +23,10 @@ def explained(error: Exception) -> ConfigError:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         wanted = str(error.missing_cfg_file)
         group, _, option = wanted.rpartition("/")
-        return ConfigError(
-            f"{group or 'config'}: there is no option {option!r}. {nearest(option, error.options or [])}"
-        )
+        options = [
+            one for one in error.options or [] if not one.startswith("apt_")
+        ]  # local and slurm are the same here
+        return ConfigError(f"{group or 'config'}: there is no option {option!r}. {nearest(option, options)}")
     if isinstance(error, OverrideParseException):
         return ConfigError(f"{error.override}: not an override that Hydra understands: {text.splitlines()[0]}")
     if match := re.search(r"Could not override '([^']+)'", text):

@@ -18,8 +18,10 @@ from typing import Any, Final
 from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
-from apt_launch.config.logging_guard import logging_problems
+from apt_launch.config.composing import is_before_1_4, version_base
+from apt_launch.config.logging_guard import FORMATTERS, HANDLERS, logging_problems
 from apt_launch.config.yaml_file import load_yaml
+from apt_launch.interpolations import bounded
 from apt_launch.secrets import SecretError, refuse_secrets_of_the_environment, secret_error, secret_problems
 from apt_model.errors import ConfigError
 
@@ -47,6 +49,9 @@ PLUGINS: Final = "hydra_plugins."
 
 OPTUNA: Final = re.compile(r"optuna\.samplers\.[A-Z]\w*Sampler|optuna\.pruners\.[A-Z]\w*Pruner")
 """What the sweeper of Optuna may be given."""
+
+OF_OPTUNA: Final = ("optuna.samplers.*", "optuna.pruners.*")
+"""The same as Hydra 1.4 takes it."""
 
 BUILT: Final = ("callbacks", "hydra_logging", "job_logging", "launcher", "sweeper")
 """What Hydra builds objects from."""
@@ -83,6 +88,13 @@ INSIDE: Final = ("sweep.subdir", "output_subdir", "job.name")
 """Those of :data:`PATHS` that stay in the run's folder."""
 
 
+def main_arguments() -> dict[str, Any]:
+    """Return the arguments of ``hydra.main`` beside where configs are: of 1.4 on, also what Hydra itself may build."""
+    if is_before_1_4():
+        return version_base()
+    return {"execution_whitelist": sorted({*CALLBACKS, *HANDLERS, *FORMATTERS, *OF_OPTUNA})}
+
+
 def install() -> None:
     """Judge every config that Hydra composes in this process from now on, and every file that it reads for it."""
     import hydra._internal.hydra as hydra
@@ -105,9 +117,17 @@ def _guarded_loader() -> type:
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
     class GuardedLoader(ConfigLoaderImpl):
-        def load_configuration(self, *arguments: Any, **options: Any) -> DictConfig:
+        def _load_configuration_impl(self, *arguments: Any, **options: Any) -> DictConfig:  # all ways lead here
+            with bounded():
+                composed = self._composed(*arguments, **options)
+                for name in composed:  # whoever resolves them later meets no more than is met here
+                    _resolve_all(composed, str(name))
+                check_hydra(composed)
+            return composed
+
+        def _composed(self, *arguments: Any, **options: Any) -> DictConfig:
             try:
-                composed = super().load_configuration(*arguments, **options)
+                return super()._load_configuration_impl(*arguments, **options)
             except KeyError as error:
                 if error.args and error.args[0] not in os.environ and isinstance(error.__context__, KeyError):
                     raise ConfigError(
@@ -115,8 +135,6 @@ def _guarded_loader() -> type:
                         "it out."
                     ) from None
                 raise
-            check_hydra(composed)
-            return composed
 
         def _process_config_searchpath(self, config_name: Any, parsed_overrides: Any, repo: Any) -> None:
             initialize = repo.initialize_sources
@@ -410,6 +428,14 @@ def _as_in_a_run(composed: DictConfig) -> Iterator[Any]:
         yield copy.hydra
     finally:
         HydraConfig.instance().cfg = before
+
+
+def _resolve_all(above: DictConfig, name: str) -> None:
+    """Resolve all below ``above.name``, but for what Hydra acts on, which was; what does not resolve is left to who needs it."""
+    if name != "hydra":
+        node = _try(above, name)
+        for _ in _leaves(node, name) if isinstance(node, DictConfig | ListConfig) else ():
+            pass
 
 
 def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:

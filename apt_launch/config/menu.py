@@ -17,6 +17,8 @@ COMMANDS: Final = {
     "apt_launch.preview": "a curriculum before it runs: timeline, curves, sizes, cost",
     "apt_launch.sweep": "a sweep after its launch, from any terminal",
     "apt_launch.generate": "text from a run's checkpoint",
+    "apt_launch.evaluate": "loss, perplexity and bits a byte of a run's checkpoint",
+    "apt_launch.average": "the mean of the weights of a run's checkpoints",
     "apt_launch.export": "a run's weights as transformers and vLLM load them",
     "apt_launch.tokenize": "memory-mapped shards of a large corpus",
     "apt_launch.sync": "deliver to W&B what a run kept offline",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from apt_launch.config.yaml_file import load_yaml
+from apt_launch.escapes import visible
 from apt_launch.values import flatten
 from apt_model.errors import ConfigError
 from apt_model.files import in_home
@@ -64,7 +65,7 @@ def with_profile_file(arguments: list[str]) -> list[str]:
     chosen = {argument.split("=", 1)[0] for argument in arguments if "=" in argument and not argument.startswith("-")}
     overrides, unused = read_profile(in_home(path.strip("'\""), "profile_file"), chosen)
     if unused:
-        sys.stderr.write(f"profile_file: not used: {', '.join(unused)}\n")
+        sys.stderr.write(f"profile_file: not used: {visible(', '.join(unused))}\n")
     first = next((i for i, argument in enumerate(arguments) if "=" in argument and not argument.startswith("-")), 0)
     return [*arguments[:first], *overrides, *arguments[first:]]
 

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 from apt_launch.config import schema
 from apt_launch.config.schema import Role, role_of
 from apt_launch.values import flatten
+from apt_model.schedule.prefix import Course
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from apt_model.data import Corpus
-    from apt_model.schedule import Horizon, Program
+    from apt_model.schedule import Clock, Horizon, Program
 
 
 @dataclass(frozen=True)
@@ -25,15 +28,16 @@ class RunConfig:
 
     values: dict[str, Any]
     seed: int
-    model: schema.GPTConfig
+    model: schema.GPTConfig | schema.OwnModelConfig
     moe: schema.MoEConfig
     align: schema.BiStateConfig
     voter: schema.VoterConfig
     schedule: schema.ScheduleConfig
     data: schema.Group
-    optimizer: schema.AdamWConfig
+    optimizer: schema.AdamWConfig | schema.OwnOptimizerConfig
     trainer: schema.TrainerConfig
     logger: schema.Group
+    loss: schema.Group
     launch: schema.LaunchConfig
     corpus: Corpus
     horizon: Horizon
@@ -42,14 +46,31 @@ class RunConfig:
     @property
     def result_values(self) -> dict[str, Any]:
         """The values that decide what the run computes, flat: dotted key to value."""
-        flat = flatten(self.values)
-        return {key: value for key, value in flat.items() if not is_neutral(key)}
+        flat = flatten({name: value for name, value in self.values.items() if value != schema.NEW.get(name, ...)})
+        return {
+            key: value
+            for key, value in flat.items()
+            if not is_neutral(key) and not (key in schema.NEW_KEYS and value == schema.NEW_KEYS[key])
+        }
 
     @property
     def identity(self) -> str:
         """The sha256 of what decides the result."""
         text = json.dumps(self.result_values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def course(self) -> Course:
+        """What the run will do, update by update."""
+        return Course(self.program, flatten(self.values), self._lr(), self.trainer.log_every)
+
+    def _lr(self) -> Callable[[Clock], float]:
+        """Return the learning rate at a clock, before what the curriculum says of it."""
+        base, anneal = self.optimizer.lr, self.trainer.lr_schedule
+        if anneal is None:
+            return lambda clock: base
+        curve = anneal.curve(self.horizon)
+        return lambda clock: base * curve(getattr(clock, anneal.by))
 
     def resuming(self) -> RunConfig:
         """Return the same run, continued from its own newest checkpoint."""

@@ -33,13 +33,12 @@ def sheets(programs: Mapping[str, Program]) -> list[Sheet]:
 
 
 def _sheet(label: str, program: Program) -> Sheet:
-    from apt_model.schedule import MODULES
     from apt_model.schedule.timeline import series
 
     steps, states = series(program)
     horizon = program.horizon
     notes = {}
-    for module in MODULES:
+    for module in program.modules:
         first = program.first_step(module)
         notes[module] = (
             f"enabled from epoch {first // horizon.updates_per_epoch}, step {first}" if first is not None else "off"
@@ -53,7 +52,8 @@ def _sheet(label: str, program: Program) -> Sheet:
         steps=steps,
         values={name: [float(state[name]) for state in states] for name in program.curriculum.all_anneals},
         stretches={
-            m: _stretches(steps, [bool(state[f"{m}_enabled"]) for state in states], horizon.steps) for m in MODULES
+            m: _stretches(steps, [bool(state[f"{m}_enabled"]) for state in states], horizon.steps)
+            for m in program.modules
         },
         notes=notes,
     )
@@ -85,7 +85,7 @@ def _draw(drawn: Sequence[Sheet], path: Path) -> None:
     names = list(dict.fromkeys(name for sheet in drawn for name in sheet.values))
     longest = max(sheet.num_steps for sheet in drawn)
     modules = list(drawn[0].stretches)
-    switches_height = 0.28 * len(modules) * len(drawn)
+    switches_height = 0.28 * max(1, len(modules)) * len(drawn)
     height = 0.85 + 1.5 * len(names) + switches_height
     figure = new_figure(9, height)
     ratios = [1.2] * len(names) + [switches_height]
@@ -119,7 +119,7 @@ def _draw(drawn: Sequence[Sheet], path: Path) -> None:
         first = sheet.stretches[module][0][0] if sheet.stretches[module] else 0
         switches.text(first + longest * 0.005, row, plain(sheet.notes[module]), va="center", fontsize=8)
     switches.set_yticks(range(len(rows)), [plain(module) for module, _ in rows])
-    switches.set_ylim(-0.6, len(rows) - 0.4)
+    switches.set_ylim(-0.6, max(1, len(rows)) - 0.4)
     switches.set_xlim(0, longest)
     switches.set_xlabel(f"step ({'; '.join(dict.fromkeys(plain(sheet.horizon) for sheet in drawn))})")
     figure.savefig(path, dpi=100)

@@ -5,16 +5,18 @@ Torch stays unloaded: a config is judged before anything heavy is imported.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from functools import cache
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from apt_launch.sweep.options import LaunchConfig as LaunchConfig
 from apt_launch.sweep.options import LocalLauncherConfig, NotNegative, SlurmLauncherConfig, Text
 from apt_model.schedule import Anneal, Curriculum
 from apt_model.schedule.fields import Positive, PositiveNumber, Strict
+from apt_model.schedule.prefix import Reach
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -35,6 +37,9 @@ class Group(Strict):
 
     role: ClassVar[Role | None] = None
     """The role of every key that has none of its own."""
+
+    reach: ClassVar[Reach | None] = None
+    """Which updates the keys change that do not say so themselves."""
 
     target: str | None = Field(alias="_target_")
 
@@ -95,6 +100,8 @@ class PretrainedConfig(GPTConfig):
 class MoEConfig(Group):
     """``moe=experts``."""
 
+    reach = Reach.MOE
+
     num_experts: Annotated[int, Field(ge=2), Role.FIXED]
     top_k: Positive
     granularity: Annotated[Positive, Role.FIXED]
@@ -115,6 +122,8 @@ class MoEConfig(Group):
 class BiStateConfig(Group):
     """``align=bistate``."""
 
+    reach = Reach.ALIGN
+
     rank: Annotated[Positive, Role.FIXED]
     alpha: Share
     beta: Share
@@ -125,6 +134,8 @@ class BiStateConfig(Group):
 class VoterConfig(Group):
     """``voter=entropy``."""
 
+    reach = Reach.VOTER
+
     threshold: NotNegative
     num_votes: Positive
     dropout: BelowOne
@@ -132,6 +143,8 @@ class VoterConfig(Group):
 
 class ScheduleConfig(Group, Curriculum):
     """``schedule=...``."""
+
+    reach = Reach.SCHEDULED
 
     on_horizon_change: Annotated[Literal["error", "rescale", "keep_absolute"], Role.NEUTRAL] = "error"
 
@@ -201,30 +214,69 @@ class AdamWConfig(Group):
     """``optimizer=adamw``."""
 
     target: Annotated[str | None, Role.FIXED] = Field(alias="_target_")
-    lr: PositiveNumber
+    lr: Annotated[PositiveNumber, Reach.SCHEDULED]
     betas: Annotated[list[BelowOne], Field(min_length=2, max_length=2)]
     eps: PositiveNumber
     weight_decay: NotNegative
     fused: bool
 
 
+class SGDConfig(Group):
+    """``optimizer=sgd``."""
+
+    target: Annotated[str | None, Role.FIXED] = Field(alias="_target_")
+    lr: PositiveNumber
+    momentum: BelowOne
+    dampening: BelowOne
+    nesterov: bool
+    weight_decay: NotNegative
+    fused: bool
+
+
+class AdafactorConfig(Group):
+    """``optimizer=adafactor``."""
+
+    target: Annotated[str | None, Role.FIXED] = Field(alias="_target_")
+    lr: PositiveNumber
+    beta2_decay: Annotated[float, Field(lt=0, allow_inf_nan=False)]
+    eps: Annotated[list[PositiveNumber | None], Field(min_length=2, max_length=2)]
+    d: PositiveNumber
+    weight_decay: NotNegative
+
+
+class MuonConfig(Group):
+    """``optimizer=muon``."""
+
+    target: Annotated[str | None, Role.FIXED] = Field(alias="_target_")
+    lr: PositiveNumber
+    weight_decay: NotNegative
+    momentum: BelowOne
+    nesterov: bool
+    ns_steps: Positive
+    adjust: Literal["match_rms_adamw", "original"]
+    betas: Annotated[list[BelowOne], Field(min_length=2, max_length=2)]
+    eps: PositiveNumber
+
+
 class TrainerConfig(Group):
     """``trainer=default``."""
 
-    max_epochs: Positive
+    max_epochs: Annotated[Positive, Reach.SCHEDULED]
     max_batches_per_epoch: Positive | None
     batch_size: Annotated[Positive, Role.FIXED]
     accumulate: Annotated[Positive, Role.FIXED]
-    parallel: Annotated[Literal["ddp", "fsdp"], Role.NEUTRAL]
-    expert_parallel: Annotated[Positive, Role.NEUTRAL]
+    parallel: Annotated[Literal["ddp", "fsdp"], Role.NEUTRAL, Reach.ALL]
+    expert_parallel: Annotated[Positive, Role.NEUTRAL, Reach.ALL]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
     compile: bool = False
-    activation_checkpointing: Annotated[bool, Role.NEUTRAL] = False
+    activation_checkpointing: Annotated[bool, Role.NEUTRAL, Reach.ALL] = False
     grad_clip: PositiveNumber | None
-    lr_schedule: Anneal | None
+    lr_schedule: Annotated[Anneal | None, Reach.SCHEDULED]
+    ema: BetweenZeroAndOne | None = None  # runs of earlier versions have no such key, nor the next
+    init_from: Annotated[Text | None, Role.FIXED] = None
     resume: Annotated[Text | None, Role.PROCESS]
-    log_every: Annotated[Positive, Role.NEUTRAL]
+    log_every: Annotated[Positive, Role.NEUTRAL, Reach.ALL]
     validation_batches: Positive | None
     checkpoint_every_epochs: Annotated[Positive, Role.NEUTRAL]
     checkpoint_every_minutes: Annotated[PositiveNumber | None, Role.NEUTRAL]
@@ -234,7 +286,7 @@ class TrainerConfig(Group):
     on_nonfinite: Literal["stop", "skip", "rollback"]
     stall_minutes: Annotated[PositiveNumber | None, Role.PROCESS]
     keep_freed_memory: Annotated[bool, Role.PROCESS]
-    onednn_products: Annotated[bool, Role.PROCESS]
+    onednn_products: Annotated[bool, Role.PROCESS, Reach.ALL]
 
 
 class LightningConfig(TrainerConfig):
@@ -273,14 +325,98 @@ class CsvConfig(LoggerConfig):
     mode: Literal["offline", "disabled"]
 
 
+class ModelsLossConfig(Group):
+    """``loss=cross_entropy``."""
+
+
 class NoLoggerConfig(LoggerConfig):
     """``logger=none``."""
 
     mode: Literal["disabled"]
 
 
+DEFAULT_TRAINER: Final = "apt_model.training.trainer.Trainer"
+"""The ``_target_`` of ``trainer=default``."""
+
+
+class Own(Group):
+    """A class or function of a package that the user allows, or of torch's: its other keys are its own parameters."""
+
+    model_config = ConfigDict(**{**Strict.model_config, "extra": "allow"})
+
+
+class OwnModelConfig(Own):
+    """``model=own``."""
+
+    role = Role.FIXED
+
+    seq_len: Positive
+    vocab_size: Positive | None = None
+
+
+class TransformersConfig(OwnModelConfig):
+    """``model=transformers``."""
+
+    model_config = Strict.model_config
+
+    path: Text | None
+    config: dict[str, Any] | None
+    experts: bool
+
+
+class OwnDataConfig(Own):
+    """``data=own``."""
+
+    role = Role.FIXED
+
+
+class OwnOptimizerConfig(Own):
+    """``optimizer=own``, ``sgd`` and others of torch's."""
+
+    target: Annotated[str | None, Role.FIXED] = Field(alias="_target_")
+    lr: PositiveNumber
+    weight_decay: NotNegative = 0.0
+
+
+class OwnLossConfig(Own):
+    """``loss=own``."""
+
+
+class OwnLoggerConfig(Own):
+    """``logger=own``."""
+
+    role = Role.NEUTRAL
+
+    mode: Literal["offline", "disabled"] = "offline"
+
+
+OWN: Final[dict[str, type[Own]]] = {
+    "model": OwnModelConfig,
+    "data": OwnDataConfig,
+    "optimizer": OwnOptimizerConfig,
+    "logger": OwnLoggerConfig,
+    "loss": OwnLossConfig,
+}
+"""Groups whose class may be the user's own."""
+
+OF_OWN: Final = frozenset(key for kind in OWN.values() for key in kind.model_fields)
+"""Keys of these groups that the launcher reads; a class is given them where it takes them."""
+
+INJECTED: Final[dict[str, tuple[str, ...]]] = {
+    "model": ("moe", "align", "voter"),
+    "data": ("split",),
+    "optimizer": ("params",),
+    "logger": ("folder", "config", "identity"),
+    "loss": ("logits", "targets", "hidden"),
+}
+"""Parameters that the launcher gives to a class of these groups, where it takes them."""
+
 GROUPS: Final[dict[str, dict[str | None, type[Group]]]] = {
-    "model": {"apt_model.gpt.GPT": GPTConfig, "apt_model.layouts.pretrained.PretrainedGPT": PretrainedConfig},
+    "model": {
+        "apt_model.gpt.GPT": GPTConfig,
+        "apt_model.layouts.pretrained.PretrainedGPT": PretrainedConfig,
+        "apt_model.integrations.transformers.causal_lm": TransformersConfig,
+    },
     "moe": {"apt_model.layers.moe.MoE": MoEConfig},
     "align": {"apt_model.layers.align.BiStateAlignment": BiStateConfig},
     "voter": {"apt_model.layers.voter.EntropyVoter": VoterConfig},
@@ -292,9 +428,14 @@ GROUPS: Final[dict[str, dict[str | None, type[Group]]]] = {
         "apt_model.data.HFCorpus": HFDatasetConfig,
         "apt_model.data.ShardsCorpus": ShardsConfig,
     },
-    "optimizer": {"torch.optim.AdamW": AdamWConfig},
+    "optimizer": {
+        "torch.optim.AdamW": AdamWConfig,
+        "torch.optim.SGD": SGDConfig,
+        "torch.optim.Adafactor": AdafactorConfig,
+        "apt_model.training.muon.Muon": MuonConfig,
+    },
     "trainer": {
-        "apt_model.training.trainer.Trainer": TrainerConfig,
+        DEFAULT_TRAINER: TrainerConfig,
         "apt_model.integrations.lightning.LightningTrainer": LightningConfig,
         "apt_model.integrations.transformers.HFTrainer": HFConfig,
     },
@@ -304,16 +445,25 @@ GROUPS: Final[dict[str, dict[str | None, type[Group]]]] = {
         "apt_launch.tracking.csv.CsvTracker": CsvConfig,
         None: NoLoggerConfig,
     },
+    "loss": {None: ModelsLossConfig},
 }
 
 
 EXTRAS: Final[dict[type[Group], tuple[str, tuple[str, ...]]]] = {
     LightningConfig: ("lightning", ("lightning",)),
     HFConfig: ("hf", ("transformers", "accelerate")),
+    TransformersConfig: ("hf", ("transformers", "accelerate")),
     TensorBoardConfig: ("tensorboard", ("tensorboard",)),
     HFDatasetConfig: ("hf", ("datasets",)),
 }
 """Choices that need an extra of the package: its name, and the libraries that it brings."""
+
+
+NEW: Final[dict[str, Any]] = {"loss": {"_target_": None}, "callbacks": {}}
+"""What configs of earlier versions do not have; at these values it is no part of a run's identity either."""
+
+NEW_KEYS: Final[dict[str, Any]] = {"trainer.init_from": None, "trainer.ema": None}
+"""The same, of single keys."""
 
 
 class TopLevel(Strict):
@@ -321,27 +471,55 @@ class TopLevel(Strict):
 
     seed: Annotated[Seed, Role.FIXED]
     profile_file: Annotated[Text | None, Role.NEUTRAL]
+    callbacks: dict[str, dict[str, Any]] = Field(default_factory=dict)
     launch: Annotated[LaunchConfig, Role.NEUTRAL]
+
+
+Mark = TypeVar("Mark", Role, Reach)
+
+
+def _marks(kind: type[Mark], of_group: str) -> dict[str, Mark]:
+    """Return what fields are marked with, and groups by their attribute ``of_group``: dotted keys and groups to marks."""
+    of_schemas = [(name, getattr(schema, of_group)) for name, schemas in GROUPS.items() for schema in schemas.values()]
+    found: dict[str, Mark] = {name: mark for name, mark in of_schemas if mark}
+    places: list[tuple[str, type[Strict]]] = [("", TopLevel)]
+    places += [(f"{name}.", schema) for name, schemas in GROUPS.items() for schema in schemas.values()]
+    for prefix, schema in places:
+        for name, field in schema.model_fields.items():
+            found |= {f"{prefix}{field.alias or name}": mark for mark in field.metadata if isinstance(mark, kind)}
+    return found
 
 
 @cache
 def roles() -> dict[str, Role]:
     """Return the role of each key and group that has one."""
-    found = {name: schema.role for name, schemas in GROUPS.items() for schema in schemas.values() if schema.role}
-    places: list[tuple[str, type[Strict]]] = [("", TopLevel)]
-    places += [(f"{name}.", schema) for name, schemas in GROUPS.items() for schema in schemas.values()]
-    for prefix, schema in places:
-        for name, field in schema.model_fields.items():
-            found |= {f"{prefix}{field.alias or name}": role for role in field.metadata if isinstance(role, Role)}
-    return found
+    return _marks(Role, "role")
+
+
+@cache
+def reaches() -> dict[str, Reach]:
+    """Return which updates each key and group changes that says so."""
+    return _marks(Reach, "reach")
+
+
+def _nearest_mark(key: str, known: Mapping[str, Mark]) -> Mark | None:
+    """Return the mark of a dotted key: its own, or that of the key or the group that it belongs to."""
+    while key not in known and "." in key:
+        key = key.rpartition(".")[0]
+    return known.get(key)
 
 
 def role_of(key: str) -> Role | None:
     """Return the role of a dotted key: its own, or that of the key or the group that it belongs to."""
-    known = roles()
-    while key not in known and "." in key:
-        key = key.rpartition(".")[0]
-    return known.get(key)
+    return _nearest_mark(key, roles())
+
+
+def reach_of(key: str) -> Reach:
+    """Return which updates a dotted key changes: all of them, unless it is said; none, if it changes no result."""
+    found = _nearest_mark(key, reaches())
+    if found is None:
+        return Reach.NONE if role_of(key) in (Role.NEUTRAL, Role.PROCESS) else Reach.ALL
+    return found
 
 
 def all_keys() -> list[str]:

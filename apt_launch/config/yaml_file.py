@@ -15,6 +15,9 @@ LARGEST_FILE: Final = 1 << 20
 MOST_NODES: Final = 100_000
 """Values of a file, each alias counted as all that it stands for."""
 
+LONGEST_INTERPOLATION: Final = 2000
+"""Characters of a value with an interpolation in it: OmegaConf reads such a value letter by letter, each time it is asked for."""
+
 
 def load_yaml(path: Path, key: str = "") -> tuple[str, Any]:
     """Return the text of ``path``, and what OmegaConf makes of it.
@@ -34,7 +37,7 @@ def load_yaml(path: Path, key: str = "") -> tuple[str, Any]:
     place = f"{key}: {path}" if key else str(path)
     text = _read(path, key, place)
     try:
-        check_yaml(text, place, MOST_NODES)
+        check_yaml(text, place, MOST_NODES, LONGEST_INTERPOLATION)
         content = OmegaConf.load(io.StringIO(text))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark

@@ -7,10 +7,12 @@ The timeline and the curves come from the very functions that training calls. An
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from apt_launch.allow import take_flags
 from apt_launch.command_line import parsed
 from apt_launch.config.ending import ending
 from apt_launch.preview.painter import Painter
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 config or command line wrong, 130 interrupted."""
     with ending():
+        sys.argv[1:] = take_flags(sys.argv[1:])
         arguments, overrides = parsed(parser())
         painter = Painter()  # first of all: it loads its library while this process loads Hydra
         try:
@@ -39,7 +42,7 @@ def _preview(arguments: argparse.Namespace, overrides: list[str], painter: Paint
     from apt_launch.preview.terminal import MOST_OVERLAID, config_of, show
     from apt_model.files import refuse_place, write_atomic
 
-    plan = gather(with_profile_file(overrides), arguments.config_dir)
+    plan = gather(with_profile_file(overrides), arguments.config_dir, multirun=arguments.multirun)
     jobs = plan.jobs[:MOST_OVERLAID]
     folder: Path = arguments.out
     refuse_place(folder, "--out")
@@ -96,7 +99,8 @@ examples:
     add("--gpu", metavar="KIND", help="sizes, with hours and what fits on a kind of GPU: a100, h100, ...")
     add("--gpus", type=int, metavar="N", help="sizes, with what each of N GPUs needs that share the model")
     add("--config-dir", "-cd", type=Path, metavar="DIR", help="a folder of your own groups and options")
-    add("--multirun", "-m", action="store_true", help="taken for granted: several values always expand")
+    add("--allow", metavar="PACKAGE", help="a package of yours whose classes the config may name")
+    add("--multirun", "-m", action="store_true", help="refuse what a sweep refuses; several values always expand")
     add("--dry-run", action="store_true", help="taken for granted")
     return parser
 

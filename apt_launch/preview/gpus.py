@@ -151,22 +151,27 @@ def device_bytes(phase: Phase, config: RunConfig, num_gpus: int) -> int:
     return math.ceil(state / num_gpus) + (3 * phase.compute_bytes + FP32) * block
 
 
+def _loss_chunk(config: RunConfig) -> int | None:
+    chunk: int | None = getattr(config.model, "loss_chunk", None)
+    return chunk
+
+
 def batch_bytes(phase: Phase, config: RunConfig, share: int) -> int:
     """Return the bytes of activations and workspace for ``share`` sequences."""
     activations, recomputed, workspace = _growth(phase, config)
-    at_once = min(share * config.model.seq_len, config.model.loss_chunk or math.inf)
+    at_once = min(share * config.model.seq_len, _loss_chunk(config) or math.inf)
     return math.ceil(share * activations + max(share * recomputed, at_once * workspace))
 
 
 def _growth(phase: Phase, config: RunConfig) -> tuple[float, float, float]:
     """Return the bytes of activations and of what is recomputed for a sequence, and of workspace for a token."""
-    at_once = min(phase.batch_size * config.model.seq_len, config.model.loss_chunk or math.inf)
+    at_once = min(phase.batch_size * config.model.seq_len, _loss_chunk(config) or math.inf)
     return phase.activations / phase.batch_size, phase.recomputed / phase.batch_size, phase.workspace / at_once
 
 
 def _room(config: RunConfig, phase: Phase, free: float) -> float:
     """Return how many sequences' activations and workspace take ``free`` bytes; the workspace ends to grow with a chunk."""
-    length, chunk = config.model.seq_len, config.model.loss_chunk
+    length, chunk = config.model.seq_len, _loss_chunk(config)
     activations, recomputed, workspace = _growth(phase, config)
     sequences = free / (activations + workspace * length)
     if chunk is not None and sequences * length > chunk:

@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from apt_launch.config.run_config import RunConfig
+from apt_launch.config.schema import GPTConfig
+from apt_model.errors import ConfigError
 from apt_model.schedule import MODULES, Clock, Program
 from apt_model.schedule.program import LatchState, Subject
 from apt_model.schedule.targets import matching
@@ -122,6 +124,8 @@ def sizes(config: RunConfig, *, on_gpu: bool | None = None) -> list[Phase]:
         config: a checked config.
         on_gpu: what ``trainer.precision=auto`` means: True bf16, False fp32, None what it would be on this machine.
     """
+    if not isinstance(config.model, GPTConfig):
+        raise ConfigError("--sizes: they are counted for model=gpt only. Leave --sizes, --gpu and --gpus out.")
     import torch
 
     from apt_launch.config.instantiate import build_model

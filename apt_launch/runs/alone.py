@@ -32,8 +32,8 @@ def alone_in_process() -> Iterator[None]:
     lock = _process["run"]
     if not lock.acquire(blocking=False):
         raise ConfigError(
-            "apt_launch.run: another run is under way in this process, and two would draw from one random generator. Wait for "
-            "its end, or give each run a process of its own: python -m apt_launch ..., or several at once by "
+            "another run is under way in this process, and two would draw from one random generator. Wait for its "
+            "end, or give each run a process of its own: python -m apt_launch ..., or several at once by "
             "python -m apt_launch --multirun ..."
         )
     try:

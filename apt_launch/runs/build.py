@@ -6,8 +6,10 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apt_launch.config.instantiate import build, build_model, factory
+from apt_launch.config.instantiate import build, build_callbacks, build_loss, build_model, factory
 from apt_launch.config.run_config import RunConfig
+from apt_launch.config.schema import DEFAULT_TRAINER, EXTRAS
+from apt_launch.runs.folder import initial_checkpoint
 
 if TYPE_CHECKING:
     from apt_model.training.callbacks import Callback
@@ -25,7 +27,10 @@ def build_trainer(
     leave_out: Collection[tuple[int, int]] = (),
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Trainer:
-    """Return the trainer of a run, seeded."""
+    """Return the trainer of a run, seeded.
+
+    From a checkpoint, a run of another library's loop is continued by the default one: see ``can_resume`` of the trainers.
+    """
     from apt_model.layouts.pretrained import PretrainedGPT
     from apt_model.training.distributed import from_rank_zero
     from apt_model.training.options import by_concern
@@ -39,18 +44,23 @@ def build_trainer(
     options = by_concern(
         values["trainer"]
         | {"seed": config.seed, "weight_decay": config.optimizer.weight_decay, "leave_out": frozenset(leave_out)}
+        | {"seq_len": config.model.seq_len}
     )
+    continued = resume is not None and type(config.trainer) in EXTRAS
     trainer: Trainer = build(
-        {"_target_": values["trainer"]["_target_"]},
+        {"_target_": DEFAULT_TRAINER if continued else values["trainer"]["_target_"]},
         **options,
         model=model,
+        loss=build_loss(values),
         optimizer=factory(values["optimizer"]),
         schedule=build(values["schedule"], horizon=config.horizon, program=config.program, broadcast=from_rank_zero),
         corpus=config.corpus,
         resume=resume,
         checkpoints=checkpoints,
         log=log,
-        callbacks=callbacks,
+        callbacks=[*callbacks, *build_callbacks(values)],
         stop_requested=stop_requested,
     )
+    if config.trainer.init_from is not None and resume is None:
+        trainer.init_from(initial_checkpoint(config))
     return trainer

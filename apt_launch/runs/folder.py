@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
 
-from apt_launch.commands import command, config_flags, override
+from apt_launch import allow
+from apt_launch.commands import config_flags, for_all_ranks, override, words_of
 from apt_launch.config.run_config import RunConfig
-from apt_launch.config.schema import Role, role_of
+from apt_launch.config.schema import DEFAULT_TRAINER, EXTRAS, Role, role_of
 from apt_launch.values import changed_keys
+from apt_model.data.tokenizer import read_tokenizer
 from apt_model.errors import CheckpointError, ConfigError
 from apt_model.files import STRICT, from_json, in_home, read_json, read_regular, refuse_links, refuse_place, write_json
 from apt_model.schedule import Horizon
@@ -108,8 +109,8 @@ class RunFolder:
                 with contextlib.suppress(OSError):  # it holds more
                     above.rmdir()
 
-    def resume_command(self) -> str:
-        """Return the command that continues the run: what began it, from its newest checkpoint."""
+    def how_to_resume(self, config: RunConfig) -> str:
+        """Say how the run continues: by what began it, on as many ranks, from its newest checkpoint."""
         path = self.path / ".hydra" / "overrides.yaml"
         flags: list[str] = []
         if (
@@ -119,10 +120,19 @@ class RunFolder:
             flags = config_flags()
             given = [str(one) for one in (*overrides.hydra, *overrides.task) if str(one) not in flags]
         else:
-            given = [str(one) for one in OmegaConf.load(path)] if path.exists() else []
+            given = _overrides_in(path)
         kept = [one for one in given if one.lstrip("+").partition("=")[0] not in OF_ONE_ATTEMPT]
-        place = override("hydra.run.dir", self.path)
-        return command("apt_launch", *flags, *kept, place, "trainer.resume=auto")
+        line, remark = for_all_ranks(
+            words_of("apt_launch", *allow.flags(), *flags, *kept, *self.resume_overrides(config))
+        )
+        return f"Go on with{remark}: {line}"
+
+    def resume_overrides(self, config: RunConfig) -> list[str]:
+        """Return what a command that continues the run has of its own."""
+        found = [override("hydra.run.dir", self.path), "trainer.resume=auto"]
+        if type(config.trainer) in EXTRAS:  # it cannot continue, and the default one continues from checkpoints of all
+            found.append(f"trainer._target_={DEFAULT_TRAINER}")
+        return found
 
     def check(self, config: RunConfig) -> Checked:
         """Return that ``config`` may be run here, see :meth:`check_free`."""
@@ -147,6 +157,8 @@ class RunFolder:
         refuse_links(self.path, "hydra.run.dir")
         resume = self.resume(config)
         own = resume is not None and self.owns(resume.checkpoint)
+        if resume is None and config.trainer.init_from is not None:
+            initial_checkpoint(config)
         if self.holds_a_run and not own and config.trainer.resume != "auto":
             raise ConfigError(
                 f"hydra.run.dir: {self.path} already holds a run. Go on with it by trainer.resume=auto, or choose another "
@@ -209,16 +221,49 @@ class RunFolder:
                 ]
             )
         kept, now = checkpoint.parent.parent / self.tokenizer.name, config.corpus.tokenizer_file
-        if now is not None and kept.exists() and read_regular(kept) != read_regular(now):
+        if now is not None and kept.exists() and read_tokenizer(kept) != read_tokenizer(now):
             raise ConfigError(
                 f"data: {now} is not the tokenizer that the run was trained with, which is kept in {kept}."
             )
         if config.schedule.on_horizon_change == "error" and about.horizon != config.horizon:
             raise ConfigError(horizon_changed(about.horizon, config.horizon))
         notes = [*passed_over]
+        if type(config.trainer) in EXTRAS:
+            option, _ = EXTRAS[type(config.trainer)]
+            notes.append(f"trainer={option} cannot continue from a checkpoint: trainer=default trains the rest")
         if changed:
             notes.append(f"resumed with other values than before: {', '.join(changed)}")
         return Resume(checkpoint.absolute(), manifest.get("rows", 0), tuple(notes))
+
+
+def _overrides_in(path: Path) -> list[str]:
+    """Return the overrides that a run's folder has kept; none, where they cannot be read."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(read_regular(path))
+    except (FileNotFoundError, ConfigError, yaml.YAMLError, ValueError, RecursionError):
+        return []
+    return [one for one in found if isinstance(one, str)] if isinstance(found, list) else []
+
+
+def initial_checkpoint(config: RunConfig) -> Path:
+    """Return the checkpoint that ``trainer.init_from`` names.
+
+    Raises:
+        ConfigError: there is none, or its tokens mean something else than this run's.
+    """
+    assert config.trainer.init_from is not None
+    checkpoint, _ = find_checkpoint(in_home(config.trainer.init_from, "trainer.init_from"), "trainer.init_from")
+    kept, now = checkpoint.parent.parent / "tokenizer.json", config.corpus.tokenizer_file
+    alike = kept.exists() == (now is not None) and (now is None or read_regular(kept) == read_regular(now))
+    if not alike:
+        raise ConfigError(
+            f"trainer.init_from: the tokens of {checkpoint.parent.parent} are "
+            f"{f'those of {kept}' if kept.exists() else 'bytes'}, and those of this run {now or 'bytes'}. Set data.tokenizer to "
+            f"{kept if kept.exists() else 'null'}."
+        )
+    return checkpoint
 
 
 def find_checkpoint(path: Path, key: str) -> tuple[Path, list[str]]:

@@ -26,8 +26,9 @@ from apt_launch.runs.provenance import provenance
 from apt_launch.runs.stop import StopRequest
 from apt_launch.tracking.deliver import Membership
 from apt_launch.tracking.projection import Tracking
+from apt_model.data.tokenizer import read_tokenizer
 from apt_model.errors import Interrupted, NonFiniteError, cause_of
-from apt_model.files import read_regular, write_atomic, write_json
+from apt_model.files import write_atomic, write_json
 
 if TYPE_CHECKING:
     from apt_model.training.checkpoint import Checkpoints
@@ -89,7 +90,7 @@ def run_once(checked: Checked, folder: RunFolder, stop: StopRequest, member: Mem
     except Interrupted as interrupted:
         session.finish("interrupted")
         if not isinstance(interrupted, Drilled) and member is None and stop.own_process:
-            logger.info("%s. Go on with: %s", interrupted, folder.resume_command())
+            logger.info("%s. %s", interrupted, folder.how_to_resume(config))
         raise
     except NonFiniteError as error:
         if not may_roll_back(config, left_out):
@@ -127,7 +128,7 @@ class Session:
         keep_rows = self.resume.rows if self.resume and folder.owns(self.resume.checkpoint) else 0
         write_atomic(folder.config, OmegaConf.to_yaml(OmegaConf.create(self.config.values)))
         if self.config.corpus.tokenizer_file is not None:  # what the weights mean without the corpus
-            write_atomic(folder.tokenizer, read_regular(self.config.corpus.tokenizer_file).decode())
+            write_atomic(folder.tokenizer, read_tokenizer(self.config.corpus.tokenizer_file))
         self.tracking = Tracking(Record(folder.metrics, keep_rows=keep_rows))
         trainer.log = self.tracking.log
         checkpoints.before = self.tracking.record.sync
@@ -176,7 +177,7 @@ class Session:
             "steps": self.trainer.clock.step,
             "seconds": round(time.time() - self.began, 3),
             "tokens_per_second": round(self.trainer.tokens_per_second, 1),
-        } | summary.summarise(rows)
+        } | summary.summarise(rows, self.config.program.modules)
         try:
             write_json(self.folder.summary, content)
         except OSError as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from apt_launch import allow
 from apt_launch.commands import command
 from apt_launch.config.run_config import RunConfig
 from apt_launch.escapes import console
@@ -16,7 +17,7 @@ from apt_launch.runs.folder import RunFolder
 from apt_model.schedule import MODULES
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+def summarise(rows: Sequence[Row], modules: Sequence[str] = MODULES) -> dict[str, Any]:
     """Return the first, last and best losses, when modules were enabled, and the ends that anneals had."""
     train = [row for row in rows if "train/loss" in row]
     val = [row for row in rows if "val/loss" in row]
@@ -29,7 +30,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         "val/loss": {int(row["epoch"]): row["val/loss"] for row in val if "epoch" in row},
         "switched_on": {
             module: {name: on[module][name] for name in ("epoch", "step")} if module in on else None
-            for module in MODULES
+            for module in modules
         },
         "anneals": {},
     }
@@ -74,7 +75,7 @@ def suggest(folder: RunFolder) -> None:
     screen = console(highlight=False)
     screen.print("\nWhat next?", style="bold")
     for text, line in (
-        ("text from this model", command("apt_launch.generate", folder.path, "--prompt", "def ")),
+        ("text from this model", command("apt_launch.generate", *allow.flags(), folder.path, "--prompt", "def ")),
         ("other curricula, before they run", command("apt_launch.preview", "schedule.route_temp.end=0.6,0.8")),
         ("and which of them is better", command("apt_launch", "--multirun", "schedule.route_temp.end=0.6,0.8")),
     ):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from apt_launch.config.run_config import RunConfig
 from apt_launch.lease import Holder, Lease
+from apt_launch.runs.alone import alone_in_process
 from apt_launch.runs.build import build_trainer
 from apt_launch.runs.drill import Drill, Drilled
 from apt_launch.runs.folder import Checked, RunFolder
@@ -29,6 +30,7 @@ def train(
     *,
     checked: Checked | None = None,
     own_process: bool = True,
+    alone: bool = False,
 ) -> float:
     """Train ``config`` here, into the folder ``path``; return the final validation loss.
 
@@ -38,12 +40,21 @@ def train(
         member: which job of which sweep the run is.
         checked: that ``config`` may be run in ``path``, where that was checked already.
         own_process: whether the process is the run's own, which a second Ctrl-C ends.
+        alone: whether the caller keeps other runs out of this process already; see :func:`alone_in_process`.
 
     Raises:
-        ConfigError: the folder is taken or not the same on all ranks, or something that only torch can find out is wrong.
+        ConfigError: the folder is taken or not the same on all ranks, another run is under way in this process, or something
+            that only torch can find out is wrong.
         TrainingError: the run failed; ``summary.json`` has the cause.
         Interrupted: it was stopped on request and can continue.
     """
+    with nullcontext() if alone else alone_in_process():
+        return _train(config, path, member, checked=checked, own_process=own_process)
+
+
+def _train(
+    config: RunConfig, path: Path, member: Membership | None, *, checked: Checked | None, own_process: bool
+) -> float:
     folder = RunFolder(path)
     checked = checked or folder.check(config)
     config.corpus.check()

@@ -7,12 +7,13 @@ loaded from one: no file of a folder chooses code.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol, TypeVar
 
 from apt_model.errors import ConfigError, nearest
+from apt_model.files import STRICT
 
 if TYPE_CHECKING:  # pydantic and omegaconf: a job's process needs neither before its application does
     from omegaconf import DictConfig
@@ -22,7 +23,10 @@ if TYPE_CHECKING:  # pydantic and omegaconf: a job's process needs neither befor
 TRAINER: Final = "apt_launch.application:Trainer"
 """The application of plans that name none: earlier versions swept no other."""
 
-KNOWN: Final = (TRAINER,)
+HYDRA_MAIN: Final = "apt_launch.sweep.programs.application:HydraMain"
+"""The application of every other program with ``@hydra.main``."""
+
+KNOWN: Final = (TRAINER, HYDRA_MAIN)
 """Applications that a folder may name."""
 
 MARK: Final = "__application__"
@@ -47,6 +51,20 @@ class Resources:
         """Return those that ``launch`` asks for."""
         return cls(**launch.model_dump(include={field.name for field in fields(cls)}))
 
+    @classmethod
+    def of_launcher(cls, launcher: Mapping[str, Any]) -> Resources:
+        """Return those that the node ``hydra.launcher`` asks for.
+
+        Raises:
+            ConfigError: a value is wrong.
+        """
+        from apt_launch.sweep.options import JobResources
+        from apt_model.errors import validated
+
+        given = {key: value for key, value in launcher.items() if key in JobResources.model_fields}
+        asked = validated(JobResources, given, key="hydra.launcher")
+        return cls(**asked.model_dump(include={field.name for field in fields(cls)}))
+
     @property
     def gpu_hours(self) -> float:
         """The most that the job may take."""
@@ -62,6 +80,50 @@ class Resources:
         parts += [f"{self.gpus} GPU{'s' if self.gpus > 1 else ''} a node" if self.gpus else ""]
         parts += [f"{self.cpus} cores a task" if self.cpus else "", f"{self.mem_gb:g} GB" if self.mem_gb else ""]
         return ", ".join([*filter(None, parts), f"at most {self.hours:g} h"])
+
+
+@dataclass(frozen=True)
+class Program:
+    """How a job starts a user's program again, and what the sweep wants of it. The schema in ``plan.yaml`` and ``job.json``.
+
+    One of ``script`` and ``module`` is given. What is read here only names a program; a job alone starts it.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    script: str | None = None
+    """The file that ``python`` was started with."""
+    module: str | None = None
+    """The module that ``python -m`` was started with or, with ``function``, the one that has it."""
+    function: str | None = None
+    """The qualified name of what is called in ``module``, which is imported; None: the module or script is run."""
+    objective: str | None = None
+    """Which of several results decides; None: there is one."""
+    direction: Literal["minimize", "maximize"] = "minimize"
+    neutral: tuple[str, ...] = ()
+    """Patterns of keys that are no part of an identity."""
+    preload: tuple[str, ...] = ()
+    """Libraries of a known list that a worker loads once for all jobs."""
+    umask: int = 0o077
+    """Of the files that the program writes."""
+    snapshot: str | None = None
+    """The folder whose files are taken from the copy in the sweep's folder; None: there is no copy."""
+
+    def __post_init__(self) -> None:
+        """Refuse one that starts nothing, or two things."""
+        if (self.script is None) == (self.module is None) or (self.function is not None and self.module is None):
+            raise ValueError("a program is a script, a module, or a function of a module")
+        if not 0 <= self.umask <= 0o777:
+            raise ValueError(f"its umask {self.umask} is no mode of files")
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The command line that starts it, without overrides."""
+        if self.script is not None:
+            return ("python", self.script)
+        if self.function is not None:
+            return ("python", "-c", f"from {self.module} import {self.function}; {self.function}()")
+        return ("python", "-m", str(self.module))
 
 
 @dataclass(frozen=True)
@@ -108,8 +170,8 @@ class JobContext:
 class Result:
     """What a job returns."""
 
-    value: float
-    """What sweepers compare; less is better."""
+    value: float | None
+    """What is compared; None: the job has no result but that it is done."""
 
 
 class Application(Protocol):
@@ -117,6 +179,14 @@ class Application(Protocol):
 
     program: tuple[str, ...]
     """The command line that starts it, without overrides."""
+    metric: str
+    """The metric that decides which job is best, unless a command says otherwise."""
+    direction: str
+    """``minimize`` or ``maximize``: which values of :attr:`metric` are better."""
+    axis: str
+    """The metric along which a job is followed."""
+    trusts_folder: bool
+    """Whether a sweep's folder names the code that its jobs run, so that nobody else may be able to write there."""
 
     def check(self, cfg: DictConfig | Mapping[str, Any]) -> JobSpec:
         """Check a config: what Hydra composed, or the values of an earlier :class:`JobSpec`.
@@ -130,6 +200,15 @@ class Application(Protocol):
 
     def is_neutral(self, key: str) -> bool:
         """Return whether the key cannot change a result."""
+
+    def job_logging(self) -> Mapping[str, Any] | None:
+        """Return how jobs log, as ``hydra.job_logging`` says it: a sweep refuses another; None: it is not compared."""
+
+    def columns(self, rows: Sequence[Mapping[str, float]]) -> Sequence[tuple[str, str]]:
+        """Return the metrics that a table of jobs shows, each with its format, given the jobs' last rows."""
+
+    def output(self, folder: Path, values: Mapping[str, Any], number: int) -> Path:
+        """Return where a job with the frozen ``values`` writes what it is asked for; ``folder`` is the job's own."""
 
     def run(self, folder: Path, values: Mapping[str, Any], job: JobContext) -> Result:
         """Run a job in this process, which is the job's own, with the frozen ``values``.
@@ -152,6 +231,9 @@ class Application(Protocol):
     def shared_updates(self, a: JobSpec, b: JobSpec) -> int:
         """Return the number of first updates that two jobs have in common; 0: nothing can be shared."""
 
+    def environment(self) -> Mapping[str, str]:
+        """Return variables of this process that jobs sent from it have, too, wherever they run; no file keeps them."""
+
 
 def application(name: str) -> Callable[[Task], Task]:
     """Mark the task function of ``hydra.main`` as that of the application ``name``."""
@@ -164,22 +246,15 @@ def application(name: str) -> Callable[[Task], Task]:
 
 
 def application_of(task: Callable[..., Any]) -> str:
-    """Return the name of the application that a task function is marked with.
-
-    Raises:
-        ConfigError: it is marked with none.
-    """
-    name = getattr(task, MARK, None)
-    if name is None:
-        raise ConfigError(
-            f"hydra/sweeper: {task.__module__}.{task.__qualname__} belongs to no application whose sweeps can be planned. "
-            "Choose hydra/sweeper=basic hydra/launcher=basic."
-        )
-    return str(name)
+    """Return the name of the application of a task function: the one that it is marked with, else :data:`HYDRA_MAIN`."""
+    return str(getattr(task, MARK, HYDRA_MAIN))
 
 
-def load(name: str) -> Application:
+def load(name: str, program: Program | None = None) -> Application:
     """Return the application ``name``, as ``plan.yaml`` and a job's ``job.json`` have it.
+
+    Args:
+        program: what :data:`HYDRA_MAIN` stands for there.
 
     Raises:
         ConfigError: it is not one of :data:`KNOWN`.
@@ -189,5 +264,11 @@ def load(name: str) -> Application:
             f"application: {name!r} is not known here, and a folder may name no other. {nearest(name, KNOWN)}"
         )
     module, _, attribute = name.partition(":")
-    found: Application = getattr(importlib.import_module(module), attribute)()
-    return found
+    kind = getattr(importlib.import_module(module), attribute)
+    if name != HYDRA_MAIN:
+        found: Application = kind()
+        return found
+    if program is None:
+        raise ConfigError("program: it is missing, and without it nobody knows what the jobs run.")
+    wrapped: Application = kind(program)
+    return wrapped

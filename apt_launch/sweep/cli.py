@@ -1,4 +1,4 @@
-"""``python -m apt_launch.sweep status|watch|wait|resume|cancel|report DIR``: a sweep after its launch, from any terminal."""
+"""``python -m apt_launch.sweep status|watch|wait|resume|cancel|drop|best|report DIR``: a sweep after its launch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from apt_launch.allow import take_flags
 from apt_launch.command_line import ending
 from apt_launch.commands import command
 from apt_launch.secrets import keep_private
@@ -18,13 +19,14 @@ from apt_launch.sweep.control.follow import follow, say
 from apt_launch.sweep.control.ledger import Ledger, Status
 from apt_launch.sweep.control.table import show
 from apt_launch.sweep.plan.plan import Plan
+from apt_model.errors import ConfigError
 
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 a job failed, 2 the command line or the folder is wrong, 130 interrupted."""
     keep_private()
     with ending():
-        arguments = parser().parse_args()
+        arguments = parser().parse_args(take_flags(sys.argv[1:]))
         arguments.folder = arguments.folder.absolute()  # jobs and workers change directory
         sys.exit(COMMANDS[arguments.command](arguments))
 
@@ -33,7 +35,8 @@ def parser() -> argparse.ArgumentParser:
     """Return what reads the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m apt_launch.sweep",
-        description="Show, follow and control a sweep that python -m apt_launch --multirun has sent, from any terminal.",
+        description="Show, follow and control a sweep that was sent: by python -m apt_launch --multirun, or by any program "
+        "with hydra/sweeper=apt; from any terminal.",
         epilog="Each command has a --help of its own. Example: python -m apt_launch.sweep status multirun/DATE/TIME",
         allow_abbrev=False,
     )
@@ -46,7 +49,9 @@ def parser() -> argparse.ArgumentParser:
         ),
         ("wait", "wait until all jobs have ended"),
         ("resume", "send again what failed, was cancelled or is missing; overrides such as launch.hours=48 may follow"),
-        ("cancel", "stop all jobs, with a checkpoint of each"),
+        ("cancel", "stop jobs, all or those that are named, with a checkpoint of each"),
+        ("drop", "leave jobs out: they are stopped, and no longer resumed, waited for or reported; their files stay"),
+        ("best", "print the best job's folder, its newest checkpoint, and the command that runs it again"),
         ("report", "write tables, plots and a page that say which job won"),
     ):
         one = commands.add_parser(name, help=text, description=text.capitalize() + ".", allow_abbrev=False)
@@ -57,15 +62,26 @@ def parser() -> argparse.ArgumentParser:
             one.add_argument("--port", type=int, help="of the page; a free one unless said otherwise")
             one.add_argument("--terminal", action="store_true", help="no page; ends with the sweep")
         if name == "resume":
-            one.add_argument("overrides", nargs="*", help="of keys that cannot change a result")
+            one.add_argument("--allow", metavar="PACKAGE", help="a package of yours whose classes the jobs may name")
+            one.add_argument(
+                "overrides",
+                nargs="*",
+                metavar="JOB|KEY=VALUE",
+                help="numbers of jobs, all unless one is named; overrides of keys that cannot change a result",
+            )
+        if name in ("cancel", "drop"):
+            one.add_argument(
+                "jobs", nargs="+" if name == "drop" else "*", type=int, metavar="JOB", help="its number in the table"
+            )
         if name in ("wait", "resume"):
             one.add_argument(
                 "--wait", action="store_true", help=argparse.SUPPRESS if name == "wait" else "wait for them, too"
             )
-        if name == "report":
+        if name in ("report", "best"):
             one.add_argument(
-                "--metric", default="val/loss", metavar="NAME", help="what decides, the lowest wins (val/loss)"
+                "--metric", metavar="NAME", help="what decides, the best wins: val/loss, or what the program returns"
             )
+        if name == "report":
             one.add_argument(
                 "--against",
                 metavar="WHAT",
@@ -101,7 +117,9 @@ def wait(arguments: argparse.Namespace) -> int:
 def resume(arguments: argparse.Namespace) -> int:
     """Send jobs again."""
     plan = Plan.read(arguments.folder)
-    number = resuming.resume(arguments.folder, arguments.overrides)
+    numbers = [int(word) for word in arguments.overrides if word.isdecimal()]
+    overrides = [word for word in arguments.overrides if not word.isdecimal()]
+    number = resuming.resume(arguments.folder, overrides, numbers)
     if not number:
         say("Nothing to send: every job is done or on its way.")
         return 0
@@ -113,9 +131,42 @@ def resume(arguments: argparse.Namespace) -> int:
 
 def cancel(arguments: argparse.Namespace) -> int:
     """Cancel the jobs."""
-    statuses = cancelling.cancel(arguments.folder)
+    statuses = cancelling.cancel(arguments.folder, arguments.jobs)
     show(Plan.read(arguments.folder), statuses, arguments.folder)
     return 0
+
+
+def drop(arguments: argparse.Namespace) -> int:
+    """Drop jobs."""
+    statuses = cancelling.drop(arguments.folder, arguments.jobs)
+    show(Plan.read(arguments.folder), statuses, arguments.folder)
+    return 0
+
+
+def best(arguments: argparse.Namespace) -> int:
+    """Print the best job: folder, checkpoint if there is one, command, a line each."""
+    from apt_launch.sweep.report.findings import find
+
+    ledger = Ledger(arguments.folder)
+    states = {one.job.folder: one.state for one in ledger.statuses(rows=False)}
+    findings = find(arguments.folder, states, arguments.metric)
+    trial = findings.best
+    if trial is None:
+        raise ConfigError(
+            f"{arguments.folder}: no job has recorded {findings.metric} yet. Wait for one: sweep wait DIR."
+        )
+    own = arguments.folder / trial.job.folder
+    say(str(ledger.application.output(own, ledger.plan.values(trial.job), trial.job.number)))
+    if (checkpoint := newest(own / "checkpoints")) is not None:
+        say(str(checkpoint))
+    say(findings.command(trial))
+    return 0
+
+
+def newest(checkpoints: Path) -> Path | None:
+    """Return the youngest entry of a folder of checkpoints; None: it has none."""
+    found = [path for path in checkpoints.iterdir() if not path.name.startswith(".")] if checkpoints.is_dir() else []
+    return max(found, key=lambda path: (path.stat().st_mtime_ns, path.name), default=None)
 
 
 def report(arguments: argparse.Namespace) -> int:
@@ -130,7 +181,10 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"status": status, "watch": watch, "wait": wait, "resume": resume, "cancel": cancel, "report": report}
+COMMANDS = {
+    **{"status": status, "watch": watch, "wait": wait, "resume": resume, "cancel": cancel},
+    **{"drop": drop, "best": best, "report": report},
+}
 
 
 def _as_json(one: Status) -> dict[str, Any]:
@@ -146,4 +200,5 @@ def _as_json(one: Status) -> dict[str, Any]:
         "age": one.age,
         "phase": one.phase,
         "row": dict(one.row),
+        "damaged_rows": one.damaged_rows,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -33,6 +33,36 @@ class LaunchConfig(Options):
     drill: bool
 
 
+class JobResources(Options):
+    """What ``hydra.launcher`` says of each job of a program that has no ``launch`` of its own; values may be interpolations."""
+
+    nodes: Positive = 1
+    tasks_per_node: Positive = 1
+    gpus: Annotated[int, Field(ge=0)] | None = None
+    cpus: Positive | None = None
+    mem_gb: PositiveNumber | None = None
+    hours: PositiveNumber = 24.0
+    time_limit_minutes: Positive | None = None
+    max_gpu_hours: PositiveNumber | None = None
+    wait: bool = False
+
+
+class SnapshotOptions(Options):
+    """What ``hydra.launcher`` says of a copy of the program's code."""
+
+    snapshot: bool | None = None
+    snapshot_mb: PositiveNumber = 200.0
+
+
+class SweeperOptions(Options):
+    """``hydra/sweeper=apt``, beside what is swept."""
+
+    objective: Text | None = None
+    direction: Literal["minimize", "maximize"] = "minimize"
+    neutral: list[str] = []
+    dry_run: bool = False
+
+
 class LocalLauncherConfig(Options):
     """``hydra/launcher=local``."""
 
@@ -55,3 +85,4 @@ class SlurmLauncherConfig(Options):
     additional_parameters: dict[str, Any]
     python: Text | None
     retry_minutes: NotNegative
+    pack: Positive = 1

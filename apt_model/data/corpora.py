@@ -355,14 +355,9 @@ class TextCorpus(_Files):
 class JsonlCorpus(ByteCorpus):
     """Files with one JSON object a line, whose ``text_key`` holds a document.
 
-        Args:
-    <<<<<<< HEAD
-            source_key: holds where the document comes from; None: nobody knows.
-            tokenizer: see :class:`DocumentCorpus`, as for ``bos`` and ``cache``.
-    =======
-            source_key: holds where the document comes from; None: unknown.
-            tokenizer: see :class:`DocumentCorpus`, as for ``cache``.
-    >>>>>>> main
+    Args:
+        source_key: holds where the document comes from; None: unknown.
+        tokenizer: see :class:`DocumentCorpus`, as for ``bos`` and ``cache``.
     """
 
     def __init__(

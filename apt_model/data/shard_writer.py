@@ -17,7 +17,7 @@ from apt_model.data.shards import MANIFEST, SPLITS, Manifest, Shard, SplitShards
 from apt_model.data.sources import Run, joined
 from apt_model.data.tokenizer import FILE_NAME, Tokenizer
 from apt_model.errors import ConfigError
-from apt_model.files import read_regular, sync, write_atomic
+from apt_model.files import open_kept, open_new, read_regular, refuse_link, sync, write_atomic
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,6 +63,7 @@ def write(
 
 def _write(folder: Path, corpus: Documents, tokenizer: Tokenizer, on_progress: OnProgress, shard_tokens: int) -> None:
     partial = partial_folder(folder)
+    refuse_link(partial)
     about = {
         "source": corpus.source(),
         "max_tokens": corpus.max_tokens,
@@ -132,7 +133,7 @@ def _write_split(
     def close() -> SplitShards:
         name = f"{split}-{len(progress.shards):05d}.bin"
         content = np.concatenate(waiting)
-        with (partial / name).open("wb") as file:
+        with open_new(partial / name) as file:
             file.write(content.data)
             file.flush()
             os.fsync(file.fileno())
@@ -238,9 +239,13 @@ def _progress(partial: Path, about: Mapping[str, Any]) -> dict[Split, SplitShard
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Let one process at a time be here; the others wait. The file ``path`` is there meanwhile."""
+    """Let one process at a time be here; the others wait. The file ``path`` is there meanwhile.
+
+    Raises:
+        ConfigError: something else is in its place.
+    """
     while True:
-        with path.open("w") as lock:
+        with open_kept(path) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             try:
                 taken = os.fstat(lock.fileno()).st_ino != path.stat().st_ino

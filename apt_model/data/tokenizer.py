@@ -158,11 +158,19 @@ def load_tokenizer(file: Path) -> FileTokenizer:
 @functools.lru_cache(maxsize=4)
 def _load(file: Path, size: int, mtime_ns: int) -> FileTokenizer:
     """Load a file once; the last two arguments notice a changed one."""
+    return FileTokenizer(read_tokenizer(file), name=str(file))
+
+
+def read_tokenizer(file: Path) -> str:
+    """Return the text of a ``tokenizer.json``, of up to :data:`LONGEST` bytes.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     try:
-        content = read_regular(file, LONGEST).decode("utf-8")
+        return read_regular(file, LONGEST).decode("utf-8")
     except (FileNotFoundError, ConfigError, UnicodeDecodeError) as error:
         raise ConfigError(f"data.tokenizer: {file} cannot be read: {error}") from None
-    return FileTokenizer(content, name=str(file))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> FileTokenizer:

@@ -87,22 +87,24 @@ class HostRun:
             raise HorizonError(f"{message} Give the runner a horizon with as many as there are.")
         logger.warning("%s", message)
 
-    def end_update(self) -> None:
-        """Count an update that was tried.
+    def before_update(self) -> None:
+        """Look whether an update that is about to be made fits the epoch.
 
         Raises:
             ConfigError: an epoch of a stream goes on past its planned end, and the curriculum goes by epochs.
         """
-        if self._updates is None:
-            return
-        self._updates += 1
-        if self.stream and self._updates > self.planned.updates_per_epoch:
+        if self.stream and self._updates is not None and self._updates >= self.planned.updates_per_epoch:
             raise ConfigError(
                 f"horizon: an epoch goes on past the {self.planned.updates_per_epoch} updates that were planned for it, and a "
                 "stream does not say where it ends: the curriculum's times in epochs cannot be known. Give times and anneals "
                 "by step, sample or token, give the data a length, or plan Horizon(epochs=1, updates_per_epoch=N) for a "
                 "stream that never ends."
             )
+
+    def end_update(self) -> None:
+        """Count an update that was tried."""
+        if self._updates is not None:
+            self._updates += 1
 
 
 def goes_by_epoch(curriculum: Curriculum) -> bool:

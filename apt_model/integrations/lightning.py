@@ -233,7 +233,13 @@ class ScheduleCallback(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Notice that an update is tried."""
+        """Notice that an update is tried.
+
+        Raises:
+            ConfigError: this epoch of a stream has had all updates that were planned, and the curriculum goes by epochs.
+        """
+        if self._run is not None:
+            self._run.before_update()
         self._attempted = True
 
     def on_train_batch_end(

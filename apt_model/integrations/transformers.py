@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt_model.errors import ConfigError, Interrupted
+from apt_model.errors import ConfigError, Interrupted, nearest
+from apt_model.files import in_home
 from apt_model.integrations.horizon import HostRun, anew
 from apt_model.integrations.hosted import (
     EpochLoader,
@@ -28,6 +29,7 @@ from apt_model.integrations.hosted import (
     over_ranks,
     trained_parts,
 )
+from apt_model.layers.in_place import MoEInPlace, add_experts
 from apt_model.schedule import Clock, ScheduleRunner
 from apt_model.training.schedule_driver import ScheduleDriver, Switches, Values, bind, numbers, sizes, subject_of
 
@@ -242,8 +244,14 @@ class ScheduleCallback(transformers.TrainerCallback, ExportableState):
         self._listen()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Notice whether the optimizer really steps."""
+        """Notice whether the optimizer really steps.
+
+        Raises:
+            ConfigError: this epoch of a stream has had all updates that were planned, and the curriculum goes by epochs.
+        """
         self._stop_listening()
+        if self._run is not None:
+            self._run.before_update()
         self._hooks = [self.driver.watch()]
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -449,3 +457,96 @@ class _Trainer(transformers.Trainer):
             loss: Tensor = super().training_step(*arguments, **others)
         self.owner.callbacks.notify("on_batch_end", self.owner)
         return loss
+
+
+def causal_lm(
+    *,
+    path: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    vocab_size: int | None = None,
+    experts: bool = False,
+    seq_len: int | None = None,
+    moe: Callable[..., MoEInPlace],
+) -> nn.Module:
+    """Return a causal language model of the library: with the weights in a local folder, or new ones.
+
+    Nothing is fetched, no pickle is read, and no code of the folder's is run.
+
+    Args:
+        path: a folder with ``config.json`` and weights in safetensors.
+        config: ``model_type`` and what else differs from that model's defaults.
+        vocab_size: of a new model; of one from a folder it has to be as it is there.
+        seq_len: tokens of a sequence, which the model has to have room for.
+        experts: whether layers of experts, dense until they are enabled, take the place of its feed-forward layers.
+        moe: makes such a layer.
+
+    Raises:
+        ConfigError: not one of ``path`` and ``config`` is given, or the library cannot make a model of it.
+    """
+    if (path is None) == (config is None):
+        raise ConfigError("model: give one of model.path (a local folder) and model.config={model_type: llama, ...}.")
+    try:
+        with _quiet():
+            model = _with_weights(path, vocab_size) if path is not None else _new(config or {}, vocab_size)
+    except ConfigError:
+        raise
+    except Exception as error:  # the library has a kind of its own for nearly each
+        raise ConfigError(f"model: transformers makes no model of {path or dict(config or {})}: {error}") from error
+    room = getattr(model.config, "max_position_embeddings", None)
+    if seq_len is not None and isinstance(room, int) and seq_len > room:
+        raise ConfigError(
+            f"model.seq_len = {seq_len} is more than the model's {room} positions (max_position_embeddings). Set it to {room} "
+            "or less."
+        )
+    if experts:
+        add_experts(model, moe)
+    return model
+
+
+def _new(config: Mapping[str, Any], vocab_size: int | None) -> nn.Module:
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise ConfigError(
+            "model.config.model_type: missing. Name the kind of model: llama, qwen3, mistral, gpt_neox, ..."
+        )
+    if kind not in transformers.CONFIG_MAPPING:
+        raise ConfigError(
+            f"model.config.model_type: {kind!r} is unknown. {nearest(kind, transformers.CONFIG_MAPPING.keys())}"
+        )
+    size = {} if vocab_size is None else {"vocab_size": vocab_size}
+    rest = {name: value for name, value in config.items() if name != "model_type"}
+    made = transformers.AutoConfig.for_model(kind, **{**rest, **size})
+    known = transformers.CONFIG_MAPPING[kind]().to_dict()
+    if unknown := [name for name in rest if name not in known]:
+        raise ConfigError(*(f"model.config.{name}: unknown key of {kind}. {nearest(name, known)}" for name in unknown))
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+    return model
+
+
+def _with_weights(path: str, vocab_size: int | None) -> nn.Module:
+    folder = in_home(path, "model.path")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model.path: there is no config.json in {folder}. Name a folder that save_pretrained made.")
+    local = {"local_files_only": True, "trust_remote_code": False}
+    made = transformers.AutoConfig.from_pretrained(folder, **local)
+    if vocab_size not in (None, made.vocab_size):
+        raise ConfigError(
+            f"model.vocab_size = {vocab_size}, and the model in {folder} has {made.vocab_size} tokens. Set it to null."
+        )
+    if torch.empty(0).device.type == "meta":
+        empty: nn.Module = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+        return empty
+    model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, config=made, dtype=torch.float32, use_safetensors=True, **local
+    )
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out the library's progress bars."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.enable_progress_bar()

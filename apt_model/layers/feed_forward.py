@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -35,17 +35,27 @@ def relu2(x: Tensor, linear: Linear, up: Tensor, down: Tensor) -> Tensor:
     return linear(F.relu(linear(x, up)).square(), down)
 
 
-FFN: dict[str, Callable[..., Tensor]] = {"swiglu": swiglu, "gelu": gelu, "relu2": relu2}
+def gelu_tanh(x: Tensor, linear: Linear, up: Tensor, down: Tensor) -> Tensor:
+    """Do what :func:`gelu` does, by the approximation with tanh that GPT-2 has."""
+    return linear(F.gelu(linear(x, up), approximate="tanh"), down)
+
+
+FFN: dict[str, Callable[..., Tensor]] = {"swiglu": swiglu, "gelu": gelu, "relu2": relu2, "gelu_tanh": gelu_tanh}
+
+
+BIASES: Final = {"up_bias": "up", "down_bias": "down", "gate_bias": "gate"}
+"""Biases that a layer may have, and the weights whose products they are added to."""
 
 
 class FeedForward(nn.Module):
-    """A feed-forward layer without biases.
+    """A feed-forward layer, without biases unless it is asked for them.
 
     Args:
         ffn: a name of :data:`FFN`.
+        bias: whether each product has one, which begins at 0.
     """
 
-    def __init__(self, *, d_model: int, d_ff: int, ffn: str = "swiglu") -> None:
+    def __init__(self, *, d_model: int, d_ff: int, ffn: str = "swiglu", bias: bool = False) -> None:
         super().__init__()
         self.ffn = ffn
         self.up = nn.Parameter(torch.empty(d_ff, d_model))
@@ -54,15 +64,23 @@ class FeedForward(nn.Module):
             self.gate = nn.Parameter(torch.empty(d_ff, d_model))
         for weight in self.parameters():
             nn.init.normal_(weight, std=0.02)
+        if bias:
+            for name, of in BIASES.items():
+                if hasattr(self, of):
+                    self.register_parameter(name, nn.Parameter(torch.zeros(getattr(self, of).shape[0])))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d_model) to the same shape."""
-        return FFN[self.ffn](x, F.linear, **dict(self.named_parameters()))
+        weights: dict[str, Tensor] = dict(self.named_parameters())
+        biases = {id(weights[of]): weights.pop(name) for name, of in BIASES.items() if name in weights}
+        if not biases:
+            return FFN[self.ffn](x, F.linear, **weights)
+        return FFN[self.ffn](x, lambda rows, weight: F.linear(rows, weight, biases[id(weight)]), **weights)
 
 
 def channel_dim(name: str) -> int:
-    """Return the dimension that runs over the d_ff channels, in the weight of that name."""
-    return -1 if name == "down" else -2
+    """Return the dimension that runs over the d_ff channels, in the weight of that name; ``down_bias`` has none."""
+    return -1 if name == "down" or name in BIASES else -2
 
 
 def as_experts(value: Tensor, name: str, *, num_experts: int, granularity: int) -> Tensor:
@@ -71,13 +89,17 @@ def as_experts(value: Tensor, name: str, *, num_experts: int, granularity: int) 
     Returns:
         (num_experts, out, in), a copy: expert e has slice e modulo ``granularity``.
     """
+    if name == "down_bias":
+        return value.expand(num_experts, *value.shape).clone()
     slices = torch.stack(value.chunk(granularity, dim=channel_dim(name)))
-    return slices.repeat(num_experts // granularity, 1, 1)
+    return slices.repeat(num_experts // granularity, *[1] * value.dim())
 
 
 def as_dense(value: Tensor, name: str, *, granularity: int) -> Tensor:
     """Undo :func:`as_experts`: put the slices together again, each the mean of the experts that have it."""
     slices = value.reshape(-1, granularity, *value.shape[1:]).mean(dim=0)
+    if name == "down_bias":
+        return slices.mean(dim=0)
     return torch.cat(slices.unbind(), dim=channel_dim(name))
 
 
@@ -98,6 +120,8 @@ class Experts(nn.Module):
         self.exchange: Callable[[Tensor, Tensor, Compute], Tensor] | None = None
         for name, weight in dense.named_parameters():
             pieces = as_experts(weight.detach(), name, num_experts=num_experts, granularity=granularity)
+            if name == "down_bias":  # what the slices of a copy give is added up
+                pieces /= granularity
             self.register_parameter(name, nn.Parameter(pieces))
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
@@ -118,10 +142,28 @@ class Experts(nn.Module):
         weights: dict[str, Tensor] = dict(self.named_parameters())
         if self.exchange is not None:
             weights = {name: weight.to_local() for name, weight in weights.items()}  # type: ignore[attr-defined]
+        biased = {of: weights.pop(name) for name, of in BIASES.items() if name in weights}
+        if biased or self.ffn == "gelu_tanh":
+            return self._with_biases(x, ends, weights, biased)
         if eager_on_cpu(x):
             return cpu_experts.compute(x, ends, self.ffn, **weights)
         weights = {name: weight.to(x.dtype) for name, weight in weights.items()}
         return FFN[self.ffn](x, partial(grouped_linear, ends=ends), **weights)
+
+    def _with_biases(
+        self, x: Tensor, ends: Tensor, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Compute as :meth:`_compute` does, and add to each row the biases of its expert."""
+        rows = torch.arange(x.shape[0], device=x.device)
+        owner = torch.searchsorted(ends, rows, right=True).clamp(max=ends.shape[0] - 1)
+        cast = {name: weight.to(x.dtype) for name, weight in weights.items()}
+        bias_of = {id(cast[name]): bias.to(x.dtype) for name, bias in biases.items()}
+
+        def linear(given: Tensor, weight: Tensor) -> Tensor:
+            product = grouped_linear(given, weight, ends)
+            return product + bias_of[id(weight)].index_select(0, owner) if id(weight) in bias_of else product
+
+        return FFN[self.ffn](x, linear, **cast)
 
     @torch.no_grad()
     def cosine(self) -> Tensor:

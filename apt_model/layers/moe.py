@@ -183,11 +183,14 @@ class MoE(nn.Module):
         before = dict(experts.named_parameters())
         _, width, d_model = before["up"].shape
         d_ff = width * self.granularity
-        dense = self.dense or FeedForward(d_model=d_model, d_ff=d_ff, ffn=experts.ffn).to(before["up"].device)
+        dense = self.dense or FeedForward(d_model=d_model, d_ff=d_ff, ffn=experts.ffn, bias="up_bias" in before)
+        dense = dense.to(before["up"].device, before["up"].dtype)
         shaped = partial(as_dense, granularity=self.granularity)
         with torch.no_grad():
             for name, weight in dense.named_parameters():
                 mean = shaped(before[name], name=name)
+                if name == "down_bias":
+                    mean = mean * self.granularity
                 weight.copy_((weight + mean) / 2 if self.shared_expert else mean)
         self.lineage = [
             Lineage(weight, weight, 2.0, _as_it_is)

@@ -6,7 +6,7 @@ from typing import Final, Literal
 
 import torch
 
-from apt_model.layers.feed_forward import Experts, channel_dim
+from apt_model.layers.feed_forward import BIASES, Experts, channel_dim
 
 Upcycling = Literal["copy", "noise", "drop"]
 
@@ -35,6 +35,8 @@ def make_different(experts: Experts, upcycling: Upcycling, share: float | None =
         places = torch.rand(num_experts, d_ff, device=experts.up.device).argsort(dim=1)
         chosen = places < num_channels  # (num_experts, d_ff), num_channels a row
         for name, weight in experts.named_parameters():
+            if name in BIASES:
+                continue
             drawn = chosen.unsqueeze(-1 if channel_dim(name) == -2 else -2)
             mean = (weight * drawn).sum(dim=(1, 2), keepdim=True) / (num_channels * d_model)
             variance = ((weight - mean).square() * drawn).sum(dim=(1, 2), keepdim=True) / (num_channels * d_model)

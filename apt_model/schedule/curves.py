@@ -89,6 +89,8 @@ class Curve:
 
 def _single(piece: Piece) -> Callable[[float], float]:
     begin, finish, start, end, shape = piece
+    if start == end:  # exactly, whatever shape and length round to: runs that keep one value are then equal
+        return lambda index: end
     length = finish - begin
 
     def at(index: float) -> float:

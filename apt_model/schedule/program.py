@@ -11,7 +11,7 @@ from typing import Any
 from apt_model.errors import ConfigError, nearest
 from apt_model.schedule.clock import Clock, Horizon
 from apt_model.schedule.spec import ACTIONS, Curriculum, When
-from apt_model.schedule.targets import BINDINGS, DOMAINS, MODULES, OF_EXPERTS, Domain, matching
+from apt_model.schedule.targets import ALIASED, BINDINGS, DOMAINS, MODULES, OF_EXPERTS, Domain, matching
 from apt_model.schedule.times import Time
 
 
@@ -137,7 +137,10 @@ class Program:
             state, on = ACTIONS[event.action]
             subject = Subject(event.subject, state)
             if state == "enabled" and subject.name not in self.modules:
-                problems.append(f"{where}: there is no module {subject.name!r}. {nearest(subject.name, self.modules)}")
+                problems.append(
+                    f"{where}: there is no module {subject.name!r}. {nearest(subject.name, self.modules)}"
+                    + ("" if self.modules else " Begin with schedule=none.")
+                )
                 continue
             if event.when is not None:
                 if subject in latched or self.switches.get(subject):
@@ -248,7 +251,10 @@ class Program:
             pattern = self.curriculum.target_of(name)
             meant = matching(pattern, targets)
             if not meant:
-                problems.append(f"{where}.target: nothing is called {pattern!r}. {nearest(pattern, targets)}")
+                what = (
+                    f"the model has no {ALIASED[pattern]}" if pattern in ALIASED else f"nothing is called {pattern!r}"
+                )
+                problems.append(f"{where}.target: {what}. {nearest(pattern, targets)}")
                 continue
             domain = targets[meant[0]]
             problems += spec.problems(where, self.horizon, domain, self.fired)

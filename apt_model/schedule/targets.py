@@ -71,7 +71,18 @@ DOMAINS: Final[dict[str, Domain]] = {
 ALIASES: Final[dict[str, str]] = {
     "router.temperature" if name == "temperature" else f"moe.{name}": f"blocks.*.ffn.{name}" for name in OF_EXPERTS
 }
-"""Short names for what every layer has; a model that has a target of that very name is meant by it first."""
+"""Short names for what every layer has; a model that has a target of that very name is meant by it first.
+
+In another model than this project's they mean what its layers of experts have, wherever those are.
+"""
+
+ALIASED: Final[dict[str, str]] = {
+    "router.temperature": "router temperature: no layer of experts, and no router with a scheduled value of that name",
+    "moe.capacity_factor": "capacity factor: no layer of experts",
+    "align.weight": "weight of an alignment loss",
+    "voter.threshold": "threshold of a voter",
+}
+"""What is missing where a model has nothing that such a name means."""
 
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
@@ -79,4 +90,15 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
     names = list(names)
     expression = re.compile(r"\.".join(re.escape(part).replace(r"\*", "[^.]*") for part in pattern.split(".")))
     meant = [name for name in names if expression.fullmatch(name)]
-    return meant or (matching(ALIASES[pattern], names) if pattern in ALIASES else [])
+    if meant or pattern not in ALIASES:
+        return meant
+    return matching(ALIASES[pattern], names) or _of_layers(ALIASES[pattern].rpartition(".")[2], names)
+
+
+def _of_layers(value: str, names: list[str]) -> list[str]:
+    """Return the names of ``value`` wherever a layer of experts, or a router by its name, has one."""
+    found = [name.rpartition(".") for name in names]
+    layers = {owner for owner, _, last in found if last == "capacity_factor"}
+    routers = {owner for owner, _, last in found if "router" in owner.rpartition(".")[2] and last == "temperature"}
+    owners = layers or (routers if value == "temperature" else layers)
+    return [f"{owner}{dot}{last}" for owner, dot, last in found if last == value and owner in owners]

@@ -7,7 +7,6 @@ from fractions import Fraction
 
 from apt_model.schedule.clock import Clock
 from apt_model.schedule.program import Program, reader_of
-from apt_model.schedule.targets import MODULES
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def effect(program: Program, points: int = 128) -> list[dict[str, bool | float |
         read: dict[str, bool | float | None] = {}
         for name, value in state.items():
             module = None if isinstance(value, bool) else reader_of(program.curriculum, name)
-            off = module in MODULES and module not in _latched(program) and not state[f"{module}_enabled"]
+            off = module in program.modules and module not in _latched(program) and not state[f"{module}_enabled"]
             read[name] = None if off else value
         noticed.append(read)
     return noticed

@@ -10,26 +10,28 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apt_model.data import Corpus, Sampler
 from apt_model.data.batches import Batches
-from apt_model.errors import ConfigError, HorizonError, TrainingError
-from apt_model.gpt import GPT
+from apt_model.errors import CheckpointError, ConfigError, HorizonError, TrainingError
 from apt_model.schedule import Anneal, Change, Clock, ScheduleRunner
 from apt_model.schedule.targets import OF_OPTIMIZER
-from apt_model.training.callbacks import Callback, Callbacks
+from apt_model.training.callbacks import Callback, Callbacks, Named
 from apt_model.training.checkpoint import Checkpoints
 from apt_model.training.compiling import compile_model, compiling
 from apt_model.training.device import choose_device, choose_dtype
 from apt_model.training.distributed import Ranks, any_rank, barrier, gathered
+from apt_model.training.ema import WeightAverage
 from apt_model.training.meter import Meter, Row
-from apt_model.training.optimizer import named_state, parameter_groups
+from apt_model.training.optimizer import groups_for, named_state
 from apt_model.training.options import CheckpointOptions, ComputeOptions, LoopOptions, NonFinitePolicy
 from apt_model.training.parallel import engine
 from apt_model.training.randomness import random_state
-from apt_model.training.schedule_driver import ScheduleDriver, bind
+from apt_model.training.saved_state import read_state
+from apt_model.training.schedule_driver import ScheduleDriver, bind, restore_weights
 from apt_model.training.sharding import clip_gradients, gathered_state
+from apt_model.training.subject import Forward, Loss, recompute_blocks
 from apt_model.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -49,11 +51,12 @@ class BaseTrainer(ScheduleDriver):
     are the clock of its update, from 0; its ``tokens`` and ``time`` (seconds of training) count what that update took, too.
 
     Args:
-        model: moved to the device.
+        model: moved to the device; what it may be and offer: :mod:`apt_model.training.subject`.
         optimizer: called with parameter groups.
         schedule: a runner whose horizon fits ``corpus`` and ``loop``.
         corpus: text in two splits.
         loop, compute, saving, nonfinite: see :mod:`apt_model.training.options`.
+        loss: takes the place of the model's own; see :data:`apt_model.training.subject.Loss`.
         resume: the folder of a checkpoint to resume from.
         checkpoints: where they go; None: none are written.
         log: receives every row.
@@ -61,11 +64,11 @@ class BaseTrainer(ScheduleDriver):
         stop_requested: asked after each update; True makes it the last one before a checkpoint and ``Interrupted``.
 
     Raises:
-        ConfigError: the device or its precision is not there, the corpus is too small, ranks cannot share a batch, or this
-            trainer cannot resume.
+        ConfigError: the device or its precision is not there, the corpus is too small, ranks cannot share a batch, this trainer
+            cannot resume, or the checkpoint holds something that no run goes on from.
     """
 
-    model: GPT
+    model: nn.Module
     can_resume: ClassVar[bool] = False
     shares_batches: ClassVar[bool] = False  # among the ranks of a process group
     may_read_late: ClassVar[bool] = False  # whether its loop makes updates before it knows the numbers of earlier ones
@@ -73,7 +76,7 @@ class BaseTrainer(ScheduleDriver):
     def __init__(
         self,
         *,
-        model: GPT,
+        model: nn.Module,
         optimizer: Callable[..., torch.optim.Optimizer],
         schedule: ScheduleRunner,
         corpus: Corpus,
@@ -81,10 +84,11 @@ class BaseTrainer(ScheduleDriver):
         compute: ComputeOptions,
         saving: CheckpointOptions,
         nonfinite: NonFinitePolicy,
+        loss: Loss | None = None,
         resume: Path | None = None,
         checkpoints: Checkpoints | None = None,
         log: Callable[[Row], None] = lambda row: None,
-        callbacks: Sequence[Callback] = (),
+        callbacks: Sequence[Callback | Named] = (),
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(schedule)
@@ -92,6 +96,11 @@ class BaseTrainer(ScheduleDriver):
             raise ConfigError(
                 f"trainer.resume: {type(self).__name__} cannot go on from a checkpoint. Go on from it with trainer=default."
             )
+        if resume is not None:  # before anything is written or trained
+            try:
+                read_state(resume)
+            except CheckpointError as error:
+                raise ConfigError(f"trainer.resume: {error}") from None
         self.loop, self.compute, self.saving, self.nonfinite = loop, compute, saving, nonfinite
         self.resume = resume
         self.checkpoints = checkpoints
@@ -108,8 +117,9 @@ class BaseTrainer(ScheduleDriver):
                 f"trainer.batch_size = {loop.batch_size} cannot be shared by {self.ranks.world} ranks. Make it a multiple of "
                 f"{self.ranks.world}."
             )
-        self.model: GPT = model.to(self.device)
-        self.model.activation_checkpointing = compute.activation_checkpointing
+        self.model = model.to(self.device).train()
+        recompute_blocks(self.model, compute.activation_checkpointing)
+        self.forward = Forward(self.model, loss)
         self.engine = engine(
             compute.parallel,
             self.model,
@@ -121,7 +131,13 @@ class BaseTrainer(ScheduleDriver):
         self.compiled = compute.compile
         if self.compiled:
             compile_model(self.model, self.device, whole=self.engine.whole_blocks)
-        self.optimizer = optimizer(parameter_groups(model, loop.weight_decay))
+        try:
+            self.optimizer = optimizer(groups_for(optimizer, model, loop.weight_decay))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"optimizer: it cannot be made for this model: {error}. Mend that, or choose another, such as optimizer=adamw."
+            ) from error
+        self.average = None if loop.ema is None else WeightAverage(self.model, loop.ema)
         self.base_lr: float = self.optimizer.param_groups[0]["lr"]
         self._lr_factor = self._lay_out_lr()
         self._bind()
@@ -130,6 +146,7 @@ class BaseTrainer(ScheduleDriver):
         self.meter = Meter(self.model, self.ranks, reads_every_update=self._must_read_every_update())
         self.validation = Validation(
             self.model,
+            self.forward,
             self.val_batches,
             seed=loop.seed,
             device=self.device,
@@ -143,6 +160,11 @@ class BaseTrainer(ScheduleDriver):
         self.seconds = 0.0
         self._saved_at = 0.0  # of these seconds
         self.last_row: Row = {}
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a sequence."""
+        return self.loop.seq_len or int(self.model.seq_len)  # type: ignore[arg-type]
 
     @property
     def max_epochs(self) -> int:
@@ -173,7 +195,7 @@ class BaseTrainer(ScheduleDriver):
         tokens = corpus.read(split)
         sampler = Sampler(
             num_tokens=len(tokens),
-            seq_len=self.model.seq_len,
+            seq_len=self.seq_len,
             batch_size=self.loop.batch_size,
             seed=self.loop.seed if split == "train" else 0,  # losses of several seeds are of the same batches
             limit=limit,
@@ -188,10 +210,23 @@ class BaseTrainer(ScheduleDriver):
             self.base_lr = value
 
         def set_weight_decay(value: float) -> None:
-            self.optimizer.param_groups[0]["weight_decay"] = value  # of matrices
+            for group in self.optimizer.param_groups[:-1]:  # of matrices
+                group["weight_decay"] = value
 
         setters = {"optimizer.lr": set_lr, "optimizer.weight_decay": set_weight_decay}
         bind(self.schedule, self.model, switches=self.engine.switches(), more=setters, domains=OF_OPTIMIZER)
+
+    def init_from(self, path: Path) -> None:
+        """Begin with the weights of the checkpoint ``path``, and with nothing else of it: the clock is at 0.
+
+        What was enabled there is enabled until the first update, where the curriculum sets all to its own begin.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+            ConfigError: it was made for another model.
+        """
+        restore_weights(self.model, read_state(path), switches=self.engine.switches())
+        self.follow()
 
     def fit(self) -> None:
         """Train to the end of the last epoch.
@@ -247,7 +282,7 @@ class BaseTrainer(ScheduleDriver):
         """
         self.callbacks.notify("on_batch_begin", self)
         with self._autocast(), compiling() if self.compiled else nullcontext():
-            output = self.engine.forward(tokens, targets, with_metrics=self.meter.with_metrics)
+            output = self.forward(self.engine.forward, tokens, targets, with_metrics=self.meter.with_metrics)
         assert output.language_loss is not None
         loss: Tensor = output.language_loss + output.auxiliary_loss
         if not loss.requires_grad:
@@ -284,6 +319,8 @@ class BaseTrainer(ScheduleDriver):
     def end_update(self, metrics: Mapping[str, float] | None = None) -> None:
         """Count an update that has happened, log it where it is due, and advance the clock."""
         row: Row = {}
+        if self.average is not None:
+            self.average.update()
         if self.meter.has_row or self.meter.reads_every_update:
             self.meter.read()
             row = self.meter.numbers() | {"lr": self.lr} | self.meter.model_metrics()
@@ -375,7 +412,12 @@ class BaseTrainer(ScheduleDriver):
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resume needs, as tensors and plain values; every rank calls it, and the first gets all."""
-        trained = {"model": self.model.state_dict(), "optimizer": named_state(self.optimizer, self.model)}
+        trained: dict[str, Any] = {
+            "model": self.model.state_dict(),
+            "optimizer": named_state(self.optimizer, self.model),
+        }
+        if self.average is not None:
+            trained["ema"] = self.average.averages
         return {
             **gathered_state(trained, keep=self.ranks.rank == 0),
             "scaler": self.scaler.state_dict(),
@@ -385,6 +427,7 @@ class BaseTrainer(ScheduleDriver):
                 name: getattr(self, name)
                 for name in ("batches_done", "updates_done", "updates_skipped", "rows", "seconds")
             },
+            **({"callbacks": states} if (states := self.callbacks.state_dict()) else {}),
             "random": gathered(random_state(self.device)) if self.ranks.world > 1 else [random_state(self.device)],
         }
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from apt_model.errors import AptError, CallbackError
 from apt_model.schedule import Change, Clock, ScheduleRunner
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
-
-    from apt_model.gpt import GPT
+    from torch import Tensor, nn
 
 Event = Literal[
     "on_train_begin",
@@ -38,7 +36,7 @@ class TrainerView(Protocol):
         """The curriculum, its horizon and its scheduled values."""
 
     @property
-    def model(self) -> GPT:
+    def model(self) -> nn.Module:
         """The model, with its current modules."""
 
     @property
@@ -89,12 +87,50 @@ class Callback:
     def on_step(self, trainer: TrainerView) -> None:
         """After each optimizer update, with its row in ``trainer.last_row``; the clock is still that of the update."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resume gives back to :meth:`load_state_dict`: tensors and plain values; by default nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up, before :meth:`on_train_begin`, what :meth:`state_dict` returned when the checkpoint was written."""
+
+
+class Named(NamedTuple):
+    """A callback that a config names; its state is kept under that name."""
+
+    name: str
+    callback: Callback
+
 
 class Callbacks:
     """Calls each callback in turn; an exception in one stops the run."""
 
-    def __init__(self, callbacks: Sequence[Callback]) -> None:
-        self.callbacks = list(callbacks)
+    def __init__(self, callbacks: Sequence[Callback | Named]) -> None:
+        self.named = {one.name: one.callback for one in callbacks if isinstance(one, Named)}
+        self.callbacks = [one.callback if isinstance(one, Named) else one for one in callbacks]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of those that have a name and something to keep."""
+        states = {name: callback.state_dict() for name, callback in self.named.items()}
+        return {name: state for name, state in states.items() if state}
+
+    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+        """Give each callback its state back; one that came since keeps the state that it has.
+
+        Raises:
+            CallbackError: one raised.
+        """
+        for name, state in states.items():
+            if name not in self.named:
+                continue
+            try:
+                self.named[name].load_state_dict(state)
+            except AptError:
+                raise
+            except Exception as error:
+                raise CallbackError(
+                    f"callback {name}: its load_state_dict failed: {type(error).__name__}: {error}"
+                ) from error
 
     def notify(self, event: Event, trainer: TrainerView, *details: object) -> None:
         """Call ``event`` of every callback.

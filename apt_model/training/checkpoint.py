@@ -109,7 +109,7 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             if WEIGHTS in written:
-                save_file({name: tensor.contiguous() for name, tensor in weights.items()}, aside / WEIGHTS)
+                save_file(_each_its_own(weights), aside / WEIGHTS)
             with (aside / STATE).open("wb") as file:
                 torch.save(rest, file)
             files = {name: _fingerprint(aside / name) for name in written}
@@ -149,6 +149,16 @@ class Checkpoints:
         for path in self.folder.glob(".step-*.old"):  # cut off between two renames
             there.setdefault(path.stem[1:], path)
         return [there[name] for name in sorted(there)]
+
+
+def _each_its_own(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``weights`` with a copy of what several names share, such as tied embeddings: the format has no such thing."""
+    found, taken = {}, set()
+    for name, tensor in weights.items():
+        place = (tensor.device, tensor.untyped_storage().data_ptr())
+        found[name] = tensor.contiguous() if place not in taken else tensor.clone()
+        taken.add(place)
+    return found
 
 
 def _replaced(final: Path) -> Path:

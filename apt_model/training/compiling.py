@@ -9,15 +9,16 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from apt_model.errors import SIGNALS, ConfigError, TrainingError, cause_of
-from apt_model.gpt import GPT
+from apt_model.training import subject
 
 STATES = 256
 """In which a block may be compiled in one run: what is enabled, what is frozen, with metrics or without."""
 
 
-def compile_model(model: GPT, device: torch.device, *, whole: bool) -> None:
+def compile_model(model: nn.Module, device: torch.device, *, whole: bool) -> None:
     """Have the parts of ``model`` compiled as they are needed; ``whole``: see :meth:`GPT.compile_parts`.
 
     What this process has compiled before is forgotten, of whatever model.
@@ -37,7 +38,11 @@ def compile_model(model: GPT, device: torch.device, *, whole: bool) -> None:
             "trainer.compile: torch.compile does not work here. It needs a C++ compiler (g++, or what CXX names), for a GPU "
             f"also Triton. Install what is missing, or set trainer.compile=false. It said: {_short(error)}"
         ) from error
-    model.compile_parts(whole=whole)
+    if callable(parts := getattr(model, "compile_parts", None)):
+        parts(whole=whole)
+    else:
+        for part in subject.blocks(model) or [model]:
+            part.compile(dynamic=False)
 
 
 @contextmanager

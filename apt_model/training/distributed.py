@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from apt_model.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -23,8 +25,17 @@ class Ranks:
 
     @classmethod
     def here(cls) -> Ranks:
-        """Return what the environment says: RANK, WORLD_SIZE, LOCAL_RANK."""
-        read = {name: int(os.environ.get(name, default)) for name, default in _NAMES.items()}
+        """Return what the environment says: RANK, WORLD_SIZE, LOCAL_RANK.
+
+        Raises:
+            ConfigError: one of them is no number, or they do not go together.
+        """
+        given = {name: os.environ.get(name, default) for name, default in _NAMES.items()}
+        if not all(text.isascii() and text.isdecimal() for text in given.values()):
+            raise _wrong_environment(given)
+        read = {name: int(text) for name, text in given.items()}
+        if not read["RANK"] < read["WORLD_SIZE"]:
+            raise _wrong_environment(given)
         return cls(read["RANK"], read["WORLD_SIZE"], read["LOCAL_RANK"])
 
     @classmethod
@@ -39,6 +50,14 @@ class Ranks:
         return batch[self.rank :: self.world]
 
 
+def _wrong_environment(given: Mapping[str, str], reason: str = "") -> ConfigError:
+    said = " ".join(f"{name}={text}" for name, text in given.items())
+    return ConfigError(
+        f"environment: {said} names no ranks that can find each other{reason}. Start several by torch's launcher, python -m "
+        "torch.distributed.run --standalone --nproc-per-node 2 -m apt_launch ..., or unset these variables for one process."
+    )
+
+
 _NAMES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
@@ -50,6 +69,9 @@ def process_group(device: str = "auto") -> Iterator[Ranks]:
 
     Args:
         device: ``trainer.device``.
+
+    Raises:
+        ConfigError: the environment names ranks, and not where they are.
     """
     ranks = Ranks.here()
     if ranks.world == 1 or dist.is_initialized():
@@ -58,7 +80,10 @@ def process_group(device: str = "auto") -> Iterator[Ranks]:
     on_cuda = torch.cuda.is_available() and device != "cpu"
     if on_cuda:
         torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
-    dist.init_process_group("nccl" if on_cuda else "gloo")
+    try:
+        dist.init_process_group("nccl" if on_cuda else "gloo")
+    except ValueError as error:  # it has not been told where the others are
+        raise _wrong_environment({"WORLD_SIZE": str(ranks.world)}, f" ({error})") from None
     try:
         yield ranks
         dist.barrier()  # the first rank holds the store that the others still talk to

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from apt_model.gpt import GPT, Output
+from apt_model.gpt import GPT
+from apt_model.training import subject
 
 
 class Engine:
@@ -16,14 +18,14 @@ class Engine:
 
     whole_blocks: ClassVar[bool] = True  # whether a compiler can take a block in one piece
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.forward: Callable[..., Output] = model
+        self.forward: Callable[..., Any] = model
         self._had: list[tuple[int, bool]] | None = None
 
     def switches(self) -> Mapping[str, Callable[[bool], None]]:
         """Return what enables and disables each module of the model."""
-        return self.model.switches()
+        return subject.switches(self.model)
 
     def settle(self) -> None:
         """Take up parameters that were added, removed, frozen or unfrozen; every rank calls it at the same time."""
@@ -51,7 +53,13 @@ class Replicas(Engine):
         """Wrap the model anew, which also gives every rank the weights and buffers of rank 0."""
         self.forward = self.model
         if any(parameter.requires_grad for parameter in self.model.parameters()):
-            self.forward = DistributedDataParallel(self.model, forward_sync_buffers=False, gradient_as_bucket_view=True)
+            self.forward = DistributedDataParallel(
+                self.model,
+                forward_sync_buffers=False,
+                gradient_as_bucket_view=True,
+                # a model of somebody else's may hold the parameters of modules that are not enabled yet
+                find_unused_parameters=not isinstance(self.model, GPT),
+            )
 
     def batch(self, *, last: bool) -> AbstractContextManager[Any]:
         """Average gradients after the last batch of an update only."""

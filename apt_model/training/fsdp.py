@@ -15,9 +15,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from apt_model.errors import ConfigError
-from apt_model.gpt import GPT
+from apt_model.layers.align import BiStateAlignment
 from apt_model.layers.feed_forward import Experts
+from apt_model.layers.in_place import moe_layers
 from apt_model.layers.moe import MoE
+from apt_model.training import subject
 from apt_model.training.engines import Engine
 from apt_model.training.sharding import full_tensor
 
@@ -35,7 +37,13 @@ class Sharded(Engine):
     whole_blocks: ClassVar[bool] = False
 
     def __init__(
-        self, model: GPT, world: int, *, expert_parallel: int = 1, dtype: torch.dtype = torch.float32, device_type: str
+        self,
+        model: nn.Module,
+        world: int,
+        *,
+        expert_parallel: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device_type: str,
     ) -> None:
         super().__init__(model)
         self.world = world
@@ -51,8 +59,10 @@ class Sharded(Engine):
         self._check()
         for parameter in model.parameters():
             _from_rank_zero(parameter)
-        for block in model.blocks:
-            self._shard(block.ffn)  # type: ignore[arg-type]
+        self.align = next((part for part in model.modules() if isinstance(part, BiStateAlignment)), None)
+        for layer in moe_layers(model):
+            self._shard(layer)
+        for block in subject.blocks(model):
             fully_shard(block, mesh=self.mesh)
         self._shard_align()
         fully_shard(model, mesh=self.mesh)
@@ -60,9 +70,11 @@ class Sharded(Engine):
     def _check(self) -> None:
         if self.expert_mesh is None:
             return
-        layer, cut = self.model.moe_layers[0], self.cut_mesh.size()
-        widths = {size for weight in layer.parameters() for size in weight.shape}
-        widths |= {size // layer.granularity for size in widths - {self.model.embedding.embedding_dim}}
+        layer, cut = next(iter(moe_layers(self.model)), None), self.cut_mesh.size()
+        if layer is None or layer.dense is None:
+            raise ConfigError("trainer.expert_parallel: the model has no layers of experts. Set it to 1.")
+        d_ff, d_model = layer.dense.up.shape
+        widths = {d_ff, d_model, d_ff // layer.granularity}
         if layer.num_experts % self.expert_mesh.size():
             raise ConfigError(
                 f"trainer.expert_parallel = {self.expert_mesh.size()} does not divide moe.num_experts = {layer.num_experts}."
@@ -76,12 +88,17 @@ class Sharded(Engine):
 
     def switches(self) -> Mapping[str, Callable[[bool], None]]:
         """Return what enables and disables each module, sharded before and after."""
-        return {**self.model.switches(), "moe": self._enable_moe, "align": self._enable_align}
+        found = subject.switches(self.model)
+        if moe_layers(self.model):
+            found["moe"] = self._enable_moe
+        if self.align is not None:
+            found["align"] = self._enable_align
+        return found
 
     def _enable_moe(self, on: bool) -> None:
         self.rest()
         self._had = None  # a new parameter may have the identity of one that is gone
-        for layer in self.model.moe_layers:
+        for layer in moe_layers(self.model):
             if layer.enabled == on:
                 continue
             before = dict(layer.named_parameters())
@@ -104,12 +121,12 @@ class Sharded(Engine):
     def _enable_align(self, on: bool) -> None:
         self.rest()
         self._had = None
-        if on != self.model.align.enabled:
-            self.model.align.enable(on)
+        if self.align is not None and on != self.align.enabled:
+            self.align.enable(on)
             self._shard_align()
 
     def _shard_align(self) -> None:
-        for part in self.model.align.children():
+        for part in self.align.children() if self.align is not None else ():
             for parameter in part.parameters():
                 _from_rank_zero(parameter)
             fully_shard(part, mesh=self.mesh)

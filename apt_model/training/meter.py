@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apt_model.errors import NonFiniteError
-from apt_model.gpt import GPT, Output
+from apt_model.gpt import Output
 from apt_model.layers.tally import routing_metrics
 from apt_model.schedule import Clock
 from apt_model.training.distributed import Ranks, mean_of
+from apt_model.training.subject import expert_cosines
 
 Row = dict[str, float]
 
@@ -38,7 +39,7 @@ class Meter:
         reads_every_update: whether each update's numbers have to be known before the next one.
     """
 
-    def __init__(self, model: GPT, ranks: Ranks, *, reads_every_update: bool) -> None:
+    def __init__(self, model: nn.Module, ranks: Ranks, *, reads_every_update: bool) -> None:
         self.model = model
         self.ranks = ranks
         self.reads_every_update = reads_every_update
@@ -126,7 +127,7 @@ class Meter:
         sums = torch.stack(self._routing).sum(dim=0)
         sums = self._mean({"routing": sums})["routing"]
         if self.in_full:
-            cosines = self._mean({"cosines": self.model.expert_cosines()})["cosines"]
+            cosines = self._mean({"cosines": expert_cosines(self.model)})["cosines"]
             return row | routing_metrics(sums, cosines.float())
         return row | {name: value for name, value in routing_metrics(sums).items() if "/layer_" not in name}
 

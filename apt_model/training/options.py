@@ -27,6 +27,8 @@ class LoopOptions:
         weight_decay: of matrices; vectors do not decay.
         log_every: updates between rows.
         validation_batches: batches of the validation split, the same each time; None: all.
+        seq_len: tokens of a sequence; None: the model's ``seq_len``.
+        ema: decay of an exponential average of the weights, which checkpoints keep beside them; None: there is none.
     """
 
     max_epochs: int
@@ -39,6 +41,8 @@ class LoopOptions:
     weight_decay: float = 0.0
     log_every: int = 10
     validation_batches: int | None = None
+    seq_len: int | None = None
+    ema: float | None = None
 
     @property
     def largest_norm(self) -> float:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch import nn
 
 from apt_model.errors import ConfigError
-from apt_model.gpt import GPT
 from apt_model.training.distributed import Ranks
 from apt_model.training.engines import Engine, Replicas
 
@@ -16,7 +16,7 @@ Parallel = Literal["ddp", "fsdp"]
 
 def engine(
     parallel: Parallel,
-    model: GPT,
+    model: nn.Module,
     ranks: Ranks,
     *,
     expert_parallel: int = 1,

@@ -38,5 +38,21 @@ def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
+def check_random_state(state: Mapping[str, Any]) -> None:
+    """Make sure that ``state`` is one that :func:`restore_random_state` can take up, without doing so.
+
+    Raises:
+        Exception: what Python, NumPy or torch has to say of it.
+    """
+    random.Random().setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.RandomState().set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.Generator().set_state(state["cpu"])
+    if state["cuda"] is not None and (
+        not isinstance(state["cuda"], torch.Tensor) or state["cuda"].dtype != torch.uint8
+    ):
+        raise TypeError("cuda: no tensor of bytes")
+
+
 def _plain(value: Any) -> int | float:
     return float(value) if isinstance(value, float) else int(value)

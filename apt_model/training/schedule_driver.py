@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from apt_model.errors import ConfigError
-from apt_model.gpt import GPT
 from apt_model.layers import scheduled
+from apt_model.layers.in_place import layers_in_place
 from apt_model.layers.voter import EntropyVoter
 from apt_model.schedule import Change, Clock, ScheduleRunner
 from apt_model.schedule.targets import Domain
+from apt_model.training import subject
 from apt_model.training.optimizer import follow_model
 from apt_model.training.sharding import shared_as
 
@@ -47,11 +48,11 @@ def bind(
     """
     own = scheduled.targets(model)
     if switches is None:
-        switches = getattr(model, "switches", dict)()
+        switches = subject.switches(model)
     schedule.bind(
         values={**(scheduled.setters(model) if values is None else values), **(more or {})},
         switches=switches,
-        freeze=getattr(model, "freeze", None),
+        freeze=subject.freezer(model),
         domains={**own, **(domains or {})},
     )
     scheduled.expect(model, (name for name in schedule.targets if name in own))
@@ -61,7 +62,7 @@ def bind(
 
 
 def restore_model(
-    model: GPT, schedule: ScheduleRunner, state: Mapping[str, Any], *, switches: Switches | None = None
+    model: nn.Module, schedule: ScheduleRunner, state: Mapping[str, Any], *, switches: Switches | None = None
 ) -> None:
     """Give ``model`` the modules and weights of a checkpoint's state; ``schedule`` can be reconciled then.
 
@@ -72,9 +73,21 @@ def restore_model(
         ConfigError: the state is of another model, or of another length of the run.
     """
     schedule.load_state_dict(state["schedule"])
-    for module, switch in (model.switches() if switches is None else switches).items():
+    restore_weights(model, state, switches=switches)
+
+
+def restore_weights(model: nn.Module, state: Mapping[str, Any], *, switches: Switches | None = None) -> None:
+    """Give ``model`` the modules and weights of a checkpoint's state.
+
+    Args:
+        switches: see :func:`bind`.
+
+    Raises:
+        ConfigError: the state is of another model.
+    """
+    for module, switch in (subject.switches(model) if switches is None else switches).items():
         switch(state["schedule"]["on"].get(f"{module}_enabled", False))
-    model.take_lineage()
+    subject.take_lineage(model)
     own = model.state_dict()
     weights = {name: shared_as(value, own[name]) if name in own else value for name, value in state["model"].items()}
     try:
@@ -142,9 +155,8 @@ class ScheduleDriver:
 
     def follow(self) -> None:
         """Give the optimizer the parameters that the model has now, if the model says where they came from."""
-        take_lineage = getattr(self.model, "take_lineage", None)
-        if callable(take_lineage):
-            follow_model(self.optimizer, self.model, take_lineage(), left_out=self._left_out)
+        if callable(getattr(self.model, "take_lineage", None)) or layers_in_place(self.model):
+            follow_model(self.optimizer, self.model, subject.take_lineage(self.model), left_out=self._left_out)
             self._note_left_out()
 
     def count(self, *, samples: int, tokens: int) -> None:

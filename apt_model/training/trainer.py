@@ -12,11 +12,11 @@ from torch import Tensor
 
 from apt_model.errors import Interrupted, NonFiniteError
 from apt_model.schedule import Change, Clock
-from apt_model.training import checkpoint
 from apt_model.training.base import BaseTrainer, Batch
 from apt_model.training.distributed import average_buffers
 from apt_model.training.optimizer import load_named_state
 from apt_model.training.randomness import restore_random_state
+from apt_model.training.saved_state import read_state
 from apt_model.training.schedule_driver import restore_model
 
 logger = logging.getLogger(__name__)
@@ -141,16 +141,20 @@ class Trainer(BaseTrainer):
             CheckpointError: it is missing or damaged.
             ConfigError: it was made for another model, or for another length of the run.
         """
-        state = checkpoint.load(path)
+        state = read_state(path)
         restore_model(self.model, self.schedule, state, switches=self.engine.switches())
         self._lr_factor = self._lay_out_lr()
         load_named_state(self.optimizer, self.model, state["optimizer"])
         self.schedule.reconcile()
         self.follow()
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # what the checkpoint was made with may have needed none
+            self.scaler.load_state_dict(state["scaler"])
         self.clock = Clock(**state["clock"])
         for name, value in state["progress"].items():
             setattr(self, name, value)
         self._saved_at = self.seconds
+        if self.average is not None:
+            self.average.load(state.get("ema", {}))
+        self.callbacks.load_state_dict(state.get("callbacks", {}))
         ranks = state["random"]
         restore_random_state(ranks[self.ranks.rank if self.ranks.rank < len(ranks) else 0], self.device)

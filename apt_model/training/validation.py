@@ -7,17 +7,20 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from apt_model.data.batches import Batches
-from apt_model.gpt import GPT
+from apt_model.layers.in_place import moe_layers
 from apt_model.training.compiling import eagerly
 from apt_model.training.specialisation import SourceLoads
+from apt_model.training.subject import Forward
 
 
 class Validation:
     """Computes the same batches each time it is called, without a trace in training.
 
     Args:
+        forward: calls the model.
         seed: of what is drawn: the voter's votes, the same each time.
         autocast: returns what surrounds a forward pass.
         compiled: whether the model's parts are; validation goes without.
@@ -25,7 +28,8 @@ class Validation:
 
     def __init__(
         self,
-        model: GPT,
+        model: nn.Module,
+        forward: Forward,
         batches: Batches,
         *,
         seed: int,
@@ -34,6 +38,8 @@ class Validation:
         compiled: bool,
     ) -> None:
         self.model = model
+        self.forward = forward
+        self.layers = moe_layers(model)
         self.batches = batches
         self.seed = seed
         self.device = device
@@ -51,14 +57,19 @@ class Validation:
             torch.manual_seed(self.seed)  # draws that training does not miss
             for number, (tokens, targets) in enumerate(self.batches.epoch(0, device=self.device)):
                 with self.autocast(), loads.counting(number, tokens) if loads else nullcontext():
-                    losses.append(self.model(tokens, targets, with_metrics=False).language_loss)
+                    losses.append(self._loss(tokens, targets))
         self.model.train()
         loss = torch.stack(losses).mean().item()
         return {"val/loss": loss} | (loads.metrics() if loads else {})
 
+    def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        loss = self.forward(self.model, tokens, targets, with_metrics=False).language_loss
+        assert loss is not None
+        return loss
+
     def _loads_by_source(self) -> SourceLoads | None:
         """Return what counts who serves whom, where the validation text has several sources and experts are enabled."""
         sources = self.batches.tokens.sources
-        if sources is None or len(sources.names) < 2 or not any(layer.enabled for layer in self.model.moe_layers):
+        if sources is None or len(sources.names) < 2 or not any(layer.enabled for layer in self.layers):
             return None
-        return SourceLoads(self.model.moe_layers, sources, self.batches.sampler.windows(0))
+        return SourceLoads(self.layers, sources, self.batches.sampler.windows(0))

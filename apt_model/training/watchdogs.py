@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from apt_model.files import open_kept
+from apt_model.layers.in_place import moe_layers
 from apt_model.limits import Memory, memory_limits
 from apt_model.schedule import Change
 from apt_model.training.callbacks import Callback, TrainerView
@@ -106,7 +108,7 @@ class CollapseWatch(Callback):
         row, step = trainer.last_row, trainer.clock.step
         if self.warned or row.get("step") != step or "moe/layer_00/load_entropy" not in row:
             return
-        for number, layer in enumerate(trainer.model.moe_layers):
+        for number, layer in enumerate(moe_layers(trainer.model)):
             dead = row[f"moe/layer_{number:02}/dead_experts"]
             used = math.exp(row[f"moe/layer_{number:02}/load_entropy"])
             if dead < layer.num_experts / 4 and used >= layer.num_experts / 2:
@@ -194,7 +196,7 @@ class Watchdog(Callback):
         """Begin to look."""
         device = trainer.device
         self.memory = self.memory or (lambda: {"the host": host_memory(), str(device): device_memory(device)})
-        self._file = self.log.open("a", encoding="utf-8")
+        self._file = open_kept(self.log, append=True)
         self._note()
         self._thread = threading.Thread(target=self._look, args=(trainer,), name="watchdog", daemon=True)
         self._thread.start()

@@ -112,8 +112,8 @@ class Stream(IterableDataset[Any]):
             yield kept[number % 14]
 
 
-def streamed(folder: Path, number: float, schedule: ScheduleRunner) -> Plain:
-    model = Plain()
+def streamed(folder: Path, number: float, schedule: ScheduleRunner, model: Plain | None = None) -> Plain:
+    model = Plain() if model is None else model
     model.callback = ScheduleCallback(schedule)
     trainer = made(model, model.callback, folder, max_steps=12, save_strategy="no")
     trainer.train_dataset = Stream(number)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,10 @@ import pytest
 import torch
 
 from apt_launch.config.run_config import RunConfig
+from apt_launch.record import read_rows
 from apt_launch.runs.build import build_trainer
+from apt_launch.runs.train import train
+from apt_launch.values import read_frozen
 from apt_model.errors import CallbackError, ConfigError, HorizonError, Interrupted, NonFiniteError
 from apt_model.layers import scheduled
 from apt_model.training.base import BaseTrainer
@@ -146,6 +152,30 @@ def test_a_stopped_run_leaves_a_checkpoint_that_the_default_trainer_resumes_from
     assert first.trace + rest.trace == whole.trace
     for mine, row in zip(whole.told(), first.told() + rest.told(), strict=True):
         assert row == pytest.approx(mine, abs=1e-4)
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_job_that_was_preempted_is_continued_by_the_default_trainer(
+    small: Small, tmp_path: Path, caplog: pytest.LogCaptureFixture, other: str
+) -> None:
+    config = small(f"trainer={other}", "logger=none", "trainer.log_every=1")
+    about = {"identity": config.identity, "config": config.result_values, "horizon": asdict(config.horizon)}
+    first = Run(config, checkpoints=Checkpoints(tmp_path / "checkpoints", about=about))
+    first.trainer.stop_requested = lambda: first.trainer.clock.step >= 11
+    with pytest.raises(Interrupted):
+        first.trainer.fit()
+    with caplog.at_level(logging.INFO):
+        train(config.resuming(), tmp_path)  # as a job does in its next attempt
+    assert f"trainer={other} cannot continue from a checkpoint: trainer=default trains the rest" in caplog.text
+    whole = [row for row in trained(small("trainer.log_every=1")).told() if row["step"] >= 11]
+    rest = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rest] == [row["step"] for row in whole]
+    for mine, row in zip(whole, rest, strict=True):
+        assert {name: row[name] for name in mine} == pytest.approx(mine, abs=1e-4)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["state"], summary["identity"]) == ("done", config.identity)
+    frozen = read_frozen(tmp_path / "config.yaml")["trainer"]  # of the run that was planned
+    assert frozen["_target_"] == config.values["trainer"]["_target_"]
 
 
 @pytest.mark.parametrize("other", OTHERS)

@@ -151,7 +151,9 @@ def test_a_stream_that_does_not_go_by_the_planned_epochs_is_refused(tmp_path: Pa
     with pytest.raises(
         ConfigError, match=r"an epoch goes on past the 3 updates.*give the data a length, or plan Horizon"
     ):
-        own.streamed(tmp_path, math.inf, runner())
+        own.streamed(tmp_path, math.inf, runner(), endless := own.Plain())
+    assert endless.callback is not None
+    assert endless.callback.clock.step == 3  # the fourth update of its first epoch was not made
     with pytest.raises(HorizonError, match="epoch 0 had 2 updates, and 4 epochs x 3 updates = 12 steps were planned"):
         own.streamed(tmp_path, 8, runner())
     by_step = runner(route_temp={"start": 2.0, "end": 0.9, "by": "step"})

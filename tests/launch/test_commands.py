@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from apt_launch.commands import command, config_flags, override
+from apt_launch.commands import command, config_flags, for_all_ranks, override
 from apt_launch.sweep.control.ledger import Ledger
 from apt_launch.sweep.jobs.state import transition
 from tests.conftest import SMALL, until
@@ -70,6 +70,29 @@ def test_an_interpolation_in_a_name_is_none() -> None:
 def test_flags_that_say_where_configs_are_are_kept(given: list[str], kept: list[str]) -> None:
     searched = [one for one in given if one.startswith("hydra.searchpath")]
     assert config_flags(given) == kept + searched
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1"}
+NODES = {"WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2", "GROUP_RANK": "0", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("known", "line", "remark"),
+    [
+        ({}, "python -m apt_launch 'a b'", ""),
+        ({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "1"}, "python -m apt_launch 'a b'", ""),
+        (TORCHRUN, "python -m torch.distributed.run --nproc-per-node 2 --standalone -m apt_launch 'a b'", ""),
+        (
+            TORCHRUN | NODES,
+            "python -m torch.distributed.run --nproc-per-node 2 --nnodes 2 --node-rank 0 --master-addr n1 --master-port 29500 "
+            "-m apt_launch 'a b'",
+            ", on each node with its own --node-rank",
+        ),
+        ({"WORLD_SIZE": "3"}, "python -m apt_launch 'a b'", ", by what started these 3 processes"),
+    ],
+)
+def test_a_command_starts_as_many_ranks_as_there_are(known: dict[str, str], line: str, remark: str) -> None:
+    assert for_all_ranks(["python", "-m", "apt_launch", "a b"], known) == (line, remark)
 
 
 def own_options(folder: Path, text_file: Path) -> list[str]:

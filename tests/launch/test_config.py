@@ -24,8 +24,9 @@ Composed = Callable[..., RunConfig]
 OPTIONS = [
     f"{path.parent.relative_to(CONF)}={path.stem}"
     for path in sorted(CONF.glob("*/*.yaml"))
-    if path.parent.name not in ("profile", "data", "sweeps") and path.stem != "pretrained"  # tests/layouts has folders
+    if path.parent.name not in ("profile", "data", "sweeps") and path.stem not in ("own", "transformers", "pretrained")
 ]
+"""Those that need no more words; tests/config/test_own.py has classes of one's own, tests/integrations the other."""
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -133,6 +134,7 @@ def test_keys_in_yaml_equal_parameters_of_the_class(target: tuple[str, type[sche
         taken |= set(inspect.signature(GPT).parameters)
     if name in schema.GROUPS["trainer"]:
         keys -= {key for key in keys if schema.role_of(f"trainer.{key}") is schema.Role.PROCESS}
+        keys -= {"init_from"}  # a method: who builds the trainer calls it
         assert CONCERNS.keys() <= taken
         taken |= {option.name for kind in CONCERNS.values() for option in fields(kind)}
     assert keys <= taken, f"{name} does not take {keys - taken}"
@@ -175,6 +177,10 @@ def test_keys_in_yaml_equal_parameters_of_the_class(target: tuple[str, type[sche
         (["data.tokenizer=nowhere"], r"^data\.tokenizer: there is no file 'nowhere' .*--train-tokenizer"),
         (["data=hf", "data.path=x", "data.streaming=true"], r"^data\.streaming: .*Set data\.max_tokens"),
         (["data=hf", "data.path=x", "data.data_files=[1]"], r"^data\.data_files"),
+        (
+            ["data=hf", "data.path=x", "data.streaming=true", "data.max_tokens=2000"],
+            r"^data\.max_tokens = 2000 is less than one batch: trainer\.batch_size 16 x model\.seq_len 256 \+ 1 = 4097\.",
+        ),
         (["data=shards", "data.path=nowhere"], r"^data\.path: 'nowhere' holds no shards: .*apt_launch\.tokenize"),
         (["model.vocab_size=100"], r"^model\.vocab_size = 100 is less than the 256 tokens"),
         (["schedule.route_temp.end=0"], r"^schedule\.route_temp\.end = 0 is outside its domain"),
@@ -207,6 +213,7 @@ def test_keys_in_yaml_equal_parameters_of_the_class(target: tuple[str, type[sche
         (["+moe.num_experts._target_=os.system"], r"num_experts"),
         (["trainer=lightning", "trainer.resume=auto"], r"^trainer\.resume: trainer=lightning cannot .*trainer=default"),
         (["trainer=hf", "trainer.resume=x"], r"^trainer\.resume: trainer=hf cannot .*trainer\.resume=null"),
+        (["trainer=hf", "launch.drill=true"], r"^launch\.drill: a run of trainer=hf .*set launch\.drill=false"),
         (["trainer=hf", "trainer.device=cuda:1"], r"^trainer\.device: trainer=hf .*CUDA_VISIBLE_DEVICES=1"),
         (["trainer=hf", "trainer.parallel=fsdp"], r"^trainer\.parallel = fsdp, .*they are for trainer=default"),
         (
@@ -293,6 +300,7 @@ ROLES = {
     "trainer.parallel": "neutral",
     "trainer.expert_parallel": "neutral",
     "trainer.activation_checkpointing": "neutral",
+    "trainer.init_from": "fixed",
     "trainer.resume": "process",
     "trainer.log_every": "neutral",
     "trainer.checkpoint_every_epochs": "neutral",

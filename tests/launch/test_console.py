@@ -7,11 +7,13 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from apt_launch.config.run_config import RunConfig
 from apt_launch.runs.console import PlainLines, ProgressBar, progress_callback
 from apt_launch.runs.folder import RunFolder
 from apt_launch.runs.summary import suggest
@@ -79,15 +81,25 @@ def test_a_dumb_terminal_gets_a_whole_run_without_a_control_character(text_file:
     assert sorted(in_order, key=shown.index) == list(in_order)
 
 
-def test_how_to_continue_is_the_whole_command(tmp_path: Path) -> None:
+def test_how_to_continue_is_the_whole_command(composed: Callable[..., RunConfig], tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra" / "overrides.yaml").write_text(
         "- schedule=none\n- data.path=my texts\n- trainer.resume=auto\n"
     )
-    assert folder.resume_command() == (
-        f"python -m apt_launch schedule=none 'data.path=my texts' hydra.run.dir={tmp_path} trainer.resume=auto"
+    assert folder.how_to_resume(composed()) == (
+        f"Go on with: python -m apt_launch schedule=none 'data.path=my texts' hydra.run.dir={tmp_path} trainer.resume=auto"
     )
+
+
+@pytest.mark.parametrize("option", ["lightning", "hf"])
+def test_a_run_in_another_librarys_loop_goes_on_by_the_trainer_that_can(
+    composed: Callable[..., RunConfig], tmp_path: Path, option: str
+) -> None:
+    config = composed(f"trainer={option}")
+    how = RunFolder(tmp_path).resume_overrides(config)
+    assert how[-1] == "trainer._target_=apt_model.training.trainer.Trainer"
+    assert composed(f"trainer={option}", *how).trainer.target == "apt_model.training.trainer.Trainer"
 
 
 def test_what_to_do_next_names_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

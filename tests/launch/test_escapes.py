@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
+from apt_launch.application import _configure_logging
 from apt_launch.command_line import show_error
 from apt_launch.config.schedule_plot import Sheet, draw_schedule
-from apt_launch.escapes import cell, console, markdown, visible
+from apt_launch.escapes import cell, console, escape_logs, markdown, visible
 from apt_launch.preview import page as preview
 from apt_launch.runs.console import Stdout
 from apt_launch.sweep.application import Resources
@@ -157,3 +158,37 @@ def test_escapes_leave_plain_text_alone() -> None:
         assert {escape(text) for escape in plain} == {text}
     assert visible("\x1b[2J\x07\n\u202e") == "\\x1b[2J\\x07\n\\u202e"
     assert (cell("=1+1"), cell(" @x"), cell(-2.5)) == ("'=1+1", "' @x", -2.5)
+
+
+@pytest.mark.parametrize("evil", EVIL)
+def test_a_log_has_text_as_it_is(evil: str, tmp_path: Path) -> None:
+    handler = logging.FileHandler(tmp_path / "train.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("\x1b[1m%(levelname)s\x1b[0m %(message)s"))  # colours of its own
+    escape_logs([handler])
+    logger = logging.Logger("a")
+    logger.addHandler(handler)
+    logger.warning("of %s: %d", evil, 1)
+    logger.warning(evil)
+    try:
+        raise ValueError(evil)
+    except ValueError:
+        logger.exception("failed")
+    handler.close()
+    lines = (tmp_path / "train.log").read_text().replace("\x1b[1m", "").replace("\x1b[0m", "").splitlines()
+    assert lines[:3] == [f"WARNING of {visible(evil)}: 1", f"WARNING {visible(evil)}", "ERROR failed"]
+    assert lines[-1] == f"ValueError: {visible(evil)}"
+    assert not unprintable("".join(lines))
+
+
+def test_every_log_of_a_run_and_of_a_job_is_written_so(tmp_path: Path) -> None:
+    before = logging.root.handlers, logging.root.level
+    logging.root.handlers = []
+    try:
+        _configure_logging(tmp_path)
+        logging.getLogger("apt_model").error("\x1b[2J")
+        for handler in logging.root.handlers:
+            handler.close()
+    finally:
+        logging.root.handlers = before[0]
+        logging.root.setLevel(before[1])
+    assert (tmp_path / "train.log").read_text().endswith("ERROR apt_model: \\x1b[2J\n")

@@ -129,7 +129,7 @@ def test_a_run_that_begins_with_a_folder_goes_through_the_curriculum_resumes_and
     assert "(moe)" in told.stderr
     run("apt_launch.export", "upcycled", "--to", "experts", cwd=place)
     checkpoint = next((place / "upcycled" / "checkpoints").iterdir())
-    model, _ = restored(checkpoint, torch.device("cpu"))
+    model, _, _ = restored(checkpoint, torch.device("cpu"))
     assert model.moe_layers[0].granularity == 2
     assert json.loads((place / "experts" / "config.json").read_text())["intermediate_size"] == 16  # 32 in two slices
 

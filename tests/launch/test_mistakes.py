@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.sweep.test_interpolations import option_of_somebody_else
+
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 LONG = "x" * 300
@@ -78,3 +80,53 @@ def test_what_a_sweep_would_drop_in_silence_is_refused_while_planning(cli: Cli, 
     assert (result.returncode, "Traceback" in result.stderr) == (2, False), result.stderr
     assert f"{key}: jobs of a sweep" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+DROPPED = {
+    "hydra.job_logging": "hydra: {job_logging: {root: {level: DEBUG}}}",
+    "hydra.job_logging: an option": "defaults: [{override /hydra/job_logging: none}]",
+    "hydra.job_logging: another file of that name": "defaults: [{override /hydra/job_logging: train_log}]",
+    "hydra.verbose": "hydra: {verbose: true}",
+    "hydra.job.chdir": "hydra: {job: {chdir: true}}",
+    "hydra.output_subdir": "hydra: {output_subdir: other}",
+}
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_what_an_option_of_somebody_else_brings_is_refused_for_a_sweep_too(cli: Cli, tmp_path: Path, name: str) -> None:
+    theirs = tmp_path / "theirs"
+    (theirs / "experiment").mkdir(parents=True)
+    (theirs / "experiment" / "best.yaml").write_text(f"# @package _global_\n{DROPPED[name]}\n")
+    if "another file" in name:
+        (theirs / "hydra" / "job_logging").mkdir(parents=True)
+        (theirs / "hydra" / "job_logging" / "train_log.yaml").write_text("version: 1\nroot: {handlers: []}\n")
+    given = ("--config-dir", "theirs", "+experiment=best")
+    for result in (
+        cli("--multirun", *given, "seed=0,1"),
+        cli("--dry-run", *given, "seed=0,1"),
+        cli(*given, "--multirun", module="apt_launch.preview"),
+    ):
+        assert (result.returncode, "Traceback" in result.stderr) == (2, False), result.stderr
+        assert f"{name.partition(':')[0]}: jobs of a sweep" in result.stderr
+    assert cli(*given, "--out", "out", module="apt_launch.preview").returncode == 0  # a run alone obeys it
+    assert {path.name for path in tmp_path.iterdir()} == {"theirs", "out"}
+
+
+@pytest.mark.parametrize(
+    ("module", "more"),
+    [
+        ("apt_launch", ()),
+        ("apt_launch", ("--cfg", "job", "--resolve")),
+        ("apt_launch", ("--multirun", "seed=0,1")),
+        ("apt_launch", ("--dry-run",)),
+        ("apt_launch.preview", ()),
+    ],
+)
+def test_every_command_refuses_interpolations_without_an_end(
+    cli: Cli, tmp_path: Path, module: str, more: tuple[str, ...]
+) -> None:
+    option_of_somebody_else(tmp_path)
+    ended = cli("--config-dir", "theirs", *more, "data=bomb", module=module)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (2, False), ended.stderr
+    assert "error: data.suffix: more than" in ended.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]

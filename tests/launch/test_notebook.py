@@ -20,8 +20,11 @@ from hydra.core.global_hydra import GlobalHydra
 
 import apt_launch
 from apt_launch.config.menu import CONF
+from apt_launch.config.run_config import RunConfig
 from apt_launch.notebook import Run
+from apt_launch.runs.alone import alone_in_process
 from apt_launch.runs.stop import StopRequest
+from apt_launch.runs.train import train
 from apt_model.errors import SIGNALS, ConfigError
 from tests.conftest import SMALL, until
 from tests.forks import REPOSITORY, environment
@@ -194,6 +197,19 @@ def test_a_second_run_at_the_same_time_is_refused_with_the_remedy_and_leaves_the
     assert not Path(refused).exists()
     assert [equal_parts(row) for row in done.rows] == [equal_parts(row) for row in alone.rows]
     assert run(f"hydra.run.dir={refused}").summary["state"] == "done"
+
+
+def test_a_run_of_another_entry_is_refused_while_one_is_under_way(
+    composed: Callable[..., RunConfig], run: Train, text_file: Path
+) -> None:
+    config = composed(*SMALL, "data=text", f"data.path={text_file}", "logger=none")
+    with alone_in_process():
+        with pytest.raises(ConfigError, match="another run is under way in this process"):
+            train(config, Path("a"))
+        with pytest.raises(ConfigError, match="another run is under way in this process"):
+            run("hydra.run.dir=b")
+    assert not Path("a").exists()
+    assert not Path("b").exists()
 
 
 def equal_parts(row: dict[str, float]) -> dict[str, float]:

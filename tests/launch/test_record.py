@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from apt_launch.record import TAIL, RecordReader, last_row, read_rows
+from apt_launch import record
+from apt_launch.record import TAIL, Record, RecordReader, read_rows, read_tail
 
 
 def test_a_damaged_line_hides_no_other_and_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -17,11 +18,11 @@ def test_a_damaged_line_hides_no_other_and_is_named(tmp_path: Path, caplog: pyte
     reader = RecordReader(path)
     assert [row["step"] for row in reader.rows()] == [0, 6]
     assert reader.damaged == [2, 3, 4, 5, 6]
-    assert last_row(path) == {"step": 6}
+    assert read_tail(path) == ({"step": 6}, 7, 5)
 
 
 def test_a_record_that_is_not_there_has_no_last_row_and_cannot_be_read(tmp_path: Path) -> None:
-    assert last_row(tmp_path / "metrics.jsonl") == {}
+    assert read_tail(tmp_path / "metrics.jsonl") == ({}, 0, 0)
     with pytest.raises(FileNotFoundError):
         read_rows(tmp_path / "metrics.jsonl")
 
@@ -32,7 +33,29 @@ def test_the_last_row_has_the_newest_values_also_where_rows_are_longer_than_what
     rows = [{"step": 0, "train/loss": 3.5}, long]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert path.stat().st_size > TAIL
-    found = last_row(path)
+    found = read_tail(path).row
     assert (found["step"], found["val/loss"]) == (1, 2.5)
     path.write_text('{"step": 0, "train/loss": 3.5}\n{"step": 1, "val/loss": 2.5}\n{"step": 2, "trai')
-    assert last_row(path) == {"step": 1, "train/loss": 3.5, "val/loss": 2.5}
+    assert read_tail(path).row == {"step": 1, "train/loss": 3.5, "val/loss": 2.5}
+
+
+def test_a_line_without_an_end_is_damage_and_is_not_kept_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "LONGEST_LINE", 100)
+    monkeypatch.setattr(record, "CHUNK", 64)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n' + b"x" * 1000 + b'\n{"step": 1}\n{"step": 2}\n' + b"y" * 1000)
+    reader = RecordReader(path)
+    assert [row["step"] for row in reader.rows()] == [0, 1, 2]
+    assert (reader.damaged, reader.lines) == ([2], 4)
+    with path.open("ab") as file:
+        file.write(b'\n{"step": 3}\n')
+    assert [row["step"] for row in reader.rows()] == [3]
+    assert (reader.damaged, reader.lines) == ([2, 5], 6)
+    assert reader.restarts == 0
+    path.write_bytes(b"x" * 1000)
+    monkeypatch.setattr(record, "TAIL", 50)
+    assert read_tail(path) == ({}, 0, 0)
+    Record(path, keep_rows=2).close()
+    assert path.stat().st_size == 0

@@ -10,13 +10,19 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from apt_launch.config.run_config import RunConfig
+from apt_launch.runs.folder import RunFolder
+from apt_launch.runs.train import train as train_here
 from apt_model.data import StdlibCorpus
 from apt_model.data.shards import Shards
+from apt_model.errors import ConfigError
+from apt_model.files import MOST_BYTES
 from tests.conftest import SMALL, until
 from tests.forks import Fork, Forks, environment, run_module
 
@@ -98,6 +104,20 @@ def test_a_resume_with_another_tokenizer_is_refused(forks: Forks, made: Path) ->
     ended = forks.run(*(*SMALL, "model.vocab_size=300", *asked, "hydra.run.dir=other", "trainer.resume=auto"), cwd=made)
     assert ended.code == 2
     assert "error: data: t.json is not the tokenizer that the run was trained with, which is kept in " in ended.err
+
+
+def test_a_large_tokenizer_is_kept_and_compared(made: Path, small: Callable[..., RunConfig], tmp_path: Path) -> None:
+    large = tmp_path / "large.json"
+    large.write_bytes((made / "out" / "tokenizer.json").read_bytes() + b" " * MOST_BYTES)
+    asked = (f"data.tokenizer={large}", f"data.cache={tmp_path}/cache", "model.vocab_size=300", "logger=none")
+    config = small(*asked, "trainer.max_epochs=6", "trainer.max_batches_per_epoch=1")
+    train_here(config, tmp_path / "run")
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == large.read_bytes()
+    assert RunFolder(tmp_path / "run").resume(config.resuming()) is not None
+    with large.open("a") as file:
+        file.write(" ")
+    with pytest.raises(ConfigError, match=r"large\.json is not the tokenizer that the run was trained with"):
+        RunFolder(tmp_path / "run").resume(config.resuming())
 
 
 @pytest.mark.parametrize(

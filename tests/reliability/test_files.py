@@ -6,31 +6,37 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from apt_launch.lease import Holder, read_holder
-from apt_launch.record import Record, RecordReader, last_row, read_rows
+from apt_launch.lease import Holder, Lease, read_holder
+from apt_launch.record import Record, RecordReader, read_rows, read_tail
 from apt_launch.runs.drill import SavedDrill as Told
 from apt_launch.runs.folder import RunFolder
 from apt_launch.sweep.application import Resources
+from apt_launch.sweep.backends.local import LocalBackend
+from apt_launch.sweep.control.cancel import cancel
 from apt_launch.sweep.control.ledger import Ledger
 from apt_launch.sweep.control.send import prepare
+from apt_launch.sweep.control.table import show
 from apt_launch.sweep.jobs.process import About
-from apt_launch.sweep.jobs.state import read_state, transition
+from apt_launch.sweep.jobs.state import ask_to_cancel, read_state, transition
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
 from apt_launch.sweep.report.findings import find
+from apt_launch.sweep.watch.live import Watch
 from apt_launch.tracking.deliver import Identity, Summary
 from apt_launch.values import from_yaml, read_frozen, to_yaml
-from apt_model.data.tokenizer import load_tokenizer
+from apt_model.data import TextCorpus
+from apt_model.data.shard_writer import write
+from apt_model.data.tokenizer import ByteTokenizer, load_tokenizer
 from apt_model.errors import CheckpointError, ConfigError
-from apt_model.files import read_json, read_regular, write_atomic
+from apt_model.files import open_kept, read_json, read_regular, touch, write_atomic
 from apt_model.training.checkpoint import read_manifest
 from tests.conftest import SMALL
-from tests.forks import Forks
+from tests.forks import Forks, run_fresh
 
 MANIFEST = {
     "step": 3,
@@ -231,7 +237,7 @@ def test_damaged_rows_are_counted_and_hide_no_other(tmp_path: Path, caplog: pyte
     path.write_text('{"step": 0}\n' + "\n".join(damaged) + '\n{"step": 2, "loss": NaN}\n')
     assert [row["step"] for row in read_rows(path)] == [0, 2]
     assert f"line 2 (and {len(damaged) - 1} more) is damaged" in caplog.text
-    assert last_row(path)["step"] == 2
+    assert read_tail(path).row["step"] == 2
     path.unlink()
     os.mkfifo(path)
     reader = RecordReader(path)
@@ -240,7 +246,7 @@ def test_damaged_rows_are_counted_and_hide_no_other(tmp_path: Path, caplog: pyte
     with pytest.raises(ConfigError, match="it is a pipe"):
         read_rows(path)
     with pytest.raises(ConfigError, match="it is a pipe"):
-        last_row(path)
+        read_tail(path)
 
 
 def test_a_lease_that_is_damaged_is_nobodys(tmp_path: Path) -> None:
@@ -297,3 +303,100 @@ def test_a_job_whose_folder_leads_out_of_the_sweep_gets_nothing(tmp_path: Path) 
         prepare(PLAN, sweep, PLAN.jobs)
     assert not list(elsewhere.iterdir())
     assert not (sweep / PLAN.jobs[0].folder).exists()
+
+
+def test_nothing_is_written_through_a_link_in_the_place_of_a_file_that_is_kept(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    for exists in (False, True):
+        if exists:
+            victim.write_text("alive")
+            os.utime(victim, (1, 1))
+        for name, written in LINKED.items():
+            folder = tmp_path / f"{name}{exists}"
+            folder.mkdir()
+            (folder / name).symlink_to(victim)
+            with pytest.raises(
+                ConfigError, match=f"{name} is a link to {victim}, and nothing is written through links"
+            ):
+                written(folder / name)
+            assert victim.exists() == exists, name
+    assert (victim.read_text(), victim.stat().st_mtime) == ("alive", 1)
+
+
+def make_shards(path: Path) -> None:
+    """Make shards, whose lock or unfinished folder is to be at ``path``."""
+    name = path.name.removeprefix(".").removesuffix(".lock").removesuffix(".partial")
+    text = path.parent / "text.txt"
+    text.write_text("some text\n" * 20)
+    corpus = TextCorpus(path=str(text))
+    write(path.parent / name, corpus, ByteTokenizer(), key="OUT", on_progress=lambda *unused: None)
+
+
+LINKED: dict[str, Callable[[Path], object]] = {
+    "cancel": lambda path: ask_to_cancel(path.parent),
+    "lease.json": lambda path: Lease(path, Holder.this_process()),
+    "train.log": lambda path: open_kept(path, append=True),
+    ".shards.lock": make_shards,
+    ".shards.partial": make_shards,
+}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_a_file_that_is_kept_is_a_regular_one(tmp_path: Path, kind: str) -> None:
+    special(tmp_path / "file", kind)
+    with pytest.raises(ConfigError, match=r"and a regular file is wanted|is a link to /dev/zero"):
+        touch(tmp_path / "file")
+    touch(tmp_path / "other")
+    assert (tmp_path / "other").read_bytes() == b""
+
+
+def test_no_state_is_written_into_a_job_whose_folder_is_a_link(tmp_path: Path) -> None:
+    replace(PLAN, launcher_values={"max_parallel": None}).write(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / PLAN.jobs[0].folder).symlink_to(elsewhere)
+    transition(tmp_path / PLAN.jobs[1].folder, "submitted")
+    (tmp_path / PLAN.jobs[2].folder).mkdir()
+    with pytest.raises(ConfigError, match="is a link to"):
+        transition(tmp_path / PLAN.jobs[0].folder, "submitted")
+    (tmp_path / ".submitit").symlink_to(elsewhere)
+    with pytest.raises(ConfigError, match=f"{PLAN.jobs[0].folder} is a link"):
+        cancel(tmp_path)
+    assert [read_state(tmp_path / job.folder).state for job in PLAN.jobs[1:]] == ["cancelled", "cancelled"]
+    with pytest.raises(ConfigError, match=r"\.submitit is a link"):
+        LocalBackend({}).send(PLAN, tmp_path, PLAN.jobs)
+    assert not list(elsewhere.iterdir())
+
+
+def test_a_job_looks_for_links_before_it_writes(tmp_path: Path, forks: Forks) -> None:
+    victim, job = tmp_path / "victim", tmp_path / PLAN.jobs[0].folder
+    PLAN.write(tmp_path)
+    prepare(PLAN, tmp_path, PLAN.jobs[:1])
+    transition(job, "submitted", job_id="worker-0")
+    (job / "train.log").symlink_to(victim)
+    code = f"from pathlib import Path; from apt_launch.sweep.jobs.process import perform; perform(Path({str(job)!r}))"
+    assert run_fresh("-c", code).returncode == 1
+    state = read_state(job)
+    assert (state.state, "train.log is a link" in str(state.cause)) == ("failed", True)
+    assert not victim.exists()
+
+
+def test_status_says_how_many_rows_are_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    PLAN.write(tmp_path)
+    row = '{"step": 0, "epoch": 0, "tokens": 32, "val/loss": 4.0}\n'
+    for job, damaged in zip(PLAN.jobs, ("", "{}\n[1]\n", "{\n"), strict=True):
+        transition(tmp_path / job.folder, "submitted", job_id="worker-0")
+        transition(tmp_path / job.folder, "running")
+        transition(tmp_path / job.folder, "done", loss=4.0)
+        (tmp_path / job.folder / "metrics.jsonl").write_text(row + damaged + row)
+    statuses = Ledger(tmp_path).statuses()
+    assert [one.damaged_rows for one in statuses] == [0, 2, 1]
+    assert [one.row["val/loss"] for one in statuses] == [4.0, 4.0, 4.0]
+    show(PLAN, statuses, tmp_path)
+    shown = capsys.readouterr().out
+    assert f"job 1: {tmp_path / PLAN.jobs[1].folder / 'metrics.jsonl'}: 2 of its last 4 lines are damaged" in shown
+    assert "1 of its last 3 lines are damaged, and left out." in shown
+    assert shown.count("are damaged") == 2
+    live = Watch(tmp_path)
+    assert [one.damaged_rows for one in live.picture().statuses] == [0, 2, 1]
+    assert "2 of its last 4 lines are damaged" in str(live.news(0)["jobs"][1]["cause"])

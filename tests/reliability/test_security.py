@@ -105,8 +105,8 @@ def test_a_hostile_target_is_refused_wherever_it_stands(forks: Forks, place: Pat
         f"hydra.launcher._target_={target}",
         f"hydra.sweeper._target_={target}",
     ]
-    first = list(HOSTILE).index(name)  # each in a third of the places; every place meets many
-    for override in places if os.environ.get("APT_EVERYWHERE") else [places[(first + 3 * i) % 9] for i in range(3)]:
+    first = list(HOSTILE).index(name)  # each in two of the places; every place meets several
+    for override in places if os.environ.get("APT_EVERYWHERE") else [places[(first + 4 * i) % 9] for i in range(2)]:
         for multirun in ([], ["--multirun"]) if "hydra" in override else ([],):
             ended = forks.run(*multirun, override, *SMALL, "data=text", f"data.path={text_file}", cwd=place)
             assert ended.code == 2, (override, ended)

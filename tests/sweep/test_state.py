@@ -13,14 +13,15 @@ from apt_launch.sweep.jobs.state import ENDED, TRANSITIONS, Name, State, is_allo
 ACTIVE = {"submitted", "running", "preempted", "requeued"}
 
 ALLOWED = {
-    "planned": {"submitted", "running", "preempted", "failed", "cancelled"},
+    "planned": {"submitted", "running", "preempted", "failed", "cancelled", "dropped"},
     "submitted": {"submitted", "running", "preempted", "failed", "cancelled"},
     "running": {*ACTIVE, "failed", "cancelled", "done"},
     "preempted": {*ACTIVE, "failed", "cancelled"},
     "requeued": {*ACTIVE, "failed", "cancelled"},
-    "failed": {"submitted", "running"},
-    "cancelled": {"submitted", "running"},
-    "done": {"running"},
+    "failed": {"submitted", "running", "dropped"},
+    "cancelled": {"submitted", "running", "dropped"},
+    "done": {"running", "dropped"},
+    "dropped": {"submitted"},
     "pending": set(),
     "unknown": set(),
 }

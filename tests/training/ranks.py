@@ -7,7 +7,7 @@ import math
 import os
 import socket
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class Ranks:
         stop: Any = None,
         resume: Path | None = None,
         overflow: Any = None,
+        small: Sequence[str] = SMALL,
     ) -> Rows:
         """Train on ``world`` ranks into ``out``; return the rows of the first.
 
@@ -40,6 +41,7 @@ class Ranks:
             stop: a rank and a step: that rank is asked to stop there.
             overflow: a rank, a step and a parameter: gradients are scaled as in fp16, and what that rank holds of the
                 parameter's gradient overflows there.
+            small: overrides that come first.
 
         Raises:
             AssertionError: with what a rank said when it failed.
@@ -48,7 +50,7 @@ class Ranks:
         self.server.ask(
             world=world,
             out=str(out),
-            overrides=[*SMALL, *overrides],
+            overrides=[*small, *overrides],
             stop=stop,
             resume=str(resume) if resume else None,
             overflow=overflow,

@@ -103,14 +103,21 @@ def test_anneals_of_fifty_steps_add_no_graph_and_give_the_values_of_eager() -> N
     for switched in (eager, model):
         torch.manual_seed(7)
         runner(switched, **on).apply(Clock(step=0))
+    moving = [target for anneal in ANNEALS.values() for target in runner(eager, **on, **anneal).targets]
+
+    def annealing(switched: GPT, name: str) -> ScheduleRunner:
+        schedule = runner(switched, **on, **ANNEALS[name])
+        scheduled.expect(switched, moving)
+        return schedule
+
     compiled = torch.compile(model, fullgraph=True)  # once: no anneal, of whatever it is, may ask for it again
-    first = losses(model, compiled, runner(model, **on, **ANNEALS["temperature"]), steps=1)
+    first = losses(model, compiled, annealing(model, "temperature"), steps=1)
     assert graphs() == 1
     with torch.compiler.set_stance("fail_on_recompile"):
-        for name, anneal in ANNEALS.items():
-            expected = losses(eager, eager, runner(eager, **on, **anneal))
+        for name in ANNEALS:
+            expected = losses(eager, eager, annealing(eager, name))
             assert len(set(expected)) > 10, f"the anneal of {name} changes something"
-            got = losses(model, compiled, runner(model, **on, **anneal))
+            got = losses(model, compiled, annealing(model, name))
             assert got == pytest.approx(expected, rel=2e-4, abs=1e-4), name
             if name == "temperature":
                 assert first == got[:2]

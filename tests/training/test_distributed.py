@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from apt_model.training.distributed import from_rank_zero
+import pytest
+
+from apt_model.errors import ConfigError
+from apt_model.training.distributed import from_rank_zero, process_group
 from tests.forks import HANGS
 
 RANK = """
@@ -43,3 +46,24 @@ def test_ranks_that_see_different_metrics_switch_together_by_the_first(tmp_path:
 
 def test_alone_a_value_is_its_own() -> None:
     assert from_rank_zero(0.1) == 0.1
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"WORLD_SIZE": "two"},
+        {"WORLD_SIZE": "-1"},
+        {"WORLD_SIZE": ""},
+        {"WORLD_SIZE": "2", "RANK": "2"},
+        {"WORLD_SIZE": "0"},
+        {"WORLD_SIZE": "2", "RANK": "0"},  # nobody says where the other one is
+    ],
+)
+def test_an_environment_that_names_no_ranks_is_refused(given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    told = r"names no ranks that can find each other.*unset these variables"
+    with pytest.raises(ConfigError, match=told), process_group("cpu"):
+        pass

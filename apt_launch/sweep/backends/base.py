@@ -30,5 +30,5 @@ class Backend(Protocol):
     def poll(self, folder: Path, jobs: Mapping[str, State]) -> dict[str, ObservedState]:
         """Return the observed states of ``jobs``, by folder, none of which has ended by its own account."""
 
-    def cancel(self, folder: Path, jobs: Mapping[str, State]) -> None:
-        """Stop ``jobs``; return when none of them runs."""
+    def cancel(self, folder: Path, jobs: Mapping[str, State], *, whole: bool = True) -> None:
+        """Stop ``jobs``; return when none of them runs. ``whole``: nothing else of the sweep shall run either."""

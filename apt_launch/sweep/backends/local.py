@@ -22,7 +22,7 @@ from apt_launch.sweep.jobs.state import ObservedState, State, transition
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
 from apt_model.errors import ConfigError
-from apt_model.files import write_json
+from apt_model.files import refuse_link, write_json
 
 
 class LocalBackend:
@@ -66,6 +66,7 @@ class LocalBackend:
 
         machine = Machine.here()
         own = folder / ".submitit"
+        refuse_link(own)
         own.mkdir(mode=0o700, parents=True, exist_ok=True)
         name = f"worker-{len(list(own.glob('worker-*.json')))}"
         write_json(worker_file(folder, name), asdict(Holder.this_process()))  # until the worker names itself
@@ -106,8 +107,8 @@ class LocalBackend:
                 observed[name] = ObservedState("failed", "the worker that ran it is gone", final=True)
         return observed
 
-    def cancel(self, folder: Path, jobs: Mapping[str, State]) -> None:
-        """Stop the workers of ``jobs`` and what they run; return when they are gone.
+    def cancel(self, folder: Path, jobs: Mapping[str, State], *, whole: bool = True) -> None:
+        """Stop ``jobs``, and with ``whole`` their workers; return when they are gone.
 
         Raises:
             ConfigError: a worker's pid counts elsewhere, where a signal from here would reach another process or none.
@@ -121,6 +122,11 @@ class LocalBackend:
         ]
         if elsewhere:
             raise ConfigError(*elsewhere)
+        if not whole:
+            for name in jobs:  # one that waits is not started
+                (folder / name / "cancel").touch()
+            stop_writers([folder / name for name in jobs])
+            return
         for holder in holders.values():
             if holder is None or not holder.alive:
                 continue
@@ -130,6 +136,22 @@ class LocalBackend:
                 time.sleep(0.05)
             if holder.alive:
                 os.killpg(holder.pid, signal.SIGKILL)
+
+
+def stop_writers(folders: Sequence[Path]) -> None:
+    """Ask the processes that write into ``folders`` to stop; return when they are gone. Late ones are killed."""
+    asked = {}
+    for folder in folders:
+        holder = read_holder(folder / "lease.json")
+        if holder is not None and holder.alive:
+            os.kill(holder.pid, signal.SIGTERM)
+            asked[folder] = holder
+    until = time.monotonic() + GRACE_SECONDS
+    while asked and time.monotonic() < until:
+        asked = {folder: holder for folder, holder in asked.items() if holder.alive}
+        time.sleep(0.02)
+    for holder in asked.values():
+        os.kill(holder.pid, signal.SIGKILL)
 
 
 _workers: list[Any] = []

@@ -7,16 +7,19 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from apt_launch.escapes import visible
 from apt_launch.lease import Holder, heartbeats
 from apt_launch.sweep.application import Resources, load
 from apt_launch.sweep.backends.machine import Machine, worker_file
 from apt_launch.sweep.jobs import process
-from apt_launch.sweep.jobs.state import ENDED, read_state, transition
+from apt_launch.sweep.jobs.state import ENDED, ask_to_cancel, read_state, transition, wants_cancel
 from apt_launch.sweep.plan.plan import Plan
+from apt_model.errors import ConfigError, ReportedError
 from apt_model.files import write_json
 
 MOST_RESTARTS = 20
@@ -32,14 +35,23 @@ def work(sweep: str, name: str, names: Sequence[str], machine: Machine, max_para
     own = worker_file(Path(sweep), name)
     write_json(own, asdict(Holder.this_process()))
     with heartbeats(own):
-        Worker(Path(sweep), names, machine, max_parallel).run()
+        Worker(Path(sweep), names, machine, max_parallel, name=name).run()
 
 
 class Worker:
     """Starts jobs where there is room, and notes how they ended."""
 
-    def __init__(self, sweep: Path, names: Sequence[str], machine: Machine, max_parallel: int | None) -> None:
+    def __init__(
+        self,
+        sweep: Path,
+        names: Sequence[str],
+        machine: Machine,
+        max_parallel: int | None,
+        *,
+        name: str | None = None,
+    ) -> None:
         self.sweep = sweep
+        self.name = name  # by which the jobs' states say whose they are
         self.machine = machine
         self.waiting = list(names)
         self.running: dict[int, tuple[str, Resources, tuple[str, ...]]] = {}
@@ -53,8 +65,8 @@ class Worker:
 
     def run(self) -> None:
         """Run all jobs."""
-        signal.signal(signal.SIGTERM, self._cancel)
-        load(self.plan.application).preload(self.plan.values(self.plan.jobs[0]))
+        self.take_over_signals()
+        load(self.plan.application, self.plan.program).preload(self.plan.values(self.plan.jobs[0]))
         gc.collect()
         gc.freeze()  # what is shared with the jobs is never touched again
         while self.waiting or self.running:
@@ -62,11 +74,27 @@ class Worker:
                 self._start(name)
             if not self.running:
                 break
-            pid, status = os.wait()
+            pid, status = self.wait_for_one()
             if pid in self.running:
                 self._note_end(pid, os.waitstatus_to_exitcode(status))
         for name in self.waiting:
             transition(self.sweep / name, "cancelled", cause="before it began")
+
+    def take_over_signals(self) -> None:
+        """Have a signal cancel all jobs."""
+        signal.signal(signal.SIGTERM, self._cancel)
+
+    def wait_for_one(self) -> tuple[int, int]:
+        """Return process and status of the next that ends."""
+        return os.wait()
+
+    def be_job(self, name: str, gpus: Sequence[str], resources: Resources) -> int:
+        """Run a job in this process, which was just forked; return its exit code."""
+        return _be_job(self.sweep / name, gpus, resources.cpus or self.cores_each)
+
+    def wants_again(self, name: str) -> bool:
+        """Return whether a job that was interrupted is to be started again by this worker."""
+        return not self.cancelled
 
     def take_next(self) -> str | None:
         """Return the first waiting job that there is room for, which then waits no more; None: there is none."""
@@ -84,6 +112,11 @@ class Worker:
         return None
 
     def _start(self, name: str) -> None:
+        if self.name is not None and read_state(self.sweep / name).job_id not in (None, self.name):
+            return  # cancelled while it waited, and sent again since
+        if wants_cancel(self.sweep / name):
+            transition(self.sweep / name, "cancelled", cause="before it began")
+            return
         resources = self.resources[name]
         gpus = tuple(self.free_gpus[: resources.gpus or 0])
         del self.free_gpus[: len(gpus)]
@@ -93,11 +126,13 @@ class Worker:
         if pid == 0:
             code = process.FAILED
             try:
-                code = _be_job(self.sweep / name, gpus, resources.cpus or self.cores_each)
+                code = self.be_job(name, gpus, resources)
+            except ReportedError:
+                pass  # its own traceback is in the log
             except BaseException:
                 import traceback
 
-                traceback.print_exc()
+                sys.stderr.write(visible(traceback.format_exc()))
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
@@ -109,12 +144,14 @@ class Worker:
         self.free_gpus += gpus
         folder = self.sweep / name
         state = read_state(folder)
-        if code == process.AGAIN and not self.cancelled:
+        if code == process.AGAIN and self.wants_again(name):
             if state.restarts < MOST_RESTARTS:
                 transition(folder, "requeued", restarts=state.restarts + 1)
                 self.waiting.append(name)
             else:
                 transition(folder, "failed", cause=f"interrupted {MOST_RESTARTS} times")
+        elif code == process.AGAIN and not self.cancelled:
+            pass  # whoever runs this worker starts the job again
         elif state.state not in ENDED:
             cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
             if code == -signal.SIGKILL:
@@ -125,7 +162,10 @@ class Worker:
         """Ask every job to stop, and kill those that have not after :data:`GRACE_SECONDS`."""
         self.cancelled = True
         for pid, (name, _, _) in self.running.items():
-            (self.sweep / name / "cancel").touch()
+            with suppress(
+                ConfigError, OSError
+            ):  # a handler ends no worker: the job then stops as one that is preempted
+                ask_to_cancel(self.sweep / name)
             os.kill(pid, signal.SIGTERM)
 
         def kill(number: int, frame: Any) -> None:
@@ -138,7 +178,7 @@ class Worker:
 
 def _be_job(folder: Path, gpus: Sequence[str], cores: int) -> int:
     """Run a job in a process just forked; return its exit code."""
-    _end_with_parent()
+    end_with_parent()
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
@@ -146,7 +186,7 @@ def _be_job(folder: Path, gpus: Sequence[str], cores: int) -> int:
     return process.perform(folder, cores=cores)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ask Linux for a SIGTERM when the worker ends: no job outlives it."""
     if sys.platform == "linux":
         import ctypes

@@ -8,7 +8,7 @@ from typing import Any, Final
 from apt_launch.sweep.backends.base import Backend
 from apt_launch.sweep.backends.local import LocalBackend
 from apt_launch.sweep.backends.slurm import SlurmBackend
-from apt_launch.sweep.options import LocalLauncherConfig, SlurmLauncherConfig
+from apt_launch.sweep.options import JobResources, LocalLauncherConfig, SlurmLauncherConfig, SnapshotOptions
 from apt_model.errors import ConfigError, validated
 
 LAUNCHERS: Final = {
@@ -24,12 +24,18 @@ def backend(name: str, values: Mapping[str, Any]) -> Backend:
     Raises:
         ConfigError: there is no such backend, or a value is wrong.
     """
-    given = {key: value for key, value in values.items() if not key.startswith("_")}
+    given = {key: value for key, value in values.items() if not key.startswith("_") and not _is_default(key, value)}
     if name == "local":
         return LocalBackend(validated(LocalLauncherConfig, given, key="hydra.launcher").model_dump())
     if name == "slurm":
         return SlurmBackend(validated(SlurmLauncherConfig, given, key="hydra.launcher").model_dump())
     raise ConfigError(f"hydra/launcher: {name!r} takes no plan; choose local or slurm.")
+
+
+def _is_default(key: str, value: Any) -> bool:
+    """Return whether the key is one of those for jobs that apt_local and apt_slurm have, and says nothing."""
+    fields = JobResources.model_fields | SnapshotOptions.model_fields
+    return key in fields and value == fields[key].default
 
 
 def backend_of(option: str, values: Mapping[str, Any]) -> Backend:

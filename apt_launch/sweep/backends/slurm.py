@@ -17,12 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from apt_launch.sweep.application import Resources
+from apt_launch.sweep.application import Application, Resources, load
+from apt_launch.sweep.backends.slurm_pack import run_packed_on_slurm
 from apt_launch.sweep.backends.slurm_task import run_on_slurm
-from apt_launch.sweep.jobs.state import ObservedState, State, transition
+from apt_launch.sweep.jobs.state import ENDED, ObservedState, State, ask_to_cancel, read_state, transition
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
 from apt_model.errors import ConfigError
+from apt_model.files import open_regular, refuse_link
 
 AWAY: Final = re.compile(
     r"contact slurm controller|Socket timed out|Connection refused|Transport endpoint|Zero Bytes|slurmctld|"
@@ -40,6 +42,9 @@ FAILURES: Final = {
     "TIMEOUT": "it reached its time limit before it could write a checkpoint (hydra.launcher.signal_delay_s)",
     "COMPLETED": "SLURM says COMPLETED, but it wrote no result",
 }
+LAST_BYTES: Final = 1 << 16
+"""Of a log, in which its last line is looked for."""
+
 QUEUED: Final = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"})
 RUNNING: Final = frozenset({"RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT"})
 PREEMPTED: Final = frozenset({"PREEMPTED", "SUSPENDED", "STOPPED"})
@@ -71,6 +76,11 @@ def slurm_parameters(resources: Resources, values: Mapping[str, Any], *, name: s
     for key in ("partition", "account", "qos", "constraint", "exclude"):
         parameters[key] = values[key]
     return {key: value for key, value in parameters.items() if value is not None}
+
+
+def inherited_lines(application: Application) -> list[str]:
+    """Return lines of a job script that give a job what it inherits of its sender, whatever the cluster does with the rest."""
+    return [f"export {name}={shlex.quote(value)}" for name, value in application.environment().items()]
 
 
 NAME: Final = re.compile(r"[A-Za-z0-9_\[(][A-Za-z0-9_.,:@+=/%&|*()\[\]-]*")
@@ -151,6 +161,10 @@ class SlurmBackend:
         Raises:
             ConfigError: they are not.
         """
+        if self.values["pack"] > 1 and (several := [job for job in plan.jobs if job.resources.ranks > 1]):
+            raise ConfigError(
+                f"hydra.launcher.pack: job {several[0].number} has several ranks, and such jobs share no task. Set it to 1."
+            )
         for command in ("sbatch", "srun", "squeue"):
             if shutil.which(command) is None:
                 raise ConfigError(
@@ -164,7 +178,7 @@ class SlurmBackend:
         Raises:
             ConfigError: SLURM refuses, or its controller stays away.
         """
-        most = self._most_of_an_array()
+        most = self._most_of_an_array() * int(self.values["pack"])
         groups: dict[Resources, list[Job]] = {}
         for job in jobs:
             groups.setdefault(job.resources, []).append(job)
@@ -181,10 +195,15 @@ class SlurmBackend:
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         own = folder / ".submitit"
+        refuse_link(own)
         own.mkdir(mode=0o700, parents=True, exist_ok=True)
         name = f"apt-{plan.id}-{jobs[0].number}-{int(time.time())}"
         executor = submitit.SlurmExecutor(own, python=self.values["python"] or shlex.quote(sys.executable))
-        executor.update_parameters(**slurm_parameters(resources, self.values, name=name))
+        pack = int(self.values["pack"])
+        together = [jobs[begin : begin + pack] for begin in range(0, len(jobs), pack)]
+        parameters = slurm_parameters(_of_pack(resources, min(pack, len(jobs))), self.values, name=name)
+        lines = [*(parameters.get("setup") or ()), *inherited_lines(load(plan.application, plan.program))]
+        executor.update_parameters(**{**parameters, "setup": lines or None})
         paths = [str((folder / job.folder).resolve()) for job in jobs]
         for job in jobs:  # before SLURM can start them
             transition(folder / job.folder, "submitted", job_id="")
@@ -192,6 +211,13 @@ class SlurmBackend:
         def submit() -> list[Any]:
             try:
                 with _without_outer_job():
+                    if pack > 1:
+                        names = [[job.folder for job in part] for part in together]
+                        if len(names) == 1:
+                            return [executor.submit(run_packed_on_slurm, str(folder.resolve()), names[0])]
+                        return list(
+                            executor.map_array(run_packed_on_slurm, [str(folder.resolve())] * len(names), names)
+                        )
                     if len(paths) == 1:
                         return [executor.submit(run_on_slurm, paths[0])]
                     return list(executor.map_array(run_on_slurm, paths))
@@ -203,9 +229,9 @@ class SlurmBackend:
                 raise RefusedError(_brief(error)) from None
 
         sent = self._patiently(submit)
-        for job, handle in zip(jobs, sent, strict=True):
-            # a job that has started meanwhile knows its number
-            transition(folder / job.folder, "submitted", expected="submitted", job_id=str(handle.job_id))
+        for part, handle in zip(together, sent, strict=True):
+            for job in part:  # one that has started meanwhile knows its number
+                transition(folder / job.folder, "submitted", expected="submitted", job_id=str(handle.job_id))
         return str(sent[0].job_id).split("_")[0]
 
     def _patiently(self, action: Callable[[], Any]) -> Any:
@@ -230,6 +256,13 @@ class SlurmBackend:
                 sys.stderr.write(f"SLURM's controller does not answer; trying again in {pause:.0f} s\n")
                 time.sleep(pause)
                 pause = min(30.0, 2 * pause)
+
+    def _wait_for_ends(self, folders: Sequence[Path]) -> None:
+        until = time.monotonic() + 180
+        while left := [folder for folder in folders if read_state(folder).state not in ENDED]:
+            if time.monotonic() > until:
+                raise ConfigError(f"{left[0]}: the job has not stopped after three minutes.")
+            time.sleep(0.1)
 
     def _most_of_an_array(self) -> int:
         config = self._patiently(lambda: ask("scontrol", "show", "config"))
@@ -262,14 +295,18 @@ class SlurmBackend:
                 observed[name] = replace(observed[name], cause=f"{observed[name].cause}{last}")
         return observed
 
-    def cancel(self, folder: Path, jobs: Mapping[str, State]) -> None:
+    def cancel(self, folder: Path, jobs: Mapping[str, State], *, whole: bool = True) -> None:
         """Cancel ``jobs``; return when SLURM runs none of them any more.
 
         Raises:
             ConfigError: SLURM refuses, or stays away.
         """
         for name in jobs:
-            (folder / name / "cancel").touch()
+            with contextlib.suppress(ConfigError):  # a link in its place: scancel stops the job all the same
+                ask_to_cancel(folder / name)
+        if not whole and self.values["pack"] > 1:  # others run in the same task, whose worker looks for the files
+            self._wait_for_ends([folder / name for name, state in jobs.items() if state.state == "running"])
+            return
         plan = Plan.read(folder)
         ids = sorted({state.job_id for state in jobs.values() if state.job_id})
         if ids:
@@ -278,13 +315,23 @@ class SlurmBackend:
         while time.monotonic() < until:
             names = ask("squeue", "-h", "-r", "-u", _user(), "-o", "%i|%j")
             rows = [line.split("|") for line in names.splitlines()]
-            left = [number for number, name in rows if number in ids or name.startswith(f"apt-{plan.id}-")]
+            mine = f"apt-{plan.id}-"
+            left = [number for number, name in rows if number in ids or (whole and name.startswith(mine))]
             if not left:
                 return
             if stray := sorted({*left} - set(ids)):  # submitted, but never written down
                 ask("scancel", *stray)
             time.sleep(0.3)
         raise ConfigError(f"{folder}: SLURM still shows {len(left)} of its jobs after three minutes: {left[0]}")
+
+
+def _of_pack(resources: Resources, count: int) -> Resources:
+    """Return what a task of ``count`` such jobs takes: they share its GPUs, and each has cores and memory of its own."""
+    return replace(
+        resources,
+        cpus=None if resources.cpus is None else resources.cpus * count,
+        mem_gb=None if resources.mem_gb is None else resources.mem_gb * count,
+    )
 
 
 def observed_state(state: State, known: Sequence[str] | None) -> ObservedState:
@@ -372,10 +419,10 @@ def _last_words(folder: Path, state: State) -> str:
     """Return the last line that the job printed, into its own log or before it had one."""
     logs = [folder / "log.txt", *(folder.parent / ".submitit").glob(f"*{state.job_id}_0_log.out")]
     for log in logs:
-        with contextlib.suppress(OSError):
-            lines = [
-                line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
-            ]
+        with contextlib.suppress(OSError, ConfigError), open_regular(log) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_BYTES))
+            end = file.read().decode("utf-8", errors="replace")
+            lines = [line.strip() for line in end.splitlines() if line.strip()]
             if lines:
                 return f" Last line of {log.name}: {lines[-1][:200]}"
     return ""

@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
+from typing import Literal
 
-from apt_launch.sweep.jobs.process import AGAIN, DONE, perform
+from apt_launch.sweep.jobs.process import AGAIN, DONE, FAILED, perform
 from apt_launch.sweep.jobs.state import read_state, transition
+from apt_model.errors import ReportedError
 
 
 def run_on_slurm(folder: str) -> float | None:
@@ -21,22 +23,33 @@ def run_on_slurm(folder: str) -> float | None:
     """
     environment = os.environ
     rank = int(environment.get("SLURM_PROCID", "0"))
-    cores = environment.get("SLURM_CPUS_PER_TASK") or _cores_of_a_task(environment)
+    cores = cores_of_task(environment)
     environment.setdefault("OMP_NUM_THREADS", cores)  # of this task, not of the whole node; read when libraries load
     _name_ranks(environment)
-    array = environment.get("SLURM_ARRAY_JOB_ID")
-    job_id = f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array else environment["SLURM_JOB_ID"]
+    job_id = task_id(environment)
     path = Path(folder)
-    code = perform(
-        path, job_id=job_id, restart=int(environment.get("SLURM_RESTART_COUNT", "0")), rank=rank, requeue=_requeue
-    )
+    try:
+        code = perform(
+            path, job_id=job_id, restart=int(environment.get("SLURM_RESTART_COUNT", "0")), rank=rank, requeue=_requeue
+        )
+    except ReportedError:  # its own traceback is in the log
+        code = FAILED
     if code != DONE:
         sys.stdout.flush()
         os._exit(0 if code == AGAIN else code)
     return read_state(path).loss
 
 
-def _cores_of_a_task(environment: Mapping[str, str]) -> str:
+def task_id(environment: Mapping[str, str]) -> str:
+    """Return SLURM's number of this job, as its commands take it."""
+    array = environment.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array else environment["SLURM_JOB_ID"]
+
+
+def cores_of_task(environment: Mapping[str, str]) -> str:
+    """Return how many cores this task has."""
+    if asked := environment.get("SLURM_CPUS_PER_TASK"):
+        return asked
     tasks = int(environment.get("SLURM_NTASKS_PER_NODE", "1"))
     return str(max(1, int(environment.get("SLURM_CPUS_ON_NODE", "1")) // tasks))
 
@@ -60,20 +73,29 @@ def _name_ranks(environment: MutableMapping[str, str]) -> None:
 
 
 def _requeue(folder: Path) -> None:
-    """Give the job back to SLURM, which starts it again in this folder; unless somebody cancelled it."""
+    requeue([folder])
+
+
+def requeue(folders: Sequence[Path]) -> None:
+    """Give this task back to SLURM, which starts it again for the jobs in ``folders``; unless somebody cancelled it."""
     number = os.environ["SLURM_JOB_ID"]
-    attempts = read_state(folder).restarts + 1
+    attempts = int(os.environ.get("SLURM_RESTART_COUNT", "0")) + 1
+
+    def change(to: Literal["cancelled", "requeued", "failed"], cause: str | None = None) -> None:
+        for folder in folders:
+            transition(folder, to, cause=cause, restarts=attempts if to == "requeued" else attempts - 1)
+
     until = time.monotonic() + 120
     while time.monotonic() < until:  # SLURM kills this process when it has taken the job back
         shown = _slurm("squeue", "-h", "-j", number, "-o", "%T")
         if shown is not None and shown.strip() in ("CANCELLED", "DEADLINE"):
-            transition(folder, "cancelled", cause="by scancel; its checkpoint is kept", restarts=attempts - 1)
+            change("cancelled", "by scancel; its checkpoint is kept")
             return
-        transition(folder, "requeued", restarts=attempts)
+        change("requeued")
         if _slurm("scontrol", "requeue", number) is not None:
             return
         time.sleep(2)
-    transition(folder, "failed", cause="SLURM did not take it back (scontrol requeue failed)", restarts=attempts - 1)
+    change("failed", "SLURM did not take it back (scontrol requeue failed)")
 
 
 def _slurm(*command: str) -> str | None:

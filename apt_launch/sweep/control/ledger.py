@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from apt_launch.record import last_row
+from apt_launch.record import Tail, read_tail
 from apt_launch.sweep.application import load
 from apt_launch.sweep.backends.registry import backend
 from apt_launch.sweep.jobs.state import ENDED, Name, ObservedState, State, read_state, transition
@@ -36,6 +36,8 @@ class Status:
     age: float | None = None  # seconds since it was last seen
     final: bool = False  # the state will not change by itself
     damaged: bool = False  # a file of the job cannot be read: the state is unknown, and ``cause`` names the file
+    damaged_rows: int = 0  # of its record, as far as it was read
+    remark: str | None = None  # about those
 
     @property
     def summary(self) -> str:
@@ -49,7 +51,7 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.plan = Plan.read(folder)
-        self.application = load(self.plan.application)
+        self.application = load(self.plan.application, self.plan.program)
 
     def statuses(self, *, rows: bool = True) -> list[Status]:
         """Return what is known of each job now; ``rows``: also the last row of its record."""
@@ -67,9 +69,10 @@ class Ledger:
         found = []
         for job in self.plan.jobs:
             folder = self.folder / job.folder
-            row: Mapping[str, float] = {}
+            record = folder / "metrics.jsonl"
+            tail = Tail({}, 0, 0)
             try:
-                row = last_row(folder / "metrics.jsonl") if rows else {}
+                tail = read_tail(record) if rows else tail
             except ConfigError as error:
                 damaged.setdefault(job.folder, str(error))
             if job.folder in damaged:
@@ -94,13 +97,22 @@ class Ledger:
                     loss=state.loss,
                     job_id=state.job_id,
                     restarts=state.restarts,
-                    row=row,
-                    phase=self.application.phase(row) if row else None,
+                    row=tail.row,
+                    phase=self.application.phase(tail.row) if tail.row else None,
                     age=_age(folder),
                     final=seen.final,
+                    damaged_rows=tail.damaged,
+                    remark=damaged_rows(record, tail.damaged, tail.lines),
                 )
             )
         return found
+
+
+def damaged_rows(record: Path, damaged: int, read: int) -> str | None:
+    """Return a remark about the lines of a record that were left out, of the last that were ``read``; None: there are none."""
+    if not damaged:
+        return None
+    return f"{record}: {damaged} of its last {read} lines are damaged, and left out."
 
 
 def record_ends(statuses: Sequence[Status]) -> None:

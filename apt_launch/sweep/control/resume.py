@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,22 +14,27 @@ from apt_launch.sweep.backends.registry import backend
 from apt_launch.sweep.control.follow import say
 from apt_launch.sweep.control.ledger import Ledger
 from apt_launch.sweep.control.send import prepare
+from apt_launch.sweep.jobs.state import CANCEL
 from apt_launch.values import changed_keys, flatten, read_frozen, unflatten
 from apt_model.errors import ConfigError
 
 
-def resume(folder: Path, overrides: Sequence[str] = ()) -> int:
+def resume(folder: Path, overrides: Sequence[str] = (), numbers: Sequence[int] = ()) -> int:
     """Send again what failed, was cancelled, or is missing; return how many jobs were sent.
 
     Args:
         overrides: of keys that cannot change a result, such as ``launch.hours=48``.
+        numbers: the jobs, also those that were dropped; empty: all.
 
     Raises:
-        ConfigError: a key cannot change, a job's folder holds another config than the plan, or it is unknown what became
-            of a job.
+        ConfigError: there is no such job, a key cannot change, a job's folder holds another config than the plan, or it is
+            unknown what became of a job.
     """
     ledger = Ledger(folder)
+    ledger.plan.check_numbers(numbers)
     application = ledger.application
+    if application.trusts_folder:
+        refuse_shared(folder, [job.folder for job in ledger.plan.jobs])
     changed = _parsed(overrides, application)
     if refused := sorted(key for key in changed if not application.is_neutral(key)):
         raise ConfigError(
@@ -37,7 +44,8 @@ def resume(folder: Path, overrides: Sequence[str] = ()) -> int:
     problems = [
         status.summary for status in statuses if status.state == "unknown" and (status.damaged or not status.final)
     ]
-    wanted = {s.job.number for s in statuses if s.state in ("failed", "cancelled", "planned", "unknown")}
+    again_from = ("failed", "cancelled", "planned", "unknown", *(("dropped",) if numbers else ()))
+    wanted = {s.job.number for s in statuses if s.state in again_from and (not numbers or s.job.number in numbers)}
     jobs = []
     for job in ledger.plan.jobs:
         values = {**ledger.plan.shared, **job.differs}
@@ -58,9 +66,9 @@ def resume(folder: Path, overrides: Sequence[str] = ()) -> int:
     where = backend(plan.launcher, plan.launcher_values)
     where.check(replace(plan, jobs=tuple(again)))
     plan.write(folder)
-    for job in again:
-        (folder / job.folder / "cancel").unlink(missing_ok=True)
     prepare(plan, folder, again)
+    for job in again:
+        (folder / job.folder / CANCEL).unlink(missing_ok=True)
     for line in where.send(plan, folder, again):
         say(line)
     return len(again)
@@ -73,6 +81,25 @@ def _differences(folder: Path, planned: Mapping[str, Any], application: Applicat
         return []
     differ = [key for key in changed_keys(flatten(read_frozen(path)), planned) if not application.is_neutral(key)]
     return [f"{key}: {path} says otherwise than plan.yaml. Put it back, or remove the folder." for key in differ]
+
+
+def refuse_shared(folder: Path, jobs: Sequence[str]) -> None:
+    """Make sure that nobody else can have written what the jobs of the sweep in ``folder`` will run.
+
+    Raises:
+        ConfigError: a folder or a file belongs to somebody else, or others may write to it.
+    """
+    for path in (folder, folder / "plan.yaml", *(folder / name for name in jobs), folder / "code"):
+        try:
+            about = path.lstat()
+        except FileNotFoundError:
+            continue
+        if about.st_uid != os.getuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            whose = "belongs to another user" if about.st_uid != os.getuid() else "may be written to by others"
+            raise ConfigError(
+                f"{path}: it {whose}, and it says which program the jobs run. Look at what is in it, and take the right away: "
+                f"chmod -R go-w {folder}"
+            )
 
 
 def _parsed(overrides: Sequence[str], application: Application) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from apt_launch.commands import command
 from apt_launch.sweep.backends.base import Backend
@@ -14,10 +16,25 @@ from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
 from apt_launch.values import to_yaml
 from apt_model.errors import ConfigError
-from apt_model.files import refuse_links, refuse_place, write_atomic, write_json
+from apt_model.files import read_regular, refuse_link, refuse_links, refuse_place, write_atomic, write_json
 
 
-def carry_out(plan: Plan, folder: Path, where: Backend) -> None:
+def show_plan(plan: Plan, folder: Path, where: Backend) -> None:
+    """Show what would be sent; nothing is written, and nothing is sent.
+
+    Raises:
+        ConfigError: a job can never run there.
+    """
+    where.check(plan)
+    _check_ranks(plan)
+    say(f"sweep of {plan.summary}, {plan.launcher}. Folder: {folder}. Nothing is sent.")
+    for job in plan.jobs:
+        say(f"{job.number:>4}  {job.label or 'as the config says'}  ({job.resources})")
+    if plan.gpu_hours:
+        say(f"at most {plan.gpu_hours:g} GPU-hours")
+
+
+def carry_out(plan: Plan, folder: Path, where: Backend, snapshot_mb: float = 0.0) -> None:
     """Freeze ``plan`` in ``folder``, send it to ``where``, and follow it if it runs here or ``launch.wait`` says so.
 
     Raises:
@@ -34,6 +51,7 @@ def carry_out(plan: Plan, folder: Path, where: Backend) -> None:
     where.check(plan)
     _check_ranks(plan)
     folder.mkdir(parents=True, exist_ok=True)
+    _freeze_code(plan, folder, snapshot_mb)
     plan.write(folder)
     prepare(plan, folder, plan.jobs)
     say(f"sweep {plan.id}: {plan.summary}. Folder: {folder}")
@@ -46,6 +64,14 @@ def carry_out(plan: Plan, folder: Path, where: Backend) -> None:
     code = follow(folder)
     if code:
         raise SystemExit(code)
+
+
+def _freeze_code(plan: Plan, folder: Path, most_mb: float) -> None:
+    """Copy the program's code if the plan says so."""
+    if plan.program is not None and plan.program.snapshot is not None:
+        from apt_launch.sweep.programs.snapshot import take
+
+        say(take(Path(plan.program.snapshot), folder, most_mb))
 
 
 def _check_ranks(plan: Plan) -> None:
@@ -66,9 +92,12 @@ class Outcome:
     state: str
     loss: float | None
     summary: str
+    returned: Any = None  # by the program, as far as JSON has it; else the same as ``loss``
 
 
-def run_batch(before: Plan | None, batch: Plan, folder: Path, where: Backend) -> tuple[Plan, dict[str, Outcome]]:
+def run_batch(
+    before: Plan | None, batch: Plan, folder: Path, where: Backend, snapshot_mb: float = 0.0
+) -> tuple[Plan, dict[str, Outcome]]:
     """Run the jobs of ``batch`` after those of ``before`` in the same sweep; wait; return the joined plan and all results.
 
     A job that is done already is not run again.
@@ -85,6 +114,8 @@ def run_batch(before: Plan | None, batch: Plan, folder: Path, where: Backend) ->
     new = replace(batch, jobs=tuple(job for job in batch.jobs if (job.identity, job.resources) not in known))
     plan = new if before is None else before.joined(new) if new.jobs else before
     folder.mkdir(parents=True, exist_ok=True)
+    if before is None:
+        _freeze_code(plan, folder, snapshot_mb)
     plan.write(folder)
     jobs = plan.jobs[len(before.jobs) if before else 0 :]
     if jobs:
@@ -93,9 +124,18 @@ def run_batch(before: Plan | None, batch: Plan, folder: Path, where: Backend) ->
             say(line)
         follow(folder, only={job.folder for job in jobs})
     return plan, {
-        status.job.identity: Outcome(status.job.folder, status.state, status.loss, status.summary)
+        status.job.identity: Outcome(
+            status.job.folder, status.state, status.loss, status.summary, _returned(status.folder, status.loss)
+        )
         for status in Ledger(folder).statuses(rows=False)
     }
+
+
+def _returned(folder: Path, loss: float | None) -> Any:
+    try:
+        return json.loads(read_regular(folder / "result.json"))["returned"]
+    except (FileNotFoundError, ConfigError, ValueError, KeyError, TypeError):
+        return loss
 
 
 def prepare(plan: Plan, folder: Path, jobs: Sequence[Job]) -> None:
@@ -106,10 +146,7 @@ def prepare(plan: Plan, folder: Path, jobs: Sequence[Job]) -> None:
     """
     for job in jobs:
         own = folder / job.folder
-        if own.is_symlink():
-            raise ConfigError(
-                f"{own} is a link, and nothing is written through links. Remove it: the job is then run anew."
-            )
+        refuse_link(own)
         refuse_links(own, f"job {job.number}")
     for job in jobs:
         own = folder / job.folder
@@ -117,7 +154,7 @@ def prepare(plan: Plan, folder: Path, jobs: Sequence[Job]) -> None:
         values = plan.values(job)
         write_atomic(own / "config.yaml", to_yaml(values))
         write_atomic(own / ".hydra" / "overrides.yaml", to_yaml({"overrides": list(job.overrides)}))
-        about = {
+        about: dict[str, Any] = {
             "sweep": plan.id,
             "number": job.number,
             "overrides": list(job.overrides),
@@ -125,4 +162,6 @@ def prepare(plan: Plan, folder: Path, jobs: Sequence[Job]) -> None:
             "hours": job.resources.hours,
             "application": plan.application,
         }
+        if plan.program is not None:
+            about["program"] = asdict(plan.program)
         write_json(own / "job.json", about)

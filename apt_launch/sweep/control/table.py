@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from apt_launch.commands import command
 from apt_launch.escapes import console
+from apt_launch.sweep.application import load
 from apt_launch.sweep.control.ledger import Status
 from apt_launch.sweep.plan.jobs import short_key
 from apt_launch.sweep.plan.plan import Plan
@@ -16,7 +17,17 @@ from apt_launch.sweep.plan.plan import Plan
 if TYPE_CHECKING:
     from rich.table import Table
 
-STYLES = {"done": "green", "failed": "bold red", "cancelled": "yellow", "running": "cyan", "unknown": "magenta"}
+HEADS = {"tokens_per_second": "tokens/s"}
+"""Metrics that a table calls otherwise."""
+
+STYLES = {
+    "done": "green",
+    "failed": "bold red",
+    "cancelled": "yellow",
+    "dropped": "dim",
+    "running": "cyan",
+    "unknown": "magenta",
+}
 
 
 def show(plan: Plan, statuses: Sequence[Status], folder: Path) -> None:
@@ -35,6 +46,8 @@ def show(plan: Plan, statuses: Sequence[Status], folder: Path) -> None:
                 soft_wrap=True,
                 markup=False,
             )
+        if one.remark is not None:
+            screen.print(f"job {one.job.number}: {one.remark}", highlight=False, soft_wrap=True, markup=False)
     if any(one.state in ("failed", "cancelled") for one in statuses):
         screen.print(
             f"Run them again, from their checkpoints: {command('apt_launch.sweep', 'resume', folder)}",
@@ -52,6 +65,8 @@ def table(plan: Plan, statuses: Sequence[Status], width: int, more: Mapping[str,
     from rich.table import Table
     from rich.text import Text
 
+    program = load(plan.application, plan.program)
+    metrics = program.columns([one.row for one in statuses])
     columns: dict[str, Sequence[str | Text]] = {
         "job": [str(one.job.number) for one in statuses],
         "what differs": [Text(" ".join(_short(override) for override in one.job.overrides)) for one in statuses],
@@ -62,20 +77,21 @@ def table(plan: Plan, statuses: Sequence[Status], width: int, more: Mapping[str,
             for one in statuses
         ],
         "epoch": [_number(one.row, "epoch", ".0f") for one in statuses],
-        "step": [f"{int(one.row['step']) + 1}/{one.job.steps}" if one.row else "" for one in statuses],
+        "step": [_steps(one) for one in statuses],
         "phase": [one.phase or "" for one in statuses],
-        "train/loss": [_number(one.row, "train/loss", ".4f") for one in statuses],
-        "val/loss": [_number(one.row, "val/loss", ".4f") for one in statuses],
-        "tokens/s": [_number(one.row, "tokens_per_second", ",.0f") for one in statuses],
+        **{HEADS.get(name, name): [_number(one.row, name, form) for one in statuses] for name, form in metrics},
         **(more or {}),
         "last seen": [_ago(one.age) if one.age is not None and one.state != "planned" else "" for one in statuses],
     }
+    for name in ("epoch", "phase"):
+        if plan.program is not None and not any(columns[name]):
+            del columns[name]
     widths = {name: 2 + max(map(len, [name, *cells])) for name, cells in columns.items()}
     label = widths["what differs"]
     if more:
         widths["what differs"] = min(label, 32)
     for name in ("epoch", "train/loss", "tokens/s", *(("last seen", "phase", *more) if more else ())):
-        if sum(widths.values()) > width:  # it can be spared, until the rest fits
+        if name in columns and sum(widths.values()) > width:  # it can be spared, until the rest fits
             del columns[name], widths[name]
     room = width - sum(widths.values()) + widths["what differs"]
     shown = Table(box=None, padding=(0, 1), pad_edge=False)
@@ -98,6 +114,13 @@ def counted(statuses: Sequence[Status]) -> str:
 def _short(override: str) -> str:
     key, _, value = override.partition("=")
     return f"{short_key(key)}={value}"
+
+
+def _steps(one: Status) -> str:
+    if not one.row:
+        return ""
+    total = one.job.steps or int(one.row.get("total", 0))
+    return f"{int(one.row['step']) + 1}/{total}" if total else str(int(one.row["step"]) + 1)
 
 
 def _number(row: Mapping[str, float], name: str, form: str) -> str:

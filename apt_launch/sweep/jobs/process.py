@@ -15,13 +15,14 @@ from typing import Any, ClassVar, Final, Literal
 
 from apt_launch.command_line import take_any_character
 from apt_launch.commands import command
+from apt_launch.escapes import escape_logs
 from apt_launch.lease import Holder, Lease
 from apt_launch.secrets import keep_private
-from apt_launch.sweep.application import TRAINER, JobContext, Result, load
-from apt_launch.sweep.jobs.state import State, read_state, transition
+from apt_launch.sweep.application import TRAINER, JobContext, Program, Result, load
+from apt_launch.sweep.jobs.state import State, read_state, transition, wants_cancel
 from apt_launch.values import read_frozen
 from apt_model.errors import ConfigError, Interrupted, TrainingError, cause_of
-from apt_model.files import STRICT, read_json
+from apt_model.files import STRICT, read_json, refuse_links
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class About:
     cwd: str
     hours: float
     application: str = TRAINER
+    program: Program | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for values that no plan has."""
@@ -96,6 +98,7 @@ def perform(
     _write_output_to(folder / ("log.txt" if rank == 0 else f"log-{rank}.txt"))
     take_any_character()
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s", force=True)
+    escape_logs(logging.root.handlers)
     before = read_state(folder)
     attempts = restart if restart is not None else before.restarts
     try:
@@ -132,6 +135,11 @@ class _Attempt:
         self.hours = self.about.hours
 
     @property
+    def hours_key(self) -> str:
+        """The key that gives the job its hours."""
+        return "launch.hours" if self.about.program is None else "hydra.launcher.hours"
+
+    @property
     def seconds(self) -> float:
         """Taken by all attempts so far."""
         return self.before.seconds + time.time() - self.began
@@ -139,15 +147,18 @@ class _Attempt:
     def perform(self, requeue: Callable[[Path], None]) -> int:
         """Run the application; write how that ended, and return the exit code."""
         try:
+            if self.rank == 0 and wants_cancel(self.folder):
+                raise _StoppedEarly("cancelled before it began")
             result = self._run()
         except Interrupted:
             if wants_cancel(self.folder):
-                self._end("cancelled", cause="on request; its checkpoint is kept")
+                kept = load(self.about.application, self.about.program).has_checkpoint(self.folder)
+                self._end("cancelled", cause="on request; its checkpoint is kept" if kept else "on request")
                 return STOPPED
             if self.seconds >= self.hours * 3600:
                 spent = BudgetSpentError(
                     f"it took its {self.hours:g} h. Continue it by: "
-                    + command("apt_launch.sweep", "resume", self.folder.parent, f"launch.hours={2 * self.hours:g}")
+                    + command("apt_launch.sweep", "resume", self.folder.parent, f"{self.hours_key}={2 * self.hours:g}")
                 )
                 self._end("failed", cause=str(spent))
                 raise spent from None
@@ -184,7 +195,10 @@ class _Attempt:
 
     def _run(self) -> Result:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        application = load(self.about.application)
+        refuse_links(
+            self.folder, f"job {self.about.number}"
+        )  # put there since it was sent, or since an earlier attempt
+        application = load(self.about.application, self.about.program)
         os.chdir(self.about.cwd)
         values = read_frozen(self.folder / "config.yaml")
         resume = application.has_checkpoint(self.folder)
@@ -194,7 +208,7 @@ class _Attempt:
             transition(self.folder, "running", job_id=self.job_id, restarts=self.attempts)
         left = self.hours * 3600 - self.before.seconds
         if left <= 0:
-            raise BudgetSpentError(f"it took its {self.hours:g} h (launch.hours).")
+            raise BudgetSpentError(f"it took its {self.hours:g} h ({self.hours_key}).")
         signal.signal(signal.SIGALRM, lambda number, frame: os.kill(os.getpid(), signal.SIGUSR2))
         signal.setitimer(signal.ITIMER_REAL, left)
         try:
@@ -213,11 +227,6 @@ class _Attempt:
             resume=resume,
             cores=self.cores,
         )
-
-
-def wants_cancel(folder: Path) -> bool:
-    """Return whether somebody asked the job to stop for good."""
-    return (folder / "cancel").exists()
 
 
 def _write_output_to(path: Path) -> None:

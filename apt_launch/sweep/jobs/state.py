@@ -8,31 +8,46 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
-from apt_model.files import STRICT, read_json, write_json
+from apt_model.files import STRICT, read_json, refuse_link, touch, write_json
 
 Name = Literal[
-    "planned", "submitted", "pending", "running", "preempted", "requeued", "failed", "cancelled", "done", "unknown"
+    "planned",
+    "submitted",
+    "pending",
+    "running",
+    "preempted",
+    "requeued",
+    "failed",
+    "cancelled",
+    "done",
+    "dropped",
+    "unknown",
 ]
 
-ENDED: Final[frozenset[Name]] = frozenset({"failed", "cancelled", "done"})
+ENDED: Final[frozenset[Name]] = frozenset({"failed", "cancelled", "done", "dropped"})
 """States that do not change by themselves."""
 
 WAITING: Final[frozenset[Name]] = frozenset({"planned", "submitted", "pending"})
 """States of jobs that have never run."""
 
 TRANSITIONS: Final[dict[Name, frozenset[Name]]] = {
-    "planned": frozenset({"submitted", "running", "preempted", "failed", "cancelled"}),
+    "planned": frozenset({"submitted", "running", "preempted", "failed", "cancelled", "dropped"}),
     "submitted": frozenset({"submitted", "running", "preempted", "failed", "cancelled"}),
     # to running: a cluster started it again without notice; to submitted: it was killed without notice, and is resumed
     "running": frozenset({"submitted", "running", "preempted", "requeued", "failed", "cancelled", "done"}),
     "preempted": frozenset({"submitted", "running", "preempted", "requeued", "failed", "cancelled"}),
     "requeued": frozenset({"submitted", "running", "preempted", "requeued", "failed", "cancelled"}),
     # a cluster may start a job again whatever became of it
-    "failed": frozenset({"submitted", "running"}),
-    "cancelled": frozenset({"submitted", "running"}),
-    "done": frozenset({"running"}),
+    "failed": frozenset({"submitted", "running", "dropped"}),
+    "cancelled": frozenset({"submitted", "running", "dropped"}),
+    "done": frozenset({"running", "dropped"}),
+    "dropped": frozenset({"submitted"}),  # somebody wants it again, by its number
 }
 """To which states each one may change. ``pending`` and ``unknown`` are only observed, never written."""
+
+
+CANCEL: Final = "cancel"
+"""The file by which a job is asked to stop for good."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +119,7 @@ def transition(
         job_id: None: as before, and so ``restarts`` and ``seconds``; empty: not known yet.
 
     Raises:
+        ConfigError: the folder is a link.
         ValueError: no job may change like that.
     """
     before = read_state(folder)
@@ -122,6 +138,22 @@ def transition(
         cause=cause,
         loss=loss,
     )
+    refuse_link(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "state.json", asdict(after))
     return after
+
+
+def ask_to_cancel(folder: Path) -> None:
+    """Note that the job in ``folder`` is to stop for good.
+
+    Raises:
+        ConfigError: the folder, or the note in it, is a link.
+    """
+    refuse_link(folder)
+    touch(folder / CANCEL)
+
+
+def wants_cancel(folder: Path) -> bool:
+    """Return whether somebody asked the job to stop for good."""
+    return (folder / CANCEL).exists()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from apt_launch.sweep.application import JobSpec, load
+from apt_launch.interpolations import bounded
+from apt_launch.secrets import without_values_of_the_environment as clean
+from apt_launch.sweep.application import JobSpec, Program, load
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -23,13 +26,25 @@ class Composer:
         loader: Hydra's, which knows where configs are.
         config_name: of the primary config.
         application: whose configs they are; see :func:`apt_launch.sweep.application.load`.
+        program: what stands behind an application that is any.
+        master: the config of the command that sweeps, whose overrides of Hydra's node every job has, and what it has resolved.
     """
 
-    def __init__(self, loader: Any, config_name: str | None, application: str) -> None:
+    def __init__(
+        self,
+        loader: Any,
+        config_name: str | None,
+        application: str,
+        program: Program | None = None,
+        master: DictConfig | None = None,
+    ) -> None:
         from hydra.core.override_parser.overrides_parser import OverridesParser
 
         self.application = application
-        self._application = load(application)
+        self.program = program
+        self._application = load(application, program)
+        self._master = master
+        self._of_hydra = overrides_of(master, "hydra") if master is not None and program is not None else []
         self._loader = loader
         self._config_name = config_name
         parser = OverridesParser.create(config_loader=loader)
@@ -63,29 +78,72 @@ class Composer:
         Raises:
             ConfigError: with every problem found.
         """
+        with bounded():
+            return self._application.check(self._with_values(overrides))
+
+    def _with_values(self, overrides: Sequence[str]) -> DictConfig:
+        """Compose one config, whose values are those of ``overrides`` until the next is composed."""
         from hydra._internal.config_loader_impl import ConfigLoaderImpl
         from hydra.errors import HydraException
 
         try:
-            parsed = [self._parse(override) for override in overrides]
+            parsed = [self._parse(override) for override in (*self._of_hydra, *overrides)]
             structural = tuple(str(o.input_line) for o in parsed if self._is_structural(o))
             values = [o for o in parsed if not self._is_structural(o)]
             known = (structural, tuple(o.key_or_group for o in values))
             if known not in self._composed:
-                self._composed[known] = self.compose(structural)
+                self._composed[known] = self._compose(structural)
             cfg = self._composed[known]
             if not all(_replaces_a_leaf(cfg, o) for o in values):
                 cfg = cfg.copy()  # what is added, merged or removed must not stay for the next job
             ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
+            if self.program is not None:
+                _name_overrides(cfg, self._of_hydra, overrides, self._parse)
         except HydraException as error:
             raise self._application.explain(error) from None
-        return self._application.check(cfg)
+        return cfg
+
+    def _compose(self, structural: Sequence[str]) -> DictConfig:
+        from omegaconf import OmegaConf
+
+        cfg = self.compose(structural)
+        if self.program is not None and self._master is not None:
+            OmegaConf.copy_cache(from_config=self._master, to_config=cfg)  # ${now:}, as Hydra's launchers do
+        return cfg
+
+    def shown(self, override: str) -> str:
+        """Return an override as files may show it: without secrets of the environment."""
+        return clean(override) if self.program is not None else override
 
     def _is_structural(self, override: Override) -> bool:
         """Return whether ``override`` chooses a group's option; the rule is Hydra's."""
         if override.package is not None:
             return True
         return self._is_group(override.key_or_group) and not isinstance(override.value(), dict)
+
+
+def overrides_of(config: DictConfig, kind: str) -> list[str]:
+    """Return the overrides of a command, of its ``task`` or of ``hydra``, as they were written."""
+    from omegaconf import OmegaConf
+
+    found: Any = OmegaConf.to_container(config.hydra.overrides[kind], resolve=False)
+    return [str(override) for override in found]
+
+
+def _name_overrides(cfg: DictConfig, of_hydra: Sequence[str], of_task: Sequence[str], parse: Any) -> None:
+    """Write down a job's overrides where Hydra has them."""
+    from omegaconf import OmegaConf, open_dict
+
+    node = cfg.hydra
+    with open_dict(node):
+        node.overrides.hydra = list(of_hydra)
+        node.overrides.task = list(of_task)
+        if "override_dirname" in node.job and not OmegaConf.is_interpolation(node.job, "override_dirname"):
+            rule = node.job.config.override_dirname  # Hydra 1.3's; of 1.4 on it is an interpolation
+            lines = sorted(line for line in of_task if parse(line).key_or_group not in rule.exclude_keys)
+            node.job.override_dirname = rule.item_sep.join(lines).replace("=", rule.kv_sep)
+        for key in node.job.env_copy:
+            node.job.env_set[key] = os.environ[key]
 
 
 def _replaces_a_leaf(cfg: DictConfig, override: Override) -> bool:

@@ -16,7 +16,7 @@ from apt_launch.commands import config_flags
 from apt_launch.sweep.application import JobSpec, Resources
 from apt_launch.sweep.plan.composer import Composer
 from apt_launch.sweep.plan.jobs import Job
-from apt_launch.sweep.plan.plan import Plan, shared_values, without
+from apt_launch.sweep.plan.plan import Plan, merged_order, shared_values, without
 from apt_launch.values import flatten
 from apt_model.errors import ConfigError, nearest
 
@@ -149,7 +149,7 @@ def of_combinations(
     flats = [flatten(spec.values) for spec, _ in found.values()]
     shared = shared_values(flats)
     jobs = tuple(
-        Job(number, identity, tuple(varying), without(flat, shared), resources, spec.steps, spec)
+        Job(number, identity, tuple(map(composer.shown, varying)), without(flat, shared), resources, spec.steps, spec)
         for number, (((identity, resources), (spec, varying)), flat) in enumerate(
             zip(found.items(), flats, strict=True)
         )
@@ -158,13 +158,15 @@ def of_combinations(
     plan = Plan(
         id=hashlib.sha256(f"{created} {os.getpid()} {command}".encode()).hexdigest()[:8],
         created=created,
-        command=tuple(command),
+        command=tuple(map(composer.shown, command)),
         flags=tuple(config_flags()),
         launcher=target.name,
         launcher_values=target.values,
         cwd=str(Path.cwd()),
         asked=asked,
         application=composer.application,
+        program=composer.program,
+        order=merged_order(flats) if composer.program is not None else (),
         shared=shared,
         jobs=jobs,
     )

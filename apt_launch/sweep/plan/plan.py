@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
-from apt_launch.sweep.application import TRAINER, Resources
+from apt_launch.sweep.application import HYDRA_MAIN, TRAINER, Program, Resources
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.values import flatten, from_yaml, to_yaml, unflatten
 from apt_model.errors import ConfigError
@@ -19,6 +19,9 @@ from apt_model.files import STRICT, from_json, read_regular, write_atomic
 
 MOST_BYTES: Final = 1 << 28
 """Of a plan; one of 10,000 jobs has a few per cent of that."""
+
+VERSION: Final = 1
+"""Of the format, see docs/reference/files.md; a plan of earlier versions of this program names none, and is of the first."""
 
 REMEDY: Final = (
     "Restore it from a copy, or start the sweep anew in another folder: each job's folder has its own config.yaml."
@@ -74,6 +77,9 @@ class _KeptPlan:
     jobs: tuple[_KeptJob, ...]
     application: str = TRAINER
     flags: tuple[str, ...] = ()
+    version: int = VERSION
+    program: Program | None = None
+    order: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse a plan without jobs, and one whose jobs share a folder."""
@@ -81,6 +87,10 @@ class _KeptPlan:
             raise ValueError("it has no jobs")
         if len({job.number for job in self.jobs}) < len(self.jobs):
             raise ValueError("two of its jobs have one number")
+        if not 1 <= self.version <= VERSION:
+            raise ValueError(f"its version is {self.version}, and this program reads versions 1 to {VERSION}")
+        if (self.application == HYDRA_MAIN) != (self.program is not None):
+            raise ValueError("it names no program, or one that its application does not take")
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,8 @@ class Plan:
     shared: Mapping[str, Any]
     jobs: tuple[Job, ...]
     flags: tuple[str, ...] = ()  # of the command: where configs are
+    program: Program | None = None  # of applications that stand for any
+    order: tuple[str, ...] = ()  # of keys, where it means something; others follow
 
     @cached_property
     def by_folder(self) -> dict[str, Job]:
@@ -114,13 +126,27 @@ class Plan:
         """The most that all jobs together may take."""
         return sum(job.resources.gpu_hours for job in self.jobs)
 
+    def check_numbers(self, numbers: Sequence[int]) -> None:
+        """Make sure that there are jobs with these numbers.
+
+        Raises:
+            ConfigError: one is no job's.
+        """
+        known = {job.number for job in self.jobs}
+        if missing := sorted({*numbers} - known):
+            raise ConfigError(
+                f"there is no job {missing[0]} in this sweep; its jobs have the numbers 0 to {max(known)}."
+            )
+
     def values(self, job: Job) -> dict[str, Any]:
         """Return the job's whole config, nested as in YAML."""
-        return unflatten({**self.shared, **job.differs})
+        flat = {**self.shared, **job.differs}
+        return unflatten({key: flat[key] for key in self.order if key in flat} | flat)
 
     def write(self, folder: Path) -> None:
         """Freeze it as ``plan.yaml`` in ``folder``."""
-        content = {
+        content: dict[str, Any] = {
+            "version": VERSION,
             "id": self.id,
             "created": self.created,
             "command": list(self.command),
@@ -144,6 +170,11 @@ class Plan:
                 for job in self.jobs
             ],
         }
+        if self.program is not None:
+            content["program"] = asdict(self.program) | {
+                key: list(getattr(self.program, key)) for key in ("neutral", "preload")
+            }
+            content["order"] = list(self.order)
         head = f"# {self.summary}. A job's config: what all share, and under its own config, by dotted key, what differs.\n"
         write_atomic(folder / "plan.yaml", head + to_yaml(content))
 
@@ -168,6 +199,8 @@ class Plan:
                 cwd=kept.cwd,
                 asked=kept.asked,
                 application=kept.application,
+                program=kept.program,
+                order=kept.order,
                 shared=flatten(kept.shared),
                 jobs=tuple(job.job for job in kept.jobs),
             )
@@ -188,6 +221,25 @@ class Plan:
         """Return this plan with ``jobs``, each with its whole config, flat."""
         shared = shared_values([values for _, values in jobs])
         return replace(self, shared=shared, jobs=tuple(replace(j, differs=without(v, shared)) for j, v in jobs))
+
+
+def merged_order(flats: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return the keys of all of ``flats``, each after the one that it follows where it was first seen."""
+    after: dict[str | None, list[str]] = {None: []}
+    for flat in flats:
+        before: str | None = None
+        for key in flat:
+            if key not in after:
+                after[before].insert(0, key)
+                after[key] = []
+            before = key
+    ordered: list[str] = []
+    waiting = list(reversed(after[None]))
+    while waiting:
+        key = waiting.pop()
+        ordered.append(key)
+        waiting += reversed(after[key])
+    return tuple(ordered)
 
 
 def shared_values(flats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

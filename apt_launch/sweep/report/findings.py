@@ -15,6 +15,9 @@ from apt_launch.sweep.plan.jobs import Job, in_short
 from apt_launch.sweep.plan.plan import Plan
 from apt_model.errors import ConfigError, nearest
 
+COUNTED = ("step", "epoch", "samples", "tokens", "time", "total")
+"""Names in rows that count, and are compared by nobody unless a command says so."""
+
 SEEDS = ("seed", "data.seed")
 """Keys whose values are repetitions of one experiment."""
 
@@ -124,12 +127,18 @@ class Findings:
     values: Mapping[int, float]  # the metric there, by the job's number
     program: Sequence[str]  # the command line without overrides
     against: str | None = None  # the group that the others are compared with, by its label; None: the best one
+    direction: str = "minimize"  # which values are better
+    axis: str = "tokens"  # what the rows' ``tokens`` count, see along()
+
+    def rank(self, value: float) -> float:
+        """Return what is less for a better value; what is not a number is worst."""
+        return math.inf if math.isnan(value) else -value if self.direction == "maximize" else value
 
     @property
     def best(self) -> Trial | None:
-        """The trial with the lowest value."""
+        """The trial with the best value."""
         with_value = [trial for trial in self.trials if trial.job.number in self.values]
-        return min(with_value, key=lambda trial: self.values[trial.job.number], default=None)
+        return min(with_value, key=lambda trial: self.rank(self.values[trial.job.number]), default=None)
 
     @property
     def keys(self) -> list[str]:
@@ -143,7 +152,7 @@ class Findings:
 
     @property
     def groups(self) -> list[Group]:
-        """The trials by everything but their seeds, the lowest mean first."""
+        """The trials by everything but their seeds, the best mean first."""
         members: dict[tuple[tuple[str, str], ...], dict[tuple[str, ...], float]] = {}
         for trial in self.trials:
             if trial.job.number in self.values:
@@ -151,7 +160,7 @@ class Findings:
                 seeds = tuple(value for key, value in trial.settings.items() if key in SEEDS)
                 members.setdefault(settings, {})[seeds] = self.values[trial.job.number]
         groups = [Group(dict(settings), by_seed) for settings, by_seed in members.items()]
-        return sorted(groups, key=lambda group: group.estimate.mean)
+        return sorted(groups, key=lambda group: self.rank(group.estimate.mean))
 
     @property
     def reference(self) -> Group:
@@ -179,9 +188,14 @@ class Findings:
                 else f"{have} jobs are compared at their end.{left}"
             )
         return (
-            f"The sweep is partial: {have} jobs are compared at {self.tokens:,.0f} tokens, which all of them have reached; no "
-            f"result is final.{left}"
+            f"The sweep is partial: {have} jobs are compared at {self.tokens:,.0f} {self.unit}, which all of them have "
+            f"reached; no result is final.{left}"
         )
+
+    @property
+    def unit(self) -> str:
+        """What the axis counts."""
+        return "steps" if self.axis == "step" else self.axis
 
     def command(self, trial: Trial) -> str:
         """Return the command line that runs one trial again."""
@@ -210,7 +224,7 @@ Texts = Mapping[str, "str | None"]
 def find(
     sweep: Path,
     states: Mapping[str, str],
-    metric: str = "val/loss",
+    metric: str | None = None,
     causes: Texts | None = None,
     against: str | None = None,
 ) -> Findings:
@@ -218,7 +232,7 @@ def find(
 
     Args:
         states: the jobs' true states, by folder.
-        metric: what is compared; less is better.
+        metric: what is compared; None: what the application compares, or the first that its jobs have recorded.
         causes: why jobs failed, by folder.
         against: the group of seeds that others are compared with, such as ``study=dense``; None: the best one.
 
@@ -226,23 +240,49 @@ def find(
         ConfigError: there is no such group; see :func:`compare`.
     """
     plan = Plan.read(sweep)
+    application = load(plan.application, plan.program)
     trials = []
     for job in plan.jobs:
+        if states.get(job.folder) == "dropped":
+            continue
         path = sweep / job.folder / "metrics.jsonl"
         state, cause, rows = states.get(job.folder, "planned"), (causes or {}).get(job.folder), []
         try:
-            rows = read_rows(path) if path.exists() else []
+            rows = along(application.axis, read_rows(path)) if path.exists() else []
         except ConfigError as error:  # it hides no other job
             state, cause = "unknown", str(error)
         trials.append(Trial(job, state, rows, cause))
-    findings = replace(compare(plan, trials, metric, load(plan.application).program), against=against)
+    if metric is None:
+        metric = application.metric
+        others = [name for trial in trials for row in trial.rows for name in row if name not in COUNTED]
+        if plan.program is not None and others and metric not in others:
+            metric = others[0]
+    findings = compare(
+        plan, trials, metric, application.program, direction=application.direction, axis=application.axis
+    )
+    findings = replace(findings, against=against)
     labels = [group.label for group in findings.groups]
     if against is not None and labels and against not in labels:
         raise ConfigError(f"--against: no jobs of this sweep are {against!r}. {nearest(against, labels)}")
     return findings
 
 
-def compare(plan: Plan, trials: Sequence[Trial], metric: str, program: Sequence[str]) -> Findings:
+def along(axis: str, rows: Sequence[Row]) -> list[Row]:
+    """Return rows as they are followed: those of programs that count no tokens have their steps in that place."""
+    if axis == "tokens":
+        return list(rows)
+    return [{**row, "tokens": row[axis] + 1} if axis in row else row for row in rows]
+
+
+def compare(
+    plan: Plan,
+    trials: Sequence[Trial],
+    metric: str,
+    program: Sequence[str],
+    *,
+    direction: str = "minimize",
+    axis: str = "tokens",
+) -> Findings:
     """Compare ``trials``, the jobs of ``plan``, by ``metric``: at their ends, or as far as all of them have come.
 
     Raises:
@@ -252,8 +292,9 @@ def compare(plan: Plan, trials: Sequence[Trial], metric: str, program: Sequence[
     if seen and metric not in seen and any(trial.state == "done" for trial in trials):
         raise ConfigError(f"--metric: no job has recorded {metric!r}. {nearest(metric, seen)}")
     reached = {trial.job.number: trial.series(metric)[-1][0] for trial in trials if trial.series(metric)}
-    complete = {t.job.number for t in trials if t.state == "done"} >= set(reached) and len(set(reached.values())) <= 1
+    equal = len(set(reached.values())) <= 1 or axis != "tokens"  # programs may come to their end at any step
+    complete = {t.job.number for t in trials if t.state == "done"} >= set(reached) and equal
     tokens = None if complete or not reached else min(reached.values())
     end = math.inf if tokens is None else tokens
     values = {t.job.number: value for t in trials if (value := t.at(metric, end)) is not None}
-    return Findings(plan, metric, trials, tokens, values, program)
+    return Findings(plan, metric, trials, tokens, values, program, direction=direction, axis=axis)

@@ -88,7 +88,10 @@ def _legend(figure: Figure, axis: Any, trials: Sequence[Trial]) -> None:
 
 
 def _losses(findings: Findings) -> Figure | None:
-    trials = [trial for trial in findings.trials if trial.series("train/loss") or trial.series("val/loss")]
+    shown = "val/loss" if findings.axis == "tokens" else findings.metric
+    trials = [trial for trial in findings.trials if trial.series("train/loss") or trial.series(shown)]
+    if findings.axis != "tokens" and all(len(trial.series(shown)) < 2 for trial in trials):
+        return None  # results alone are no curves
     if not trials:
         return None
     figure = _figure(9, 4.4)
@@ -101,17 +104,22 @@ def _losses(findings: Findings) -> Figure | None:
         if few:  # many would hide what they are about
             for trial in alike:
                 axis.plot(*_unzipped(trial.series("train/loss")), color=colour, alpha=0.3, linewidth=0.8)
-        points = _mean_of([trial.series("val/loss") for trial in alike])
+        points = _mean_of([trial.series(shown) for trial in alike])
         axis.plot(*_unzipped(points), color=colour, label=name, marker="o", markersize=3.5)
     _mark_phases(axis, trials, colours)
     if findings.tokens is not None:
         axis.axvline(findings.tokens, color=GREY, linewidth=2.5, alpha=0.35)
-    validated = [value for trial in trials for _, value in trial.series("val/loss")]
-    if validated:  # what comes before the first validation would leave no room for differences
+    validated = [value for trial in trials for _, value in trial.series(shown)]
+    if (
+        validated and findings.axis == "tokens"
+    ):  # what comes before the first validation would leave no room for differences
         axis.set_ylim(top=max(validated) + 0.1 * (max(validated) - min(validated)) + 0.05)
-    _count_tokens(axis)
+    _count_tokens(axis, findings.unit)
     seeds = "" if len(set(names.values())) == len(trials) else ", mean over seeds"
-    axis.set_ylabel(f"loss (line: training, dots: validation{seeds})" if few else f"validation loss{seeds}")
+    if findings.axis != "tokens":
+        axis.set_ylabel(f"{label(shown)}{seeds}")
+    else:
+        axis.set_ylabel(f"loss (line: training, dots: validation{seeds})" if few else f"validation loss{seeds}")
     axis.grid(alpha=0.25)
     _legend(figure, axis, trials)
     return figure
@@ -128,11 +136,11 @@ def _unzipped(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _count_tokens(axis: Any) -> None:
+def _count_tokens(axis: Any, unit: str) -> None:
     from matplotlib.ticker import EngFormatter
 
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axis.set_xlabel("tokens")
+    axis.set_xlabel(unit)
 
 
 def _mark_phases(axis: Any, trials: Sequence[Trial], colours: dict[int, Any]) -> None:
@@ -178,7 +186,7 @@ def _schedules(findings: Findings) -> Figure | None:
         axis.set_title(label(name.removeprefix("schedule/")), loc="left", fontsize=9)
         axis.grid(alpha=0.25)
         axis.margins(y=0.15)
-    _count_tokens(axes[-1])
+    _count_tokens(axes[-1], findings.unit)
     _legend(figure, axes[0], trials)
     return figure
 

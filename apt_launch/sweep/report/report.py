@@ -18,7 +18,7 @@ from apt_model.files import refuse_links, write_atomic
 def write_report(
     sweep: Path,
     states: Mapping[str, str],
-    metric: str = "val/loss",
+    metric: str | None = None,
     causes: Texts | None = None,
     against: str | None = None,
 ) -> list[Path]:
@@ -45,20 +45,23 @@ def write_report(
 
 def columns(findings: Findings) -> list[str]:
     """Return the table's heads."""
-    reached = ["state", "step", "tokens", f"{findings.metric} compared", f"best {findings.metric}"]
+    tokens = ["tokens"] if findings.axis == "tokens" else []
+    reached = ["state", "step", *tokens, f"{findings.metric} compared", f"best {findings.metric}"]
     causes = ["cause"] if any(trial.cause for trial in findings.trials) else []
-    return ["job", *findings.keys, *reached, "train/loss", "tokens/s", "seconds", *causes]
+    own = ["train/loss", "tokens/s"] if findings.axis == "tokens" else []
+    return ["job", *findings.keys, *reached, *own, "seconds", *causes]
 
 
 def lines(findings: Findings) -> list[list[Any]]:
     """Return the table's lines, the best first, then those without a value."""
     found = []
     with_causes = "cause" in columns(findings)
+    has_tokens = findings.axis == "tokens"
     for trial in findings.trials:
         last: Row = {}
         for row in trial.rows:
             last |= row
-        best = min((value for _, value in trial.series(findings.metric)), default=None)
+        best = min((value for _, value in trial.series(findings.metric)), key=findings.rank, default=None)
         settings = trial.settings
         found.append(
             [
@@ -66,17 +69,16 @@ def lines(findings: Findings) -> list[list[Any]]:
                 *(settings.get(key, "") for key in findings.keys),
                 trial.state,
                 int(last["step"]) + 1 if last else None,
-                int(last["tokens"]) if "tokens" in last else None,
+                *([int(last["tokens"]) if "tokens" in last else None] if has_tokens else []),
                 findings.values.get(trial.job.number),
                 best,
-                last.get("train/loss"),
-                last.get("tokens_per_second"),
+                *([last.get("train/loss"), last.get("tokens_per_second")] if has_tokens else []),
                 last.get("time"),
                 *([trial.cause] if with_causes else []),
             ]
         )
-    compared = len(findings.keys) + 4
-    return sorted(found, key=lambda line: (line[compared] is None, line[compared] or 0.0, line[0]))
+    compared = len(findings.keys) + (4 if has_tokens else 3)
+    return sorted(found, key=lambda line: (line[compared] is None, findings.rank(line[compared] or 0.0), line[0]))
 
 
 def as_csv(findings: Findings) -> str:
@@ -173,7 +175,7 @@ def as_page(findings: Findings, drawn: Mapping[str, str]) -> str:
     kinds = {"cause": "cause"} | dict.fromkeys((*findings.keys, "state"), "text")
     best = findings.best
     titles = {
-        "losses": "Losses over tokens",
+        "losses": f"{'Losses' if findings.axis == 'tokens' else findings.metric} over {findings.unit}",
         "schedules": "Schedules",
         "metric": f"Final {findings.metric} by what was swept",
         "differences": f"Differences from {findings.compared_with}, seed by seed",

@@ -15,10 +15,10 @@ from typing import Any, Final
 from apt_launch.commands import command
 from apt_launch.record import RecordReader, Row
 from apt_launch.rows import enabled, is_number, is_scheduled_value
-from apt_launch.sweep.control.ledger import Ledger, Status
+from apt_launch.sweep.control.ledger import Ledger, Status, damaged_rows
 from apt_launch.sweep.jobs.state import WAITING
 from apt_launch.sweep.plan.plan import Plan
-from apt_launch.sweep.report.findings import Findings, Trial, compare, headline
+from apt_launch.sweep.report.findings import COUNTED, Findings, Trial, along, compare, headline
 
 METRIC: Final = "val/loss"
 LOSSES: Final = (METRIC, "train/loss")
@@ -75,6 +75,9 @@ class Runner:
 
     reader: RecordReader
     began: int  # the first reading of its record
+    metric: str = METRIC  # what decides; its curve has the name METRIC for viewers
+    axis: str = "tokens"
+    second: str | None = "train/loss"  # the metric whose curve has that name; None: the first other that comes
     changed: int = 0  # the last reading that found something new
     last: Row = field(default_factory=dict)  # the newest values, laid over each other
     compared: list[Row] = field(default_factory=list)  # of each row with the metric, what is compared
@@ -101,18 +104,31 @@ class Runner:
         self.last, self.compared, self.curves, self.switches = {}, [], {}, {}
 
     def _take(self, reading: int, row: Row) -> None:
+        if self.axis != "tokens":
+            row = self._renamed(row)
         tokens = row.get("tokens")
         if not is_number(tokens):
             return
         self.changed = reading
         self.last |= row
         if METRIC in row:
-            self.compared.append({"tokens": row["tokens"], METRIC: row[METRIC]})
+            self.compared.append({"tokens": row["tokens"], self.metric: row[METRIC]})
         for name, value in row.items():
             if _is_drawn(name) and is_number(value):
                 self.curves.setdefault(name, Curve()).add(reading, row["tokens"], value)
         for part in enabled(row):
             self.switches.setdefault(part, row["tokens"])
+
+    def _renamed(self, row: Row) -> Row:
+        """Return a row of a program of its own with the names that viewers know."""
+        (row,) = along(self.axis, [row])
+        if self.second is None:
+            self.second = next((name for name in row if name not in (*COUNTED, self.metric)), None)
+        kept = {name: value for name, value in row.items() if name not in LOSSES or name in (self.metric, self.second)}
+        for name, known in ((self.metric, METRIC), (self.second, "train/loss")):
+            if name is not None and name in row:
+                kept[known] = row[name]
+        return kept
 
 
 @dataclass(frozen=True)
@@ -212,6 +228,8 @@ class Watch:
                 "ended": picture.ended,
                 "advice": self._advice(picture),
                 "jobs": jobs,
+                "unit": picture.findings.unit,
+                "names": _names(picture),
             }
 
     def _advice(self, picture: Picture) -> str | None:
@@ -242,25 +260,38 @@ class Watch:
         self._read_at = time.monotonic()
         self.reading += 1
         answer = self._answer
-        plan, states = answer.ledger.plan, answer.statuses
+        plan, states, application = answer.ledger.plan, answer.statuses, answer.ledger.application
         if self._picture is not None and plan.id != self._picture.plan.id:
             self._runners, self.began = {}, self.reading
         behind = False
         for status in states:
             name = status.job.folder
             if name not in self._runners:
-                self._runners[name] = Runner(RecordReader(status.folder / "metrics.jsonl"), began=self.reading)
+                reader = RecordReader(status.folder / "metrics.jsonl")
+                second = "train/loss" if application.axis == "tokens" else None
+                self._runners[name] = Runner(reader, self.reading, application.metric, application.axis, second)
             behind = behind or not self._runners[name].read(self.reading, self._read_at + READ_SECONDS)
         runners = [self._runners[status.job.folder] for status in states]
         trials = [Trial(s.job, s.state, r.compared, s.cause) for s, r in zip(states, runners, strict=True)]
-        findings = compare(plan, trials, METRIC, answer.ledger.application.program)
+        findings = compare(
+            plan,
+            trials,
+            application.metric,
+            application.program,
+            direction=application.direction,
+            axis=application.axis,
+        )
         styles = _styles(trials)
         statuses: list[Status] = []
         for status, runner, trial in zip(states, runners, trials, strict=True):
-            phase = answer.ledger.application.phase(runner.last) if runner.last else None
+            phase = application.phase(runner.last) if runner.last else None
             if (problem := runner.reader.problem) is not None:
                 status = replace(status, state="unknown", cause=problem, damaged=True)
-            statuses.append(replace(status, row=runner.last, phase=phase))
+            reader = runner.reader
+            remark = damaged_rows(reader.path, len(reader.damaged), reader.lines)
+            statuses.append(
+                replace(status, row=runner.last, phase=phase, damaged_rows=len(reader.damaged), remark=remark)
+            )
             seen = [time for time in (answer.last_seen(status), runner.reader.touched) if time is not None]
             facts = _facts(statuses[-1], runner, trial) | {
                 "colour": styles[trial.job.number],
@@ -270,6 +301,12 @@ class Watch:
             if facts != runner.facts:
                 runner.facts, runner.changed = facts, self.reading
         return Picture(plan, statuses, findings, runners, behind)
+
+
+def _names(picture: Picture) -> dict[str, str]:
+    """Return what the curves that viewers know are called in this sweep."""
+    seconds = [runner.second for runner in picture.runners if runner.second is not None]
+    return {METRIC: picture.findings.metric, "train/loss": seconds[0] if seconds else "train/loss"}
 
 
 def _plan_written(folder: Path) -> int:
@@ -302,7 +339,8 @@ def _facts(status: Status, runner: Runner, trial: Trial) -> dict[str, Any]:
     """Return what viewers are sent of a job, beside its curves; a number that JSON has not as text."""
     job, row = status.job, runner.last
     step, tokens, speed = row.get("step"), row.get("tokens", 0), row.get("tokens_per_second")
-    total = tokens / (step + 1) * job.steps if step is not None else None
+    steps = job.steps or int(row.get("total", 0))
+    total = tokens / (step + 1) * steps if step is not None else None
     left = (total - tokens) / speed if total is not None and speed and status.state == "running" else None
     facts: dict[str, Any] = {
         "number": job.number,
@@ -310,8 +348,8 @@ def _facts(status: Status, runner: Runner, trial: Trial) -> dict[str, Any]:
         "asked": job.label,
         "state": status.state,
         "attempt": status.restarts + 1,
-        "cause": status.cause,
-        "steps": job.steps,
+        "cause": status.cause or status.remark,
+        "steps": steps,
         "step": step + 1 if step is not None else 0,
         "phase": status.phase,
         "total": total,

@@ -41,7 +41,7 @@ def show_live(live: Watch, console: Console, *, until_ended: bool) -> int:
     show(picture.plan, picture.statuses, live.folder)
     if interrupts:
         raise KeyboardInterrupt
-    return 0 if all(status.state == "done" for status in picture.statuses) else 1
+    return 0 if all(status.state in ("done", "dropped") for status in picture.statuses) else 1
 
 
 def frame(picture: Picture, width: int, height: int, problem: str | None = None) -> RenderableType:
@@ -53,6 +53,8 @@ def frame(picture: Picture, width: int, height: int, problem: str | None = None)
     failed = [status for status in picture.statuses if status.state in ("failed", "unknown") and status.cause]
     below = [Text(headline(picture.findings), style="bold")]
     below += [Text(f"job {status.job.number} {status.state}: {status.cause}", style="red") for status in failed[:3]]
+    remarks = [status for status in picture.statuses if status.remark]
+    below += [Text(f"job {status.job.number}: {status.remark}", style="magenta") for status in remarks[:1]]
     if problem is not None:
         below.append(Text(f"States could not be asked for, these are older: {problem}", style="magenta"))
     room = max(3, height - 3 - len(below))

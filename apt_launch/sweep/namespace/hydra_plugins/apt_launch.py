@@ -3,6 +3,8 @@
 It is installed as ``hydra_plugins/apt_launch.py`` (see pyproject.toml).
 """
 
-from apt_launch.sweep.plugins import LocalLauncher, PlanSweeper, SlurmLauncher
+from apt_launch.sweep.plugins import JobSweeper, LocalLauncher, PlanSweeper, SlurmLauncher, store_options
 
-__all__ = ["LocalLauncher", "PlanSweeper", "SlurmLauncher"]
+store_options()
+
+__all__ = ["JobSweeper", "LocalLauncher", "PlanSweeper", "SlurmLauncher"]

@@ -1,0 +1,210 @@
+"""``python -m apt_launch.evaluate RUN [data=...]``: the loss of a run's checkpoint on text, its own or another.
+
+Each token is predicted once, in windows of the run's sequence length. It is the cross-entropy that is measured, whatever loss
+the run had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from apt_launch.allow import take_flags
+from apt_launch.command_line import parsed
+from apt_launch.config.corpus import build_corpus, making_tokens
+from apt_launch.config.ending import ending
+from apt_launch.config.load import composing, load_data
+from apt_launch.generate import restored
+from apt_launch.runs.folder import find_checkpoint
+from apt_launch.secrets import keep_private
+from apt_launch.values import read_frozen
+from apt_model.errors import CheckpointError, ConfigError
+from apt_model.files import read_regular
+from apt_model.training.checkpoint import Checkpoints, read_manifest
+
+BITS: Final = 1 / math.log(2)
+"""Of a nat."""
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 2 the command line, the folder or the text is wrong, 130 interrupted."""
+    keep_private()
+    with ending():
+        sys.argv[1:] = take_flags(sys.argv[1:])
+        _evaluate(*parsed(parser()))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
+    found = argparse.ArgumentParser(
+        prog="python -m apt_launch.evaluate",
+        usage="%(prog)s RUN_DIR [OPTION ...] [data=... ...]",
+        description="""\
+Loss, perplexity and bits a byte of a run's checkpoint on text: the run's own
+validation split, or that of the data that overrides name.""",
+        epilog="""\
+examples:
+  python -m apt_launch.evaluate runs/a --which best
+  python -m apt_launch.evaluate runs/a data=text data.path=my_texts --split train""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = found.add_argument
+    add("folder", metavar="RUN_DIR", type=Path, help="a run's folder, or one of its checkpoints")
+    add(
+        "--which",
+        default="newest",
+        metavar="WHICH",
+        help="newest (default), best (lowest val/loss), or a number of updates",
+    )
+    add("--split", choices=("val", "train"), default="val", help="of the text (val)")
+    add("--batch-size", type=int, default=16, metavar="N", help="sequences at once (16)")
+    add("--max-batches", type=int, metavar="N", help="at the most; all unless said otherwise")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
+    add("--allow", metavar="PACKAGE", help="a package of yours whose classes the run's config may name")
+    add("--ema", action="store_true", help="the average of the weights that trainer.ema kept")
+    add("--json", action="store_true", help="for programs: one JSON object")
+    return found
+
+
+def chosen(folder: Path, which: str) -> Path:
+    """Return the checkpoint that ``which`` means: newest, best, or the one after so many updates.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if which == "newest" or folder.name.startswith("step-"):
+        return find_checkpoint(folder, "RUN_DIR")[0]
+    found = Checkpoints(folder / "checkpoints").all()
+    if which == "best":
+        losses = []
+        for path in found:
+            try:
+                loss = read_manifest(path).get("loss")
+            except CheckpointError:
+                continue
+            if loss is not None:
+                losses.append((loss, path))
+        if losses:
+            return min(losses)[1]
+        raise ConfigError(f"--which: no checkpoint in {folder} has a validation loss. Choose --which newest.")
+    if not which.isdecimal():
+        raise ConfigError(f"--which: {which!r} is none of newest, best, and a number of updates.")
+    path = folder / "checkpoints" / f"step-{int(which):08d}"
+    if path not in found:
+        there = ", ".join(str(int(one.name.removeprefix("step-"))) for one in found) or "none"
+        raise ConfigError(f"--which: there is no checkpoint after {which} updates in {folder}. There are: {there}.")
+    return path
+
+
+def _evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    if min(arguments.batch_size, arguments.max_batches or 1) < 1:
+        raise ConfigError("--batch-size and --max-batches: they must be 1 or more.")
+    if others := [one for one in overrides if not one.lstrip("+~").startswith(("data=", "data."))]:
+        raise ConfigError(f"{others[0]}: only the group data can be another here. The rest is as the run has it.")
+    checkpoint = chosen(arguments.folder, arguments.which)
+    run = checkpoint.parent.parent
+    from apt_model.training.device import choose_device
+
+    device = choose_device(arguments.device)
+    model, tokenizer, seq_len = restored(checkpoint, device, ema=arguments.ema)
+    values = read_frozen(run / "config.yaml")["data"]
+    if overrides:
+        with composing() as compose:
+            values = load_data(compose(overrides))
+    corpus = build_corpus(values)
+    kept, now = run / "tokenizer.json", corpus.tokenizer_file
+    if kept.exists() != (now is not None) or (now is not None and read_regular(kept) != read_regular(now)):
+        raise ConfigError(
+            f"data: its tokens are not those of the run, whose tokenizer is {kept if kept.exists() else 'bytes'}. Set "
+            f"data.tokenizer={kept if kept.exists() else 'null'}."
+        )
+    corpus.check()
+    with making_tokens(corpus):
+        tokens = corpus.read(arguments.split)
+    measured = measure(
+        model,
+        tokens,
+        tokenizer,
+        seq_len=seq_len,
+        batch_size=arguments.batch_size,
+        limit=arguments.max_batches,
+        device=device,
+    )
+    found = {"checkpoint": str(checkpoint), "split": arguments.split, **measured}
+    if arguments.json:
+        sys.stdout.write(json.dumps(found) + "\n")
+        return
+    sys.stdout.write(
+        f"{checkpoint.name} on {measured['tokens']:,} tokens of {arguments.split}: loss {measured['loss']:.4f} nats a token, "
+        f"perplexity {measured['perplexity']:.2f}, {measured['bits_per_byte']:.4f} bits a byte\n"
+    )
+    for name, loss in measured["sources"].items():
+        sys.stdout.write(f"  {name}: loss {loss:.4f}\n")
+
+
+def measure(
+    model: Any, tokens: Any, tokenizer: Any, *, seq_len: int, batch_size: int, limit: int | None, device: Any
+) -> dict[str, Any]:
+    """Return loss (nats a token), perplexity, bits a byte, the number of tokens, and the loss of each source by name.
+
+    Raises:
+        ConfigError: there is less than one sequence, or the model gives no logits.
+    """
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+
+    from apt_model.data import Sampler
+    from apt_model.data.tokenizer import ByteTokenizer
+    from apt_model.training.subject import Forward
+
+    windows = max(0, len(tokens) - 1) // seq_len
+    sampler = Sampler(
+        num_tokens=len(tokens), seq_len=seq_len, batch_size=min(batch_size, max(1, windows)), seed=0, name="text"
+    )
+    begins = np.arange(sampler.num_windows, dtype=np.int64) * seq_len
+    forward, in_bytes = Forward(model), isinstance(tokenizer, ByteTokenizer)
+    sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    total, number, size = 0.0, 0, 0
+    with torch.inference_mode():
+        for start in list(range(0, len(begins), batch_size))[:limit]:
+            here = begins[start : start + batch_size]
+            window = torch.from_numpy(tokens.windows(here, seq_len + 1)).to(device)
+            given, targets = window[:, :-1], window[:, 1:]
+            logits = forward(model, given, targets, with_metrics=False).logits
+            if logits is None:  # computed in chunks: the loss alone is there
+                raise ConfigError("the model gives no logits. Set model.loss_chunk: null in the run's config.yaml.")
+            losses = (
+                F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+                .double()
+                .cpu()
+                .numpy()
+            )
+            total += float(losses.sum())
+            number += losses.size
+            size += losses.size if in_bytes else sum(len(tokenizer.decode(row).encode()) for row in targets.tolist())
+            if tokens.sources is not None:
+                sources = tokens.sources.of(here + 1, seq_len).flatten()
+                for place, name in enumerate(tokens.sources.names):
+                    mine = losses[sources == place]
+                    sums[name] = sums.get(name, 0.0) + float(mine.sum())
+                    counts[name] = counts.get(name, 0) + mine.size
+    loss = total / number
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": total * BITS / max(1, size),
+        "tokens": number,
+        "sources": {name: sums[name] / counts[name] for name in sums if counts[name]},
+    }
+
+
+if __name__ == "__main__":
+    main()

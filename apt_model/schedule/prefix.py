@@ -1,0 +1,115 @@
+"""Up to which update two runs are one run: all that is computed before it is equal, to the bit.
+
+The scheduled values at an update are a pure function of the clock, and a resume is exact. So what two runs have in common can
+be trained once, and each continue from there (stage trees: Hippo, arXiv:2006.11972, which merges equal values). Here a value
+counts only where it is read: a router's temperature is not, while the layers are dense.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NamedTuple
+
+from apt_model.schedule.clock import Clock
+from apt_model.schedule.program import Program, reader_of
+
+
+class Reach(Enum):
+    """Which updates a key of the config can change."""
+
+    ALL = "all"
+    NONE = "none"
+    SCHEDULED = "as the curriculum, the learning rate and the length that follow from it say"
+    MOE = "those at which moe is enabled"
+    ALIGN = "those at which align is enabled"
+    VOTER = "those at which voter is enabled"
+
+    @property
+    def module(self) -> str | None:
+        """The module without which nothing reads the key."""
+        return self.name.lower() if self in (Reach.MOE, Reach.ALIGN, Reach.VOTER) else None
+
+
+class Update(NamedTuple):
+    """An update, as far as a config says."""
+
+    computes: tuple[Any, ...]
+    """What is read at it, in the form in which it is read: equal ones compute the same."""
+    states: Mapping[str, bool]
+    """Whether each module is enabled, and what is frozen, by label."""
+    has_row: bool
+    """Whether the record has a row of it."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a run will do, as far as its config says.
+
+    Args:
+        program: its curriculum over its length.
+        values: what decides its result: dotted keys to values.
+        lr: the learning rate at a clock.
+        log_every: updates between two rows of the record.
+    """
+
+    program: Program
+    values: Mapping[str, Any]
+    lr: Callable[[Clock], float]
+    log_every: int
+
+    def updates(self) -> Iterator[Update]:
+        """Yield each update."""
+        program = self.program
+        read_by = {name: reader_of(program.curriculum, name) for name in program.curriculum.all_anneals}
+        double = {name for name in read_by if program.curriculum.target_of(name).startswith("optimizer.")}
+        before: dict[str, bool | float] = {}
+        epochs = program.horizon.updates_per_epoch
+        for step in range(program.horizon.steps):
+            clock = program.horizon.clock_at(step)
+            now = program.at(clock)
+            states = {name: value for name, value in now.items() if isinstance(value, bool)}
+            switched = any(before.get(name) != on for name, on in states.items())
+            regular = step % self.log_every == 0 or (step + 1) % epochs == 0 or switched
+            # buffers hold float32; the optimizer takes the number as it is
+            read = tuple(
+                (program.curriculum.target_of(name), value if name in double else struct.pack("f", value))
+                for name, value in now.items()
+                if name in read_by and (read_by[name] is None or now.get(f"{read_by[name]}_enabled", True))
+            )
+            yield Update((clock, states, read, self.lr(clock), regular), states, regular or now != before)
+            before = now
+
+
+def shared_updates(whole: Course, fork: Course, reach: Callable[[str], Reach]) -> int:
+    """Return how many first updates of ``whole`` are those of ``fork``, its rows of the record among them.
+
+    Latches go by what is measured: nothing is shared from the first update on at which one may act.
+
+    Args:
+        reach: of each dotted key.
+    """
+    differing = {key for key in {*whole.values, *fork.values} if whole.values.get(key) != fork.values.get(key)}
+    reached = {reach(key) for key in differing}
+    if Reach.ALL in reached:
+        return 0
+    modules = [f"{one.module}_enabled" for one in reached if one.module is not None]
+    most = min(_foreseen(whole.program), _foreseen(fork.program))
+    for step, (one, other) in enumerate(zip(whole.updates(), fork.updates(), strict=False)):
+        read = any(other.states.get(module) for module in modules)
+        if step == most or read or one.computes != other.computes or (other.has_row and not one.has_row):
+            return step
+    return most
+
+
+def _foreseen(program: Program) -> int:
+    """Return the number of updates before the first at which a latch may act."""
+    firsts = [program.horizon.steps]
+    for when in program.latches.values():
+        for time in (when.not_before, when.deadline):
+            if time is not None:
+                step = time.step(program.horizon, program.fired)
+                firsts.append(0 if step is None else step)
+    return min(firsts)

@@ -1,0 +1,297 @@
+"""What a program of somebody else is frozen as, and what a job gives to it: in this process."""
+
+from __future__ import annotations
+
+import enum
+import json
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import MISSING, OmegaConf
+from omegaconf.resolvers import oc
+
+from apt_launch.record import read_rows
+from apt_launch.secrets import register_resolver
+from apt_launch.sweep import job
+from apt_launch.sweep.application import HYDRA_MAIN, Program, load
+from apt_launch.sweep.control.resume import refuse_shared
+from apt_launch.sweep.plan.plan import merged_order
+from apt_launch.sweep.programs.freeze import TYPES, Freezer, thaw
+from apt_launch.sweep.programs.metrics import Follower
+from apt_launch.sweep.programs.snapshot import checkout_of, take
+from apt_launch.values import flatten, from_yaml, to_yaml, unflatten
+from apt_model.errors import ConfigError, Interrupted
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+@dataclass
+class Part:
+    size: int = 1
+    colour: Colour = Colour.RED
+    place: Path = Path("a")
+
+
+@dataclass
+class Larger(Part):
+    more: list[Part] = field(default_factory=lambda: [Part(), Larger(size=3, more=[])])
+    table: dict[int, float] = field(default_factory=lambda: {10: 0.1})
+    empty: int = MISSING
+
+
+def frozen_and_back(content: Any) -> Any:
+    """Freeze a config, write and read it as a plan does, and make a config of it again."""
+    values = Freezer().freeze(OmegaConf.create(content))
+    plain = json.loads(json.dumps(from_yaml(to_yaml(values))))
+    return thaw(unflatten(flatten(plain)))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(
+            "a",
+            "",
+            "null",
+            "1",
+            "1e3",
+            "2020-01-01",
+            "yes",
+            "???x",
+            "a: b",
+            "${literal}",
+            "\\${x}",
+            "\\",
+            "a\\",
+            "äöü\n",
+        ),
+        *(0, -1, 1 << 70, 0.1, 1e-300, float("inf"), True, None, b"\x00\xff", Path("a b/c"), Colour.RED),
+        *([], [1, [2, {"a": 3}]], {}, {"a": {}}, {1: "one", False: 2, "a.b": {"c": 1}}, {"$path": "no path"}),
+    ],
+)
+def test_a_value_comes_back_as_it_was(value: Any) -> None:
+    content = {"value": value.replace("${", "\\${") if value == "${literal}" else value, "after": 1}
+    before = OmegaConf.create(content)
+    after = frozen_and_back(content)
+    assert after.value == before.value
+    assert type(after.value) is type(before.value)
+    assert list(after) == ["value", "after"]
+
+
+def test_structured_nodes_keep_their_classes_and_rules() -> None:
+    cfg = frozen_and_back({"part": Larger(size=7), "copy": "${part.more}", "plain": {"size": 1}})
+    assert OmegaConf.get_type(cfg.part) is Larger
+    assert [OmegaConf.get_type(one) for one in cfg["copy"]] == [Part, Larger]
+    assert OmegaConf.get_type(cfg.plain) is dict
+    assert cfg.part.more[1].colour is Colour.RED
+    assert cfg.part.table == {10: 0.1}
+    assert OmegaConf.is_missing(cfg.part, "empty")
+    with pytest.raises(Exception, match="size"):
+        cfg.part.size = "no number"
+    with pytest.raises(Exception, match="nowhere"):
+        cfg.nowhere = 1
+
+
+@pytest.fixture
+def own_resolvers() -> None:
+    """OmegaConf's resolvers as they are in a program of somebody else: this project's commands refuse secrets."""
+    register_resolver("oc.env", oc.env)
+
+
+@pytest.mark.usefixtures("own_resolvers")
+def test_what_is_known_is_resolved_and_the_rest_stays_an_interpolation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLAIN", "value")
+    monkeypatch.setenv("MY_API_KEY", "c4n4ry-0123456789")
+    values = Freezer().freeze(
+        OmegaConf.create(
+            {
+                "a": 1,
+                "b": "${a}-${oc.env:PLAIN}",
+                "c": "${oc.env:NOT_SET_HERE}",
+                "d": "${hydra:runtime.output_dir}",
+                "secret": "${oc.env:MY_API_KEY}",
+                "url": "https://me:${secret}@host",
+                "text": "it is c4n4ry-0123456789",
+                "missing": "???",
+                "on_missing": "${missing}",
+            }
+        )
+    )
+    assert values == {
+        "a": 1,
+        "b": "1-value",
+        "c": "${oc.env:NOT_SET_HERE}",
+        "d": "${hydra:runtime.output_dir}",
+        "secret": "${oc.env:MY_API_KEY}",
+        "url": "https://me:${secret}@host",
+        "text": "it is ${oc.env:MY_API_KEY}",
+        "missing": "???",
+        "on_missing": "${missing}",
+        TYPES: [],
+    }
+    cfg = thaw(values)
+    assert cfg.url == "https://me:c4n4ry-0123456789@host"
+    with pytest.raises(ConfigError, match=r"key: its value looks like a secret.*oc\.env:NAME"):
+        Freezer().freeze(OmegaConf.create({"key": "sk-abcdefghijklmnopqrstuvwxyz"}))
+
+
+def test_keys_keep_the_order_of_the_config_also_where_some_differ() -> None:
+    flats = [{"a": 1, "lr": 1, "m.x": 1, "m.y": 1, "z": 1}, {"a": 1, "lr": 2, "m.w": 1, "m.y": 1, "z": 1}]
+    order = merged_order(flats)
+    assert sorted(order) == ["a", "lr", "m.w", "m.x", "m.y", "z"]
+    for flat in flats:
+        assert [key for key in order if key in flat] == list(flat)
+
+
+def test_identities_leave_out_what_is_neutral_and_hydras_own_but_for_what_programs_find() -> None:
+    def identity(neutral: tuple[str, ...] = (), **values: Any) -> str:
+        application = load(HYDRA_MAIN, Program(script="/a.py", neutral=neutral))
+        return application.check({"lr": 1, "hydra": {"launcher": {}}, **values}).identity
+
+    assert identity(wandb={"name": "a"}) != identity(wandb={"name": "b"})
+    for pattern in ("wandb", "wandb.*", "*.name"):
+        assert identity((pattern,), wandb={"name": "a"}) == identity((pattern,), wandb={"name": "b"})
+    assert identity(hydra={"sweep": {"dir": "a"}}) == identity(hydra={"sweep": {"dir": "b"}})
+    assert identity(hydra={"job": {"env_set": {"A": "1"}}}) != identity(hydra={"job": {"env_set": {"A": "2"}}})
+
+
+def test_a_job_by_hand_and_within_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    job.report(step=1, loss=0.5)
+    job.requeue()
+    assert not job.stop_requested()
+    assert job.folder == tmp_path
+    assert job.checkpoints == tmp_path / "checkpoints"
+    assert list(tmp_path.iterdir()) == [tmp_path / "checkpoints"]
+
+    context = job.begin(tmp_path / "own", tmp_path / "out", first=True)
+    (tmp_path / "own").mkdir()
+    try:
+        job.report(loss=1)
+        job.report(total=9, **{"val/loss": 0.5})
+        job.report(step=7, loss=float("nan"))
+        with pytest.raises(TypeError, match="loss='x' is no number"):
+            job.report(loss="x")
+        rows = read_rows(tmp_path / "own/metrics.jsonl")
+        assert [row["step"] for row in rows] == [0, 1, 7]
+        assert rows[1]["total"] == 9
+        assert job.folder == tmp_path / "out"
+        assert job.checkpoints == tmp_path / "own/checkpoints"
+        assert not context.has_checkpoint
+        (job.checkpoints / "a").mkdir()
+        assert not context.has_checkpoint
+        (job.checkpoints / "a/b").touch()
+        assert context.has_checkpoint
+        with pytest.raises(Interrupted):  # a program that never asks is interrupted
+            context.asked_to_stop(signal.SIGTERM, None)
+        assert job.stop_requested()
+        assert context.leaves_early
+        context.asked_to_stop(signal.SIGTERM, None)  # one that asks is not
+        with pytest.raises(Interrupted):
+            job.requeue()
+    finally:
+        job._context = None
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Iterator[job.Context]:
+    (tmp_path / "own").mkdir()
+    yield job.begin(tmp_path / "own", tmp_path / "out", first=True)
+    job._context = None
+
+
+def test_lightnings_metrics_are_read_while_they_grow(context: job.Context, tmp_path: Path) -> None:
+    table = tmp_path / "out/lightning_logs/version_0/metrics.csv"
+    table.parent.mkdir(parents=True)
+    follower = Follower(context)
+    table.write_text("epoch,step,train_loss\n0,4,0.5\n0,9,")
+    follower.look()
+    table.write_text("epoch,step,train_loss,val_loss\n0,4,0.5,\n0,9,0.25,\n0,9,,0.75\n")
+    follower.look()
+    follower.look()
+    rows = read_rows(tmp_path / "own/metrics.jsonl")
+    assert [{key: value for key, value in row.items() if key != "time"} for row in rows] == [
+        {"step": 4, "epoch": 0.0, "train_loss": 0.5},
+        {"step": 9, "epoch": 0.0, "train_loss": 0.25},
+        {"step": 9, "epoch": 0.0, "val_loss": 0.75},
+    ]
+    context.report(10, None, {"loss": 1})
+    table.write_text(table.read_text() + "1,14,0.1,\n")
+    follower.look()  # a program that reports is not read besides
+    assert read_rows(tmp_path / "own/metrics.jsonl")[-1]["step"] == 10
+
+
+def test_tensorboards_scalars_are_read(context: job.Context, tmp_path: Path) -> None:
+    writers = pytest.importorskip("tensorboard.summary.writer.event_file_writer")
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    follower = Follower(context)
+    writer = writers.EventFileWriter(str(tmp_path / "out/tb"))
+    for step in (0, 5):
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in (("loss", 0.5 + step), ("acc", 0.25))]
+        writer.add_event(Event(step=step, wall_time=0.0, summary=Summary(value=values)))
+    writer.flush()
+    follower.look()
+    writer.close()
+    rows = read_rows(tmp_path / "own/metrics.jsonl")
+    assert [(row["step"], row["loss"], row["acc"]) for row in rows] == [(0, 0.5, 0.25), (5, 5.5, 0.25)]
+
+
+def test_a_snapshot_has_what_git_does_not_ignore_as_it_is_now(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-c", "user.email=a@b", "-c", "user.name=a", *words], cwd=code, check=True)
+
+    code = tmp_path / "code"
+    (code / "pkg").mkdir(parents=True)
+    (code / ".gitignore").write_text("*.bin\nruns/\n")
+    (code / "pkg/a b.py").write_text("old\n")
+    (code / "gone.py").write_text("gone\n")
+    (code / "big.bin").write_text("x" * 1000)
+    assert checkout_of(Program(script=str(code / "pkg/a b.py")), tmp_path) is None
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    (code / "gone.py").unlink()
+    (code / "pkg/a b.py").write_text("edited\n")
+    (code / "new.py").write_text("new\n")
+    assert checkout_of(Program(script=str(code / "pkg/a b.py")), tmp_path) == str(code)
+    sweep = code / "out"  # not ignored, and no part of the copy of itself
+    sweep.mkdir()
+    (sweep / "plan.yaml").touch()
+    assert "3 files" in take(code, sweep)
+    copy = sweep / "code"
+    found = {str(path.relative_to(copy)): path.read_text() for path in copy.rglob("*") if path.is_file()}
+    assert found == {".gitignore": "*.bin\nruns/\n", "pkg/a b.py": "edited\n", "new.py": "new\n"}
+    about = json.loads((sweep / "snapshot.json").read_text())
+    assert (about["checkout"], about["changed"], len(about["commit"])) == (str(code), True, 40)
+    (code / "large.txt").write_text("x" * 10_000)
+    with pytest.raises(ConfigError, match=r"snapshot_mb=0\.005; the largest: large\.txt"):
+        take(code, tmp_path / "other", most_mb=0.005)
+
+
+def test_a_folder_that_others_may_change_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "sweep/0-a").mkdir(parents=True, mode=0o755)
+    (tmp_path / "sweep").chmod(0o755)
+    (tmp_path / "sweep/plan.yaml").touch(mode=0o644)
+    refuse_shared(tmp_path / "sweep", ["0-a", "1-b"])
+    for name, mode in (("sweep/0-a", 0o775), ("sweep", 0o757)):
+        before = (tmp_path / name).stat().st_mode
+        (tmp_path / name).chmod(mode)
+        with pytest.raises(ConfigError, match=f"{name}: it may be written to by others"):
+            refuse_shared(tmp_path / "sweep", ["0-a", "1-b"])
+        (tmp_path / name).chmod(before)
+    (tmp_path / "sweep").chmod(0o755)
+
+
+@pytest.mark.parametrize("given", [{}, {"script": "a", "module": "b"}, {"script": "a", "function": "f"}])
+def test_a_program_starts_one_thing(given: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="a program is a script, a module, or a function"):
+        Program(**given)
