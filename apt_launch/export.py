@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from apt_launch.commands import command, override
 from apt_launch.config.corpus import build_corpus
 from apt_launch.config.ending import ending
-from apt_launch.generate import restored
+from apt_launch.generate import begin_of_texts, restored
 from apt_launch.runs.folder import About, RunFolder, find_checkpoint
 from apt_launch.secrets import keep_private
 from apt_launch.values import read_frozen
@@ -98,6 +98,7 @@ examples:
     add("--layout", default="auto", metavar="NAME", help=f"auto (the first that holds it), {', '.join(LAYOUTS)}")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights (fp32)")
     add("--checkpoint", default="newest", metavar="WHICH", help="newest, best (lowest val/loss) or a step (newest)")
+    add("--ema", action="store_true", help="the average of the weights (trainer.ema) instead of the last ones")
     add("--without", default="", metavar="PARTS", help=f"leave out what no layout holds: {','.join(OPTIONAL)}")
     add("--shard-gb", type=float, default=5.0, metavar="GB", help="size of a file of weights at the most (5)")
     return found
@@ -268,7 +269,7 @@ def _write_tokenizer(
     """Write what transformers needs to know of tokens; return the numbers of those that begin and end texts."""
     from apt_model.layouts.writing import write_byte_tokenizer
 
-    begin = tokenizer.begin if values["data"].get("bos") else None
+    begin = next(iter(begin_of_texts(values, tokenizer)), None)
     numbers: dict[str, int | list[int] | None] = {
         **{"bos_token_id": begin, "eos_token_id": tokenizer.end},
         "pad_token_id": None,

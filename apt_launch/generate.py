@@ -11,7 +11,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -105,12 +105,13 @@ def _generate(arguments: argparse.Namespace) -> None:
         voter.enable(arguments.voter == "on")
     if arguments.vote_threshold is not None:
         voter.threshold.fill_(arguments.vote_threshold)
+    begin = begin_of_texts(read_frozen(checkpoint.parent.parent / "config.yaml"), tokenizer)
     torch.manual_seed(arguments.seed)
     watched = len(prompts) == 1 and not arguments.json and sys.stdout.isatty()
     shown = _Shown(tokenizer, prompts[0]) if watched else None
     generated = generate(
         model if callable(getattr(model, "next_logits", None)) else Rereader(model, seq_len),
-        [tokenizer.encode(prompt) for prompt in prompts],
+        [[*begin, *tokenizer.encode(prompt)] for prompt in prompts],
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
         num_tokens=tokenizer.vocab_size,
@@ -203,6 +204,11 @@ def restored(checkpoint: Path, device: torch.device, *, ema: bool = False) -> tu
     kept = path.with_name("tokenizer.json")
     tokenizer = load_tokenizer(kept) if kept.exists() else ByteTokenizer()
     return model.to(device).eval(), tokenizer, groups["model"].seq_len
+
+
+def begin_of_texts(values: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
+    """Return the token that each text began with in the run whose config is ``values``, or none."""
+    return [] if tokenizer.begin is None or not values["data"].get("bos") else [tokenizer.begin]
 
 
 class _Shown:

@@ -40,7 +40,12 @@ def converted(file: Path) -> Path:
         try:
             aside.mkdir(parents=True)
             where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-            AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).save_pretrained(aside)
+            model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+            model.hf_quantizer = None  # its weights are dequantised, and may be written
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            model.save_pretrained(aside)
+            del model
             AutoTokenizer.from_pretrained(**where).save_pretrained(aside)
             if not folder.exists():
                 aside.rename(folder)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apt_model.data import ShardsCorpus
-from apt_model.data.corpora import DocumentCorpus
+from apt_model.data.corpora import DocumentCorpus, TextCorpus
 from apt_model.data.corpus import Document, OnProgress, Split
 from apt_model.data.shard_writer import _pieces, write
 from apt_model.data.shards import MANIFEST, Shards
@@ -194,3 +194,30 @@ def test_progress_is_reported_up_to_its_end_once(tmp_path: Path) -> None:
         ("val", 1.0, len(expected("val"))),
         ("train", 1.0, len(expected("train"))),
     ]
+
+
+def test_documents_begin_with_the_token_that_the_tokenizer_puts_before_texts_if_asked(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Library
+    from tokenizers import processors
+
+    library = Library.from_str(train_tokenizer(["some words\n" * 9], 270).content)
+    library.add_special_tokens(["<s>"])
+    begin = library.token_to_id("<s>")
+    library.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text").mkdir()
+    for name, text in (("a.txt", "words"), ("b.txt", "some"), ("c.txt", "some words")):
+        (tmp_path / "text" / name).write_text(text)
+    options = {"path": str(tmp_path / "text"), "tokenizer": str(tmp_path / "tokenizer.json"), "cache": str(tmp_path)}
+    plain, begun = TextCorpus(**options), TextCorpus(**options, bos=True)
+    assert begun.tokenizer.begin == begin
+    splits: tuple[Split, ...] = ("train", "val")
+    for split in splits:
+        expected = [begin]
+        for token in plain.read(split).array().tolist():
+            expected += [token, begin] if token == plain.tokenizer.end else [token]
+        assert begun.read(split).array().tolist() == expected[:-1]
+    library.post_processor = processors.ByteLevel()
+    library.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ConfigError, match=r"data\.bos: the tokenizer puts no token before a text"):
+        TextCorpus(**options, bos=True).count("train")
