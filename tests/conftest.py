@@ -67,6 +67,14 @@ LONGEST = (
     ),
     *("launch/test_once", "launch/test_mistakes", "launch/test_output", "launch/test_console", "launch/test_tracking"),
     *("training/test_checkpoint", "training/test_memory", "training/test_distributed", "config/test_yaml_file"),
+    *("training/test_own_model", "sweep/test_any_program", "config/test_own", "layouts", "launch/test_export"),
+    *(
+        "launch/test_finished_runs",
+        "layers/test_in_place",
+        "training/test_subject",
+        "training/test_prefix",
+        "data/test_own",
+    ),
 )
 """What takes longest: it begins first where several processes run tests, and is marked slow."""
 
