@@ -462,7 +462,12 @@ EXTRAS: Final[dict[type[Group], tuple[str, tuple[str, ...]]]] = {
 NEW: Final[dict[str, Any]] = {"loss": {"_target_": None}, "callbacks": {}}
 """What configs of earlier versions do not have; at these values it is no part of a run's identity either."""
 
-NEW_KEYS: Final[dict[str, Any]] = {"trainer.init_from": None, "trainer.ema": None}
+NEW_KEYS: Final[dict[str, Any]] = {
+    **{"trainer.init_from": None, "trainer.ema": None, "data.bos": None},
+    **{"model.num_kv_heads": None, "model.head_dim": None, "model.tie_embeddings": True},
+    **{"model.rope_theta": 10000.0, "model.rope_scaling": None, "model.norm_eps": None},
+    **{"model.qk_norm": None, "model.qkv_bias": False, "model.sliding_window": None},
+}
 """The same, of single keys."""
 
 

@@ -348,3 +348,11 @@ def test_identity_is_that_of_the_result(composed: Composed) -> None:
     for real in ("seed=1", "schedule.route_temp.end=0.6", "trainer.precision=fp32", "model.ffn=gelu"):
         assert composed(real).identity != base
     assert composed("schedule.route_temp.end=0.60").identity == composed("schedule.route_temp.end=0.6").identity
+
+
+def test_keys_that_came_later_leave_the_identities_of_earlier_runs_as_they_were(
+    composed: Callable[..., RunConfig],
+) -> None:
+    assert composed("data=stdlib").identity[:8] == "c8e6f60d"  # as on 2026-11-28, before they came
+    assert composed("data=stdlib", "schedule=none").identity[:8] == "9d0ec8c0"
+    assert composed("data=stdlib", "model.qkv_bias=true").identity[:8] != "c8e6f60d"
