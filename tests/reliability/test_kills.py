@@ -23,7 +23,7 @@ from apt_model.training.checkpoint import Checkpoints, load, read_manifest
 from tests.conftest import SMALL, rows_in
 from tests.forks import Forks
 
-KILLS = int(os.environ.get("APT_KILLS", "8"))
+KILLS = int(os.environ.get("APT_KILLS", "5"))
 SEED = int(os.environ.get("APT_KILLS_SEED", "0"))
 
 INTERRUPTED = (

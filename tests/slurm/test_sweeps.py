@@ -240,6 +240,7 @@ def test_a_controller_that_stays_away_is_reported(sweep: Sweep) -> None:
 
 
 def test_a_controller_that_goes_away_makes_states_unknown_and_kills_nothing(sweep: Sweep) -> None:
+    sweep.forked = True
     sweep.hold()
     sweep.send("seed=0", *LONG)
     until(lambda: sweep.holds(0), "the job to hold")
@@ -300,6 +301,7 @@ def test_a_job_that_died_unseen_is_unknown_without_accounting_and_failed_with_it
 ) -> None:
     cluster = make_cluster(accounting=accounting, min_job_age=2)
     sweep = at(cluster)
+    sweep.forked = True
     sweep.hold()
     sweep.send("seed=0,1", *LONG)
     until(lambda: sweep.holds(0) and sweep.holds(1), "two jobs to hold")
