@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from apt_launch.config.run_config import RunConfig
@@ -22,6 +23,8 @@ from apt_launch.runs.build import build_trainer
 from apt_launch.runs.train import train
 from apt_model.errors import NonFiniteError
 from apt_model.gpt import GPT, Output
+from apt_model.layers.feed_forward import FeedForward
+from apt_model.layers.moe import MoE
 from apt_model.schedule import Change, Clock
 from apt_model.training.callbacks import Callback
 from apt_model.training.checkpoint import Checkpoints, load
@@ -160,8 +163,7 @@ def layers_at(step: int, *layers: tuple[float, float]) -> Any:
     row: dict[str, float] = {"step": step}
     for number, (dead, entropy) in enumerate(layers):
         row |= {f"moe/layer_{number:02}/dead_experts": dead, f"moe/layer_{number:02}/load_entropy": entropy}
-    moe = SimpleNamespace(num_experts=8, balance_loss_weight=torch.tensor(0.01))
-    model = SimpleNamespace(moe_layers=[moe] * len(layers))
+    model = nn.ModuleList(MoE(FeedForward(d_model=4, d_ff=8), num_experts=8, balance_loss_weight=0.01) for _ in layers)
     return SimpleNamespace(clock=Clock(epoch=1, step=step), last_row=row, model=model)
 
 

@@ -210,7 +210,7 @@ class Findings:
 
     @property
     def lead(self) -> Lead | None:
-        """How far the best setting is ahead of the next; None: there is one setting, or no seeds were swept."""
+        """How far the best setting is ahead of the next; None: there is one setting, or they share no seed."""
         groups = self.groups
         if not self.has_seeds or len(groups) < 2:
             return None
@@ -219,7 +219,7 @@ class Findings:
         ahead = [
             sign * (second.by_seed[seed] - value) for seed, value in best.by_seed.items() if seed in second.by_seed
         ]
-        return Lead(self.metric, best, second, len(groups), tuple(ahead))
+        return Lead(self.metric, best, second, len(groups), tuple(ahead)) if ahead else None
 
     @property
     def reference(self) -> Group:
