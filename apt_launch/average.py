@@ -15,7 +15,8 @@ from apt_launch.config.ending import ending
 from apt_launch.secrets import keep_private
 from apt_model.errors import CheckpointError, ConfigError
 from apt_model.files import refuse_links, refuse_place
-from apt_model.training.checkpoint import Checkpoints, load, read_manifest
+from apt_model.training.checkpoint import Checkpoints, read_manifest
+from apt_model.training.saved_state import read_state
 
 
 def main() -> None:
@@ -63,12 +64,12 @@ def average(run: Path, last: int, folder: Path) -> Path:
     if last < 1 or len(whole) < last:
         raise ConfigError(f"--last = {last}: {run} has {len(whole)} whole checkpoints. Give 1 to {len(whole)}.")
     newest, *older = whole[:last]
-    state = load(newest)
+    state = read_state(newest)
     weights = {
         name: value.double() if value.is_floating_point() else value.clone() for name, value in state["model"].items()
     }
     for path in older:
-        others = load(path)["model"]
+        others = read_state(path)["model"]
         if {name: value.shape for name, value in others.items()} != {
             name: value.shape for name, value in weights.items()
         }:

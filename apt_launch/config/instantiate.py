@@ -12,7 +12,8 @@ from hydra.utils import get_object
 from apt_launch.config import own, schema
 from apt_model.errors import ConfigError
 
-GPTS: Final = ("apt_model.gpt.GPT", "apt_model.layouts.pretrained.PretrainedGPT")
+PRETRAINED: Final = "apt_model.layouts.pretrained.PretrainedGPT"
+GPTS: Final = ("apt_model.gpt.GPT", PRETRAINED)
 """Models of this project, which take experts, alignment and votes as their parts."""
 
 ALLOWED = frozenset(target for targets in schema.GROUPS.values() for target in targets if target)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
+from apt_launch.config.instantiate import PRETRAINED
 from apt_model.errors import ConfigError
 from apt_model.layouts.folder import WeightsFolder
 from apt_model.layouts.source import locate
-
-TARGET: Final = "apt_model.layouts.pretrained.PretrainedGPT"
 
 
 def with_pretrained(values: dict[str, Any]) -> dict[str, Any]:
@@ -21,7 +20,7 @@ def with_pretrained(values: dict[str, Any]) -> dict[str, Any]:
         ConfigError: there is no such folder, its model has no counterpart here, or a value contradicts it.
     """
     model = values.get("model")
-    if not isinstance(model, Mapping) or model.get("_target_") != TARGET or model.get("weights") is not None:
+    if not isinstance(model, Mapping) or model.get("_target_") != PRETRAINED or model.get("weights") is not None:
         return values
     path, revision = model.get("path"), model.get("revision")
     if not isinstance(path, str) or not path or not isinstance(revision, str | None):

@@ -14,11 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from apt_model.gpt import GPT
 from apt_model.integrations.lightning import ScheduleCallback
-from apt_model.layers.moe import MoE
 from apt_model.schedule import Horizon, ScheduleRunner
-from tests.integrations.curriculum import runner
+from tests.integrations.curriculum import net, runner
 
 
 class Plain(pl.LightningModule):
@@ -26,10 +24,7 @@ class Plain(pl.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        self.net = GPT(
-            vocab_size=20, d_model=8, num_heads=2, num_layers=2, d_ff=16, seq_len=6, moe=partial(MoE, num_experts=4)
-        )
+        self.net = net()
         self.seen: list[tuple[Any, ...]] = []
         self.callback: ScheduleCallback | None = None
 

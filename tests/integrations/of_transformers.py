@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,9 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from apt_model.gpt import GPT
 from apt_model.integrations.transformers import ScheduleCallback
-from apt_model.layers.moe import MoE
 from apt_model.schedule import ScheduleRunner
-from tests.integrations.curriculum import runner
+from tests.integrations.curriculum import net, runner
 
 
 class Plain(nn.Module):
@@ -26,10 +23,7 @@ class Plain(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        self.net = GPT(
-            vocab_size=20, d_model=8, num_heads=2, num_layers=2, d_ff=16, seq_len=6, moe=partial(MoE, num_experts=4)
-        )
+        self.net = net()
         self.seen: list[tuple[Any, ...]] = []
         self.callback: ScheduleCallback | None = None
 

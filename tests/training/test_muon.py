@@ -10,6 +10,7 @@ from apt_model.gpt import GPT
 from apt_model.layers.moe import MoE
 from apt_model.training.muon import Muon, orthogonalised
 from apt_model.training.optimizer import follow_model, groups_for, load_named_state, named_state
+from tests.training.test_optimizer import update
 
 
 def model_of(optimizer, **moe) -> tuple[GPT, torch.optim.Optimizer]:
@@ -19,15 +20,6 @@ def model_of(optimizer, **moe) -> tuple[GPT, torch.optim.Optimizer]:
     made = optimizer(groups_for(optimizer, gpt, 0.1))
     update(gpt, made, 3)
     return gpt, made
-
-
-def update(gpt: GPT, optimizer: torch.optim.Optimizer, steps: int = 1) -> float:
-    for _ in range(steps):
-        output = gpt(torch.randint(0, 20, (2, 6)), torch.randint(0, 20, (2, 6)))
-        (output.language_loss + output.auxiliary_loss).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return output.language_loss.item()
 
 
 def pair(shape: tuple[int, ...]) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -27,12 +28,16 @@ def trained(steps: int = 3, **moe) -> tuple[GPT, torch.optim.AdamW]:
     return gpt, optimizer
 
 
-def update(gpt: GPT, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
+def update(gpt: GPT, optimizer: torch.optim.Optimizer, steps: int = 1) -> float:
+    """Make so many updates; return the last loss, nan of none."""
+    loss = math.nan
     for _ in range(steps):
         output = gpt(torch.randint(0, 20, (2, 6)), torch.randint(0, 20, (2, 6)))
         (output.language_loss + output.auxiliary_loss).backward()
         optimizer.step()
         optimizer.zero_grad()
+        loss = output.language_loss.item()
+    return loss
 
 
 def test_matrices_decay_and_vectors_do_not() -> None:

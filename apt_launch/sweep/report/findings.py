@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import statistics
+from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -141,7 +142,9 @@ class Lead:
     def more_seeds(self) -> int | None:
         """Return how many more seeds would show a lead of this size; None: more than 10,000."""
         lead, have = statistics.fmean(self.ahead), len(self.ahead)
-        return next((n - have for n in range(have + 1, 10_001) if self.half_interval(n) < lead), None)
+        more = range(have + 1, 10_001)  # with more seeds the interval only becomes narrower
+        found = bisect_left(more, True, key=lambda seeds: self.half_interval(seeds) < lead)
+        return more[found] - have if found < len(more) else None
 
     def __str__(self) -> str:
         seeds = len(self.ahead)
@@ -275,7 +278,7 @@ def headline(findings: Findings) -> str:
     word = "Best" if findings.tokens is None else "Best so far"
     lead = findings.lead
     if lead is not None:
-        return f"{word} of {len(findings.groups)} settings: {lead}"
+        return f"{word} of {lead.settings} settings: {lead}"
     value = findings.values[best.job.number]
     return f"{word} of {len(findings.values)}: job {best.job.number} ({best.label}), {findings.metric} {value:.4f}."
 
