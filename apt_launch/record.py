@@ -1,4 +1,7 @@
-"""``metrics.jsonl``, the record of a run: one JSON object a row. Here is the only writer of it, and the only reader."""
+"""``metrics.jsonl``, the record of a run: one JSON object a row. Here is the only writer of it, and the only reader.
+
+The first row says the version of the format under :data:`NAMED`. That is no metric, and readers here leave it out.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,21 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from apt_model.errors import ConfigError
-from apt_model.files import open_new, open_regular
+from apt_model.files import open_new, open_regular, refuse_newer
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, float]
 """Metrics by name, with ``step``."""
+
+VERSION: Final = 1
+"""Of the format, see docs/reference/files.md; a record that names none is of the first."""
+
+NAMED: Final = "$version"
+"""The key for that, in the first row alone."""
 
 COUNTERS = ("step", "epoch", "samples", "tokens", "time")
 """What counts how far a run is: finite in every row that has it."""
@@ -37,6 +46,9 @@ class Record:
 
     Args:
         keep_rows: rows that stay from before, when a run is resumed; later ones will be computed again.
+
+    Raises:
+        ConfigError: what is there is of a later version of the format.
     """
 
     def __init__(self, path: Path, *, keep_rows: int = 0) -> None:
@@ -44,6 +56,8 @@ class Record:
         kept = _first_lines(path, keep_rows) if path.exists() and keep_rows else []
         while kept and not kept[-1].endswith(b"\n"):  # cut off by a crash, or longer than any row
             kept.pop()
+        if kept:
+            _row(kept[0], path)
         if len(kept) < keep_rows:
             logger.warning("%s has %d rows, but the checkpoint knew %d.", path, len(kept), keep_rows)
         aside = path.with_name(f".{path.name}.tmp")
@@ -51,6 +65,7 @@ class Record:
             file.write(b"".join(kept))
         aside.replace(path)
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+        self._begun = bool(kept)
         self._unwritten = b""
         self._lock = threading.Lock()
         self._warned = False
@@ -58,6 +73,8 @@ class Record:
     def log(self, row: Row) -> None:
         """Append ``row``."""
         with self._lock:
+            if not self._begun:
+                row, self._begun = {NAMED: VERSION, **row}, True
             self._unwritten += json.dumps(row).encode() + b"\n"
         try:
             self._write()
@@ -130,10 +147,10 @@ class RecordReader:
                 while chunk := file.read(CHUNK):
                     *lines, rest = (rest + chunk).split(b"\n")
                     for line in lines:
+                        row = None if cut_off else _row(line, self.path)
                         self._lines += 1
                         self._end += cut_off + len(line) + 1
                         self._last = line + b"\n"
-                        row = None if cut_off else _row(line)
                         cut_off = 0
                         if row is None:
                             self.damaged.append(self._lines)
@@ -164,7 +181,7 @@ def read_rows(path: Path) -> list[Row]:
 
     Raises:
         FileNotFoundError: there is no record.
-        ConfigError: it is no regular file, or cannot be read.
+        ConfigError: it is no regular file, is of a later version, or cannot be read.
     """
     path.stat()
     reader = RecordReader(path)
@@ -192,17 +209,19 @@ def read_tail(path: Path) -> Tail:
     """Return what the last lines of a record say; it reads the end alone.
 
     Raises:
-        ConfigError: it is no regular file, or cannot be read.
+        ConfigError: it is no regular file, is of a later version, or cannot be read.
     """
     try:
         with open_regular(path) as file:
             size, length = path.stat().st_size, TAIL
+            if size > length:
+                _row(file.readline(LONGEST_LINE), path)  # which says the version
             while True:
                 file.seek(max(0, size - length))
                 *lines, _ = file.read().split(b"\n")
                 if length < size:  # the first one may lack its beginning
                     lines = lines[1:]
-                found = [row for row in map(_row, lines) if row is not None]
+                found = [row for row in (_row(line, path) for line in lines) if row is not None]
                 if found or length >= min(size, LONGEST_LINE):
                     break
                 length *= 4
@@ -220,12 +239,19 @@ def _first_lines(path: Path, count: int) -> list[bytes]:
     return lines
 
 
-def _row(line: bytes) -> Row | None:
-    """Return the row that a whole line has; None: it is damaged."""
+def _row(line: bytes, path: Path) -> Row | None:
+    """Return the row that a whole line has; None: it is damaged.
+
+    Raises:
+        ConfigError: it says that the record is of a later version.
+    """
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
+    if isinstance(row, dict) and NAMED in row:
+        refuse_newer(row, VERSION, str(path), NAMED)
+        del row[NAMED]
     if not isinstance(row, dict) or "step" not in row or not all(map(_is_metric, row.values())):
         return None
     counted = all(math.isfinite(row[name]) and row[name] >= 0 for name in COUNTERS if name in row)

@@ -152,6 +152,24 @@ def read_json(path: Path, schema: type[Schema], *, remedy: str, most_bytes: int 
     return from_json(read_regular(path, most_bytes), schema, where=str(path), remedy=remedy)
 
 
+def refuse_newer(content: Any, newest: int, where: str, key: str = "version") -> None:
+    """Make sure that a file is of a format that this program reads; one that names no version is of the first.
+
+    Args:
+        content: as it was read; anything but a mapping with an integer under ``key`` is for its schema to refuse.
+
+    Raises:
+        ConfigError: it is of a later version than ``newest``.
+    """
+    version = content.get(key) if isinstance(content, Mapping) else None
+    if type(version) is int and version > newest:
+        known = "version 1" if newest == 1 else f"versions 1 to {newest}"
+        raise ConfigError(
+            f"{where}: its format is of version {version}, and this program reads {known}. A newer one has written it: "
+            "use that, or install it here."
+        )
+
+
 def from_json(text: bytes | str, schema: type[Schema], *, where: str, remedy: str) -> Schema:
     """Return what ``text``, which stands in ``where``, holds; see :func:`read_json`."""
     from pydantic import TypeAdapter, ValidationError

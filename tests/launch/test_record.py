@@ -7,6 +7,7 @@ import pytest
 
 from apt_launch import record
 from apt_launch.record import TAIL, Record, RecordReader, read_rows, read_tail
+from apt_model.errors import ConfigError
 
 
 def test_a_damaged_line_hides_no_other_and_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -19,6 +20,36 @@ def test_a_damaged_line_hides_no_other_and_is_named(tmp_path: Path, caplog: pyte
     assert [row["step"] for row in reader.rows()] == [0, 6]
     assert reader.damaged == [2, 3, 4, 5, 6]
     assert read_tail(path) == ({"step": 6}, 7, 5)
+
+
+def test_a_record_names_its_version_once_and_a_later_one_is_refused_also_where_its_end_alone_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written = Record(path)
+    for step in (0, 1):
+        written.log({"step": step, "loss": 0.5})
+    written.close()
+    whole = '{"$version": 1, "step": 0, "loss": 0.5}\n{"step": 1, "loss": 0.5}\n'
+    assert path.read_text() == whole
+    assert read_rows(path) == [{"step": 0, "loss": 0.5}, {"step": 1, "loss": 0.5}]
+    assert read_tail(path).row == {"step": 1, "loss": 0.5}
+    for keep in (1, 0):  # a resume has the same bytes, whatever it keeps
+        resumed = Record(path, keep_rows=keep)
+        for step in range(keep, 2):
+            resumed.log({"step": step, "loss": 0.5})
+        resumed.close()
+        assert path.read_text() == whole
+    path.write_text(whole.replace(": 1,", ": 2,", 1) + '{"step": 2}\n' * 9)
+    monkeypatch.setattr(record, "TAIL", 60)
+    newer = r"metrics\.jsonl: its format is of version 2, and this program reads version 1"
+    for read in (read_rows, read_tail, lambda path: Record(path, keep_rows=1)):
+        with pytest.raises(ConfigError, match=newer):
+            read(path)
+    reader = RecordReader(path)
+    for _ in range(2):
+        assert list(reader.rows()) == []
+        assert "version 2" in str(reader.problem)
 
 
 def test_a_record_that_is_not_there_has_no_last_row_and_cannot_be_read(tmp_path: Path) -> None:

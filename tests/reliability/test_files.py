@@ -198,6 +198,21 @@ def test_a_damaged_plan_is_refused(tmp_path: Path, name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_of_a_later_version_is_refused_by_that_whatever_else_it_has(tmp_path: Path) -> None:
+    newer = r": its format is of version 2, and this program reads version 1\. A newer one has written it"
+    with pytest.raises(ConfigError, match=rf"^\S*plan\.yaml{newer}"):
+        Plan.read(plan(tmp_path, lambda content: content.update(version=2, jobs={"by": "number"})))
+    (tmp_path / "state.json").write_text('{"version": 2, "state": "paused", "node": 3}')
+    with pytest.raises(ConfigError, match=rf"^\S*state\.json{newer}"):
+        read_state(tmp_path)
+    for version in ("0", "-1", "1.5", '"1"', "null", "1e999", "9" * 5000):
+        (tmp_path / "state.json").write_text(f'{{"state": "done", "version": {version}}}')
+        with pytest.raises(ConfigError, match=r"state\.json: damaged"):
+            read_state(tmp_path)
+    (tmp_path / "state.json").write_text('{"state": "done"}')  # as before versions were named
+    assert read_state(tmp_path).version == 1
+
+
 def test_a_plan_that_repeats_itself_without_an_end_is_refused(tmp_path: Path) -> None:
     bomb = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))
     for text in (bomb, "a: &a [*a]\n", "[" * 3000, "a: 2020-13-45\n", "{", "- 1\n", ""):

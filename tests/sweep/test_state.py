@@ -57,6 +57,7 @@ def test_a_folder_without_a_state_is_planned_and_its_first_change_makes_it(tmp_p
     assert read_state(tmp_path / "job") == State("planned")
     transition(tmp_path / "job", "submitted", job_id="worker-0")
     assert json.loads((tmp_path / "job" / "state.json").read_text()) == {
+        "version": 1,
         **{"state": "submitted", "job_id": "worker-0", "restarts": 0, "seconds": 0.0, "cause": None, "loss": None},
         "since": read_state(tmp_path / "job").since,
     }

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
-from apt_model.files import STRICT, read_json, refuse_link, touch, write_json
+from apt_model.files import STRICT, from_json, read_regular, refuse_link, refuse_newer, touch, write_json
 
 Name = Literal[
     "planned",
@@ -46,6 +48,9 @@ TRANSITIONS: Final[dict[Name, frozenset[Name]]] = {
 """To which states each one may change. ``pending`` and ``unknown`` are only observed, never written."""
 
 
+VERSION: Final = 1
+"""Of the format, see docs/reference/files.md; a file that names none is of the first."""
+
 CANCEL: Final = "cancel"
 """The file by which a job is asked to stop for good."""
 
@@ -63,9 +68,12 @@ class State:
     seconds: float = 0.0  # taken by the attempts before this one
     cause: str | None = None
     loss: float | None = None  # not a number, too: what a run that diverged has
+    version: int = VERSION
 
     def __post_init__(self) -> None:
         """Raise ValueError for values that no job writes."""
+        if not 1 <= self.version <= VERSION:
+            raise ValueError(f"its version cannot be {self.version}")
         if not 0 <= self.restarts < 1 << 31 or not 0 <= self.seconds < math.inf:
             raise ValueError("restarts and seconds cannot be negative or endless")
 
@@ -83,14 +91,17 @@ def read_state(folder: Path) -> State:
     """Return the state of the job in ``folder``; ``planned`` where nothing is written yet.
 
     Raises:
-        ConfigError: it is damaged.
+        ConfigError: it is damaged, or of a later version.
     """
     path = folder / "state.json"
     remedy = "Nobody knows what became of the job. Remove the file: sweep resume then runs it, from its checkpoint."
     try:
-        return read_json(path, State, remedy=remedy)
+        text = read_regular(path)
     except FileNotFoundError:
         return State("planned")
+    with suppress(ValueError, RecursionError):  # damaged, as its schema says better
+        refuse_newer(json.loads(text), VERSION, str(path))
+    return from_json(text, State, where=str(path), remedy=remedy)
 
 
 def is_allowed(before: Name, after: Name) -> bool:
@@ -140,7 +151,7 @@ def transition(
     )
     refuse_link(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "state.json", asdict(after))
+    write_json(folder / "state.json", {"version": VERSION, **asdict(after)})
     return after
 
 

@@ -15,7 +15,7 @@ from apt_launch.sweep.application import HYDRA_MAIN, TRAINER, Program, Resources
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.values import flatten, from_yaml, to_yaml, unflatten
 from apt_model.errors import ConfigError
-from apt_model.files import STRICT, from_json, read_regular, write_atomic
+from apt_model.files import STRICT, from_json, read_regular, refuse_newer, write_atomic
 
 MOST_BYTES: Final = 1 << 28
 """Of a plan; one of 10,000 jobs has a few per cent of that."""
@@ -88,7 +88,7 @@ class _KeptPlan:
         if len({job.number for job in self.jobs}) < len(self.jobs):
             raise ValueError("two of its jobs have one number")
         if not 1 <= self.version <= VERSION:
-            raise ValueError(f"its version is {self.version}, and this program reads versions 1 to {VERSION}")
+            raise ValueError(f"its version cannot be {self.version}")
         if (self.application == HYDRA_MAIN) != (self.program is not None):
             raise ValueError("it names no program, or one that its application does not take")
 
@@ -183,11 +183,12 @@ class Plan:
         """Read the plan of the sweep in ``folder``.
 
         Raises:
-            ConfigError: there is none, or it is damaged.
+            ConfigError: there is none, it is damaged, or of a later version.
         """
         path = folder / "plan.yaml"
         try:
             content = from_yaml(read_regular(path, MOST_BYTES).decode("utf-8"))
+            refuse_newer(content, VERSION, str(path))
             kept = from_json(json.dumps(content), _KeptPlan, where=str(path), remedy=REMEDY)
             return cls(
                 id=kept.id,
