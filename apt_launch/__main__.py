@@ -74,9 +74,9 @@ def _main() -> None:
         sys.argv[1:] = with_profile_file(flags_first(take_flags(sys.argv[1:])))
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on as they are, and we say what they mean
         register()
-        guard.install()
         decorated = hydra.main(config_path=str(CONF), config_name="config", **guard.main_arguments())
-        decorated(application(TRAINER)(run))()
+        with guard.installed():
+            decorated(application(TRAINER)(run))()
     except TrainingError as error:
         if wants_traceback or error.__cause__ is not None:
             raise

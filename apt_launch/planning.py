@@ -35,8 +35,7 @@ def gather(arguments: Sequence[str], own_options: Path | None = None, *, multiru
     if own_options is not None and not os.path.isdir(own_options):  # noqa: PTH112  (Path.is_dir raises where a name is too long)
         raise ConfigError(f"--config-dir: there is no folder {str(own_options)!r} (looked in {Path.cwd()}).")
     register()
-    guard.install()
-    with config_loader(CONF, own_options) as loader:
+    with guard.installed(), config_loader(CONF, own_options) as loader:
         composer = Composer(loader, "config", TRAINER)
         parsed = composer.parse(arguments)
         composed = composer.compose([str(o.input_line) for o in parsed if not o.is_sweep_override()])

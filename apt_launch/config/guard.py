@@ -22,7 +22,7 @@ from apt_launch.config.composing import is_before_1_4, version_base
 from apt_launch.config.logging_guard import FORMATTERS, HANDLERS, logging_problems
 from apt_launch.config.yaml_file import load_yaml
 from apt_launch.interpolations import bounded
-from apt_launch.secrets import SecretError, refuse_secrets_of_the_environment, secret_error, secret_problems
+from apt_launch.secrets import SecretError, secret_error, secret_problems, without_secrets_of_the_environment
 from apt_model.errors import ConfigError
 
 CALLBACKS: Final = frozenset(
@@ -95,16 +95,22 @@ def main_arguments() -> dict[str, Any]:
     return {"execution_whitelist": sorted({*CALLBACKS, *HANDLERS, *FORMATTERS, *OF_OPTUNA})}
 
 
-def install() -> None:
-    """Judge every config that Hydra composes in this process from now on, and every file that it reads for it."""
+@contextmanager
+def installed() -> Iterator[None]:
+    """Judge every config that Hydra composes in this process meanwhile, and every file that it reads for it."""
     import hydra._internal.hydra as hydra
     from hydra._internal.sources_registry import SourcesRegistry
     from hydra.core.plugins import Plugins
 
-    hydra.ConfigLoaderImpl = _guarded_loader()  # type: ignore[attr-defined, assignment]
-    refuse_secrets_of_the_environment()
     Plugins.instance()  # registers Hydra's own reader of files, which ours replaces
-    SourcesRegistry.instance().types["file"] = _guarded_files()
+    files = SourcesRegistry.instance().types
+    before = hydra.ConfigLoaderImpl, files["file"]  # type: ignore[attr-defined]
+    hydra.ConfigLoaderImpl, files["file"] = _guarded_loader(), _guarded_files()  # type: ignore[attr-defined]
+    try:
+        with without_secrets_of_the_environment():
+            yield
+    finally:
+        hydra.ConfigLoaderImpl, files["file"] = before  # type: ignore[attr-defined]
 
 
 def guard(loader: Any) -> None:

@@ -6,15 +6,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hydra._internal.hydra as internal
 import pytest
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
+from omegaconf.basecontainer import BaseContainer
 
 from apt_launch.config.composing import config_loader
 from apt_launch.config.explain import understood
-from apt_launch.config.guard import guard
+from apt_launch.config.guard import guard, installed
 from apt_launch.config.instantiate import factory
 from apt_launch.config.menu import CONF
+from apt_launch.planning import gather
 from apt_launch.secrets import without_secrets_of_the_environment
 from apt_launch.sweep.plugins import register
 from apt_model.errors import ConfigError
@@ -48,6 +54,20 @@ def refusal(loader: Any, theirs: Path, text: str, mode: RunMode) -> str:
             raise
         return str(explained)
     return ""
+
+
+def test_nothing_of_it_stays_in_a_process_that_has_planned() -> None:
+    def judges() -> list[Any]:
+        Plugins.instance()
+        return [internal.ConfigLoaderImpl, SourcesRegistry.instance().types["file"], BaseContainer._resolvers["oc.env"]]
+
+    before = judges()
+    with installed():
+        assert not set(map(id, judges())) & set(map(id, before))
+    assert judges() == before
+    with pytest.raises(HydraException, match="nowhere"):
+        gather(["nowhere=1"])
+    assert judges() == before
 
 
 EVIL = "evil: {_target_: os.remove, path: victim}\n"

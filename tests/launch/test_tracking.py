@@ -22,7 +22,9 @@ def test_the_record_has_a_line_a_row_at_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     record = Record(path)
     record.log({"step": 0, "train/loss": 1.5})
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"$version": 1, "step": 0, "train/loss": 1.5}]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"$version": 1, "step": 0, "train/loss": 1.5}
+    ]
     record.close()
 
 

@@ -13,10 +13,8 @@ from typing import Any
 
 import pytest
 from omegaconf import MISSING, OmegaConf
-from omegaconf.resolvers import oc
 
 from apt_launch.record import read_rows
-from apt_launch.secrets import register_resolver
 from apt_launch.sweep import job
 from apt_launch.sweep.application import HYDRA_MAIN, Program, load
 from apt_launch.sweep.control.resume import refuse_shared
@@ -99,13 +97,6 @@ def test_structured_nodes_keep_their_classes_and_rules() -> None:
         cfg.nowhere = 1
 
 
-@pytest.fixture
-def own_resolvers() -> None:
-    """OmegaConf's resolvers as they are in a program of somebody else: this project's commands refuse secrets."""
-    register_resolver("oc.env", oc.env)
-
-
-@pytest.mark.usefixtures("own_resolvers")
 def test_what_is_known_is_resolved_and_the_rest_stays_an_interpolation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLAIN", "value")
     monkeypatch.setenv("MY_API_KEY", "c4n4ry-0123456789")
