@@ -59,6 +59,7 @@ def _main() -> None:
     import hydra
 
     from apt_launch.allow import take_flags
+    from apt_launch.commands import flags_first
     from apt_launch.config import guard
     from apt_launch.config.menu import CONF
     from apt_launch.config.profile_file import with_profile_file
@@ -123,12 +124,6 @@ def answered(arguments: list[str]) -> bool:
     else:
         return False
     return True
-
-
-def flags_first(arguments: list[str]) -> list[str]:
-    """Put flags before overrides, the order that Hydra's parser wants."""
-    overrides = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
-    return [argument for argument in arguments if argument not in overrides] + overrides
 
 
 if __name__ == "__main__":

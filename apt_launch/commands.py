@@ -77,5 +77,11 @@ def config_flags(arguments: Sequence[str] | None = None) -> list[str]:
     return found
 
 
+def flags_first(arguments: Sequence[str]) -> list[str]:
+    """Put flags before overrides, the order that Hydra's parser wants."""
+    overrides = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
+    return [argument for argument in arguments if argument not in overrides] + overrides
+
+
 def _abbreviates(name: str, flag: str) -> bool:
     return len(name) > len("--config-") and flag.startswith(name)

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 
 from apt_model.errors import ConfigError
@@ -20,6 +21,16 @@ SECRET_VALUE: Final = re.compile(
     r"AKIA[0-9A-Z]{16}|wandb_v1_\w{20,}|AIza[\w-]{30,}|ey[\w-]{15,}\.ey[\w-]{15,}\.[\w-]{10,})"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----|://[^/\s:@]+:[^/\s@]+@"
 )
+PRECISE_NAME: Final = re.compile(
+    r"(password|passwd|passphrase|(^|[_-])pwd|secret|(api|access|private|secret|account)[_-]?key|(^|[_-])credential|"
+    r"(^|[_-])(auth|access|bearer|api|hf|hub|bot|refresh|session|github|gitlab|slack|wandb)[_-]?token)s?$",
+    re.IGNORECASE,
+)
+"""Last parts of keys of other people's configs, in snake case: ``pad_token`` and ``password_file`` are none."""
+SECTIONS: Final = ("secrets", "passwords", "credentials")
+"""Parts of configs whose values are all secrets."""
+TOKEN: Final = re.compile(r"(?=[^\d]*\d)[\w~+/=.-]{12,}|[\w~+/=.-]{20,}")
+"""A value that, under another name that ends in ``token``, is no word of a vocabulary."""
 ASSIGNMENT: Final = re.compile(r"([\w.-]+)[\"']?\s*[=:]\s*[\"']?(?![\"'\s$]|os\.|None|null)[^\"'\s]{6,}")
 SHORTEST_SECRET: Final = 8
 
@@ -98,6 +109,31 @@ def kept_private() -> Iterator[None]:
         os.umask(before)
 
 
+def is_named_secret(key: str, value: object) -> bool:
+    """Return whether somebody else's config has a secret under ``key`` in clear, as far as its name says.
+
+    Interpolations are none, nor are files that are there.
+    """
+    if value is None or isinstance(value, bool) or not isinstance(value, str | int | float):
+        return False
+    text = str(value)
+    if not text.strip() or text == "???" or "${" in text:
+        return False
+    parts = [re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", part) for part in key.split(".") if not part.isdecimal()]
+    if not parts:
+        return False
+    named = PRECISE_NAME.search(parts[-1]) or any(part.lower() in SECTIONS for part in parts[:-1])
+    looks_like_one = parts[-1].lower().endswith("token") and TOKEN.fullmatch(text)
+    return bool(named or looks_like_one) and not _is_file(text)
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):
+        return False
+
+
 def check_secrets(values: Mapping[str, Any]) -> None:
     """Make sure that no value is a secret: a config ends in the run's folder, in W&B and in job scripts.
 
@@ -127,7 +163,7 @@ def secret_problems(values: Any, path: str) -> list[str]:
     """Return what is wrong with the values below the key ``path``: each that is, or names, a secret."""
     known = secrets_of_the_environment()
     problems = []
-    for key, value in _leaves(values, path):
+    for key, value in leaves(values, path):
         reason = _reason(key, value, known)
         if reason:
             problems.append(f"{key}: {reason}. {REMEDY}")
@@ -155,13 +191,14 @@ def _assigns_a_secret(text: str) -> bool:
     return any(SECRET_NAME.search(match.group(1)) for match in ASSIGNMENT.finditer(text))
 
 
-def _leaves(values: Any, path: str) -> Iterator[tuple[str, Any]]:
+def leaves(values: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield the values at and below the key ``path``, each with its key."""
     if isinstance(values, Mapping):
         for key, value in values.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
     elif isinstance(values, list | tuple):
         for number, value in enumerate(values):
-            yield from _leaves(value, f"{path}.{number}" if path else str(number))
+            yield from leaves(value, f"{path}.{number}" if path else str(number))
     else:
         yield path, values
 

@@ -105,7 +105,7 @@ def installed() -> Iterator[None]:
     Plugins.instance()  # registers Hydra's own reader of files, which ours replaces
     files = SourcesRegistry.instance().types
     before = hydra.ConfigLoaderImpl, files["file"]  # type: ignore[attr-defined]
-    hydra.ConfigLoaderImpl, files["file"] = _guarded_loader(), _guarded_files()  # type: ignore[attr-defined]
+    hydra.ConfigLoaderImpl, files["file"] = _guarded_loader(), _guarded_files()  # type: ignore[attr-defined, assignment]
     try:
         with without_secrets_of_the_environment():
             yield

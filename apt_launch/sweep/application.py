@@ -144,6 +144,8 @@ class JobSpec:
     min_ranks: int = 1
     min_ranks_key: str = ""
     """Processes that the job needs at least, and the key that says so; checked when the job is sent."""
+    secrets: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What stands in ``values`` by number alone; a file of its own keeps it, which jobs read."""
     config: Any = field(default=None, repr=False, compare=False)
     """The application's own form of the config, only in the process that planned the job."""
 

@@ -1,9 +1,13 @@
-"""``python -m apt_launch.sweep status|watch|wait|resume|cancel|drop|best|report DIR``: a sweep after its launch."""
+"""``python -m apt_launch.sweep status|watch|wait|resume|cancel|drop|best|report DIR``: a sweep after its launch.
+
+``run PROGRAM``: the launch itself, of a program with ``@hydra.main``.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,14 +23,19 @@ from apt_launch.sweep.control.follow import follow, say
 from apt_launch.sweep.control.ledger import Ledger, Status
 from apt_launch.sweep.control.table import show
 from apt_launch.sweep.plan.plan import Plan
+from apt_launch.sweep.programs.command_line import sweep_of
 from apt_model.errors import ConfigError
 
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 a job failed, 2 the command line or the folder is wrong, 130 interrupted."""
-    keep_private()
     with ending():
-        arguments = parser().parse_args(take_flags(sys.argv[1:]))
+        given = take_flags(sys.argv[1:])
+        if given[:1] == ["run"] and given[1:] not in (["-h"], ["--help"]):
+            words = sweep_of(given[1:])
+            os.execv(words[0], words)  # the rest is the program's: its flags, its umask, and this process
+        keep_private()
+        arguments = parser().parse_args(given)
         arguments.folder = arguments.folder.absolute()  # jobs and workers change directory
         sys.exit(COMMANDS[arguments.command](arguments))
 
@@ -41,6 +50,14 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    program = commands.add_parser(
+        "run",
+        help="send a program's sweep: run PROGRAM.py KEY=A,B, or run -m MODULE KEY=A,B; with --dry-run only show its plan",
+        description="Start a program with @hydra.main as a sweep, as by: python PROGRAM.py -m hydra/sweeper=apt "
+        "hydra/launcher=apt_local KEY=A,B. Flags of Hydra's and overrides follow; hydra/launcher=apt_slurm is one.",
+        usage="python -m apt_launch.sweep run (PROGRAM.py | -m MODULE) [--dry-run] [KEY=A,B ...]",
+    )
+    program.add_argument("--dry-run", action="store_true", help="show the plan, and send nothing")
     for name, text in (
         ("status", "show every job: state, progress, loss, when it was last seen"),
         (

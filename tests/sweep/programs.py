@@ -108,6 +108,7 @@ number: ${hydra:job.num}
 text: '\\${not.resolved} \\\\'
 layers: {10: a, 'b.c': d, true: e}
 copy: ${rig.db}
+login: {password: c4n4ry-0123, url: 'https://me:${login.password}@host', pin: '${login.password}'}
 unset: ???
 hydra:
   job: {chdir: true, env_set: {MINE: 'x-${hydra.job.num}'}, config: {override_dirname: {exclude_keys: [seed]}}}

@@ -93,6 +93,15 @@ def test_a_job_sees_what_it_sees_under_hydras_own_launcher(run: Run, sweep: Run,
     assert plan["version"] == 1
     assert plan["program"]["script"] == str(tmp_path / "see.py")
     assert plan["shared"]["where"] == "${hydra:runtime.output_dir}"  # the job's own
+    assert plan["shared"]["login"]["password"] == "${apt.secret:0}"
+    assert plan["shared"]["login"]["url"] == "https://me:${login.password}@host"
+    kept = {path for path in (tmp_path / "sweep").rglob("*") if path.is_file() and b"c4n4ry" in path.read_bytes()}
+    secrets = tmp_path / "sweep/secrets.json"
+    by_hydra = {
+        tmp_path / f"sweep/run-{number}/{name}" for number in range(4) for name in ("seen.json", ".mine/config.yaml")
+    }
+    assert kept == {secrets, *by_hydra}
+    assert secrets.stat().st_mode & 0o777 == 0o600
 
 
 def _umask() -> int:
@@ -132,11 +141,17 @@ def test_a_module_with_relative_imports_fails_with_its_own_traceback_and_the_oth
 
 
 def test_a_wrapped_function_without_a_folder_of_configs_and_a_plan_that_is_only_shown(
-    sweep: Run, tmp_path: Path
+    run: Run, sweep: Run, tmp_path: Path
 ) -> None:
-    shown = sweep("bare.py", "-m", "x=1,2", "hydra.sweeper.dry_run=true")
+    shown = run("-m", "apt_launch.sweep", "run", "bare.py", "x=1,2", "--dry-run", "hydra.sweep.dir=sweep")
     assert "2 asked, 2 unique" in shown.stdout
     assert "Nothing is sent" in shown.stdout
+    assert not (tmp_path / "sweep").exists()
+    refused = sweep("bare.py", "-m", "x=1,2", "+db.password=c4n4ry-0123,other")
+    assert refused.returncode == 2
+    assert "db.password: by its name it holds a secret" in refused.stderr
+    assert "db.password='${oc.env:NAME}'" in refused.stderr
+    assert "c4n4ry" not in refused.stdout + refused.stderr
     assert not (tmp_path / "sweep").exists()
     result = sweep("bare.py", "-m", "x=3,4,3", "hydra.launcher.mem_gb=0.1")
     assert result.returncode == 0, result.stdout + result.stderr

@@ -6,21 +6,27 @@ import enum
 import json
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import MISSING, OmegaConf
 
 from apt_launch.record import read_rows
+from apt_launch.secrets import is_named_secret
 from apt_launch.sweep import job
 from apt_launch.sweep.application import HYDRA_MAIN, Program, load
 from apt_launch.sweep.control.resume import refuse_shared
+from apt_launch.sweep.plan.composer import typed_secret
 from apt_launch.sweep.plan.plan import merged_order
-from apt_launch.sweep.programs.freeze import TYPES, Freezer, thaw
+from apt_launch.sweep.programs.command_line import sweep_of
+from apt_launch.sweep.programs.freeze import TYPES, Freezer, revealed, thaw
 from apt_launch.sweep.programs.metrics import Follower
+from apt_launch.sweep.programs.secrets import read_secrets, write_secrets
 from apt_launch.sweep.programs.snapshot import checkout_of, take
 from apt_launch.values import flatten, from_yaml, to_yaml, unflatten
 from apt_model.errors import ConfigError, Interrupted
@@ -131,6 +137,116 @@ def test_what_is_known_is_resolved_and_the_rest_stays_an_interpolation(monkeypat
     assert cfg.url == "https://me:c4n4ry-0123456789@host"
     with pytest.raises(ConfigError, match=r"key: its value looks like a secret.*oc\.env:NAME"):
         Freezer().freeze(OmegaConf.create({"key": "sk-abcdefghijklmnopqrstuvwxyz"}))
+
+
+SECRETS = [
+    *(
+        "wandb.api_key",
+        "api_key",
+        "openai.apiKey",
+        "db.password",
+        "DB_PASSWORD",
+        "smtp.passwd",
+        "pgpassword",
+        "ssh.passphrase",
+    ),
+    *("client_secret", "aws.secret_access_key", "secrets.db", "credentials.user", "hub_token", "hf.auth-token", "pwd"),
+    *("accounts.0.password", "api_keys.0", "hydra.job.env_set.WANDB_API_KEY"),
+]
+HARMLESS = [
+    *(
+        "password_file",
+        "api_key_name",
+        "tokenizer",
+        "token_type",
+        "secret_sauce",
+        "credentials_path",
+        "keys",
+        "compass",
+    ),
+    *("max_tokens", "key", "passes", "private"),
+]
+
+
+def test_a_secret_is_known_by_the_name_of_its_key_and_by_nothing_that_only_looks_alike(tmp_path: Path) -> None:
+    for key in SECRETS:
+        assert is_named_secret(key, "c4n4ry-0123"), key
+    for key in ("token", "my_service_token"):
+        assert is_named_secret(key, "c4n4ry-01234")
+        assert not is_named_secret(key, "character")
+    for key in HARMLESS:
+        assert not is_named_secret(key, "c4n4ry-0123"), key
+    for word in ("<pad>", "[PAD]", "</s>", "<|endoftext|>", "PAD", "cls", 0):
+        assert not is_named_secret("tokenizer.pad_token", word), word
+    for value in (None, True, "", "???", "${oc.env:NAME}", "http://${oc.env:NAME}@host", str(tmp_path)):
+        assert not is_named_secret("db.password", value), value
+    assert is_named_secret("db.password", 123456)
+
+
+def test_what_stands_in_a_config_in_clear_is_kept_apart_with_all_that_is_built_of_it(tmp_path: Path) -> None:
+    freezer = Freezer()
+    for first, second in (("c4n4ry-0", 1), ("c4n4ry-1", 1)):
+        cfg = OmegaConf.create(
+            {
+                "db": {"password": first, "port": second, "pin": {"api_key": 4711}},
+                "url": "x:${db.password}@${db.port}",
+                "both": "${db}",
+                "keys": [{"api_key": first}],
+                "text": "\\${a} b",
+            }
+        )
+        OmegaConf.set_readonly(cfg, True)
+        values = freezer.freeze(cfg)
+        assert "c4n4ry" not in json.dumps(values)
+        assert "4711" not in json.dumps(values)
+        assert cfg.db.password == first
+        assert cfg.db.pin.api_key == 4711
+        assert values["url"] == "x:${db.password}@${db.port}"
+        write_secrets(tmp_path, freezer.kept)
+        after = thaw(revealed(values, read_secrets(tmp_path)))
+        assert OmegaConf.to_container(after, resolve=True) == OmegaConf.to_container(cfg, resolve=True)
+    assert freezer.kept == {"0": "c4n4ry-0", "1": 4711, "2": "c4n4ry-1"}
+    assert (tmp_path / "secrets.json").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "secrets.json").write_text('{"version": 2, "values": []}')
+    with pytest.raises(ConfigError, match=r"secrets\.json: damaged"):
+        read_secrets(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        *(
+            ("db.password=abc", "db.password"),
+            ("+a.api_key=x,y", "a.api_key"),
+            ("db={user: a, password: b}", "db.password"),
+        ),
+        *(("++pin.password=range(1,3)", "pin.password"), ("password=choice('a b',c)", "password")),
+        *(("db.password='${oc.env:X}'", None), ("~db.password", None), ("db.user=a", None), ("db.password=", None)),
+    ],
+)
+def test_a_secret_of_the_command_line_is_found_in_whatever_the_grammar_has(override: str, key: str | None) -> None:
+    assert typed_secret(OverridesParser.create().parse_override(override)) == key
+
+
+def test_a_programs_command_line_for_its_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a b.py").touch()
+    python, ours = sys.executable, ["hydra/sweeper=apt", "hydra/launcher=apt_local"]
+    assert sweep_of(["a b.py", "lr=1,2"]) == [python, "a b.py", "--multirun", "lr=1,2", *ours]
+    assert sweep_of(
+        ["-m", "lab.train", "-m", "lr=1", "--config-name", "big", "--dry-run", "hydra/launcher=apt_slurm"]
+    ) == [
+        *(python, "-m", "lab.train", "--multirun", "--config-name", "big", "lr=1", "hydra/launcher=apt_slurm"),
+        *("hydra/sweeper=apt", "hydra.sweeper.dry_run=true"),
+    ]
+    for words, message in (
+        ([], "a program first"),
+        (["-m"], "a program first"),
+        (["lr=1"], "a program first"),
+        (["lab.train"], r"no file lab\.train .*run -m lab\.train"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            sweep_of(words)
 
 
 def test_keys_keep_the_order_of_the_config_also_where_some_differ() -> None:

@@ -15,6 +15,8 @@ from apt_launch.sweep.control.follow import say
 from apt_launch.sweep.control.ledger import Ledger
 from apt_launch.sweep.control.send import prepare
 from apt_launch.sweep.jobs.state import CANCEL
+from apt_launch.sweep.plan.composer import TYPED, typed_secret
+from apt_launch.sweep.programs.secrets import SECRETS
 from apt_launch.values import changed_keys, flatten, read_frozen, unflatten
 from apt_model.errors import ConfigError
 
@@ -89,7 +91,7 @@ def refuse_shared(folder: Path, jobs: Sequence[str]) -> None:
     Raises:
         ConfigError: a folder or a file belongs to somebody else, or others may write to it.
     """
-    for path in (folder, folder / "plan.yaml", *(folder / name for name in jobs), folder / "code"):
+    for path in (folder, folder / "plan.yaml", *(folder / name for name in jobs), folder / "code", folder / SECRETS):
         try:
             about = path.lstat()
         except FileNotFoundError:
@@ -107,6 +109,9 @@ def _parsed(overrides: Sequence[str], application: Application) -> dict[str, Any
     from hydra.errors import HydraException
 
     try:
-        return {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(list(overrides))}
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
         raise application.explain(error) from None
+    if application.trusts_folder and (typed := list(filter(None, map(typed_secret, parsed)))):
+        raise ConfigError(*(TYPED.format(key=key) for key in typed))
+    return {o.key_or_group: o.value() for o in parsed}

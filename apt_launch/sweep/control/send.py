@@ -14,6 +14,7 @@ from apt_launch.sweep.control.follow import follow, say
 from apt_launch.sweep.control.ledger import Ledger
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
+from apt_launch.sweep.programs.secrets import write_secrets
 from apt_launch.values import to_yaml
 from apt_model.errors import ConfigError
 from apt_model.files import read_regular, refuse_link, refuse_links, refuse_place, write_atomic, write_json
@@ -53,6 +54,7 @@ def carry_out(plan: Plan, folder: Path, where: Backend, snapshot_mb: float = 0.0
     folder.mkdir(parents=True, exist_ok=True)
     _freeze_code(plan, folder, snapshot_mb)
     plan.write(folder)
+    write_secrets(folder, plan.secrets)
     prepare(plan, folder, plan.jobs)
     say(f"sweep {plan.id}: {plan.summary}. Folder: {folder}")
     for line in where.send(plan, folder, plan.jobs):
@@ -117,6 +119,7 @@ def run_batch(
     if before is None:
         _freeze_code(plan, folder, snapshot_mb)
     plan.write(folder)
+    write_secrets(folder, plan.secrets)
     jobs = plan.jobs[len(before.jobs) if before else 0 :]
     if jobs:
         prepare(plan, folder, jobs)

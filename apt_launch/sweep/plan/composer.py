@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from apt_launch.interpolations import bounded
+from apt_launch.secrets import is_named_secret, leaves
 from apt_launch.secrets import without_values_of_the_environment as clean
 from apt_launch.sweep.application import JobSpec, Program, load
+from apt_model.errors import ConfigError
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -88,6 +90,8 @@ class Composer:
 
         try:
             parsed = [self._parse(override) for override in (*self._of_hydra, *overrides)]
+            if self.program is not None and (typed := list(filter(None, map(self._typed_secret, parsed)))):
+                raise ConfigError(*(TYPED.format(key=key) for key in typed))
             structural = tuple(str(o.input_line) for o in parsed if self._is_structural(o))
             values = [o for o in parsed if not self._is_structural(o)]
             known = (structural, tuple(o.key_or_group for o in values))
@@ -112,14 +116,39 @@ class Composer:
         return cfg
 
     def shown(self, override: str) -> str:
-        """Return an override as files may show it: without secrets of the environment."""
-        return clean(override) if self.program is not None else override
+        """Return an override as files and messages may show it: without secrets."""
+        if self.program is None:
+            return override
+        hidden = self._typed_secret(self._parse(override)) is not None
+        return f"{override.partition('=')[0]}=***" if hidden else clean(override)
+
+    def _typed_secret(self, override: Override) -> str | None:
+        return None if self._is_structural(override) else typed_secret(override)
 
     def _is_structural(self, override: Override) -> bool:
         """Return whether ``override`` chooses a group's option; the rule is Hydra's."""
         if override.package is not None:
             return True
         return self._is_group(override.key_or_group) and not isinstance(override.value(), dict)
+
+
+TYPED: Final = (
+    "{key}: by its name it holds a secret, and files of a sweep have its command line. Set it in the environment, and write "
+    "{key}='${{oc.env:NAME}}', which stays as it is until the job runs."
+)
+
+
+def typed_secret(override: Override) -> str | None:
+    """Return the key under which an override has a secret in clear; None: it has none."""
+    parsed: Any = None if override.is_delete() else override.value()
+    values = getattr(parsed, "list", None) or [
+        getattr(parsed, "start", parsed)
+    ]  # of choices, of a range or an interval
+    for value in values:
+        for key, leaf in leaves(getattr(value, "text", value), override.key_or_group):
+            if is_named_secret(key, clean(leaf) if isinstance(leaf, str) else leaf):
+                return key
+    return None
 
 
 def overrides_of(config: DictConfig, kind: str) -> list[str]:

@@ -138,7 +138,8 @@ def of_combinations(
             spec = composer(all_of)
         except ConfigError as error:
             for problem in error.problems:
-                problems.setdefault(problem, []).append(f"job {asked - 1} ({' '.join(varying)})" if varying else "")
+                label = " ".join(map(composer.shown, varying))
+                problems.setdefault(problem, []).append(f"job {asked - 1} ({label})" if varying else "")
             continue
         resources = spec.resources
         if resources.gpus is None:
@@ -169,6 +170,7 @@ def of_combinations(
         order=merged_order(flats) if composer.program is not None else (),
         shared=shared,
         jobs=jobs,
+        secrets={number: value for spec, _ in found.values() for number, value in spec.secrets.items()},
     )
     _check_cost(plan)
     return plan

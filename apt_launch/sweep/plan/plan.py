@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
@@ -110,6 +110,9 @@ class Plan:
     flags: tuple[str, ...] = ()  # of the command: where configs are
     program: Program | None = None  # of applications that stand for any
     order: tuple[str, ...] = ()  # of keys, where it means something; others follow
+    secrets: Mapping[str, Any] = field(
+        default_factory=dict, repr=False, compare=False
+    )  # of configs, by number; not written here
 
     @cached_property
     def by_folder(self) -> dict[str, Job]:
@@ -216,7 +219,8 @@ class Plan:
         """Return this plan with the jobs of ``other`` after its own, for a sweeper that asks in batches."""
         all_of = [(job, {**plan.shared, **job.differs}) for plan in (self, other) for job in plan.jobs]
         numbered = [(replace(job, number=number), values) for number, (job, values) in enumerate(all_of)]
-        return replace(self.with_values(numbered), asked=self.asked + other.asked)
+        joined = replace(self.with_values(numbered), asked=self.asked + other.asked)
+        return replace(joined, secrets={**self.secrets, **other.secrets})
 
     def with_values(self, jobs: Sequence[tuple[Job, Mapping[str, Any]]]) -> Plan:
         """Return this plan with ``jobs``, each with its whole config, flat."""

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 from apt_launch.sweep import job as own_job
 from apt_launch.sweep.application import JobContext, JobSpec, Program, Resources, Result
 from apt_launch.sweep.programs import start
-from apt_launch.sweep.programs.freeze import TYPES, Freezer
+from apt_launch.sweep.programs.freeze import TYPES, Freezer, revealed
 from apt_launch.sweep.programs.metrics import Follower
+from apt_launch.sweep.programs.secrets import SECRETS, read_secrets
 from apt_launch.values import flatten
 from apt_model.errors import ConfigError, Interrupted
 from apt_model.files import write_json
@@ -75,6 +76,7 @@ class HydraMain:
             resources=resources,
             wait=bool(launcher.get("wait")),
             max_gpu_hours=launcher.get("max_gpu_hours"),
+            secrets=dict(self._freezer.kept),
         )
 
     def _freeze(self, cfg: DictConfig) -> dict[str, Any]:
@@ -126,7 +128,7 @@ class HydraMain:
         ):  # the worker that this process was forked from has loaded it
             sys.modules["torch"].set_num_threads(job.cores)
         call = start.Call(
-            values=values,
+            values=self._revealed(values, folder.parent),
             folder=folder.parent,
             number=job.number,
             job_id=_job_id(job.number),
@@ -158,6 +160,16 @@ class HydraMain:
                 write_json(folder / RESULT, {"value": value, "returned": _as_json(call.returned)})
             context.finish(numbers)
         return Result(value)
+
+    def _revealed(self, values: Mapping[str, Any], sweep: Path) -> Mapping[str, Any]:
+        try:
+            found: Mapping[str, Any] = revealed(values, read_secrets(sweep))
+            return found
+        except KeyError as error:
+            raise ConfigError(
+                f"{sweep / SECRETS}: it lacks the secret {error.args[0]} that the job's config has. Put the file back, or start "
+                "a new sweep."
+            ) from None
 
     def _result(self, returned: Any) -> tuple[float | None, dict[str, float]]:
         """Return what is compared, and all numbers that the function returned, by name."""

@@ -2,7 +2,8 @@
 
 A frozen value is one of YAML's. ``$``-names stand for what YAML has not, each a mapping with that one key: ``$pairs`` a mapping
 whose keys are no plain words, ``$path``, ``$bytes``, ``$enum``. Strings are in OmegaConf's syntax. An interpolation stays one if
-it asks for a secret of the environment, if it has no value before the job runs, or a value that is not plain.
+it asks for a secret of the environment, if it has no value before the job runs, or a value that is not plain. A secret that
+stands in the config in clear is one number in ``${apt.secret:0}``, and what is built of it stays an interpolation, too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from apt_launch.secrets import (
     SECRET_VALUE,
+    is_named_secret,
     register_resolver,
     secrets_of_the_environment,
     without_secrets_of_the_environment,
@@ -41,6 +43,10 @@ OF_JOBS: Final = frozenset({"overrides", "job", "launcher"})
 OVERRIDES: Final = "hydra.overrides."
 """Where Hydra keeps overrides as they were written."""
 
+SECRET: Final = "apt.secret"
+"""The resolver that is none: its interpolations stand for secrets until a job begins."""
+
+_NUMBER: Final = re.compile(rf"\$\{{{re.escape(SECRET)}:(\d+)\}}")
 _NO_VALUE = object()
 
 
@@ -48,6 +54,10 @@ class Freezer:
     """Freezes configs; those of one sweep share what is the same in all of them."""
 
     def __init__(self) -> None:
+        self.kept: dict[str, Any] = {}
+        """Secrets of the configs, by the numbers that stand for them."""
+        self._in_clear: list[Any] = []  # nodes with such secrets, in the config that is being frozen
+        self._problems: list[str] = []
         self._secrets = {value: name for name, value in secrets_of_the_environment().items()}
         self._hydra = _HydraNode(None)
 
@@ -57,13 +67,44 @@ class Freezer:
         Raises:
             ConfigError: a value is a secret.
         """
+        values, types = self._values(cfg)
+        if self._in_clear:
+            with self._numbered(self._in_clear):
+                self._hydra = _HydraNode(None)
+                values, types = self._values(cfg)
+        if self._problems:
+            raise ConfigError(*self._problems)
+        values[TYPES] = [[key, types[key]] for key in sorted(types)]
+        return values
+
+    def _values(self, cfg: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
         types: dict[str, str] = {}
+        self._in_clear, self._problems = [], []
         if self._hydra.of is not cfg:
             self._hydra = _HydraNode(cfg)
         with without_secrets_of_the_environment(), _without_what_only_jobs_know():
             values: dict[str, Any] = self._container(cfg, "", types, {})
-        values[TYPES] = [[key, types[key]] for key in sorted(types)]
-        return values
+        return values, types
+
+    @contextmanager
+    def _numbered(self, nodes: list[Any]) -> Iterator[None]:
+        """Have these nodes be interpolations without a value meanwhile, and so all that is built of them."""
+        from omegaconf import flag_override
+
+        before = [(node, node._value()) for node in nodes]
+        try:
+            for node, value in before:
+                known = (number for number, one in self.kept.items() if one == value and type(one) is type(value))
+                number = next(known, str(len(self.kept)))
+                self.kept[number] = value
+                with flag_override(node, "readonly", False):
+                    node._set_value(f"${{{SECRET}:{number}}}")
+            yield
+        finally:
+            for node, value in before:
+                with flag_override(node, "readonly", False):
+                    node._set_value(value)
+            self._hydra = _HydraNode(None)
 
     def clean(self, text: str) -> str:
         """Return ``text`` with interpolations where secrets of the environment stood in clear."""
@@ -123,6 +164,8 @@ class Freezer:
                 return self._leaf(value, path, node)
         if isinstance(node, Container):
             return None if raw is None else self._container(node, path, types, above)
+        if is_named_secret(path, self.clean(raw) if isinstance(raw, str) else raw):
+            self._in_clear.append(node)
         return self._leaf(raw, path, node)
 
     def _resolved(self, parent: Any, key: Any, node: Any, path: str) -> Any:
@@ -165,7 +208,7 @@ class Freezer:
     def _checked(self, text: str, path: str) -> str:
         text = self.clean(text)
         if len(text) >= 12 and SECRET_VALUE.search(re.sub(r"\$\{[^}]*\}", "", text)):
-            raise ConfigError(
+            self._problems.append(
                 f"{path}: its value looks like a secret, and a plan is a file. Set it in the environment, and write "
                 f"{path}: ${{oc.env:NAME}}, which stays as it is until the job runs."
             )
@@ -209,6 +252,23 @@ class _HydraNode:
             texts = str(OmegaConf.to_container(of.hydra, resolve=False))
             own = len(re.findall(r"\$\{(?:hydra[.:](?!job\.override|overrides|launcher)|now:|python_version:)", texts))
             self.is_alike = own == texts.count("${")
+
+
+def revealed(values: Any, secrets: Mapping[str, Any]) -> Any:
+    """Return frozen values with the secrets that numbers stand for in them.
+
+    Raises:
+        KeyError: one is missing.
+    """
+    if isinstance(values, Mapping):
+        return {key: revealed(value, secrets) for key, value in values.items()}
+    if isinstance(values, list):
+        return [revealed(value, secrets) for value in values]
+    found = _NUMBER.fullmatch(values) if isinstance(values, str) else None
+    if found is None:
+        return values
+    secret = secrets[found.group(1)]
+    return _escaped(secret) if isinstance(secret, str) else secret
 
 
 def thaw(values: Mapping[str, Any]) -> DictConfig:
