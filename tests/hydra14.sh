@@ -6,7 +6,7 @@ set -eu
 here=$(mktemp -d)
 trap 'rm -rf "$here"' EXIT
 "$PYTHON_BIN" -m pip install --quiet --disable-pip-version-check --no-deps --pre --target "$here" \
-    "hydra-core==1.4.0rc3" "omegaconf==2.4.1rc1"
+    "hydra-core==1.4.0rc3" "omegaconf==2.4.1rc1" "hydra-optuna-sweeper==1.4.0rc3" "optuna>=4.9,<5"
 export PYTHONPATH="$here"
 "$PYTHON_BIN" -W error -m apt_launch --cfg job >/dev/null # nothing of it will break in 1.5
 "$PYTHON_BIN" -m pytest -p no:cacheprovider tests/sweep/test_programs.py tests/sweep/test_any_program.py \

@@ -159,6 +159,18 @@ if __name__ == "__main__":
     hydra.main(config_path=None, config_name="bare", version_base=VERSION)(wrapped(task))()
 '''
 
+SQUARE = '''
+"""What an optimizer is given."""
+import hydra
+
+@hydra.main(version_base=VERSION, config_path=None)
+def main(cfg):
+    return (cfg.x - 1) ** 2 + 0.5
+
+if __name__ == "__main__":
+    main()
+'''
+
 LOOPS = '''
 """Reports, saves and stops when it is asked, and runs without a sweep as well."""
 import json, time

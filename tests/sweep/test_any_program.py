@@ -17,7 +17,7 @@ from apt_launch.lease import read_holder
 from apt_launch.values import from_yaml
 from tests.conftest import until
 from tests.forks import HANGS
-from tests.sweep.programs import BARE, LOOPS, MODEL, PACKAGE, SEES, SEES_CONFIG, before_1_4, of_users, write
+from tests.sweep.programs import BARE, LOOPS, MODEL, PACKAGE, SEES, SEES_CONFIG, SQUARE, before_1_4, of_users, write
 
 OURS = ("hydra/sweeper=apt", "hydra/launcher=apt_local")
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -31,7 +31,12 @@ def run(tmp_path: Path) -> Run:
         {
             **{"see.py": SEES, "conf/config.yaml": SEES_CONFIG, "conf/db/mysql.yaml": "driver: mysql\nport: 3306\n"},
             **{"lab/__init__.py": "", "lab/train.py": PACKAGE, "lab/model.py": MODEL},
-            **{"lab/conf/config.yaml": "lr: 0.1\nseed: 0\nnotes: none\n", "bare.py": BARE, "loops.py": LOOPS},
+            **{
+                "lab/conf/config.yaml": "lr: 0.1\nseed: 0\nnotes: none\n",
+                "bare.py": BARE,
+                "loops.py": LOOPS,
+                "square.py": SQUARE,
+            },
         },
     )
 
@@ -158,6 +163,21 @@ def test_a_wrapped_function_without_a_folder_of_configs_and_a_plan_that_is_only_
     assert [state(tmp_path, number)["loss"] for number in (0, 1)] == [1.5, 2.0]
     if not before_1_4():
         assert "Hydra15MigrationWarning" not in result.stderr
+
+
+def test_a_sweeper_that_waits_gets_true_results_and_equal_jobs_run_once(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs apt-launch[optuna]")
+    trials = ("hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2", "hydra.sweeper.sampler.seed=1", "+x=choice(1,2)")
+    result = run(
+        "square.py", "-m", "hydra/sweeper=optuna", "hydra/launcher=apt_local", *trials, "hydra.sweep.dir=sweep"
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    ended = [json.loads(path.read_text()) for path in tmp_path.glob("sweep/*/state.json")]
+    assert {one["state"] for one in ended} == {"done"}
+    assert len({one["loss"] for one in ended}) == len(ended) <= 2  # four trials, two configs
+    found = from_yaml((tmp_path / "sweep/optimization_results.yaml").read_text())
+    assert found["best_value"] == min(one["loss"] for one in ended)
+    assert (found["best_params"]["+x"] - 1) ** 2 + 0.5 == found["best_value"]
 
 
 def test_a_program_that_saves_and_asks_goes_on_and_one_that_does_not_is_told_that_it_starts_anew(
