@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -116,15 +117,20 @@ def is_named_secret(key: str, value: object) -> bool:
     """
     if value is None or isinstance(value, bool) or not isinstance(value, str | int | float):
         return False
+    is_named, is_token = _as_named(key)
     text = str(value)
-    if not text.strip() or text == "???" or "${" in text:
+    if not (is_named or (is_token and TOKEN.fullmatch(text))):
         return False
+    return bool(text.strip()) and text != "???" and "${" not in text and not _is_file(text)
+
+
+@cache
+def _as_named(key: str) -> tuple[bool, bool]:
+    """Return whether ``key`` names a secret, and whether it names a token, which may be a word."""
     parts = [re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", part) for part in key.split(".") if not part.isdecimal()]
-    if not parts:
-        return False
-    named = PRECISE_NAME.search(parts[-1]) or any(part.lower() in SECTIONS for part in parts[:-1])
-    looks_like_one = parts[-1].lower().endswith("token") and TOKEN.fullmatch(text)
-    return bool(named or looks_like_one) and not _is_file(text)
+    last = parts[-1] if parts else ""
+    is_named = PRECISE_NAME.search(last) is not None or any(part.lower() in SECTIONS for part in parts[:-1])
+    return is_named, last.lower().endswith("token")
 
 
 def _is_file(text: str) -> bool:
