@@ -59,7 +59,7 @@ class Freezer:
         self._in_clear: list[Any] = []  # nodes with such secrets, in the config that is being frozen
         self._problems: list[str] = []
         self._secrets = {value: name for name, value in secrets_of_the_environment().items()}
-        self._hydra = _HydraNode(None)
+        self._hydras = [_HydraNode(None), _HydraNode(None)]  # as it is, and with numbers for secrets
 
     def freeze(self, cfg: DictConfig) -> dict[str, Any]:
         """Return the values of ``cfg``, with the key :data:`TYPES`.
@@ -67,21 +67,21 @@ class Freezer:
         Raises:
             ConfigError: a value is a secret.
         """
-        values, types = self._values(cfg)
+        values, types = self._values(cfg, 0)
         if self._in_clear:
             with self._numbered(self._in_clear):
-                self._hydra = _HydraNode(None)
-                values, types = self._values(cfg)
+                values, types = self._values(cfg, 1)
         if self._problems:
             raise ConfigError(*self._problems)
         values[TYPES] = [[key, types[key]] for key in sorted(types)]
         return values
 
-    def _values(self, cfg: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    def _values(self, cfg: DictConfig, which: int) -> tuple[dict[str, Any], dict[str, str]]:
         types: dict[str, str] = {}
         self._in_clear, self._problems = [], []
-        if self._hydra.of is not cfg:
-            self._hydra = _HydraNode(cfg)
+        if self._hydras[which].of is not cfg:
+            self._hydras[which] = _HydraNode(cfg)
+        self._hydra = self._hydras[which]
         with without_secrets_of_the_environment(), _without_what_only_jobs_know():
             values: dict[str, Any] = self._container(cfg, "", types, {})
         return values, types
@@ -104,7 +104,6 @@ class Freezer:
             for node, value in before:
                 with flag_override(node, "readonly", False):
                     node._set_value(value)
-            self._hydra = _HydraNode(None)
 
     def clean(self, text: str) -> str:
         """Return ``text`` with interpolations where secrets of the environment stood in clear."""
