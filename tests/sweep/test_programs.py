@@ -243,6 +243,7 @@ def test_a_programs_command_line_for_its_sweep(tmp_path: Path, monkeypatch: pyte
         ([], "a program first"),
         (["-m"], "a program first"),
         (["lr=1"], "a program first"),
+        (["-m", "lab.train", "a=1", "--cfg=job"], "the program itself: python -m lab.train --cfg=job"),
         (["lab.train"], r"no file lab\.train .*run -m lab\.train"),
     ):
         with pytest.raises(ConfigError, match=message):

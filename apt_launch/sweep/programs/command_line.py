@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,20 @@ from apt_launch.commands import flags_first
 from apt_model.errors import ConfigError
 
 DRY_RUN: Final = "--dry-run"
+OTHERS: Final = (
+    "--cfg",
+    "-c",
+    "--info",
+    "-i",
+    "--run",
+    "-r",
+    "--help",
+    "-h",
+    "--hydra-help",
+    "--shell-completion",
+    "-sc",
+)
+"""Flags of Hydra's that ask for something else."""
 CHOSEN: Final = (("hydra/sweeper", "apt"), ("hydra/launcher", "apt_local"))
 """Options that a sweep has unless the command line chooses others."""
 
@@ -31,6 +46,11 @@ def sweep_of(words: Sequence[str]) -> list[str]:
         raise ConfigError("run: it needs a program first. Write: run PROGRAM.py KEY=A,B, or run -m MODULE KEY=A,B")
     if len(program) == 1 and not Path(name).is_file():
         raise ConfigError(f"run: there is no file {name} (looked in {Path.cwd()}). For a module write: run -m {name}")
+    if others := [word for word in given[len(program) :] if word.partition("=")[0] in OTHERS]:
+        raise ConfigError(
+            f"run: with {others[0]} the program sends no sweep. Type that to the program itself: "
+            f"{shlex.join(['python', *program, others[0]])} ..."
+        )
     rest = [word for word in given[len(program) :] if word not in ("-m", "--multirun")]
     options = [f"{group}={option}" for group, option in CHOSEN if not any(w.startswith(f"{group}=") for w in rest)]
     if DRY_RUN in words:
