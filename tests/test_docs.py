@@ -112,7 +112,7 @@ class Reader:
         words = shlex.split(line, comments=True)
         if not words:
             return
-        if words[0] == "python" and words[1].endswith(".py"):
+        if words[0] == "python" and (words[1].endswith(".py") or words[1:4] == ["-m", "apt_launch.sweep", "run"]):
             env = of_users(**(self.slurm() if "hydra/launcher=apt_slurm" in words else {}))
             ended = subprocess.run(
                 [sys.executable, *words[1:]], cwd=self.folder, env=env, capture_output=True, text=True, timeout=HANGS
