@@ -393,9 +393,14 @@ def _serve(path: str, *more: str) -> None:
         importlib.import_module(name)
     import gc
 
+    from apt_launch.config.load import composed
+    from apt_launch.config.schedule_plot import draw_schedule, sheets
     from apt_launch.runs.provenance import packages
 
     packages()
+    config = composed(["schedule=gpt5_moe", "logger=none"])
+    with tempfile.TemporaryDirectory() as folder:  # fonts and much else are looked for at the first use
+        draw_schedule(sheets({"": config.program}), Path(folder, "schedule.png"))
     gc.collect()
     gc.freeze()  # what is shared with children is never touched again
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
