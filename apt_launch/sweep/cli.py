@@ -27,7 +27,8 @@ def main() -> None:
     keep_private()
     with ending():
         arguments = parser().parse_args(take_flags(sys.argv[1:]))
-        arguments.folder = arguments.folder.absolute()  # jobs and workers change directory
+        if isinstance(arguments.folder, Path):
+            arguments.folder = arguments.folder.absolute()  # jobs and workers change directory
         sys.exit(COMMANDS[arguments.command](arguments))
 
 
@@ -55,7 +56,11 @@ def parser() -> argparse.ArgumentParser:
         ("report", "write tables, plots and a page that say which job won"),
     ):
         one = commands.add_parser(name, help=text, description=text.capitalize() + ".", allow_abbrev=False)
-        one.add_argument("folder", metavar="DIR", type=Path, help="the sweep's folder, as its launch printed it")
+        where = "the sweep's folder, as its launch printed it"
+        if name == "report":
+            one.add_argument("folder", metavar="DIR", type=Path, nargs="+", help=f"{where}; several are joined")
+        else:
+            one.add_argument("folder", metavar="DIR", type=Path, help=where)
         if name == "status":
             one.add_argument("--json", action="store_true", help="for programs: one JSON object a job and line")
         if name == "watch":
@@ -81,11 +86,17 @@ def parser() -> argparse.ArgumentParser:
             one.add_argument(
                 "--metric", metavar="NAME", help="what decides, the best wins: val/loss, or what the program returns"
             )
+            better = one.add_mutually_exclusive_group()
+            for word, which in (("maximize", "higher"), ("minimize", "lower")):
+                better.add_argument(
+                    f"--{word}", dest="direction", action="store_const", const=word, help=f"{which} values are better"
+                )
         if name == "report":
             one.add_argument(
                 "--against",
                 metavar="WHAT",
-                help="the jobs that others are compared with, seed by seed, such as study=dense",
+                help="the jobs that others are compared with, seed by seed, such as study=dense; of several keys that were "
+                "swept some may be named, such as moe.top_k=1: jobs are compared that are alike in the others",
             )
     return parser
 
@@ -149,7 +160,7 @@ def best(arguments: argparse.Namespace) -> int:
 
     ledger = Ledger(arguments.folder)
     states = {one.job.folder: one.state for one in ledger.statuses(rows=False)}
-    findings = find(arguments.folder, states, arguments.metric)
+    findings = find(arguments.folder, states, arguments.metric, direction=arguments.direction)
     trial = findings.best
     if trial is None:
         raise ConfigError(
@@ -171,12 +182,24 @@ def newest(checkpoints: Path) -> Path | None:
 
 def report(arguments: argparse.Namespace) -> int:
     """Write the report."""
+    from apt_launch.sweep.report.findings import Source
     from apt_launch.sweep.report.report import write_report
 
-    statuses = Ledger(arguments.folder).statuses(rows=False)
-    states = {one.job.folder: one.state for one in statuses}
-    causes = {one.job.folder: one.cause for one in statuses}
-    for path in write_report(arguments.folder, states, arguments.metric, causes, arguments.against):
+    sources = []
+    for folder in dict.fromkeys(folder.absolute() for folder in arguments.folder):
+        statuses = Ledger(folder).statuses(rows=False)
+        states = {one.job.folder: one.state for one in statuses}
+        sources.append(Source(folder, states, {one.job.folder: one.cause for one in statuses}))
+    first, *others = sources
+    for path in write_report(
+        first.folder,
+        first.states,
+        arguments.metric,
+        first.causes,
+        arguments.against,
+        direction=arguments.direction,
+        others=others,
+    ):
         sys.stdout.write(f"{path}\n")
     return 0
 

@@ -61,7 +61,7 @@ def described(rule: Rule) -> list[str]:
     for places, settings in by_rungs.items():
         who = "all settings" if len(by_rungs) == 1 else ", ".join(setting.name for setting in settings)
         shared = max(setting.shared for setting in settings)
-        differ = f" (from others they differ from update {shared} on)" if shared else ""
+        differ = f" (the first {shared} updates are those of another setting)" if shared else ""
         if places:
             where = f"after update{'s' * (len(places) > 1)} {' and '.join(map(str, places))}"
             lines.append(f"launch.stop: {who}: judged by {rule.metric} {where}{differ}; the best {rule.keep} go on")

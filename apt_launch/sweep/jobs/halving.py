@@ -136,8 +136,8 @@ class Decision:
 
     def __str__(self) -> str:
         return (
-            f"{self.metric} {self.value:.4f} at update {self.rung} is number {self.place} of {self.of} settings, of which "
-            f"{self.kept} {'goes' if self.kept == 1 else 'go'} on"
+            f"its setting's {self.metric} {self.value:.4f} at update {self.rung} is number {self.place} of {self.of}, of "
+            f"which {self.kept} {'goes' if self.kept == 1 else 'go'} on"
         )
 
 
@@ -199,6 +199,8 @@ class Halving:
     def __init__(self, sweep: Path, job: str, rule: Rule, setting: Setting) -> None:
         self.sweep, self.job, self.rule, self.setting = sweep, job, rule, setting
         self.stopped: Decision | None = None
+        self.last: float | None = None
+        """The job's own last value of the metric."""
         self._rungs = list(setting.rungs)
 
     @classmethod
@@ -214,6 +216,7 @@ class Halving:
 
     def __call__(self, row: Mapping[str, float]) -> bool:
         """Return whether the job ends after ``row``, the newest of its record."""
+        self.last = row.get(self.rule.metric, self.last)
         while self._rungs and row["step"] + 1 >= self._rungs[0]:
             try:
                 decision = self._decision(self._rungs[0], may_judge=self.rule.metric in row)

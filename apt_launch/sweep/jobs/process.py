@@ -158,8 +158,7 @@ class _Attempt:
                 self._end("cancelled", cause="on request; its checkpoint is kept" if kept else "on request")
                 return STOPPED
             if self.halving is not None and self.halving.stopped is not None:
-                lost = self.halving.stopped
-                self._end("stopped", cause=str(lost), loss=lost.value)
+                self._end("stopped", cause=str(self.halving.stopped), loss=self.halving.last)
                 return DONE
             if self.seconds >= self.hours * 3600:
                 spent = BudgetSpentError(
