@@ -61,9 +61,11 @@ def described(rule: Rule) -> list[str]:
     for places, settings in by_rungs.items():
         who = "all settings" if len(by_rungs) == 1 else ", ".join(setting.name for setting in settings)
         shared = max(setting.shared for setting in settings)
-        differ = f" (the first {shared} updates are those of another setting)" if shared else ""
+        first = f"the first {shared} updates are those" if shared > 1 else "the first update is that"
+        differ = f" ({first} of another setting)" if shared else ""
         if places:
-            where = f"after update{'s' * (len(places) > 1)} {' and '.join(map(str, places))}"
+            *before, last = map(str, places)
+            where = f"after updates {', '.join(before)} and {last}" if before else f"after update {last}"
             lines.append(f"launch.stop: {who}: judged by {rule.metric} {where}{differ}; the best {rule.keep} go on")
         else:
             lines.append(f"launch.stop: {who}: never judged, for no rung is left before the end{differ}")

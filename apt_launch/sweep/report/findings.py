@@ -423,7 +423,8 @@ def _joined(plans: Sequence[Plan], trials: Sequence[Trial]) -> tuple[Plan, list[
         }
         if len(set(values.values())) > 1:
             for identity, value in values.items():
-                given[identity][key] = value
+                if value:  # a group's option that only another command has named
+                    given[identity][key] = value
     found = [
         replace(trial, job=replace(trial.job, number=number), given=given[identity])
         for number, (identity, trial) in enumerate(kept.items())
