@@ -77,6 +77,13 @@ class StopConfig(Options):
     grace: Span = "5%"
 
 
+class ProgramStopConfig(StopConfig):
+    """``hydra.launcher.stop``: the same of programs, whose steps nobody knows before they are reported."""
+
+    metric: Text | None = None  # type: ignore[assignment]
+    grace: Span = "0st"
+
+
 class LaunchConfig(Options):
     """``launch``: resources of a sweep's jobs, and how the sweep is followed. No part of a run's identity."""
 
@@ -105,6 +112,7 @@ class JobResources(Options):
     time_limit_minutes: Positive | None = None
     max_gpu_hours: PositiveNumber | None = None
     wait: bool = False
+    stop: ProgramStopConfig = ProgramStopConfig()
 
 
 class SnapshotOptions(Options):

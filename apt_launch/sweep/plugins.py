@@ -325,6 +325,7 @@ _RESOURCES: Final[dict[str, Any]] = {
     **{"nodes": 1, "tasks_per_node": 1, "gpus": None, "cpus": None, "mem_gb": None},
     **{"hours": 24.0, "time_limit_minutes": None, "max_gpu_hours": None, "wait": False},
     **{"snapshot": None, "snapshot_mb": 200.0},
+    "stop": {"rungs": [], "metric": None, "keep": "1/2", "group": "seeds", "grace": "0st"},
 }
 
 OPTIONS: Final[dict[tuple[str, str], dict[str, Any]]] = {

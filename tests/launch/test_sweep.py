@@ -133,7 +133,7 @@ def test_a_loser_is_stopped_at_its_rung_and_goes_on_when_it_is_resumed(start: St
     process = start("optimizer.lr=0.01,1e-9", "schedule=none", "trainer.lr_schedule=null", *rungs)
     output, _ = process.communicate()
     assert process.returncode == 0
-    assert "launch.stop: all settings: judged by val/loss after update 6; the best 1/2 go on" in output
+    assert "losers: all settings judged by val/loss after update 6; the best 1/2 go on" in output
     assert {number: row["state"] for number, row in states(sweep).items()} == {0: "done", 1: "stopped"}
     last = losses(folder(sweep, 1))[-1]
     assert last == (7, state_file(sweep, 1)["loss"])  # it validates after each four updates

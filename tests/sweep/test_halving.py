@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from apt_launch.sweep.application import Program
 from apt_launch.sweep.control.rungs import rungs
 from apt_launch.sweep.jobs.halving import (
     DECISIONS,
@@ -23,6 +24,7 @@ from apt_launch.sweep.jobs.halving import (
     overrule,
 )
 from apt_launch.sweep.options import StopConfig, updates_of
+from apt_launch.sweep.programs.application import HydraMain
 from apt_launch.sweep.report.replay import run
 from apt_model.errors import ConfigError, validated
 
@@ -111,6 +113,19 @@ def test_rungs_come_after_what_settings_share_and_before_the_end() -> None:
 def test_a_wrong_key_or_value_is_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         validated(StopConfig, values, key="launch.stop")
+
+
+def test_of_programs_steps_and_a_metric_that_they_report_are_asked_for() -> None:
+    program = HydraMain(Program(script="a.py"))
+    with pytest.raises(ConfigError) as caught:
+        program.check({"hydra": {"launcher": {"stop": {"rungs": ["25%"]}}}})
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == [
+        "hydra.launcher.stop.rungs",
+        "hydra.launcher.stop.metric",
+    ]
+    stop = program.check({"hydra": {"launcher": {"stop": {"rungs": ["30st", "5st"], "metric": "loss"}}}}).stop
+    assert stop is not None
+    assert (stop.metric, rungs(stop, 0, shared=0)) == ("loss", (5, 30))
 
 
 def test_a_share_is_of_a_jobs_own_updates() -> None:

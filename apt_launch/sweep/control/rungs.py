@@ -36,9 +36,14 @@ def rule_of(plan: Plan, application: Application, stop: StopConfig | None) -> Ru
 
 
 def rungs(stop: StopConfig, steps: int, shared: int) -> tuple[int, ...]:
-    """Return after how many of a job's ``steps`` updates its setting is judged, which has ``shared`` with another one."""
+    """Return after how many of a job's ``steps`` updates its setting is judged, which has ``shared`` with another one.
+
+    Args:
+        steps: 0: nobody knows.
+    """
     first = max(1, shared + updates_of(stop.grace, steps))
-    return tuple(sorted({at for rung in stop.rungs if (at := max(first, updates_of(rung, steps))) < steps}))
+    places = {max(first, updates_of(rung, steps)) for rung in stop.rungs}
+    return tuple(sorted(place for place in places if place < steps or not steps))
 
 
 def write_rule(plan: Plan, folder: Path, jobs: Sequence[Job]) -> list[str]:
@@ -66,9 +71,9 @@ def described(rule: Rule) -> list[str]:
         if places:
             *before, last = map(str, places)
             where = f"after updates {', '.join(before)} and {last}" if before else f"after update {last}"
-            lines.append(f"launch.stop: {who}: judged by {rule.metric} {where}{differ}; the best {rule.keep} go on")
+            lines.append(f"losers: {who} judged by {rule.metric} {where}{differ}; the best {rule.keep} go on")
         else:
-            lines.append(f"launch.stop: {who}: never judged, for no rung is left before the end{differ}")
+            lines.append(f"losers: {who} never judged, for no rung is left before the end{differ}")
     return lines
 
 
