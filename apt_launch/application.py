@@ -47,6 +47,7 @@ class Trainer:
             steps=config.horizon.steps,
             wait=config.launch.wait,
             max_gpu_hours=config.launch.max_gpu_hours,
+            stop=config.launch.stop,
             min_ranks=config.trainer.expert_parallel,
             min_ranks_key="trainer.expert_parallel",
             config=config,
@@ -90,7 +91,7 @@ class Trainer:
         config = parse(dict(values))
         if job.resume:
             config = config.resuming()
-        return Result(train(config, folder, Membership(job.sweep, job.overrides)))
+        return Result(train(config, folder, Membership(job.sweep, job.overrides, job.judge)))
 
     def has_checkpoint(self, folder: Path) -> bool:
         """Return whether the run in ``folder`` has a checkpoint."""

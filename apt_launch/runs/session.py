@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from omegaconf import OmegaConf
 
 from apt_launch.config.run_config import RunConfig
 from apt_launch.config.schedule_plot import draw_schedule, sheets
-from apt_launch.record import Record, read_rows
+from apt_launch.record import Record, Row, read_rows
 from apt_launch.runs import summary
 from apt_launch.runs.build import build_trainer
 from apt_launch.runs.console import progress_callback
@@ -84,11 +85,13 @@ def run_once(checked: Checked, folder: RunFolder, stop: StopRequest, member: Mem
         stop_requested=drill.stop_or(stop),
     )
     session = Session(checked, folder, trainer, checkpoints, began)
+    if member is not None and member.judge is not None:
+        trainer.log = _judged(trainer.log, member.judge, stop)
     try:
         session.start(member)
         drill.fit(trainer)
     except Interrupted as interrupted:
-        session.finish("interrupted")
+        session.finish("stopped" if stop.as_loser else "interrupted")
         if not isinstance(interrupted, Drilled) and member is None and stop.own_process:
             logger.info("%s. %s", interrupted, folder.how_to_resume(config))
         raise
@@ -107,6 +110,19 @@ def run_once(checked: Checked, folder: RunFolder, stop: StopRequest, member: Mem
     if member is None and stop.own_process and sys.stdout.isatty():
         summary.suggest(folder)
     return loss
+
+
+def _judged(
+    log: Callable[[Row], None], judge: Callable[[Mapping[str, float]], bool], stop: StopRequest
+) -> Callable[[Row], None]:
+    """Return ``log``, after which ``judge`` sees each row and may end the run."""
+
+    def log_and_judge(row: Row) -> None:
+        log(row)
+        if judge(row):
+            stop.end_loser()
+
+    return log_and_judge
 
 
 class Session:

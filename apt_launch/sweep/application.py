@@ -18,7 +18,7 @@ from apt_model.files import STRICT
 if TYPE_CHECKING:  # pydantic and omegaconf: a job's process needs neither before its application does
     from omegaconf import DictConfig
 
-    from apt_launch.sweep.options import LaunchConfig
+    from apt_launch.sweep.options import LaunchConfig, StopConfig
 
 TRAINER: Final = "apt_launch.application:Trainer"
 """The application of plans that name none: earlier versions swept no other."""
@@ -141,6 +141,8 @@ class JobSpec:
     """Whether the command should follow the sweep to its end."""
     max_gpu_hours: float | None = None
     """Refuse the sweep if its jobs together could take more."""
+    stop: StopConfig | None = None
+    """Which settings of the sweep end early; None: the application's jobs cannot."""
     min_ranks: int = 1
     min_ranks_key: str = ""
     """Processes that the job needs at least, and the key that says so; checked when the job is sent."""
@@ -166,6 +168,8 @@ class JobContext:
     """Whether to continue from the newest checkpoint in the job's folder."""
     cores: int | None = None
     """Cores of this machine that are the job's; None: as the environment says."""
+    judge: Callable[[Mapping[str, float]], bool] | None = None
+    """Called with each row once the record has it; True: the job ends here as a loser, with a checkpoint, by Interrupted."""
 
 
 @dataclass(frozen=True)

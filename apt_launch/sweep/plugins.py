@@ -279,13 +279,14 @@ class _PlannedLauncher(Launcher):
         returns = []
         for number, overrides in enumerate(job_overrides):
             outcome = outcomes[self.composer(list(overrides)).identity]
+            has_value = outcome.state in ("done", "stopped")  # a loser's last value says enough
             done = JobReturn(
                 overrides=list(overrides),
                 working_dir=str(folder / outcome.folder),
                 task_name=f"apt_launch {initial_job_idx + number}",
-                status=JobStatus.COMPLETED if outcome.state == "done" else JobStatus.FAILED,
+                status=JobStatus.COMPLETED if has_value else JobStatus.FAILED,
             )
-            done.return_value = outcome.returned if outcome.state == "done" else TrainingError(outcome.summary)
+            done.return_value = outcome.returned if has_value else TrainingError(outcome.summary)
             returns.append(done)
         return returns
 
@@ -325,6 +326,7 @@ _RESOURCES: Final[dict[str, Any]] = {
     **{"nodes": 1, "tasks_per_node": 1, "gpus": None, "cpus": None, "mem_gb": None},
     **{"hours": 24.0, "time_limit_minutes": None, "max_gpu_hours": None, "wait": False},
     **{"snapshot": None, "snapshot_mb": 200.0},
+    "stop": {"rungs": [], "metric": None, "keep": "1/2", "group": "seeds", "grace": "0st"},
 }
 
 OPTIONS: Final[dict[tuple[str, str], dict[str, Any]]] = {

@@ -210,11 +210,13 @@ def test_a_node_that_dies_loses_no_job_and_comes_back(sweep: Sweep) -> None:
     sweep.cluster.wait_until(lambda: sweep.cluster.node_is_idle(node), f"{node} to be idle")
 
 
-def test_a_controller_that_is_away_at_submission_is_waited_for(sweep: Sweep) -> None:
+def test_a_controller_that_is_away_at_submission_is_waited_for_and_a_loser_stops_itself(sweep: Sweep) -> None:
     sweep.forked = True
     sweep.cluster.stop_controller()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    sending = Fork(sweep.command("seed=0,1"), env=sweep.env, forks=sweep.forked, **pipes)
+    stop = ("launch.stop.rungs=[25%]", "hydra.launcher.max_parallel=1", "schedule=none", "trainer.lr_schedule=null")
+    command = sweep.command("optimizer.lr=0.01,1e-9", *stop)
+    sending = Fork(command, env=sweep.env, forks=sweep.forked, **pipes)
     assert sending.stderr is not None
     try:
         assert "does not answer; trying again" in sending.stderr.readline()
@@ -223,7 +225,14 @@ def test_a_controller_that_is_away_at_submission_is_waited_for(sweep: Sweep) -> 
     output, errors = sending.communicate()
     assert sending.returncode == 0, errors
     assert sweep.call("wait").returncode == 0
-    assert len([name for name in sweep.cluster.states() if name.split("_")[0] in output]) == 2
+    (array,) = {row["job_id"].split("_")[0] for row in sweep.jobs().values()}
+    sweep.cluster.wait_until(lambda: not sweep.cluster.run("squeue", "-h").stdout.strip(), "the queue to be empty")
+    slurm = {name: state for name, state in sweep.cluster.states().items() if name.split("_")[0] == array}
+    assert array in output
+    assert slurm == {f"{array}_{number}": "COMPLETED" for number in (0, 1)}
+    # the command that sent them has ended: the second has stopped itself
+    assert {number: row["state"] for number, row in sweep.jobs().items()} == {0: "done", 1: "stopped"}
+    assert max(sweep.steps(1)) < 12
 
 
 def test_a_controller_that_stays_away_is_reported(sweep: Sweep) -> None:

@@ -59,7 +59,7 @@ def follow(folder: Path, only: set[str] | None = None, *, record: bool = True) -
             pause = min(pause * 1.2, 0.2 if ledger.plan.launcher == "local" else 5.0)
     if only is None:
         show(ledger.plan, ledger.statuses(), folder)
-    return 0 if all(status.state in ("done", "dropped") for status in statuses) else 1
+    return 0 if all(status.state in ("done", "stopped", "dropped") for status in statuses) else 1
 
 
 @contextmanager
@@ -76,7 +76,9 @@ def collected_interrupts() -> Iterator[list[int]]:
 def _line(status: Status, metric: str) -> str:
     loss = f"  {metric} {status.loss:.4f}" if status.loss is not None else ""
     again = f" (attempt {status.restarts + 1})" if status.restarts and status.state == "running" else ""
-    cause = f": {status.cause}" if status.cause and status.state in ("failed", "cancelled", "unknown") else ""
+    cause = (
+        f": {status.cause}" if status.cause and status.state in ("failed", "cancelled", "stopped", "unknown") else ""
+    )
     return f"{status.job.number:>4}  {status.state:<9}{again}{loss}  {status.job.label}{cause}"
 
 

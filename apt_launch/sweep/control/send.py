@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from apt_launch.commands import command
+from apt_launch.sweep.application import load
 from apt_launch.sweep.backends.base import Backend
 from apt_launch.sweep.control.follow import follow, say
 from apt_launch.sweep.control.ledger import Ledger
+from apt_launch.sweep.control.rungs import described, rule_of, write_rule
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
 from apt_launch.sweep.programs.secrets import write_secrets
@@ -33,6 +35,10 @@ def show_plan(plan: Plan, folder: Path, where: Backend) -> None:
         say(f"{job.number:>4}  {job.label or 'as the config says'}  ({job.resources})")
     if plan.gpu_hours:
         say(f"at most {plan.gpu_hours:g} GPU-hours")
+    spec = plan.jobs[0].spec
+    rule = rule_of(plan, load(plan.application, plan.program), spec.stop if spec is not None else None)
+    for line in described(rule) if rule is not None else ():
+        say(line)
 
 
 def carry_out(plan: Plan, folder: Path, where: Backend, snapshot_mb: float = 0.0) -> None:
@@ -57,6 +63,8 @@ def carry_out(plan: Plan, folder: Path, where: Backend, snapshot_mb: float = 0.0
     write_secrets(folder, plan.secrets)
     prepare(plan, folder, plan.jobs)
     say(f"sweep {plan.id}: {plan.summary}. Folder: {folder}")
+    for line in write_rule(plan, folder, plan.jobs):
+        say(line)
     for line in where.send(plan, folder, plan.jobs):
         say(line)
     waits = any(job.spec is not None and job.spec.wait for job in plan.jobs)
@@ -123,6 +131,7 @@ def run_batch(
     jobs = plan.jobs[len(before.jobs) if before else 0 :]
     if jobs:
         prepare(plan, folder, jobs)
+        write_rule(plan, folder, jobs)
         for line in where.send(plan, folder, jobs):
             say(line)
         follow(folder, only={job.folder for job in jobs})

@@ -19,6 +19,7 @@ from apt_launch.escapes import escape_logs
 from apt_launch.lease import Holder, Lease
 from apt_launch.secrets import keep_private
 from apt_launch.sweep.application import TRAINER, JobContext, Program, Result, load
+from apt_launch.sweep.jobs.halving import Halving
 from apt_launch.sweep.jobs.state import State, read_state, transition, wants_cancel
 from apt_launch.values import read_frozen
 from apt_model.errors import ConfigError, Interrupted, TrainingError, cause_of
@@ -126,6 +127,7 @@ class _Attempt:
         self.rank = rank
         self.cores = cores
         self.began = time.time()
+        self.halving: Halving | None = None
         try:
             self.about = read_json(folder / "job.json", About, remedy="sweep resume writes it anew.")
         except (ConfigError, FileNotFoundError) as error:
@@ -155,6 +157,9 @@ class _Attempt:
                 kept = load(self.about.application, self.about.program).has_checkpoint(self.folder)
                 self._end("cancelled", cause="on request; its checkpoint is kept" if kept else "on request")
                 return STOPPED
+            if self.halving is not None and self.halving.stopped is not None:
+                self._end("stopped", cause=str(self.halving.stopped), loss=self.halving.last)
+                return DONE
             if self.seconds >= self.hours * 3600:
                 spent = BudgetSpentError(
                     f"it took its {self.hours:g} h. Continue it by: "
@@ -177,7 +182,7 @@ class _Attempt:
 
     def _end(
         self,
-        to: Literal["cancelled", "failed", "preempted", "done"],
+        to: Literal["cancelled", "failed", "preempted", "done", "stopped"],
         *,
         cause: str | None = None,
         loss: float | None = None,
@@ -206,6 +211,7 @@ class _Attempt:
             (self.folder / "metrics.jsonl").unlink(missing_ok=True)
         if self.rank == 0:
             transition(self.folder, "running", job_id=self.job_id, restarts=self.attempts)
+        self.halving = Halving.of(self.folder) if self.rank == 0 else None
         left = self.hours * 3600 - self.before.seconds
         if left <= 0:
             raise BudgetSpentError(f"it took its {self.hours:g} h ({self.hours_key}).")
@@ -226,6 +232,7 @@ class _Attempt:
             attempt=self.attempts,
             resume=resume,
             cores=self.cores,
+            judge=self.halving,
         )
 
 

@@ -8,6 +8,9 @@ from typing import Any
 
 from apt_launch.sweep.application import JobSpec, Resources
 
+SEEDS = ("seed", "data.seed")
+"""Keys whose values are repetitions of one experiment."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -30,6 +33,16 @@ class Job:
     def label(self) -> str:
         """What distinguishes it from the others, in the user's words."""
         return " ".join(self.overrides)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The overrides by which it differs: key to value, as the user wrote them."""
+        return {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in self.overrides)}
+
+    @property
+    def without_seeds(self) -> dict[str, str]:
+        """Its settings but for the seeds."""
+        return {key: value for key, value in self.settings.items() if key not in SEEDS}
 
     @property
     def config(self) -> Any:

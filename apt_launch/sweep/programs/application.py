@@ -26,6 +26,8 @@ from apt_model.files import write_json
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from apt_launch.sweep.options import StopConfig
+
 PRELOADED: Final = (
     "numpy",
     "scipy",
@@ -77,7 +79,27 @@ class HydraMain:
             wait=bool(launcher.get("wait")),
             max_gpu_hours=launcher.get("max_gpu_hours"),
             secrets=dict(self._freezer.kept),
+            stop=self._stop(launcher.get("stop") or {}),
         )
+
+    def _stop(self, asked: Mapping[str, Any]) -> StopConfig:
+        """Return where settings are judged, by what the program reports."""
+        from apt_launch.sweep.options import ProgramStopConfig, StopConfig
+        from apt_model.errors import validated
+
+        stop = validated(ProgramStopConfig, asked, key="hydra.launcher.stop")
+        metric = stop.metric or self.about.objective
+        problems = [
+            f"hydra.launcher.stop.{key}: {length}: nobody knows how many steps a program makes. Write steps, as it reports "
+            "them: 500st."
+            for key, length in (*(("rungs", rung) for rung in stop.rungs), ("grace", stop.grace))
+            if length.endswith("%")
+        ]
+        if stop.rungs and metric is None:
+            problems.append("hydra.launcher.stop.metric: name a metric that the program reports by job.report.")
+        if problems:
+            raise ConfigError(*problems)
+        return StopConfig(**{**stop.model_dump(), "metric": metric or self.metric})
 
     def _freeze(self, cfg: DictConfig) -> dict[str, Any]:
         from hydra.core.hydra_config import HydraConfig
@@ -136,7 +158,7 @@ class HydraMain:
         )
         if self.about.snapshot is not None:
             _say(f"code: a copy of {self.about.snapshot}, see {folder.parent / 'snapshot.json'}")
-        context = own_job.begin(folder, self.output(folder, values, job.number), first=job.rank == 0)
+        context = own_job.begin(folder, self.output(folder, values, job.number), first=job.rank == 0, judge=job.judge)
         _say_how_it_begins(job, context.has_checkpoint)
         for number in SIGNALS:
             signal.signal(number, context.asked_to_stop)
@@ -151,7 +173,7 @@ class HydraMain:
                 _say_how_it_ends(context.has_checkpoint)
                 raise Interrupted("asked to stop") from None
             raise
-        if context.interrupted or context.leaves_early:
+        if context.interrupted or context.leaves_early or context.lost:
             _say_how_it_ends(context.has_checkpoint)
             raise Interrupted("asked to stop")
         value, numbers = self._result(call.returned)

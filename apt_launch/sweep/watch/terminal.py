@@ -41,7 +41,7 @@ def show_live(live: Watch, console: Console, *, until_ended: bool) -> int:
     show(picture.plan, picture.statuses, live.folder)
     if interrupts:
         raise KeyboardInterrupt
-    return 0 if all(status.state in ("done", "dropped") for status in picture.statuses) else 1
+    return 0 if all(status.state in ("done", "stopped", "dropped") for status in picture.statuses) else 1
 
 
 def frame(picture: Picture, width: int, height: int, problem: str | None = None) -> RenderableType:
