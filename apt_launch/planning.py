@@ -28,8 +28,10 @@ def gather(arguments: Sequence[str], own_options: Path | None = None, *, multiru
     from apt_launch.config.menu import CONF
     from apt_launch.sweep.application import TRAINER, load
     from apt_launch.sweep.backends.registry import backend_of
+    from apt_launch.sweep.control.extend import reused
     from apt_launch.sweep.plan.composer import Composer
     from apt_launch.sweep.plan.expand import make
+    from apt_launch.sweep.plan.tree import with_tree
     from apt_launch.sweep.plugins import refuse_dropped, register
 
     if own_options is not None and not os.path.isdir(own_options):  # noqa: PTH112  (Path.is_dir raises where a name is too long)
@@ -52,6 +54,7 @@ def gather(arguments: Sequence[str], own_options: Path | None = None, *, multiru
             params=sweeper.get("params"),
             zipped=sweeper.get("zip") or (),
         )
+        plan = with_tree(plan, load(TRAINER), reused(plan))
         if multirun or plan.asked > 1:
             refuse_dropped(composed, load(TRAINER).job_logging())
         return plan

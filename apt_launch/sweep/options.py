@@ -31,6 +31,9 @@ class LaunchConfig(Options):
     max_gpu_hours: PositiveNumber | None
     wait: bool
     drill: bool
+    share: bool | Literal["auto"] = "auto"
+    keep_forks: bool = False
+    reuse: Text | None = None
 
 
 class JobResources(Options):

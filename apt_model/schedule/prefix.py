@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from apt_model.schedule.clock import Clock
@@ -60,8 +61,12 @@ class Course:
     lr: Callable[[Clock], float]
     log_every: int
 
-    def updates(self) -> Iterator[Update]:
-        """Yield each update."""
+    @cached_property
+    def updates(self) -> tuple[Update, ...]:
+        """Each update; one course is compared with many."""
+        return tuple(self._walk())
+
+    def _walk(self) -> Iterator[Update]:
         program = self.program
         read_by = {name: reader_of(program.curriculum, name) for name in program.curriculum.all_anneals}
         double = {name for name in read_by if program.curriculum.target_of(name).startswith("optimizer.")}
@@ -86,22 +91,28 @@ class Course:
 def shared_updates(whole: Course, fork: Course, reach: Callable[[str], Reach]) -> int:
     """Return how many first updates of ``whole`` are those of ``fork``, its rows of the record among them.
 
-    Latches go by what is measured: nothing is shared from the first update on at which one may act.
+    Latches go by what is measured: nothing is shared from the first update on at which one may act, nor where they remember
+    different things.
 
     Args:
         reach: of each dotted key.
     """
     differing = {key for key in {*whole.values, *fork.values} if whole.values.get(key) != fork.values.get(key)}
     reached = {reach(key) for key in differing}
-    if Reach.ALL in reached:
+    if Reach.ALL in reached or _remembered(whole.program) != _remembered(fork.program):
         return 0
     modules = [f"{one.module}_enabled" for one in reached if one.module is not None]
     most = min(_foreseen(whole.program), _foreseen(fork.program))
-    for step, (one, other) in enumerate(zip(whole.updates(), fork.updates(), strict=False)):
+    for step, (one, other) in enumerate(zip(whole.updates, fork.updates, strict=False)):
         read = any(other.states.get(module) for module in modules)
         if step == most or read or one.computes != other.computes or (other.has_row and not one.has_row):
             return step
     return most
+
+
+def _remembered(program: Program) -> dict[str, tuple[str, float]]:
+    """Return of which metric each latch remembers what, by what it switches."""
+    return {subject.label: (when.metric, when.smooth) for subject, when in program.latches.items()}
 
 
 def _foreseen(program: Program) -> int:

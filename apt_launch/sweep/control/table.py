@@ -37,7 +37,7 @@ def show(plan: Plan, statuses: Sequence[Status], folder: Path) -> None:
     screen.print(table(plan, statuses, screen.width))
     screen.print(counted(statuses), highlight=False)
     for one in statuses:
-        if one.state in ("failed", "unknown") or (one.state == "cancelled" and one.cause):
+        if one.state in ("failed", "unknown") or (one.state in ("cancelled", "planned") and one.cause):
             log = one.folder / "log.txt"
             where = f" Log: {log}" if log.exists() else ""
             screen.print(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from apt_launch.sweep.application import JobSpec, Resources
+from apt_launch.sweep.application import Fork, JobSpec, Resources
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Job:
     resources: Resources
     steps: int = 0  # updates that it plans
     spec: JobSpec | None = field(default=None, repr=False, compare=False)  # only where the plan was made
+    fork: Fork | None = None  # where it begins; None: at its first update
 
     @property
     def folder(self) -> str:
@@ -30,6 +31,11 @@ class Job:
     def label(self) -> str:
         """What distinguishes it from the others, in the user's words."""
         return " ".join(self.overrides)
+
+    @property
+    def begins(self) -> int:
+        """The first update that it trains itself."""
+        return 0 if self.fork is None else self.fork.update
 
     @property
     def config(self) -> Any:

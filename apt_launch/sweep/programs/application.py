@@ -212,6 +212,21 @@ class HydraMain:
         """Return 0: nobody knows what programs could share."""
         return 0
 
+    def fork_points(self, folder: Path) -> Sequence[int]:
+        """Return none."""
+        return ()
+
+    def graft(self, folder: Path, values: Mapping[str, Any], source: Path, update: int) -> None:
+        """Refuse: programs share nothing.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError("a program's jobs share nothing")
+
+    def prune_forks(self, folder: Path) -> None:
+        """Do nothing."""
+
     def environment(self) -> Mapping[str, str]:
         """Return nothing: jobs have what backends pass on."""
         return {}
