@@ -15,14 +15,14 @@ from typing import Any
 
 from apt_launch.escapes import visible
 from apt_launch.lease import Holder, heartbeats, is_alive
-from apt_launch.sweep.application import Fork, Resources, load
+from apt_launch.sweep.application import Resources, load
 from apt_launch.sweep.backends.machine import Machine, worker_file
 from apt_launch.sweep.jobs import process, trunk
 from apt_launch.sweep.jobs.state import ENDED, ask_to_cancel, read_state, transition, wants_cancel
 from apt_launch.sweep.plan.plan import Plan
 from apt_launch.sweep.plan.tree import is_shared, longest_path
 from apt_model.errors import ConfigError, ReportedError
-from apt_model.files import read_json, write_json
+from apt_model.files import write_json
 
 MOST_RESTARTS = 20
 """Interruptions of one job after which it has failed."""
@@ -64,7 +64,7 @@ class Worker:
         self.cancelled = False
         self.plan = Plan.read(sweep)
         self.application = load(self.plan.application, self.plan.program)
-        self.forks = {name: fork for name in names if (fork := _fork_of(sweep / name)) is not None}
+        self.forks = {name: fork for name in names if (fork := process.fork_of(sweep / name)) is not None}
         paths = longest_path(self.plan)
         self.waiting = sorted(names, key=lambda name: -paths[name]) if is_shared(self.plan) else list(names)
         self.resources = {name: self.plan.by_folder[name].resources for name in names}
@@ -196,14 +196,6 @@ class Worker:
 
         signal.signal(signal.SIGALRM, kill)
         signal.alarm(GRACE_SECONDS)
-
-
-def _fork_of(folder: Path) -> Fork | None:
-    """Return where a job begins, as its own process will read it."""
-    try:
-        return read_json(folder / "job.json", process.About, remedy="sweep resume writes it anew.").fork
-    except (ConfigError, FileNotFoundError):  # which the job reports
-        return None
 
 
 def _be_job(folder: Path, gpus: Sequence[str], cores: int) -> int:

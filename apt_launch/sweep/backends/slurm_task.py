@@ -30,7 +30,12 @@ def run_on_slurm(folder: str) -> float | None:
     path = Path(folder)
     try:
         code = perform(
-            path, job_id=job_id, restart=int(environment.get("SLURM_RESTART_COUNT", "0")), rank=rank, requeue=_requeue
+            path,
+            job_id=job_id,
+            restart=int(environment.get("SLURM_RESTART_COUNT", "0")),
+            rank=rank,
+            requeue=_requeue,
+            on_fork=release,
         )
     except ReportedError:  # its own traceback is in the log
         code = FAILED
@@ -96,6 +101,17 @@ def requeue(folders: Sequence[Path]) -> None:
             return
         time.sleep(2)
     change("failed", "SLURM did not take it back (scontrol requeue failed)")
+
+
+def release(folders: Sequence[Path]) -> None:
+    """Let the jobs in ``folders`` begin, which depend on the end of one that has now made their first updates.
+
+    Where that fails they begin when that one has ended.
+    """
+    for folder in folders:
+        state = read_state(folder)
+        if state.state == "submitted" and state.job_id:
+            _slurm("scontrol", "update", f"JobId={state.job_id}", "Dependency=")
 
 
 def _slurm(*command: str) -> str | None:

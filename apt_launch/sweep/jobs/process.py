@@ -63,6 +63,14 @@ class About:
             raise ValueError("its hours must be a number above 0")
 
 
+def fork_of(folder: Path) -> Fork | None:
+    """Return where the job in ``folder`` begins, as its process will read it."""
+    try:
+        return read_json(folder / "job.json", About, remedy="sweep resume writes it anew.").fork
+    except (ConfigError, FileNotFoundError):  # which the job reports
+        return None
+
+
 class _TrunkLostError(Exception):
     """The updates that the job was to begin with will not come by themselves."""
 

@@ -57,8 +57,10 @@ def with_tree(plan: Plan, application: Application, sources: Sequence[Source] = 
 
 
 def _may_share(plan: Plan, job: Job) -> bool:
-    """Return whether the job may take part: tasks that run several jobs of a cluster know no order among them."""
+    """Return whether the job may take part. A cluster's task with several jobs, or the user's own dependency, leaves no order."""
     assert job.spec is not None
+    if "dependency" in plan.launcher_values.get("additional_parameters", {}):
+        return False
     packed = plan.launcher_values.get("pack", 1) > 1
     limited = plan.launcher == "slurm" and plan.launcher_values.get("max_parallel") is not None
     return bool(job.spec.share) and not packed and not (limited and job.spec.share == "auto")
