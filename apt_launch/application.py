@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging.config
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +69,20 @@ class Trainer:
         from apt_launch.config.run_config import is_neutral
 
         return is_neutral(key)
+
+    @contextmanager
+    def composing(self, flags: Sequence[str]) -> Iterator[tuple[Any, str]]:
+        """Open ``conf/``, and the folder of a user's own options that ``flags`` name."""
+        from apt_launch.config import guard
+        from apt_launch.config.composing import config_loader
+        from apt_launch.config.menu import CONF
+        from apt_launch.sweep.plugins import register
+
+        own = [value for flag, value in pairwise(flags) if flag == "--config-dir"]
+        register()
+        guard.install()
+        with config_loader(CONF, Path(own[-1]) if own else None) as loader:
+            yield loader, "config"
 
     def job_logging(self) -> Mapping[str, Any]:
         """Return how jobs log: as a run does."""

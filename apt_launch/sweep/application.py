@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol, TypeVar
@@ -244,6 +245,16 @@ class Application(Protocol):
 
     def is_neutral(self, key: str) -> bool:
         """Return whether the key cannot change a result."""
+
+    def composing(self, flags: Sequence[str]) -> AbstractContextManager[tuple[Any, str]]:
+        """Open the application's configs meanwhile: Hydra's loader, and the name of the primary config.
+
+        Args:
+            flags: of the command that planned a sweep, which say where configs are.
+
+        Raises:
+            ConfigError: they cannot be opened outside of the application's own command.
+        """
 
     def job_logging(self) -> Mapping[str, Any] | None:
         """Return how jobs log, as ``hydra.job_logging`` says it: a sweep refuses another; None: it is not compared."""

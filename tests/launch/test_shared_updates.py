@@ -196,21 +196,50 @@ def test_a_killed_trunk_is_trained_again_and_every_job_comes_out_as_if_alone(
 ONE_END = ("schedule.moe_capacity.end=1.25", "schedule.vote_threshold.end=2.0")
 
 
-@pytest.mark.skipif(not KILLS, reason="make soak")
-def test_jobs_that_are_killed_at_random_come_out_as_if_alone(base: list[str], sweep: Path, tmp_path: Path) -> None:
-    chance = random.Random(0)
-    process = started(base, sweep, *ENDS, "trainer.max_batches_per_epoch=20")
-    for _ in range(KILLS):
-        running = [holder for path in sweep.glob("*/lease.json") if (holder := read_holder(path)) and holder.alive]
-        if running:
-            os.kill(chance.choice(running).pid, signal.SIGKILL)
-        try:
-            process.wait(chance.uniform(0.1, 3))
-        except subprocess.TimeoutExpired:
-            continue
-        if set(states(sweep)) == {"done"}:
-            break
-        process = Fork(["apt_launch.sweep", "resume", str(sweep)], cwd=tmp_path, stdout=subprocess.PIPE)
+def test_a_sweep_grows_from_what_its_jobs_have_kept_and_so_does_another(
+    base: list[str], sweep: Path, tmp_path: Path
+) -> None:
+    process = started(base, sweep, ENDS[0], "launch.keep_forks=true")
     process.communicate()
-    after(sweep, "resume")
-    assert_as_if_alone(sweep, [0, 1, 2, 3], tmp_path)
+    assert [json.loads(path.read_text())["update"] for path in sweep.glob("*/graft.json")] == [8]
+    kept = {int(path.name[5:]) for path in folder(sweep, 0).glob("checkpoints/step-*")}
+    assert kept == {8, 12, 20, 24}  # where modules are enabled; one that was needed
+    shown = after(sweep, "extend", "schedule.route_temp.end=0.6,0.9", "--dry-run")
+    assert "job 2 from 8 of " in shown.stdout, shown.stdout + shown.stderr
+    assert len(list(sweep.glob("[0-9]-*"))) == 2
+    extended = after(sweep, "extend", "schedule.route_temp.end=0.6,0.9")
+    assert "1 jobs more, 1 of those asked for are there already" in extended.stdout, extended.stdout + extended.stderr
+    assert states(sweep) == ["done"] * 3
+    assert shared(sweep) == [8, 8]
+    assert "Nothing to send" in after(sweep, "extend", "schedule.route_temp.end=0.8,0.9").stdout
+
+    other = tmp_path / "other"
+    started(base, other, "schedule.route_temp.end=0.6", ENDS[1], f"launch.reuse={sweep}").communicate()
+    assert [job.fork and (job.fork.job, job.fork.sweep, job.begins) for job in Plan.read(other).jobs] == [
+        (folder(sweep, 0).name, str(sweep), 12),
+        (folder(sweep, 0).name, str(sweep), 24),
+    ]
+    assert states(other) == ["done"] * 2
+    assert_as_if_alone(sweep, [2], tmp_path)
+    assert_as_if_alone(other, [0, 1], tmp_path)
+
+
+if KILLS:  # make soak
+
+    def test_jobs_that_are_killed_at_random_come_out_as_if_alone(base: list[str], sweep: Path, tmp_path: Path) -> None:
+        chance = random.Random(0)
+        process = started(base, sweep, *ENDS, "trainer.max_batches_per_epoch=20")
+        for _ in range(KILLS):
+            running = [holder for path in sweep.glob("*/lease.json") if (holder := read_holder(path)) and holder.alive]
+            if running:
+                os.kill(chance.choice(running).pid, signal.SIGKILL)
+            try:
+                process.wait(chance.uniform(0.1, 3))
+            except subprocess.TimeoutExpired:
+                continue
+            if set(states(sweep)) == {"done"}:
+                break
+            process = Fork(["apt_launch.sweep", "resume", str(sweep)], cwd=tmp_path, stdout=subprocess.PIPE)
+        process.communicate()
+        after(sweep, "resume")
+        assert_as_if_alone(sweep, [0, 1, 2, 3], tmp_path)

@@ -114,14 +114,10 @@ def saving(plan: Plan) -> str:
 
 def tree_lines(plan: Plan) -> Iterator[str]:
     """Yield the tree as text: a line a job, below the one that it begins with."""
-    children: dict[str | None, list[Job]] = {}
-    folders = {job.folder for job in plan.jobs}
-    for job in plan.jobs:
-        inside = job.fork is not None and job.fork.sweep is None and job.fork.job in folders
-        children.setdefault(job.fork.job if job.fork is not None and inside else None, []).append(job)
+    children = _children(plan)
 
     def below(job: Job, indent: str) -> Iterator[str]:
-        members = sorted(children.get(job.folder, []), key=lambda other: (other.begins, other.number))
+        members = children.get(job.folder, [])
         for number, other in enumerate(members):
             last = number == len(members) - 1
             yield f"{indent}{'└' if last else '├'} from {other.begins:,}: {_name(other)}"
@@ -133,6 +129,26 @@ def tree_lines(plan: Plan) -> Iterator[str]:
         )
         yield f"job {job.number}{source}, to {job.steps:,}" + (f"  {job.label}" if job.label else "")
         yield from below(job, "  ")
+
+
+def tree(plan: Plan) -> Iterator[Job]:
+    """Yield the jobs, each before those that begin with it."""
+    children = _children(plan)
+    waiting = list(reversed(children.get(None, [])))
+    while waiting:
+        job = waiting.pop()
+        yield job
+        waiting += reversed(children.get(job.folder, []))
+
+
+def _children(plan: Plan) -> dict[str | None, list[Job]]:
+    """Return the jobs that begin with each one, by its folder, in order; None: with none that is here."""
+    folders = {job.folder for job in plan.jobs}
+    found: dict[str | None, list[Job]] = {}
+    for job in sorted(plan.jobs, key=lambda job: (job.begins, job.number)):
+        inside = job.fork is not None and job.fork.sweep is None and job.fork.job in folders
+        found.setdefault(job.fork.job if job.fork is not None and inside else None, []).append(job)
+    return found
 
 
 def _name(job: Job) -> str:

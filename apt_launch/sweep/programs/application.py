@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -106,6 +107,16 @@ class HydraMain:
         if key == TYPES:
             return True  # values of other classes have other keys, or are used alike
         return any(fnmatchcase(key, one) or key.startswith(f"{one}.") for one in self.about.neutral)
+
+    def composing(self, flags: Sequence[str]) -> AbstractContextManager[tuple[Any, str]]:
+        """Refuse: only the program itself knows where its configs are.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "extend: a sweep of another program cannot grow. Start the program anew, with what is missing."
+        )
 
     def job_logging(self) -> None:
         """Return None: a program logs as its config says."""
