@@ -6,6 +6,7 @@ own scheduled values; their times are those of the run that was trained.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -41,11 +42,11 @@ def graft(config: RunConfig, folder: RunFolder, source: RunFolder, update: int) 
 
 def own_rows(config: RunConfig, rows: list[Row], update: int) -> list[Row]:
     """Return those of another run's ``rows`` that the run of ``config`` writes up to ``update``, with its scheduled values."""
-    updates = config.course.updates
+    has_row = [one.has_row for one in itertools.islice(config.course.walk(), update)]
     found = []
     for row in rows:
         step = int(row["step"])
-        if step >= update or ("train/loss" in row and not updates[step].has_row):
+        if step >= update or ("train/loss" in row and not has_row[step]):
             continue
         values = config.program.at(config.horizon.clock_at(step))
         scheduled = {f"schedule/{name}": float(value) for name, value in values.items()}

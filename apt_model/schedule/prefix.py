@@ -7,6 +7,8 @@ counts only where it is read: a router's temperature is not, while the layers ar
 
 from __future__ import annotations
 
+import hashlib
+import marshal
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -37,8 +39,8 @@ class Reach(Enum):
 class Update(NamedTuple):
     """An update, as far as a config says."""
 
-    computes: tuple[Any, ...]
-    """What is read at it, in the form in which it is read: equal ones compute the same."""
+    computes: bytes
+    """A digest of what is read at it, in the form in which it is read: equal ones compute the same."""
     states: Mapping[str, bool]
     """Whether each module is enabled, and what is frozen, by label."""
     has_row: bool
@@ -64,28 +66,46 @@ class Course:
     @cached_property
     def updates(self) -> tuple[Update, ...]:
         """Each update; one course is compared with many."""
-        return tuple(self._walk())
+        return tuple(self.walk())
 
-    def _walk(self) -> Iterator[Update]:
+    def walk(self) -> Iterator[Update]:
+        """Yield each update."""
         program = self.program
         read_by = {name: reader_of(program.curriculum, name) for name in program.curriculum.all_anneals}
         double = {name for name in read_by if program.curriculum.target_of(name).startswith("optimizer.")}
         before: dict[str, bool | float] = {}
+        states: dict[str, bool] = {}
         epochs = program.horizon.updates_per_epoch
         for step in range(program.horizon.steps):
             clock = program.horizon.clock_at(step)
             now = program.at(clock)
-            states = {name: value for name, value in now.items() if isinstance(value, bool)}
-            switched = any(before.get(name) != on for name, on in states.items())
+            states_now = {name: value for name, value in now.items() if isinstance(value, bool)}
+            switched = states_now != states
+            states = states_now if switched else states  # one for many updates
             regular = step % self.log_every == 0 or (step + 1) % epochs == 0 or switched
             # buffers hold float32; the optimizer takes the number as it is
             read = tuple(
-                (program.curriculum.target_of(name), value if name in double else struct.pack("f", value))
+                (program.curriculum.target_of(name), float(value) if name in double else struct.pack("f", value))
                 for name, value in now.items()
                 if name in read_by and (read_by[name] is None or now.get(f"{read_by[name]}_enabled", True))
             )
-            yield Update((clock, states, read, self.lr(clock), regular), states, regular or now != before)
+            everything = (
+                clock.epoch,
+                clock.step,
+                clock.sample,
+                clock.token,
+                sorted(states.items()),
+                read,
+                float(self.lr(clock)),
+                regular,
+            )
+            yield Update(_digest(everything), states, regular or now != before)
             before = now
+
+
+def _digest(content: tuple[Any, ...]) -> bytes:
+    """Return a digest of plain values; of the second format, which goes by values alone."""
+    return hashlib.blake2b(marshal.dumps(content, 2), digest_size=16).digest()
 
 
 def shared_updates(whole: Course, fork: Course, reach: Callable[[str], Reach]) -> int:

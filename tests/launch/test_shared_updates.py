@@ -41,8 +41,13 @@ def base(text_file: Path) -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def sweep(tmp_path: Path) -> Path:
-    return tmp_path / "sweep"
+def sweep(tmp_path: Path) -> Iterator[Path]:
+    """Where the sweep under test goes; whatever of it is left at the end is cancelled."""
+    yield tmp_path / "sweep"
+    if (tmp_path / "hold").exists():
+        (tmp_path / "hold" / "go").touch()
+    if (tmp_path / "sweep" / "plan.yaml").exists() and not {"done"} >= set(states(tmp_path / "sweep")):
+        after(tmp_path / "sweep", "cancel")
 
 
 def after(sweep: Path, *command: str) -> subprocess.CompletedProcess[str]:

@@ -174,7 +174,7 @@ class Worker:
                 transition(folder, "failed", cause=f"interrupted {MOST_RESTARTS} times")
         elif code == process.AGAIN and not self.cancelled:
             pass  # whoever runs this worker starts the job again
-        elif state.state not in ENDED:
+        elif state.state not in ENDED and not (code == process.DONE and state.state == "planned"):
             cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
             if code == -signal.SIGKILL:
                 cause += ", perhaps by a lack of memory"
