@@ -190,6 +190,7 @@ class Trainer:
             keep_last=config.trainer.keep_last,
             keep_best=config.trainer.keep_best,
             keep_every=config.trainer.keep_every,
+            forks=[fork.update for fork in job.forks],
             needed=lambda: _kept(config, job.forks) | needed(folder.parent, job.forks),
         ).prune()
 

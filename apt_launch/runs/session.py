@@ -76,6 +76,7 @@ def run_once(
         keep_best=config.trainer.keep_best,
         keep_every=config.trainer.keep_every,
         about=about(config),
+        forks=forks.updates,
         needed=forks.needed,
         after=forks.reached,
     )

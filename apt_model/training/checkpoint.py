@@ -39,7 +39,8 @@ class Checkpoints:
         keep_every: checkpoints after each such number of epochs stay as well; None: none for that reason.
         about: goes into each manifest as it is: what run this is.
         before: called before one is written, in the thread that writes: what it counts on must be safe by then.
-        needed: the steps whose checkpoints stay as well, asked whenever some are removed.
+        forks: steps from which other runs begin. A checkpoint that is there for that reason alone is none of the newest.
+        needed: those of them whose checkpoints stay, asked whenever some are removed.
         after: called with its step when one is written, in the thread that writes.
     """
 
@@ -52,6 +53,7 @@ class Checkpoints:
         keep_every: int | None = None,
         about: Mapping[str, Any] | None = None,
         before: Callable[[], None] = lambda: None,
+        forks: Collection[int] = (),
         needed: Callable[[], Collection[int]] = lambda: (),
         after: Callable[[int], None] = lambda step: None,
     ) -> None:
@@ -61,6 +63,7 @@ class Checkpoints:
         self.keep_every = keep_every
         self.about = dict(about or {})
         self.before = before
+        self.forks = forks
         self.needed = needed
         self.after = after
         self._writer: threading.Thread | None = None
@@ -153,8 +156,10 @@ class Checkpoints:
     def prune(self) -> None:
         """Remove what need not stay; the newest one always does."""
         there = [path for path in self.all() if not path.name.startswith(".")]
-        stay = set(there[-self.keep_last :])
         manifests = {path: _manifest_or_empty(path) for path in there}
+        forks = {f"step-{step:08d}" for step in self.forks}
+        own = [path for path in there if path.name not in forks or manifests[path].get("epochs") is not None]
+        stay = {*own[-self.keep_last :], *there[-1:]}
         losses = [path for path in there if manifests[path].get("loss") is not None]
         stay |= set(sorted(losses, key=lambda path: manifests[path]["loss"])[: self.keep_best])
         if self.keep_every is not None:

@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from apt_launch.sweep.jobs.process import AGAIN, DONE, FAILED, perform
 from apt_launch.sweep.jobs.state import read_state, transition
-from apt_model.errors import ReportedError
+from apt_model.errors import ConfigError, ReportedError
 
 
 def run_on_slurm(folder: str) -> float | None:
@@ -108,10 +109,13 @@ def release(folders: Sequence[Path]) -> None:
 
     Where that fails they begin when that one has ended.
     """
+    waiting = []
     for folder in folders:
-        state = read_state(folder)
-        if state.state == "submitted" and state.job_id:
-            _slurm("scontrol", "update", f"JobId={state.job_id}", "Dependency=")
+        with suppress(ConfigError):  # a damaged state: the table names it
+            state = read_state(folder)
+            waiting += [state.job_id] if state.state == "submitted" and state.job_id else []
+    if waiting:
+        _slurm("scontrol", "update", f"JobId={','.join(waiting)}", "Dependency=")
 
 
 def _slurm(*command: str) -> str | None:
