@@ -368,11 +368,28 @@ def _serve(path: str, *more: str) -> None:
     listening.bind(path)
     listening.listen(64)
     reply("listening")  # who connects now waits until all is loaded
-    for name in ("torch._dynamo", "wandb", "matplotlib.figure", "matplotlib.backends.backend_agg", "submitit"):
+    for name in (
+        "torch._dynamo",
+        "wandb",
+        "matplotlib.figure",
+        "matplotlib.backends.backend_agg",
+        "submitit",
+        "jinja2",
+    ):
         importlib.import_module(name)
-    for name in ("runs.train", "runs.summary", "runs.console", "preview.__main__", "sync", "sweep.plan.plan"):
+    for name in (
+        "runs.train",
+        "runs.summary",
+        "runs.console",
+        "runs.before_start",
+        "preview.__main__",
+        "sync",
+        "application",
+    ):
         importlib.import_module(f"apt_launch.{name}")
-    for name in ("apt_model.training.trainer", *more):
+    for name in ("plan.plan", "control.send", "backends.registry", "jobs.process", "report.report", "cli"):
+        importlib.import_module(f"apt_launch.sweep.{name}")
+    for name in ("apt_model.training.trainer", "apt_model.layouts.pretrained", *more):
         importlib.import_module(name)
     import gc
 
