@@ -37,7 +37,10 @@ def graft(config: RunConfig, folder: RunFolder, source: RunFolder, update: int) 
         raise ConfigError(f"{source.metrics}: it has fewer rows than {checkpoint} knew.")
     own = own_rows(config, rows, update)
     write_atomic(folder.metrics, "".join(json.dumps(row) + "\n" for row in own))
-    _write_checkpoint(config, folder, checkpoint, manifest, len(own))
+    try:
+        _write_checkpoint(config, folder, checkpoint, manifest, len(own))
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
 
 
 def own_rows(config: RunConfig, rows: list[Row], update: int) -> list[Row]:
@@ -65,11 +68,8 @@ def _write_checkpoint(
     from apt_model.training.saved_state import read_state
 
     update = int(manifest["step"])
-    try:
-        read_state(checkpoint)
-        state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True, mmap=True)
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from None
+    read_state(checkpoint)  # refuses what no run can go on from
+    state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True, mmap=True)
     if not is_as_planned(config, state, update):
         raise ConfigError(f"{checkpoint}: that run has left updates out, so its update {update} is none of this run's.")
     state["progress"]["rows"] = rows
