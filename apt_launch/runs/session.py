@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,8 @@ from apt_launch.runs import summary
 from apt_launch.runs.build import build_trainer
 from apt_launch.runs.console import progress_callback
 from apt_launch.runs.drill import Drill, Drilled
-from apt_launch.runs.folder import Checked, RunFolder
+from apt_launch.runs.folder import Checked, RunFolder, about
+from apt_launch.runs.forks import NO_FORKS, Forks
 from apt_launch.runs.projections import project
 from apt_launch.runs.provenance import provenance
 from apt_launch.runs.stop import StopRequest
@@ -50,7 +50,9 @@ def may_roll_back(config: RunConfig, left_out: list[tuple[int, int]]) -> bool:
     return config.trainer.on_nonfinite == "rollback" and len(left_out) < MOST_ROLLBACKS
 
 
-def run_once(checked: Checked, folder: RunFolder, stop: StopRequest, member: Membership | None) -> float:
+def run_once(
+    checked: Checked, folder: RunFolder, stop: StopRequest, member: Membership | None, forks: Forks = NO_FORKS
+) -> float:
     """Train until the run is done, and keep its folder; return the final validation loss.
 
     Raises:
@@ -74,7 +76,10 @@ def run_once(checked: Checked, folder: RunFolder, stop: StopRequest, member: Mem
         keep_last=config.trainer.keep_last,
         keep_best=config.trainer.keep_best,
         keep_every=config.trainer.keep_every,
-        about={"identity": config.identity, "config": config.result_values, "horizon": asdict(config.horizon)},
+        about=about(config),
+        forks=forks.updates,
+        needed=forks.needed,
+        after=forks.reached,
     )
     trainer = build_trainer(  # before anything is written: what it refuses leaves the folder as it was
         config,
@@ -84,6 +89,7 @@ def run_once(checked: Checked, folder: RunFolder, stop: StopRequest, member: Mem
         leave_out=left_out,
         stop_requested=drill.stop_or(stop),
     )
+    trainer.forks = forks.updates
     session = Session(checked, folder, trainer, checkpoints, began)
     if member is not None and member.judge is not None:
         trainer.log = _judged(trainer.log, member.judge, stop)

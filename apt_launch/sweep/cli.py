@@ -1,4 +1,4 @@
-"""``python -m apt_launch.sweep status|watch|wait|resume|cancel|drop|best|report|replay DIR``: a sweep after its launch.
+"""``python -m apt_launch.sweep status|watch|wait|resume|extend|cancel|drop|best|report|replay DIR``: a sweep after its launch.
 
 ``run PROGRAM``: the launch itself, of a program with ``@hydra.main``.
 """
@@ -19,6 +19,7 @@ from apt_launch.secrets import keep_private
 from apt_launch.sweep.application import load
 from apt_launch.sweep.backends.registry import backend
 from apt_launch.sweep.control import cancel as cancelling
+from apt_launch.sweep.control import extend as extending
 from apt_launch.sweep.control import resume as resuming
 from apt_launch.sweep.control.follow import follow, say
 from apt_launch.sweep.control.ledger import Ledger, Status
@@ -68,6 +69,10 @@ def parser() -> argparse.ArgumentParser:
         ),
         ("wait", "wait until all jobs have ended"),
         ("resume", "send again what failed, was cancelled or is missing; overrides such as launch.hours=48 may follow"),
+        (
+            "extend",
+            "plan the same sweep with other values, and send the jobs that are new; they begin with what others have kept",
+        ),
         ("cancel", "stop jobs, all or those that are named, with a checkpoint of each"),
         ("drop", "leave jobs out: they are stopped, and no longer resumed, waited for or reported; their files stay"),
         ("best", "print the best job's folder, its newest checkpoint, and the command that runs it again"),
@@ -92,6 +97,15 @@ def parser() -> argparse.ArgumentParser:
                 nargs="*",
                 metavar="JOB|KEY=VALUE",
                 help="numbers of jobs, all unless one is named; overrides of keys that cannot change a result",
+            )
+        if name == "extend":
+            one.add_argument("--allow", metavar="PACKAGE", help="a package of yours whose classes the jobs may name")
+            one.add_argument("--dry-run", action="store_true", help="show the new jobs, and send nothing")
+            one.add_argument(
+                "overrides",
+                nargs="+",
+                metavar="KEY=VALUES",
+                help="in place of those of the sweep's command with the same keys",
             )
         if name in ("cancel", "drop"):
             one.add_argument(
@@ -169,6 +183,17 @@ def resume(arguments: argparse.Namespace) -> int:
         return follow(arguments.folder)
     say(f"Look at it by: {command('apt_launch.sweep', 'status', arguments.folder)}")
     return 0
+
+
+def extend(arguments: argparse.Namespace) -> int:
+    """Send jobs that are new."""
+    plan = Plan.read(arguments.folder)
+    if not extending.extend(arguments.folder, arguments.overrides, dry_run=arguments.dry_run):
+        say("Nothing to send: the sweep has all of these jobs.")
+        return 0
+    if arguments.dry_run or backend(plan.launcher, plan.launcher_values).detaches:
+        return 0
+    return follow(arguments.folder)
 
 
 def cancel(arguments: argparse.Namespace) -> int:
@@ -255,7 +280,7 @@ def replay(arguments: argparse.Namespace) -> int:
 
 COMMANDS = {
     **{"status": status, "watch": watch, "wait": wait, "resume": resume, "cancel": cancel},
-    **{"drop": drop, "best": best, "report": report, "replay": replay},
+    **{"extend": extend, "drop": drop, "best": best, "report": report, "replay": replay},
 }
 
 

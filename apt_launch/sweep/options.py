@@ -98,6 +98,9 @@ class LaunchConfig(Options):
     wait: bool
     drill: bool
     stop: StopConfig = StopConfig()
+    share: bool | Literal["auto"] = "auto"
+    keep_forks: bool = False
+    reuse: Text | None = None
 
 
 class JobResources(Options):

@@ -76,9 +76,12 @@ class PlanSweeper(Sweeper):
             self._sweep(arguments)
 
     def _sweep(self, arguments: list[str]) -> None:
+        from apt_launch.sweep.application import load
+        from apt_launch.sweep.control.extend import reused
         from apt_launch.sweep.control.send import carry_out, show_plan
         from apt_launch.sweep.options import SweeperOptions
         from apt_launch.sweep.plan.expand import make
+        from apt_launch.sweep.plan.tree import with_tree
         from apt_model.errors import ConfigError, validated
 
         options = validated(SweeperOptions, self.options, key="hydra.sweeper")
@@ -96,6 +99,7 @@ class PlanSweeper(Sweeper):
             params=self.params,
             zipped=self.zip,
         )
+        plan = with_tree(plan, load(plan.application, plan.program), reused(plan))
         folder = Path(str(self.given.hydra.sweep.dir)).absolute()
         if options.dry_run:
             show_plan(plan, folder, backend)

@@ -16,6 +16,7 @@ from apt_launch.lease import read_holder
 from tests.conftest import SMALL, until
 from tests.forks import Fork, environment
 from tests.hold import Hold
+from tests.launch.test_shared_updates import assert_as_if_alone
 from tests.slurm.cluster import NODES, Cluster
 
 LONG = (
@@ -339,6 +340,33 @@ def test_four_ranks_on_two_nodes_train_one_model(sweep: Sweep) -> None:
     assert sweep.steps(0)[-1] == 11
     assert "bit for bit" in sweep.log(0)
     assert len(list(sweep.own(0).glob("log-*.txt"))) == 3
+
+
+def test_jobs_begin_with_the_updates_of_one_that_still_runs_and_are_planned_again_if_it_fails(
+    sweep: Sweep, tmp_path: Path
+) -> None:
+    sweep.hold()
+    ends = ("schedule.route_temp.end=0.6,0.8", "schedule.align_weight.end=0.1,0.3")  # updates 8 and 12 begin to differ
+    sent = sweep.send(*ends, "launch.share=true").stdout
+    assert "4 jobs, 96 updates asked, 64 trained: 33 % less" in sent
+    assert sent.count("once job 0 has made their first updates") == 1  # an array of two
+    until(lambda: sweep.holds(0), "job 0 to hold after update 8 and before update 12")
+    until(lambda: list(sweep.folder.glob("2-*/graft.json")), "job 2 to begin")
+    until(lambda: list(sweep.folder.glob("3-*/graft.json")), "job 3 to begin with what job 2 has made")
+    assert sweep.jobs()[1]["state"] == "pending"
+    holder = read_holder(sweep.own(0) / "lease.json")
+    assert holder is not None
+    os.kill(holder.pid, signal.SIGKILL)
+    until(lambda: sweep.written(1)["state"] == "planned", "job 1 to be planned again")
+    assert "job 0, whose first 12 updates it shares," in sweep.written(1)["cause"]
+    sweep.holding.let_go()
+    assert sweep.call("wait").returncode == 1
+    states = {number: row["state"] for number, row in sweep.jobs().items()}
+    assert states == {0: "failed", 1: "planned", 2: "done", 3: "done"}
+
+    assert sweep.call("resume", "--wait").returncode == 0, sweep.log(0) + sweep.log(1)
+    assert {row["state"] for row in sweep.jobs().values()} == {"done"}
+    assert_as_if_alone(sweep.folder, [1, 3], tmp_path)
 
 
 def test_other_sweepers_wait_and_get_true_results(sweep: Sweep) -> None:

@@ -44,7 +44,8 @@ def follow(folder: Path, only: set[str] | None = None, *, record: bool = True) -
                 record_ends(statuses)
             for status in statuses:
                 name = status.job.folder
-                if shown.get(name) != status.state and status.state not in ("planned", "submitted", "pending"):
+                waits = status.state in ("submitted", "pending") or (status.state == "planned" and not status.cause)
+                if shown.get(name) != status.state and not waits:
                     say(_line(status, ledger.application.metric))
                     pause = 0.05
                 shown[name] = status.state
@@ -77,7 +78,9 @@ def _line(status: Status, metric: str) -> str:
     loss = f"  {metric} {status.loss:.4f}" if status.loss is not None else ""
     again = f" (attempt {status.restarts + 1})" if status.restarts and status.state == "running" else ""
     cause = (
-        f": {status.cause}" if status.cause and status.state in ("failed", "cancelled", "stopped", "unknown") else ""
+        f": {status.cause}"
+        if status.cause and status.state in ("failed", "cancelled", "stopped", "unknown", "planned")
+        else ""
     )
     return f"{status.job.number:>4}  {status.state:<9}{again}{loss}  {status.job.label}{cause}"
 

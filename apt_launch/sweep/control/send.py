@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from apt_launch.commands import command
-from apt_launch.sweep.application import load
+from apt_launch.sweep.application import Fork, load
 from apt_launch.sweep.backends.base import Backend
 from apt_launch.sweep.control.follow import follow, say
 from apt_launch.sweep.control.ledger import Ledger
 from apt_launch.sweep.control.rungs import described, rule_of, write_rule
+from apt_launch.sweep.jobs.trunk import GRAFT, trunk
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
+from apt_launch.sweep.plan.tree import is_shared, saving, tree_lines
 from apt_launch.sweep.programs.secrets import write_secrets
 from apt_launch.values import to_yaml
 from apt_model.errors import ConfigError
@@ -33,6 +35,11 @@ def show_plan(plan: Plan, folder: Path, where: Backend) -> None:
     say(f"sweep of {plan.summary}, {plan.launcher}. Folder: {folder}. Nothing is sent.")
     for job in plan.jobs:
         say(f"{job.number:>4}  {job.label or 'as the config says'}  ({job.resources})")
+    if is_shared(plan):
+        say("First updates that are trained once:")
+        for line in tree_lines(plan):
+            say(f"  {line}")
+        say(saving(plan))
     if plan.gpu_hours:
         say(f"at most {plan.gpu_hours:g} GPU-hours")
     spec = plan.jobs[0].spec
@@ -65,6 +72,8 @@ def carry_out(plan: Plan, folder: Path, where: Backend, snapshot_mb: float = 0.0
     say(f"sweep {plan.id}: {plan.summary}. Folder: {folder}")
     for line in write_rule(plan, folder, plan.jobs):
         say(line)
+    if is_shared(plan):
+        say(saving(plan))
     for line in where.send(plan, folder, plan.jobs):
         say(line)
     waits = any(job.spec is not None and job.spec.wait for job in plan.jobs)
@@ -160,6 +169,8 @@ def prepare(plan: Plan, folder: Path, jobs: Sequence[Job]) -> None:
         own = folder / job.folder
         refuse_link(own)
         refuse_links(own, f"job {job.number}")
+    application = load(plan.application, plan.program)
+    sent = {job.folder for job in jobs}
     for job in jobs:
         own = folder / job.folder
         (own / ".hydra").mkdir(parents=True, exist_ok=True)
@@ -176,4 +187,25 @@ def prepare(plan: Plan, folder: Path, jobs: Sequence[Job]) -> None:
         }
         if plan.program is not None:
             about["program"] = asdict(plan.program)
-        write_json(own / "job.json", about)
+        if job.fork is not None and _comes(plan, folder, job.fork, sent):
+            about["fork"] = asdict(job.fork)
+        write_json(own / "job.json", about | _awaited(plan, job))
+        if not application.has_checkpoint(own):
+            (own / GRAFT).unlink(missing_ok=True)
+    for job in plan.jobs:  # others begin with what it has kept: those that are new, too
+        if job.folder not in sent and (forks := _awaited(plan, job)):
+            path = folder / job.folder / "job.json"
+            if path.exists():
+                write_json(path, json.loads(read_regular(path)) | forks)
+
+
+def _awaited(plan: Plan, job: Job) -> dict[str, Any]:
+    forks = [asdict(fork) for fork in plan.awaited(job)]
+    return {"forks": forks} if forks else {}
+
+
+def _comes(plan: Plan, folder: Path, fork: Fork, sent: set[str]) -> bool:
+    """Return whether the updates that ``fork`` asks for are there, or somebody is to make them: else the job does."""
+    if fork.sweep is None and fork.job in sent:
+        return True
+    return trunk(load(plan.application, plan.program), folder, fork) in ("ready", "to come")

@@ -38,7 +38,7 @@ def show(plan: Plan, statuses: Sequence[Status], folder: Path) -> None:
     screen.print(table(plan, statuses, screen.width))
     screen.print(counted(statuses), highlight=False)
     for one in statuses:
-        if one.state in ("failed", "unknown") or (one.state in ("cancelled", "stopped") and one.cause):
+        if one.state in ("failed", "unknown") or (one.state in ("cancelled", "stopped", "planned") and one.cause):
             log = one.folder / "log.txt"
             where = f" Log: {log}" if log.exists() and one.state != "stopped" else ""
             screen.print(

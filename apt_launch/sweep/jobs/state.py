@@ -35,11 +35,12 @@ WAITING: Final[frozenset[Name]] = frozenset({"planned", "submitted", "pending"})
 
 TRANSITIONS: Final[dict[Name, frozenset[Name]]] = {
     "planned": frozenset({"submitted", "running", "preempted", "failed", "cancelled", "dropped"}),
-    "submitted": frozenset({"submitted", "running", "preempted", "failed", "cancelled"}),
+    "submitted": frozenset({"planned", "submitted", "running", "preempted", "failed", "cancelled"}),
+    # to planned: another job has failed to make the updates that it was to begin with
     # to running: a cluster started it again without notice; to submitted: it was killed without notice, and is resumed
     "running": frozenset({"submitted", "running", "preempted", "requeued", "failed", "cancelled", "done", "stopped"}),
-    "preempted": frozenset({"submitted", "running", "preempted", "requeued", "failed", "cancelled"}),
-    "requeued": frozenset({"submitted", "running", "preempted", "requeued", "failed", "cancelled"}),
+    "preempted": frozenset({"planned", "submitted", "running", "preempted", "requeued", "failed", "cancelled"}),
+    "requeued": frozenset({"planned", "submitted", "running", "preempted", "requeued", "failed", "cancelled"}),
     # a cluster may start a job again whatever became of it
     "failed": frozenset({"submitted", "running", "dropped"}),
     "cancelled": frozenset({"submitted", "running", "dropped"}),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from apt_launch.sweep.application import JobSpec, Resources
+from apt_launch.sweep.application import Fork, JobSpec, Resources
 
 SEEDS = ("seed", "data.seed")
 """Keys whose values are repetitions of one experiment."""
@@ -23,6 +23,7 @@ class Job:
     resources: Resources
     steps: int = 0  # updates that it plans
     spec: JobSpec | None = field(default=None, repr=False, compare=False)  # only where the plan was made
+    fork: Fork | None = None  # where it begins; None: at its first update
 
     @property
     def folder(self) -> str:
@@ -43,6 +44,11 @@ class Job:
     def without_seeds(self) -> dict[str, str]:
         """Its settings but for the seeds."""
         return {key: value for key, value in self.settings.items() if key not in SEEDS}
+
+    @property
+    def begins(self) -> int:
+        """The first update that it trains itself."""
+        return 0 if self.fork is None else self.fork.update
 
     @property
     def config(self) -> Any:

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -131,6 +132,16 @@ class HydraMain:
             return True  # values of other classes have other keys, or are used alike
         return any(fnmatchcase(key, one) or key.startswith(f"{one}.") for one in self.about.neutral)
 
+    def composing(self, flags: Sequence[str]) -> AbstractContextManager[tuple[Any, str]]:
+        """Refuse: only the program itself knows where its configs are.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "extend: a sweep of another program cannot grow. Start the program anew, with what is missing."
+        )
+
     def job_logging(self) -> None:
         """Return None: a program logs as its config says."""
 
@@ -245,6 +256,21 @@ class HydraMain:
     def shared_updates(self, a: JobSpec, b: JobSpec) -> int:
         """Return 0: nobody knows what programs could share."""
         return 0
+
+    def fork_points(self, folder: Path) -> Sequence[int]:
+        """Return none."""
+        return ()
+
+    def graft(self, folder: Path, values: Mapping[str, Any], source: Path, update: int) -> None:
+        """Refuse: programs share nothing.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError("a program's jobs share nothing")
+
+    def prune_forks(self, folder: Path) -> None:
+        """Do nothing."""
 
     def environment(self) -> Mapping[str, str]:
         """Return nothing: jobs have what backends pass on."""
