@@ -15,6 +15,7 @@ import torch
 from tests.conftest import SMALL
 from tests.forks import environment
 from tests.training.ranks import Ranks, Rows, ranks
+from tests.training.test_compile import BACKEND
 
 PLAIN = (
     "trainer.batch_size=8",
@@ -35,6 +36,9 @@ FROZEN = (
     "+schedule.events.a={freeze: blocks.*.attention, at: 1ep}",
     "+schedule.events.b={unfreeze: blocks.*.attention, at: 3ep}",
 )
+
+ONCE = "trainer.max_batches_per_epoch=1"
+"""One update an epoch: every switch, freeze and thaw of the curriculum, with updates before and after it."""
 
 ENGINES = {
     "2 replicas": (2, ()),
@@ -71,6 +75,13 @@ def alone(group: Ranks, data: tuple[str, str], tmp_path_factory: pytest.TempPath
     return out, group.train(1, out, *data, *PLAIN, *FROZEN)
 
 
+@pytest.fixture(scope="module")
+def alone_once(group: Ranks, data: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Rows]:
+    """One process, through the whole curriculum with one update an epoch."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    return out, group.train(1, out, *data, *PLAIN, *FROZEN, ONCE)
+
+
 def same(found: Rows, expected: Rows) -> None:
     """Compare what does not depend on how a batch is shared."""
     for name in ("step", "tokens", "train/loss", "train/grad_norm", "val/loss", "lr", "moe/router_entropy"):
@@ -85,11 +96,11 @@ def state(out: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_ranks_train_as_one_process_does_through_the_curriculum(
-    name: str, alone: tuple[Path, Rows], group: Ranks, data: tuple[str, str], tmp_path: Path
+    name: str, alone_once: tuple[Path, Rows], group: Ranks, data: tuple[str, str], tmp_path: Path
 ) -> None:
     world, engine = ENGINES[name]
-    same(group.train(world, tmp_path / "out", *data, *PLAIN, *FROZEN, *engine), alone[1])
-    one, many = state(alone[0]), state(tmp_path / "out")
+    same(group.train(world, tmp_path / "out", *data, *PLAIN, *FROZEN, *engine, ONCE), alone_once[1])
+    one, many = state(alone_once[0]), state(tmp_path / "out")
     assert one["model"].keys() == many["model"].keys()
     assert one["optimizer"].keys() == many["optimizer"].keys()
     for parameter, moments in one["optimizer"].items():
@@ -227,7 +238,7 @@ def test_ranks_train_compiled_as_one_process_does(
     short = (*PLAIN, "model.num_layers=1", "schedule=none", "schedule.enable_moe_at_epoch=1", "trainer.max_epochs=2")
     alone = group.train(1, tmp_path / "alone", *data, *short)
     assert any("moe/router_entropy" in row for row in alone)
-    same(group.train(world, tmp_path / "out", *data, *short, *engine, "trainer.compile=true"), alone)
+    same(group.train(world, tmp_path / "out", *data, *short, *engine, "trainer.compile=true", backend=BACKEND), alone)
 
 
 @pytest.mark.parametrize("parameter", ["embedding.weight", "blocks.1.ffn.experts.up"])
