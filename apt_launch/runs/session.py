@@ -158,7 +158,10 @@ class Session:
     def start(self, member: Membership | None) -> None:
         """Write where the run comes from and what it will do, and say so."""
         config, trainer = self.config, self.trainer
-        write_json(self.folder.summary, {"state": "running", "identity": config.identity})
+        write_json(
+            self.folder.summary,
+            {"state": "running", "identity": config.identity, "planned_steps": config.horizon.steps},
+        )
         write_json(self.folder.provenance, self._origin())
         draw_schedule(sheets({"": config.program}), self.folder.schedule)
         project(self.tracking, config, self.folder.path, member)
@@ -197,6 +200,7 @@ class Session:
             "cause": cause,
             "identity": self.config.identity,
             "steps": self.trainer.clock.step,
+            "planned_steps": self.config.horizon.steps,
             "seconds": round(time.time() - self.began, 3),
             "tokens_per_second": round(self.trainer.tokens_per_second, 1),
         } | summary.summarise(rows, self.config.program.modules)

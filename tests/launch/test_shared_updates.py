@@ -155,8 +155,8 @@ def test_a_plan_keeps_its_tree_and_refuses_one_that_means_nothing(base: list[str
 
 
 def test_a_dry_run_shows_the_tree(base: list[str], sweep: Path) -> None:
-    options = ["hydra.sweeper.dry_run=true", f"hydra.sweep.dir={sweep}", "launch.share=true"]
-    done = run_module("apt_launch", "--multirun", *base, *ENDS, *options, cwd=sweep.parent)
+    options = [f"hydra.sweep.dir={sweep}", "launch.share=true"]
+    done = run_module("apt_launch", "--multirun", "--dry-run", *base, *ENDS, *options, cwd=sweep.parent)
     assert "4 jobs, 96 updates asked, 64 trained: 33 % less" in done.stdout
     assert "from 12: job 3  schedule.route_temp.end=0.8 schedule.align_weight.end=0.3" in done.stdout
     assert not sweep.exists()

@@ -37,6 +37,7 @@ class Sweep:
         self.holding: Hold
         self.forked = False
         """Whether jobs are forked where libraries are loaded: for what becomes of jobs, not of their processes."""
+        self.cwd: Path | None = None
 
     def hold(self, at: int = 11) -> None:
         r"""Have each process hold in its ``at``\ th update; those of ``LONG`` then have a checkpoint and are within an epoch."""
@@ -68,7 +69,8 @@ class Sweep:
         return result
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        with Fork(command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, forks=self.forked) as process:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with Fork(command, cwd=self.cwd, env=self.env, forks=self.forked, **pipes) as process:
             out, err = process.communicate()
         return subprocess.CompletedProcess(command, process.wait(), out, err)
 
@@ -292,11 +294,19 @@ def test_more_jobs_than_an_array_may_have_go_in_several(
     assert {row["state"] for row in sweep.jobs().values()} == {"done"}
 
 
-def test_jobs_of_different_resources_go_in_arrays_of_their_own(sweep: Sweep) -> None:
+def test_jobs_of_different_resources_go_in_arrays_of_their_own_and_may_name_what_their_sender_allows(
+    sweep: Sweep, tmp_path: Path
+) -> None:
     sweep.forked = True
-    told = sweep.send("launch.gpus=1,4", "seed=0,1", "trainer.max_epochs=1", "schedule=none").stdout
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab" / "slurm_lab.py").write_text("import torch\n\n\nclass Mine(torch.optim.AdamW):\n    pass\n")
+    sweep.cwd = tmp_path / "lab"
+    own = ("optimizer=own", "optimizer._target_=slurm_lab.Mine", "optimizer.lr=0.001")
+    few = ("launch.gpus=1,4", "seed=0,1", "trainer.max_epochs=1", "schedule=none")
+    told = sweep.send("--allow", "slurm_lab", *own, *few).stdout
     assert told.count("SLURM job") == 2
-    assert sweep.call("wait").returncode == 0
+    assert sweep.call("wait").returncode == 0, sweep.log(0)
+    assert "slurm_lab.Mine" in (sweep.own(0) / "config.yaml").read_text()
     for row in sweep.jobs().values():
         provenance = json.loads((Path(row["folder"]) / "provenance.json").read_text())
         wanted = int(next(o for o in row["overrides"] if o.startswith("launch.gpus")).split("=")[1])

@@ -105,6 +105,7 @@ def _serve() -> None:
 
 
 def _be_rank(rank: int, job: dict[str, Any], config: RunConfig) -> None:
+    os.dup2(2, 1)  # the parent answers there, and gloo of torch 2.10 says whom it is connected to
     code = 1
     try:
         _train(rank, job, config)
