@@ -27,6 +27,7 @@ from apt_model.schedule import Clock, Horizon, ScheduleRunner
 from apt_model.schedule.targets import matching
 from apt_model.training.callbacks import Callback
 from apt_model.training.checkpoint import Checkpoints, newest_intact
+from apt_model.training.schedule_driver import bind
 from apt_model.training.trainer import Trainer
 from tests.conftest import SMALL, until
 from tests.forks import HANGS, environment
@@ -62,8 +63,7 @@ def gpt(num_layers: int = 1) -> GPT:
 
 def runner(model: GPT, **curriculum) -> ScheduleRunner:
     schedule = ScheduleRunner(horizon=Horizon(epochs=1, updates_per_epoch=STEPS), **curriculum)
-    schedule.bind(values=scheduled.setters(model), switches=model.switches(), domains=scheduled.targets(model))
-    scheduled.expect(model, schedule.targets)
+    bind(schedule, model)
     return schedule
 
 
@@ -132,20 +132,20 @@ def test_each_event_adds_at_most_one_graph() -> None:
         enable_align_at_step=4,
         enable_voter_at_step=6,
         route_temp={"start": 1.5, "end": 0.5, "by": "step"},
-        events={"off": {"disable": "align", "at": "8st"}},
+        events={"off": {"disable": "align", "at": "8st"}, "more": {"grow": "moe", "to": 8, "at": "10st"}},
     )
     compiled = torch.compile(model, fullgraph=True, backend="eager")  # graphs are counted before the backend
     tokens = torch.randint(0, 32, (4, 17))
     counts = []
-    for step in range(10):
+    for step in range(12):
         schedule.apply(Clock(step=step))
         compiled(tokens[:, :-1], tokens[:, 1:]).language_loss.backward()
         counts.append(graphs())
     assert counts[1] == counts[0] == 1
-    for event in (2, 4, 6, 8):
+    for event in (2, 4, 6, 8, 10):
         assert counts[event] - counts[event - 1] <= 1
         assert counts[event + 1] == counts[event]
-    print(f"graphs after each of ten updates: {counts}")
+    print(f"graphs after each of twelve updates: {counts}")
 
 
 def test_metrics_of_routing_add_one_graph_however_often_it_changes() -> None:

@@ -34,6 +34,7 @@ PLAIN = (
 FROZEN = (
     "+schedule.events.a={freeze: blocks.*.attention, at: 1ep}",
     "+schedule.events.b={unfreeze: blocks.*.attention, at: 3ep}",
+    "+schedule.events.c={grow: moe, to: 8, at: 4ep}",
 )
 
 ENGINES = {
