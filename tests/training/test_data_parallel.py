@@ -34,7 +34,6 @@ PLAIN = (
 FROZEN = (
     "+schedule.events.a={freeze: blocks.*.attention, at: 1ep}",
     "+schedule.events.b={unfreeze: blocks.*.attention, at: 3ep}",
-    "+schedule.events.c={grow: moe, to: 8, at: 4ep}",
 )
 
 ENGINES = {
@@ -180,6 +179,23 @@ def test_experts_that_go_off_again_are_folded_in_shards_too(
     assert [row["schedule/moe_enabled"] for row in rows[0] if "train/loss" in row] == [0, 0, 1, 1, 0, 0, 0, 0]
     same(rows[1], rows[0])
     same(rows[2], rows[0])
+
+
+def test_experts_grow_in_shards_and_their_checkpoint_continues_on_replicas(
+    group: Ranks, data: tuple[str, str], tmp_path: Path
+) -> None:
+    given = (*data, *PLAIN, "trainer.max_epochs=4", "schedule=none", "schedule.enable_moe_at_epoch=1")
+    given += ("+schedule.events.more={grow: moe, to: 8, at: 2ep}",)
+    one = group.train(1, tmp_path / "one", *given)
+    spread = ENGINES["2 shards, experts over 2"][1]
+    begun = group.train(2, tmp_path / "begun", *given, *spread, stop=[1, 6])
+    assert [row["schedule/moe_grown8"] for row in one if "train/loss" in row] == [0, 0, 0, 0, 1, 1, 1, 1]
+    rest = group.train(2, tmp_path / "rest", *given, resume=tmp_path / "begun" / "checkpoints" / "step-00000006")
+    for name in ("step", "train/loss", "val/loss"):  # rounding may send a token to the other copy
+        assert [row[name] for row in begun + rest if name in row] == pytest.approx(
+            [row[name] for row in one if name in row], rel=2e-4
+        )
+    assert state(tmp_path / "rest")["optimizer"]["blocks.1.ffn.experts.up"]["exp_avg"].shape == (8, 32, 16)
 
 
 def test_a_rank_whose_experts_get_no_token_goes_along(group: Ranks, data: tuple[str, str], tmp_path: Path) -> None:
