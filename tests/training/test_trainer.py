@@ -217,6 +217,7 @@ def test_mixed_precision_keeps_weights_in_float32(small: Small) -> None:
 
 
 FINE = ("moe.num_experts=8", "moe.top_k=4", "moe.granularity=2", "moe.upcycling=drop", "moe.jitter=0.1")
+GROWING = ("+schedule.events.more={grow: moe, to: 16, at: 13st}",)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +225,12 @@ FINE = ("moe.num_experts=8", "moe.top_k=4", "moe.granularity=2", "moe.upcycling=
     [
         (),
         ("trainer.accumulate=2", "trainer.max_batches_per_epoch=5"),
-        (*FINE, "moe.router=sigmoid", "moe.bias_update_rate=0.01"),  # all about experts that draws or remembers
+        (
+            *FINE,
+            *GROWING,
+            "moe.router=sigmoid",
+            "moe.bias_update_rate=0.01",
+        ),  # all about experts that draws or remembers
         pytest.param(("trainer.device=cuda", "moe.upcycling=drop", "moe.jitter=0.1"), marks=pytest.mark.gpu),
     ],
 )
