@@ -144,7 +144,7 @@ def _export(arguments: argparse.Namespace) -> None:
     run = RunFolder(checkpoint.parent.parent)
     values = read_frozen(run.config)
     difference = _leave_out(model, values, without)
-    described = _described(model, values["model"])
+    described = Architecture.of(values["model"], ExpertLayers.of(model.moe_layers))
     layout = layout_for(described, arguments.layout)
     about = _about(run, checkpoint, layout, arguments.dtype, without, difference)
 
@@ -261,20 +261,6 @@ def _text(model: GPT, values: Mapping[str, Any]) -> tuple[Any, str]:
     generator = torch.Generator().manual_seed(0)
     shape = (max(1, MEASURED // length), length + 1)
     return torch.randint(model.embedding.num_embeddings, shape, generator=generator), "random tokens"
-
-
-def _described(model: GPT, values: Mapping[str, Any]) -> Architecture:
-    first, experts = model.moe_layers[0], None
-    if first.enabled:
-        experts = ExpertLayers(
-            num_experts=first.num_experts,
-            top_k=first.top_k,
-            granularity=first.granularity,
-            router=first.scoring,
-            shared_expert=first.shared_expert,
-            temperatures=tuple(float(layer.temperature) for layer in model.moe_layers),
-        )
-    return Architecture.of(values, experts)
 
 
 # --- what lies beside the weights ----------------------------------------------------------------------------------------

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from apt_model.layers.moe import MoE
 
 SMALLEST = 1.1920928955078125e-07
 """What ``model.norm_eps=null`` adds in float32."""
@@ -20,6 +23,21 @@ class ExpertLayers:
     router: Literal["softmax", "sigmoid"]
     shared_expert: bool
     temperatures: tuple[float, ...]
+
+    @classmethod
+    def of(cls, layers: Sequence[MoE]) -> ExpertLayers | None:
+        """Return that of a model's layers; None: they are dense."""
+        first = layers[0]
+        if not first.enabled:
+            return None
+        return cls(
+            num_experts=first.num_experts,
+            top_k=first.top_k,
+            granularity=first.granularity,
+            router=first.scoring,
+            shared_expert=first.shared_expert,
+            temperatures=tuple(float(layer.temperature) for layer in layers),
+        )
 
     @property
     def output_scale(self) -> float:
