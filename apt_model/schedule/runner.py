@@ -56,6 +56,7 @@ class ScheduleRunner:
         self.planned = horizon
         self.broadcast = broadcast
         self._setters: dict[str, Callable[[Any], None]] = {}
+        self._resize: Callable[..., None] | None = None
         self._values: dict[str, bool | float] = {}
         self._latches: dict[Subject, LatchState] = {}
         self._applied: Clock | None = None
@@ -102,9 +103,7 @@ class ScheduleRunner:
                 if resize is None:
                     problems.append(f"{key}: this model has no experts that can become more.")
                     continue
-                stages = [one.experts for one in self.program.growths(subject.name)]
-                before = next((one for one in reversed(stages) if one and one < subject.experts), None)
-                setters[subject.label] = _grower(resize, subject, before)
+                setters[subject.label] = _grower(resize, subject)
             elif subject.name in switches:
                 setters[subject.label] = switches[subject.name]
             elif used:
@@ -116,6 +115,7 @@ class ScheduleRunner:
             setters[name] = values[meant[0]] if len(meant) == 1 else _all_of([values[target] for target in meant])
             self.targets += meant
         self._setters = setters
+        self._resize = resize
 
     def at(self, clock: Clock) -> dict[str, bool | float]:
         """Return the scheduled values at ``clock``, given what latches remember; changes nothing."""
@@ -168,7 +168,11 @@ class ScheduleRunner:
 
     def _write(self, clock: Clock) -> list[Change]:
         changes: list[Change] = []
-        for name, value in self.program.at(clock, self._latches).items():
+        now = self.program.at(clock, self._latches)
+        if not self._values and self._resize is not None:  # weights that were loaded may have grown
+            grown = [subject.experts or 0 for subject in self.program.switches if now[subject.label]]
+            self._resize(at_most=max(grown, default=0) or None)
+        for name, value in now.items():
             if self._values.get(name) != value:  # no value equals None
                 self._deliver(name, value, changes)
         self._refreeze(changes)
@@ -228,12 +232,10 @@ def _freezer(freeze: Callable[[str, bool], None], pattern: str) -> Callable[[boo
     return lambda frozen: freeze(pattern, frozen)
 
 
-def _grower(resize: Callable[..., None], subject: Subject, before: int | None) -> Callable[[bool], None]:
+def _grower(resize: Callable[..., None], subject: Subject) -> Callable[[bool], None]:
     def set_grown(on: bool) -> None:
         if on:
             resize(at_least=subject.experts)
-        else:
-            resize(at_most=before)
 
     return set_grown
 

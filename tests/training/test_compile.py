@@ -48,7 +48,7 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def gpt(num_layers: int = 1) -> GPT:
+def gpt(num_layers: int = 1, **options) -> GPT:
     torch.manual_seed(0)
     return GPT(
         vocab_size=32,
@@ -58,6 +58,7 @@ def gpt(num_layers: int = 1) -> GPT:
         d_ff=16,
         seq_len=16,
         moe=partial(MoE, num_experts=4, top_k=2, capacity_factor=1.0),
+        **options,
     )
 
 
@@ -146,6 +147,21 @@ def test_each_event_adds_at_most_one_graph() -> None:
         assert counts[event] - counts[event - 1] <= 1
         assert counts[event + 1] == counts[event]
     print(f"graphs after each of twelve updates: {counts}")
+
+
+def test_attention_of_pretrained_models_is_one_graph_with_the_values_of_eager() -> None:
+    model = gpt(num_kv_heads=1, qk_norm="head", tie_embeddings=False, qkv_bias=True, sliding_window=6)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    tokens = torch.randint(0, 32, (4, 17))
+    gradients = []
+    for forward in (model, compiled):
+        forward(tokens[:, :-1], tokens[:, 1:]).language_loss.backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
+        model.zero_grad(set_to_none=True)
+    assert graphs() == 1
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradients[1][name], gradient, atol=1e-6), name
 
 
 def test_metrics_of_routing_add_one_graph_however_often_it_changes() -> None:
