@@ -339,15 +339,18 @@ def test_a_resume_of_a_finished_run_trains_no_more(small: Small, tmp_path: Path)
 
 
 def test_a_resume_with_an_edited_schedule_is_brought_to_what_the_clock_says(small: Small, tmp_path: Path) -> None:
-    first = Run(small("schedule.enable_moe_at_epoch=1"), checkpoints=Checkpoints(tmp_path))
+    grown = "+schedule.events.more={grow: moe, to: 8, at: 5st}"
+    first = Run(small("schedule.enable_moe_at_epoch=1", grown), checkpoints=Checkpoints(tmp_path))
     first.trainer.stop_requested = lambda: first.trainer.clock.step == 6
     with pytest.raises(Interrupted):
         first.trainer.fit()
     assert first.trainer.model.moe_layers[0].enabled
+    assert first.weights()["blocks.0.ffn.experts.up"].shape[0] == 8
     watch = Watch()
     after = Run(small("schedule.enable_moe_at_epoch=2"), resume=newest_intact(tmp_path)[0], callbacks=[watch])
     after.trainer.fit()
     assert [on[0] for on in watch.on] == [False, False] + [True] * 16
+    assert after.weights()["blocks.0.ffn.experts.up"].shape[0] == 4
 
 
 def test_seeds_share_the_split_and_the_batches_that_validate(composed: Small) -> None:
