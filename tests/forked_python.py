@@ -1,7 +1,8 @@
 #!/usr/bin/env -S python3 -S -E
 """``python -m MODULE ...``, forked from the process that has loaded everything (tests/forks.py); anything else as it is.
 
-It stands for the child that Python's caller started: signals that ask to end are passed on, and its exit code is the child's.
+It stands for the child that Python's caller started: signals that ask for something are passed on, the child is killed with it,
+and its exit code is the child's.
 """
 
 import array
@@ -22,12 +23,12 @@ def main() -> None:
         os.execv(python, [python, *sys.argv[1:]])
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(where)
-    ending = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    ending = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     ignored = [int(number) for number in ending if signal.getsignal(number) is signal.SIG_IGN]
     asked = {"argv": arguments[1:], "cwd": os.getcwd(), "env": dict(os.environ), "session": False}  # noqa: PTH109
     mask = os.umask(0o077)
     os.umask(mask)
-    asked |= {"forks": True, "ignored": ignored, "umask": mask}
+    asked |= {"forks": True, "bound": True, "ignored": ignored, "umask": mask}
     content = json.dumps(asked).encode() + b"\n"
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))]
     sent = connection.sendmsg([content], rights)

@@ -368,17 +368,39 @@ def _serve(path: str, *more: str) -> None:
     listening.bind(path)
     listening.listen(64)
     reply("listening")  # who connects now waits until all is loaded
-    for name in ("torch._dynamo", "wandb", "matplotlib.figure", "matplotlib.backends.backend_agg", "submitit"):
+    for name in (
+        "torch._dynamo",
+        "wandb",
+        "matplotlib.figure",
+        "matplotlib.backends.backend_agg",
+        "submitit",
+        "jinja2",
+    ):
         importlib.import_module(name)
-    for name in ("runs.train", "runs.summary", "runs.console", "preview.__main__", "sync", "sweep.plan.plan"):
+    for name in (
+        "runs.train",
+        "runs.summary",
+        "runs.console",
+        "runs.before_start",
+        "preview.__main__",
+        "sync",
+        "application",
+    ):
         importlib.import_module(f"apt_launch.{name}")
-    for name in ("apt_model.training.trainer", *more):
+    for name in ("plan.plan", "control.send", "backends.registry", "jobs.process", "report.report", "cli"):
+        importlib.import_module(f"apt_launch.sweep.{name}")
+    for name in ("apt_model.training.trainer", "apt_model.layouts.pretrained", *more):
         importlib.import_module(name)
     import gc
 
+    from apt_launch.config.load import composed
+    from apt_launch.config.schedule_plot import draw_schedule, sheets
     from apt_launch.runs.provenance import packages
 
     packages()
+    config = composed(["schedule=gpt5_moe", "logger=none"])
+    with tempfile.TemporaryDirectory() as folder:  # fonts and much else are looked for at the first use
+        draw_schedule(sheets({"": config.program}), Path(folder, "schedule.png"))
     gc.collect()
     gc.freeze()  # what is shared with children is never touched again
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -389,11 +411,15 @@ def _serve(path: str, *more: str) -> None:
     signal.set_wakeup_fd(woken.fileno())
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     children: dict[int, socket.socket] = {}
+    bound: dict[socket.socket, int] = {}  # children that are killed with the process that they stand for
     while True:
-        ready, _, _ = select.select([listening, waking, sys.stdin], [], [])
+        ready, _, _ = select.select([listening, waking, sys.stdin, *bound], [], [])
+        for connection in {*ready} & {*bound}:
+            os.kill(bound.pop(connection), signal.SIGKILL)  # nobody says anything more: its end is closed
         if waking in ready:
             waking.recv(4096)
         for pid, code in _ended(children):
+            bound.pop(children[pid], None)
             with suppress(OSError), children.pop(pid) as connection:  # who asked may be gone
                 connection.sendall(f"{code}\n".encode())
         if sys.stdin in ready:
@@ -419,6 +445,8 @@ def _serve(path: str, *more: str) -> None:
             for number in streams:
                 os.close(number)
             children[pid] = connection
+            if json.loads(content).get("bound"):
+                bound[connection] = pid
             connection.sendall(f"{pid}\n".encode())
 
 

@@ -115,14 +115,43 @@ def guard(loader: Any) -> None:
 @functools.cache
 def _guarded_loader() -> type:
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.types import RunMode
 
     class GuardedLoader(ConfigLoaderImpl):
-        def _load_configuration_impl(self, *arguments: Any, **options: Any) -> DictConfig:  # all ways lead here
+        _kept: tuple[str | None, list[str], DictConfig] | None = None
+
+        def _load_configuration_impl(  # all ways lead here
+            self, config_name: str | None, overrides: list[str], run_mode: RunMode, *arguments: Any, **options: Any
+        ) -> DictConfig:
             with bounded():
-                composed = self._composed(*arguments, **options)
+                if (composed := self._composed_before(config_name, overrides, run_mode, options)) is None:
+                    composed = self._composed(config_name, overrides, run_mode, *arguments, **options)
+                if not options.get("validate_sweep_overrides", True):  # Hydra 1.3 composes all to read hydra.mode alone
+                    self._kept = config_name, list(overrides), composed
+                    return composed
                 for name in composed:  # whoever resolves them later meets no more than is met here
                     _resolve_all(composed, str(name))
                 check_hydra(composed)
+            return composed
+
+        def _composed_before(
+            self, config_name: str | None, overrides: list[str], run_mode: RunMode, options: dict[str, Any]
+        ) -> DictConfig | None:
+            """Return what was composed to read the mode, as Hydra would compose it again: with the mode for an override more."""
+            kept, self._kept = self._kept, None
+            if kept is None or config_name != kept[0] or overrides[: len(kept[1])] != kept[1]:
+                return None
+            composed, added = kept[2], overrides[len(kept[1]) :]
+            if added != [f"hydra.mode={run_mode.name}"] or (
+                run_mode == RunMode.RUN and "???" in OmegaConf.to_container(composed.hydra.runtime.choices).values()  # type: ignore[union-attr]
+            ):  # a group without an option is left out where the mode is asked for, and refused in a run
+                return None
+            self.validate_sweep_overrides_legal(
+                OverridesParser.create().parse_overrides(overrides), run_mode, options.get("from_shell", True)
+            )
+            composed.hydra.mode = run_mode
+            composed.hydra.overrides.hydra.extend(added)
             return composed
 
         def _composed(self, *arguments: Any, **options: Any) -> DictConfig:

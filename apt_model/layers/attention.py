@@ -19,6 +19,11 @@ from apt_model.schedule.targets import BELOW_ONE, Domain
 
 aten = torch.ops.aten
 
+KERNELS = all(
+    hasattr(aten, name) for name in ("_scaled_dot_product_flash_attention_for_cpu", "_softmax_backward_data")
+) and hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
+"""Whether torch has what :class:`_OnCPU` is made of; else its own backward pass is used."""
+
 QUERIES = 128
 """Of one sequence, whose scores :class:`_OnCPU` holds at a time."""
 
@@ -44,7 +49,7 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, window: int | None = None) -
     """
     grouped = query.shape[1] != key.shape[1]
     if query.shape[-2] == key.shape[-2] and (window is None or window >= key.shape[-2]):
-        if eager_on_cpu(query) and torch.is_grad_enabled() and _products_are_fast(query.dtype):
+        if KERNELS and eager_on_cpu(query) and torch.is_grad_enabled() and _products_are_fast(query.dtype):
             output: Tensor = _OnCPU.apply(query, key, value)  # type: ignore[no-untyped-call]
             return output
         if not grouped:

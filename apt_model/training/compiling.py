@@ -13,6 +13,7 @@ from torch import nn
 
 from apt_model.errors import SIGNALS, ConfigError, TrainingError, cause_of
 from apt_model.training import subject
+from apt_model.training.torch_names import require
 
 STATES = 256
 """In which a block may be compiled in one run: what is enabled, what is frozen, with metrics or without."""
@@ -26,6 +27,13 @@ def compile_model(model: nn.Module, device: torch.device, *, whole: bool) -> Non
     Raises:
         ConfigError: torch.compile does not work here.
     """
+    require(
+        "trainer.compile",
+        "Set trainer.compile=false",
+        "torch._dynamo.config:recompile_limit",
+        "torch._functorch.config:force_non_lazy_backward_lowering",
+        "torch._dynamo.exc:TorchDynamoException",
+    )
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\._inductor\.")  # the compiler's own affair
     torch.compiler.reset()
     torch._dynamo.config.recompile_limit = STATES

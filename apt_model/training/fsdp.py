@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -23,6 +22,10 @@ from apt_model.layers.moe import MoE
 from apt_model.training import subject
 from apt_model.training.engines import Engine
 from apt_model.training.sharding import full_tensor
+from apt_model.training.torch_names import lacking, require
+
+ALONE = "Set trainer.parallel=ddp"
+SHARED = "Set trainer.expert_parallel=1"
 
 
 class Sharded(Engine):
@@ -47,12 +50,15 @@ class Sharded(Engine):
         device_type: str,
     ) -> None:
         super().__init__(model)
+        module = "torch.distributed.fsdp:FSDPModule"
+        require("trainer.parallel=fsdp", ALONE, f"{module}._get_fsdp_state", f"{module}._orig_cls_mro_index")
         self.world = world
         self.expert_mesh: DeviceMesh | None = None
         if expert_parallel == 1:
             self.mesh = self.cut_mesh = init_device_mesh(device_type, (world,), mesh_dim_names=("ranks",))
         else:
             shape, names = (world // expert_parallel, expert_parallel), ("shards", "experts")
+            require("trainer.expert_parallel", SHARED, "torch.distributed.device_mesh:DeviceMesh._flatten")
             both = init_device_mesh(device_type, shape, mesh_dim_names=names)
             self.mesh, self.cut_mesh, self.expert_mesh = both._flatten("ranks"), both["shards"], both["experts"]
         half = None if dtype == torch.float32 else dtype
@@ -67,6 +73,9 @@ class Sharded(Engine):
             fully_shard(block, mesh=self.mesh)
         self._shard_align()
         fully_shard(model, mesh=self.mesh)
+        for state in _states(model)[:1]:
+            if not (hasattr(state, "_is_root") and hasattr(getattr(state, "_state_ctx", None), "all_states")):
+                raise lacking("trainer.parallel=fsdp", ALONE, "FSDPState._is_root or FSDPState._state_ctx.all_states")
 
     def _check(self) -> None:
         if self.expert_mesh is None:
@@ -218,6 +227,8 @@ class ExpertExchange:
     def __init__(self, mesh: DeviceMesh) -> None:
         self.group = mesh.get_group()
         self.ranks = mesh.size()
+        name = "torch.distributed._functional_collectives:all_to_all_single_autograd"
+        (self.all_to_all,) = require("trainer.expert_parallel", SHARED, name)
 
     def __call__(self, x: Tensor, ends: Tensor, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Compute what ``compute(x, ends)`` would be with all experts here; see :meth:`Experts.forward`."""
@@ -226,7 +237,7 @@ class ExpertExchange:
         dist.all_to_all_single(theirs, counts, group=self.group)
         by_rank = torch.stack((counts, theirs)).view(2, self.ranks, -1)
         sent, received = by_rank.sum(dim=2).tolist()
-        rows = all_to_all_single_autograd(x[: sum(sent)], received, sent, self.group)
+        rows = self.all_to_all(x[: sum(sent)], received, sent, self.group)
         owner = torch.arange(by_rank.shape[2], device=x.device).repeat(self.ranks)
         order = owner.repeat_interleave(theirs.long()).argsort(stable=True)
         rows, ends = rows[order], by_rank[1].sum(dim=0).cumsum(0).int()
@@ -234,5 +245,5 @@ class ExpertExchange:
             rows, ends[-1] = F.pad(rows, (0, 0, 0, 1)), 1
         output = compute(rows, ends)[: len(order)]
         back = torch.empty_like(output).index_copy(0, order, output)
-        home = all_to_all_single_autograd(back, sent, received, self.group)
+        home = self.all_to_all(back, sent, received, self.group)
         return torch.cat((home, home.new_zeros(x.shape[0] - home.shape[0], home.shape[1])))

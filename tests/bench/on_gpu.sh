@@ -13,7 +13,7 @@ step() { # NAME COMMAND ...
     shift
     printf '\n== %s: %s\n' "$name" "$*"
     began=$(date +%s)
-    timeout 300 "$@" >"$folder/$name.txt" 2>&1 || failed="$failed $name"
+    timeout ${LIMIT:-300} "$@" >"$folder/$name.txt" 2>&1 || failed="$failed $name"
     cat "$folder/$name.txt"
     printf '== %s took %s s\n' "$name" "$(($(date +%s) - began))"
 }

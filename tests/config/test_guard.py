@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
@@ -223,3 +225,35 @@ def test_text_of_a_group_stays_text(tmp_path: Path) -> None:
     made = factory({"_target_": "apt_model.gpt.GPT", "a": hostile, "b": [hostile], "c": {"d": hostile}})
     assert made.keywords == {"a": hostile, "b": [hostile], "c": {"d": hostile}}
     assert not (tmp_path / "victim").exists()
+
+
+@pytest.mark.parametrize("mode", RunMode)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["schedule=gpt5_moe", "hydra.verbose=true", "schedule.route_temp.end=0.7"],
+        ["schedule.route_temp.end=0.6,0.8", "+experiment=best", "seed=1"],
+        ["profile=???"],
+        ["model.d_mode=3"],
+    ],
+    ids=["a run", "a sweep", "a group without an option", "a typing mistake"],
+)
+def test_what_was_composed_for_its_mode_is_what_hydra_composes_again(
+    loader: Any, theirs: Path, overrides: list[str], mode: RunMode
+) -> None:
+    (theirs / "experiment" / "best.yaml").write_text(
+        "# @package _global_\nmodel: {d_ff: 96}\nhydra: {job: {name: x}}\n"
+    )
+
+    def outcome(given: list[str]) -> object:
+        try:
+            return OmegaConf.to_container(loader.load_configuration("config", given, run_mode=mode))
+        except Exception as error:
+            return type(error), str(error)
+
+    again, other = [*overrides, f"hydra.mode={mode.name}"], ["seed=5", f"hydra.mode={mode.name}"]
+    expected = {id(given): outcome(given) for given in (again, other)}
+    for given in ([again, again, other], [other, again, again]):
+        with suppress(HydraException):  # as Hydra does, which then composes for the run to say what is wrong
+            loader.load_configuration("config", overrides, run_mode=RunMode.MULTIRUN, validate_sweep_overrides=False)
+        assert [outcome(each) for each in given] == [expected[id(each)] for each in given]

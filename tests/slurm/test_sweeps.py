@@ -165,24 +165,20 @@ def test_a_time_limit_makes_a_checkpoint_and_another_attempt(sweep: Sweep) -> No
     assert "SIGUSR2" in sweep.log(0)
 
 
-@pytest.mark.parametrize("number", ["USR1", "USR2", "TERM"])
-def test_a_signal_makes_a_checkpoint_and_another_attempt(sweep: Sweep, number: str) -> None:
-    sweep.hold()
-    sweep.send("seed=0", *LONG)
-    until(lambda: sweep.holds(0), "the job to hold")
-    sweep.cluster.run("scancel", f"--signal={number}", sweep.written(0)["job_id"])
-    sweep.let_go_again(0)
-    sweep.finishes_whole(0)
-    assert sweep.written(0)["restarts"] == 1
+INTERRUPTIONS = {name: ("scancel", f"--signal={name}") for name in ("USR1", "USR2", "TERM")}
+INTERRUPTIONS["requeue"] = ("scontrol", "requeue")
 
 
-def test_scontrol_requeue_resumes_from_a_checkpoint(sweep: Sweep) -> None:
+def test_each_signal_and_a_requeue_make_a_checkpoint_and_another_attempt(sweep: Sweep) -> None:
     sweep.hold()
     sweep.send("seed=0", *LONG)
-    until(lambda: sweep.holds(0), "the job to hold")
-    sweep.cluster.run("scontrol", "requeue", sweep.written(0)["job_id"])
-    sweep.let_go_again(0)
-    sweep.finishes_whole(0)
+    for restarts, command in enumerate(INTERRUPTIONS.values()):
+        until(lambda restarts=restarts: sweep.written(0)["restarts"] == restarts and sweep.holds(0), "the job to hold")
+        sweep.cluster.run(*command, sweep.written(0)["job_id"])
+    until(lambda: sweep.written(0)["restarts"] == len(INTERRUPTIONS), "the last attempt")
+    sweep.holding.let_go()
+    sweep.finishes_whole(0, attempts=len(INTERRUPTIONS) + 1)
+    assert sweep.written(0)["restarts"] == len(INTERRUPTIONS)
 
 
 @pytest.mark.parametrize("warned", [True, False])
@@ -191,6 +187,7 @@ def test_a_preempted_job_continues_whether_it_was_warned_or_not(
 ) -> None:
     cluster = make_cluster(grace_seconds=10 if warned else 0, signal_on_preemption=warned)
     sweep = at(cluster)
+    sweep.forked = True
     sweep.hold()
     sweep.send("seed=0", *LONG)
     until(lambda: sweep.holds(0), "the job to hold")
@@ -258,6 +255,7 @@ def test_a_controller_that_goes_away_makes_states_unknown_and_kills_nothing(swee
 
 
 def test_cancel_leaves_nothing_on_the_cluster_and_resume_continues(sweep: Sweep) -> None:
+    sweep.forked = True
     sweep.hold()
     sweep.send("seed=range(0,6)", *LONG)
     until(lambda: sweep.holds(0), "the first job to hold")
@@ -322,12 +320,14 @@ def test_four_ranks_on_two_nodes_train_one_model(sweep: Sweep) -> None:
         "launch.nodes=2",
         "launch.tasks_per_node=2",
         "trainer.batch_size=8",
+        "trainer.max_batches_per_epoch=2",
+        "trainer.log_every=1",
         "trainer.parallel=fsdp",
         "trainer.expert_parallel=2",
         "launch.drill=true",
     )
     assert sweep.call("wait").returncode == 0, sweep.log(0)
-    assert sweep.steps(0)[-1] == 23
+    assert sweep.steps(0)[-1] == 11
     assert "bit for bit" in sweep.log(0)
     assert len(list(sweep.own(0).glob("log-*.txt"))) == 3
 

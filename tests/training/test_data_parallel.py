@@ -36,6 +36,9 @@ FROZEN = (
     "+schedule.events.b={unfreeze: blocks.*.attention, at: 3ep}",
 )
 
+ONCE = "trainer.max_batches_per_epoch=1"
+"""One update an epoch: every switch, freeze and thaw of the curriculum, with updates before and after it."""
+
 ENGINES = {
     "2 replicas": (2, ()),
     "4 replicas": (4, ()),
@@ -71,6 +74,13 @@ def alone(group: Ranks, data: tuple[str, str], tmp_path_factory: pytest.TempPath
     return out, group.train(1, out, *data, *PLAIN, *FROZEN)
 
 
+@pytest.fixture(scope="module")
+def alone_once(group: Ranks, data: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Rows]:
+    """One process, through the whole curriculum with one update an epoch."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    return out, group.train(1, out, *data, *PLAIN, *FROZEN, ONCE)
+
+
 def same(found: Rows, expected: Rows) -> None:
     """Compare what does not depend on how a batch is shared."""
     for name in ("step", "tokens", "train/loss", "train/grad_norm", "val/loss", "lr", "moe/router_entropy"):
@@ -85,11 +95,11 @@ def state(out: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_ranks_train_as_one_process_does_through_the_curriculum(
-    name: str, alone: tuple[Path, Rows], group: Ranks, data: tuple[str, str], tmp_path: Path
+    name: str, alone_once: tuple[Path, Rows], group: Ranks, data: tuple[str, str], tmp_path: Path
 ) -> None:
     world, engine = ENGINES[name]
-    same(group.train(world, tmp_path / "out", *data, *PLAIN, *FROZEN, *engine), alone[1])
-    one, many = state(alone[0]), state(tmp_path / "out")
+    same(group.train(world, tmp_path / "out", *data, *PLAIN, *FROZEN, *engine, ONCE), alone_once[1])
+    one, many = state(alone_once[0]), state(tmp_path / "out")
     assert one["model"].keys() == many["model"].keys()
     assert one["optimizer"].keys() == many["optimizer"].keys()
     for parameter, moments in one["optimizer"].items():
