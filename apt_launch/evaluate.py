@@ -128,6 +128,8 @@ def _evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         checkpoint = chosen(arguments.folder, arguments.which)
         run = checkpoint.parent.parent
         model, tokenizer, longest = restored(checkpoint, device, ema=arguments.ema)
+        if hasattr(model, "loss_chunk"):
+            model.loss_chunk = None  # logits are wanted, and no gradient
         seq_len = longest
         values = read_frozen(run / "config.yaml")["data"]
         if overrides:
