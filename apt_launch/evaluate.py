@@ -188,14 +188,9 @@ def _of_weights(
     folder.stored  # noqa: B018 - says what is cut off or damaged
     with composing() as compose:
         values = with_tokenizer(load_data(compose(overrides)), folder)
-    import torch
-    from transformers import AutoModelForCausalLM
+    from apt_model.integrations.transformers import load_folder
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.float32, local_files_only=True)
-    except Exception as error:  # of a library, about files of any kind
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(f"RUN_DIR: transformers cannot load {folder.path}: {reason[0].rstrip('.')}.") from None
+    model = load_folder(folder.path)
     longest = folder.config.get("max_position_embeddings")
     tokenizer = load_tokenizer(folder.path / FILE_NAME)
     return model.to(device).eval(), tokenizer, longest if isinstance(longest, int) else 1024, values

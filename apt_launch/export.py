@@ -144,7 +144,7 @@ def _export(arguments: argparse.Namespace) -> None:
     run = RunFolder(checkpoint.parent.parent)
     values = read_frozen(run.config)
     difference = _leave_out(model, values, without)
-    described = Architecture.of(values["model"], ExpertLayers.of(model.moe_layers))
+    described = Architecture.of(values["model"], ExpertLayers.of(model))
     layout = layout_for(described, arguments.layout)
     about = _about(run, checkpoint, layout, arguments.dtype, without, difference)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from apt_model.layers.moe import MoE
+    from apt_model.gpt import GPT
 
 SMALLEST = 1.1920928955078125e-07
 """What ``model.norm_eps=null`` adds in float32."""
@@ -25,9 +25,9 @@ class ExpertLayers:
     temperatures: tuple[float, ...]
 
     @classmethod
-    def of(cls, layers: Sequence[MoE]) -> ExpertLayers | None:
-        """Return that of a model's layers; None: they are dense."""
-        first = layers[0]
+    def of(cls, model: GPT) -> ExpertLayers | None:
+        """Return what the layers of ``model`` are now; None: dense."""
+        first = model.moe_layers[0]
         if not first.enabled:
             return None
         return cls(
@@ -36,7 +36,7 @@ class ExpertLayers:
             granularity=first.granularity,
             router=first.scoring,
             shared_expert=first.shared_expert,
-            temperatures=tuple(float(layer.temperature) for layer in layers),
+            temperatures=tuple(float(layer.temperature) for layer in model.moe_layers),
         )
 
     @property

@@ -84,7 +84,7 @@ def trained(moe: dict[str, Any] | None, **options: Any) -> tuple[GPT, Architectu
             layer.temperature.fill_(1.3)
             if layer.router is not None:
                 layer.router.bias.normal_(std=0.1 if layer.scoring == "sigmoid" else 0.0)
-    return gpt, Architecture.of(SIZES | options | {"ffn": "swiglu"}, ExpertLayers.of(gpt.moe_layers))
+    return gpt, Architecture.of(SIZES | options | {"ffn": "swiglu"}, ExpertLayers.of(gpt))
 
 
 def write(folder: Path, gpt: GPT, model: Architecture, layout: str = "auto", dtype: str = "fp32") -> str:
@@ -136,7 +136,7 @@ def test_experts_that_have_grown_leave_as_what_a_plain_router_does_with_them(top
     assert families.is_there(gpt) == (top_k > 1)
     if top_k > 1:
         families.leave_out(gpt)
-    write(tmp_path / "out", gpt, Architecture.of(SIZES | {"ffn": "swiglu"}, ExpertLayers.of(gpt.moe_layers)))
+    write(tmp_path / "out", gpt, Architecture.of(SIZES | {"ffn": "swiglu"}, ExpertLayers.of(gpt)))
     theirs = loaded(tmp_path / "out")
     assert theirs.config.num_local_experts == 8
     assert difference(theirs, gpt) < 1e-5
