@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging.config
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apt_launch.escapes import escape_logs
 from apt_launch.rows import enabled
-from apt_launch.sweep.application import JobContext, JobSpec, Resources, Result
+from apt_launch.sweep.application import Awaited, JobContext, JobSpec, Resources, Result
+from apt_launch.sweep.jobs.trunk import needed
 from apt_launch.values import from_yaml
 from apt_model.errors import ConfigError
 
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from apt_launch.config.corpus import Counts
+    from apt_launch.config.run_config import RunConfig
 
 # Imports inside functions: Hydra, pydantic and torch are loaded by who plans or runs jobs, and not to show a status line.
 
@@ -47,8 +51,11 @@ class Trainer:
             steps=config.horizon.steps,
             wait=config.launch.wait,
             max_gpu_hours=config.launch.max_gpu_hours,
+            stop=config.launch.stop,
             min_ranks=config.trainer.expert_parallel,
             min_ranks_key="trainer.expert_parallel",
+            share=config.launch.share,
+            reuse=config.launch.reuse,
             config=config,
         )
 
@@ -63,6 +70,20 @@ class Trainer:
         from apt_launch.config.run_config import is_neutral
 
         return is_neutral(key)
+
+    @contextmanager
+    def composing(self, flags: Sequence[str]) -> Iterator[tuple[Any, str]]:
+        """Open ``conf/``, and the folder of a user's own options that ``flags`` name."""
+        from apt_launch.config import guard
+        from apt_launch.config.composing import config_loader
+        from apt_launch.config.menu import CONF
+        from apt_launch.sweep.plugins import register
+
+        own = [value for flag, value in pairwise(flags) if flag == "--config-dir"]
+        register()
+        guard.install()
+        with config_loader(CONF, Path(own[-1]) if own else None) as loader:
+            yield loader, "config"
 
     def job_logging(self) -> Mapping[str, Any]:
         """Return how jobs log: as a run does."""
@@ -79,6 +100,7 @@ class Trainer:
     def run(self, folder: Path, values: Mapping[str, Any], job: JobContext) -> Result:
         """Train in this process; return the final validation loss."""
         from apt_launch.config.load import parse
+        from apt_launch.runs.forks import Forks
         from apt_launch.runs.train import train
         from apt_launch.tracking.deliver import Membership
 
@@ -90,7 +112,12 @@ class Trainer:
         config = parse(dict(values))
         if job.resume:
             config = config.resuming()
-        return Result(train(config, folder, Membership(job.sweep, job.overrides)))
+        forks = Forks(
+            updates=frozenset(fork.update for fork in job.forks) | _kept(config, job.forks),
+            needed=lambda: _kept(config, job.forks) | needed(folder.parent, job.forks),
+            reached=job.on_fork,
+        )
+        return Result(train(config, folder, Membership(job.sweep, job.overrides, job.judge), forks=forks))
 
     def has_checkpoint(self, folder: Path) -> bool:
         """Return whether the run in ``folder`` has a checkpoint."""
@@ -120,19 +147,67 @@ class Trainer:
         return "+".join(enabled(row)) or "dense"
 
     def shared_updates(self, a: JobSpec, b: JobSpec) -> int:
-        """Return the number of first updates of ``a`` that are those of ``b``; 0 where its trainer cannot continue."""
+        """Return the number of first updates of ``a`` that are those of ``b``; 0 where that cannot be known, or taken over.
+
+        That is so for trainers that cannot continue, for callbacks of the user's own, which would miss what they watch, and
+        for runs that continue others already.
+        """
         from apt_launch.config.schema import EXTRAS, reach_of
         from apt_model.schedule.prefix import shared_updates
 
-        if type(b.config.trainer) in EXTRAS:
+        if type(b.config.trainer) in EXTRAS or b.config.values.get("callbacks"):
+            return 0
+        if a.config.trainer.resume is not None or b.config.trainer.resume is not None:
             return 0
         return shared_updates(a.config.course, b.config.course, reach_of)
+
+    def fork_points(self, folder: Path) -> Sequence[int]:
+        """Return the updates before which the run in ``folder`` has a checkpoint."""
+        from apt_model.training.checkpoint import Checkpoints
+
+        names = [path.name for path in Checkpoints(folder / "checkpoints").all()]
+        return [int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdecimal()]
+
+    def graft(self, folder: Path, values: Mapping[str, Any], source: Path, update: int) -> None:
+        """Give the run in ``folder`` the first updates of that in ``source``; see :func:`apt_launch.runs.graft.graft`."""
+        from apt_launch.config.load import parse
+        from apt_launch.runs.folder import RunFolder
+        from apt_launch.runs.graft import graft
+
+        graft(parse(dict(values)), RunFolder(folder), RunFolder(source), update)
+
+    def prune_forks(self, folder: Path) -> None:
+        """Remove the checkpoints that the run in ``folder`` keeps for others that need them no more."""
+        from apt_launch.config.load import parse
+        from apt_launch.sweep.jobs.process import About
+        from apt_launch.values import read_frozen
+        from apt_model.files import read_json
+        from apt_model.training.checkpoint import Checkpoints
+
+        config = parse(read_frozen(folder / "config.yaml"))
+        job = read_json(folder / "job.json", About, remedy="sweep resume writes it anew.")
+        Checkpoints(
+            folder / "checkpoints",
+            keep_last=config.trainer.keep_last,
+            keep_best=config.trainer.keep_best,
+            keep_every=config.trainer.keep_every,
+            forks=[fork.update for fork in job.forks],
+            needed=lambda: _kept(config, job.forks) | needed(folder.parent, job.forks),
+        ).prune()
 
     def environment(self) -> Mapping[str, str]:
         """Return the packages that this process allows, as its jobs inherit the word of who sends them."""
         from apt_launch.allow import VARIABLE, word
 
         return {VARIABLE: word()}
+
+
+def _kept(config: RunConfig, forks: Sequence[Awaited]) -> frozenset[int]:
+    """Return the updates whose checkpoints stay for a sweep that grows: where modules are switched, and where jobs began."""
+    if not config.launch.keep_forks:
+        return frozenset()
+    switched = {clock.step for clock in config.program.fired.values() if 0 < clock.step < config.horizon.steps}
+    return frozenset(switched | {fork.update for fork in forks})
 
 
 def _configure_logging(folder: Path | None) -> None:

@@ -212,6 +212,10 @@ def measure(
     from apt_model.data.tokenizer import ByteTokenizer
     from apt_model.training.subject import Forward
 
+    if chunk := getattr(
+        model, "loss_chunk", None
+    ):  # as few logits at once as it had in training, and those of each token
+        model.loss_chunk, batch_size = None, min(batch_size, max(1, chunk // seq_len))
     windows = max(0, len(tokens) - 1) // seq_len
     sampler = Sampler(
         num_tokens=len(tokens), seq_len=seq_len, batch_size=min(batch_size, max(1, windows)), seed=0, name="text"
@@ -227,8 +231,10 @@ def measure(
             window = torch.from_numpy(tokens.windows(here, seq_len + 1)).to(device)
             given, targets = window[:, :-1], window[:, 1:]
             logits = forward(model, given, targets, with_metrics=False).logits
-            if logits is None:  # computed in chunks: the loss alone is there
-                raise ConfigError("the model gives no logits. Set model.loss_chunk: null in the run's config.yaml.")
+            if logits is None:
+                raise ConfigError(
+                    f"{type(model).__name__} gives no logits, and each token's loss is wanted. Have it return (logits, loss)."
+                )
             losses = (
                 F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
                 .double()

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from apt_launch.sweep.plan.plan import Plan
 from apt_model.errors import ConfigError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 def gather(arguments: Sequence[str], own_options: Path | None = None, *, multirun: bool = False) -> Plan:
@@ -28,8 +32,10 @@ def gather(arguments: Sequence[str], own_options: Path | None = None, *, multiru
     from apt_launch.config.menu import CONF
     from apt_launch.sweep.application import TRAINER, load
     from apt_launch.sweep.backends.registry import backend_of
+    from apt_launch.sweep.control.extend import reused
     from apt_launch.sweep.plan.composer import Composer
-    from apt_launch.sweep.plan.expand import make
+    from apt_launch.sweep.plan.expand import Target, of_command
+    from apt_launch.sweep.plan.tree import with_tree
     from apt_launch.sweep.plugins import refuse_dropped, register
 
     if own_options is not None and not os.path.isdir(own_options):  # noqa: PTH112  (Path.is_dir raises where a name is too long)
@@ -38,20 +44,15 @@ def gather(arguments: Sequence[str], own_options: Path | None = None, *, multiru
     guard.install()
     with config_loader(CONF, own_options) as loader:
         composer = Composer(loader, "config", TRAINER)
-        parsed = composer.parse(arguments)
-        composed = composer.compose([str(o.input_line) for o in parsed if not o.is_sweep_override()])
-        hydra = composed.hydra
-        sweeper = OmegaConf.to_container(hydra.sweeper, resolve=True)
-        launcher = OmegaConf.to_container(hydra.launcher, resolve=True)
-        assert isinstance(sweeper, dict)
-        assert isinstance(launcher, dict)
-        plan = make(
-            [str(o.input_line) for o in parsed if not o.key_or_group.startswith(("hydra.", "hydra/"))],
-            target=backend_of(hydra.runtime.choices["hydra/launcher"], {str(key): launcher[key] for key in launcher}),
-            composer=composer,
-            params=sweeper.get("params"),
-            zipped=sweeper.get("zip") or (),
-        )
+        composed: list[DictConfig] = []
+
+        def target(config: DictConfig) -> Target:
+            composed.append(config)
+            launcher: Any = OmegaConf.to_container(config.hydra.launcher, resolve=True)
+            return backend_of(config.hydra.runtime.choices["hydra/launcher"], launcher)
+
+        plan = of_command(arguments, composer=composer, target=target)
+        plan = with_tree(plan, load(TRAINER), reused(plan))
         if multirun or plan.asked > 1:
-            refuse_dropped(composed, load(TRAINER).job_logging())
+            refuse_dropped(composed[0], load(TRAINER).job_logging())
         return plan

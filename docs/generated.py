@@ -183,10 +183,20 @@ def _plain(path: str, schema: type[BaseModel] | None, prefix: str, only: str = "
         name = key.removeprefix(only)
         if not key.startswith(only) or name.startswith("_") or (schema is None and "." in key):
             continue
-        field = schema.model_fields.get(name) if schema else None
+        field = _field(schema, name) if schema else None
         value = domain(field.annotation, list(field.metadata)) if field else "mapping" if name == "params" else "list"
         rows.append((f"{prefix}{name}", given.value, value, given.meaning))
     return _table(rows)
+
+
+def _field(schema: type[BaseModel], name: str) -> FieldInfo | None:
+    """Return the field of a dotted name."""
+    first, _, rest = name.partition(".")
+    field = schema.model_fields.get(first)
+    if not rest or field is None:
+        return field
+    inner = field.annotation
+    return _field(inner, rest) if isinstance(inner, type) and issubclass(inner, BaseModel) else None
 
 
 # --- pages -------------------------------------------------------------------------------------------------------------

@@ -57,6 +57,10 @@ def check_together(values: Mapping[str, Any], groups: Mapping[str, Any], launch:
         except ConfigError as error:
             problems += error.problems
     problems += _trainer_problems(groups["trainer"], drill=launch.drill)
+    if launch.stop.rungs and not problems and launch.stop.metric not in (known := catalogue.metrics(values)):
+        problems.append(
+            f"launch.stop.metric: no job records {launch.stop.metric!r}. {nearest(launch.stop.metric, known)}"
+        )
     if optimizer.weight_decay * optimizer.lr >= 1:
         problems.append(
             f"optimizer.weight_decay x optimizer.lr = {optimizer.weight_decay * optimizer.lr:g}: one update would erase the "

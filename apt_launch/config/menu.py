@@ -16,6 +16,7 @@ CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / 
 COMMANDS: Final = {
     "apt_launch.preview": "a curriculum before it runs: timeline, curves, sizes, cost",
     "apt_launch.sweep": "a sweep after its launch, from any terminal",
+    "apt_launch.watch": "a run while it trains, in the terminal",
     "apt_launch.generate": "text from a run's checkpoint",
     "apt_launch.evaluate": "loss, perplexity and bits a byte of a run's checkpoint",
     "apt_launch.compare": "runs side by side, at equal tokens",

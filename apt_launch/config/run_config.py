@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from apt_launch.config import schema
@@ -59,7 +60,7 @@ class RunConfig:
         text = json.dumps(self.result_values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    @property
+    @cached_property
     def course(self) -> Course:
         """What the run will do, update by update."""
         return Course(self.program, flatten(self.values), self._lr(), self.trainer.log_every)

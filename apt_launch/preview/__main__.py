@@ -51,7 +51,7 @@ def _preview(arguments: argparse.Namespace, overrides: list[str], painter: Paint
     programs = {job.label if len(jobs) > 1 else "": config_of(job).program for job in jobs}
     painter.draw(sheets(programs), folder / "preview.png")
     show(plan, console())
-    write_atomic(folder / "preview.html", page(programs))
+    write_atomic(folder / "preview.html", page(programs, plan))
     painter.wait()
     for label, table in tables:
         console().print(*([f"\n{label}"] if label else []), table)

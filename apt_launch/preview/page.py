@@ -7,6 +7,8 @@ from html import escape
 
 from apt_launch.config.schedule_plot import Sheet, sheets
 from apt_launch.escapes import visible
+from apt_launch.sweep.plan.plan import Plan
+from apt_launch.sweep.plan.tree import is_shared, saving, tree
 from apt_model.schedule import Program
 from apt_model.schedule.timeline import timeline
 
@@ -24,8 +26,12 @@ svg text { font: 11px system-ui, sans-serif; fill: currentColor; }
 """
 
 
-def page(programs: Mapping[str, Program]) -> str:
-    """Return one HTML page with the curves and timelines of all ``programs``; it needs nothing from outside."""
+def page(programs: Mapping[str, Program], plan: Plan | None = None) -> str:
+    """Return one HTML page with the curves and timelines of all ``programs``; it needs nothing from outside.
+
+    Args:
+        plan: of a sweep, whose tree is drawn if its jobs share first updates.
+    """
     drawn = sheets(programs)
     names = dict.fromkeys(name for sheet in drawn for name in sheet.values)
     parts = [
@@ -39,6 +45,8 @@ def page(programs: Mapping[str, Program]) -> str:
             for i, label in enumerate(programs)
         )
         parts.append(f"<p>{'<br>'.join(keys)}</p>")
+    if plan is not None and is_shared(plan):
+        parts.append(f"<h2>Updates trained once</h2><p>{escape(saving(plan))}</p>{_svg_of_tree(plan)}")
     for name in names:
         parts.append(f"<h2>{escape(name)}</h2>{_svg_of_values(drawn, name)}")
     parts.append(f"<h2>Modules</h2>{_svg_of_switches(drawn)}")
@@ -64,6 +72,37 @@ def _html_table(program: Program) -> str:
 
 
 WIDTH, HEIGHT, LEFT = 900, 130, 60
+
+
+def _svg_of_tree(plan: Plan) -> str:
+    """Draw each job as a line from the first update that it trains itself, hanging on the job that it begins with."""
+    longest = max(job.steps for job in plan.jobs) or 1
+    ordered = list(tree(plan))
+    rows = {job.folder: 14 + 18 * number for number, job in enumerate(ordered)}
+
+    def x(step: int) -> float:
+        return LEFT + (WIDTH - LEFT - 10) * step / longest
+
+    parts = []
+    for number, job in enumerate(ordered):
+        color, y = COLORS[number % len(COLORS)], rows[job.folder]
+        inside = job.fork is not None and job.fork.job in rows
+        if job.fork is not None:
+            top = rows[job.fork.job] if inside else y - 9
+            parts.append(
+                f'<path d="M{x(job.begins):.1f} {top}V{y}" stroke="{color}" fill="none" stroke-dasharray="2 2"/>'
+            )
+        label = f"{job.number}: updates {job.begins:,} to {job.steps:,}  {job.label}"
+        parts.append(
+            f'<rect x="{x(job.begins):.1f}" y="{y - 4}" width="{max(1.0, x(job.steps) - x(job.begins)):.1f}" height="8" '
+            f'fill="{color}"><title>{escape(label)}</title></rect><text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">'
+            f"{job.number}</text>"
+        )
+    parts += [
+        f'<text x="{x(step):.1f}" y="{32 + 18 * len(ordered)}" text-anchor="middle">{step:,}</text>'
+        for step in sorted({0, longest, *(job.begins for job in ordered)})
+    ]
+    return f'<svg viewBox="0 0 {WIDTH} {40 + 18 * len(ordered)}" role="img">{"".join(parts)}</svg>'
 
 
 def _svg_of_values(drawn: Sequence[Sheet], name: str) -> str:

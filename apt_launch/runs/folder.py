@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -74,6 +74,11 @@ class About:
         """
         text = json.dumps(manifest["about"])
         return from_json(text, cls, where=f"{checkpoint / 'manifest.json'}: about", remedy="Remove that checkpoint.")
+
+
+def about(config: RunConfig) -> dict[str, Any]:
+    """Return what a run's checkpoints say of the run, as :class:`About` reads it."""
+    return {"identity": config.identity, "config": config.result_values, "horizon": asdict(config.horizon)}
 
 
 class RunFolder:

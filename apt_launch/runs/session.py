@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +15,13 @@ from omegaconf import OmegaConf
 
 from apt_launch.config.run_config import RunConfig
 from apt_launch.config.schedule_plot import draw_schedule, sheets
-from apt_launch.record import Record, read_rows
+from apt_launch.record import Record, Row, read_rows
 from apt_launch.runs import summary
 from apt_launch.runs.build import build_trainer
 from apt_launch.runs.console import progress_callback
 from apt_launch.runs.drill import Drill, Drilled
-from apt_launch.runs.folder import Checked, RunFolder
+from apt_launch.runs.folder import Checked, RunFolder, about
+from apt_launch.runs.forks import NO_FORKS, Forks
 from apt_launch.runs.projections import project
 from apt_launch.runs.provenance import provenance
 from apt_launch.runs.stop import StopRequest
@@ -49,7 +50,9 @@ def may_roll_back(config: RunConfig, left_out: list[tuple[int, int]]) -> bool:
     return config.trainer.on_nonfinite == "rollback" and len(left_out) < MOST_ROLLBACKS
 
 
-def run_once(checked: Checked, folder: RunFolder, stop: StopRequest, member: Membership | None) -> float:
+def run_once(
+    checked: Checked, folder: RunFolder, stop: StopRequest, member: Membership | None, forks: Forks = NO_FORKS
+) -> float:
     """Train until the run is done, and keep its folder; return the final validation loss.
 
     Raises:
@@ -73,7 +76,10 @@ def run_once(checked: Checked, folder: RunFolder, stop: StopRequest, member: Mem
         keep_last=config.trainer.keep_last,
         keep_best=config.trainer.keep_best,
         keep_every=config.trainer.keep_every,
-        about={"identity": config.identity, "config": config.result_values, "horizon": asdict(config.horizon)},
+        about=about(config),
+        forks=forks.updates,
+        needed=forks.needed,
+        after=forks.reached,
     )
     trainer = build_trainer(  # before anything is written: what it refuses leaves the folder as it was
         config,
@@ -83,12 +89,15 @@ def run_once(checked: Checked, folder: RunFolder, stop: StopRequest, member: Mem
         leave_out=left_out,
         stop_requested=drill.stop_or(stop),
     )
+    trainer.forks = forks.updates
     session = Session(checked, folder, trainer, checkpoints, began)
+    if member is not None and member.judge is not None:
+        trainer.log = _judged(trainer.log, member.judge, stop)
     try:
         session.start(member)
         drill.fit(trainer)
     except Interrupted as interrupted:
-        session.finish("interrupted")
+        session.finish("stopped" if stop.as_loser else "interrupted")
         if not isinstance(interrupted, Drilled) and member is None and stop.own_process:
             logger.info("%s. %s", interrupted, folder.how_to_resume(config))
         raise
@@ -107,6 +116,19 @@ def run_once(checked: Checked, folder: RunFolder, stop: StopRequest, member: Mem
     if member is None and stop.own_process and sys.stdout.isatty():
         summary.suggest(folder)
     return loss
+
+
+def _judged(
+    log: Callable[[Row], None], judge: Callable[[Mapping[str, float]], bool], stop: StopRequest
+) -> Callable[[Row], None]:
+    """Return ``log``, after which ``judge`` sees each row and may end the run."""
+
+    def log_and_judge(row: Row) -> None:
+        log(row)
+        if judge(row):
+            stop.end_loser()
+
+    return log_and_judge
 
 
 class Session:
@@ -136,7 +158,10 @@ class Session:
     def start(self, member: Membership | None) -> None:
         """Write where the run comes from and what it will do, and say so."""
         config, trainer = self.config, self.trainer
-        write_json(self.folder.summary, {"state": "running", "identity": config.identity})
+        write_json(
+            self.folder.summary,
+            {"state": "running", "identity": config.identity, "planned_steps": config.horizon.steps},
+        )
         write_json(self.folder.provenance, self._origin())
         draw_schedule(sheets({"": config.program}), self.folder.schedule)
         project(self.tracking, config, self.folder.path, member)
@@ -175,6 +200,7 @@ class Session:
             "cause": cause,
             "identity": self.config.identity,
             "steps": self.trainer.clock.step,
+            "planned_steps": self.config.horizon.steps,
             "seconds": round(time.time() - self.began, 3),
             "tokens_per_second": round(self.trainer.tokens_per_second, 1),
         } | summary.summarise(rows, self.config.program.modules)

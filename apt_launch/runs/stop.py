@@ -13,7 +13,9 @@ from apt_model.errors import SIGNALS
 
 
 class StopRequest:
-    """Set by one of ``SIGNALS``: the update in progress is finished first. A second Ctrl-C leaves at once.
+    """Set by a signal of ``SIGNALS`` or by :meth:`end_loser`: the update in progress is finished first.
+
+    A second Ctrl-C leaves at once.
 
     Args:
         own_process: to leave ends the process; else it raises KeyboardInterrupt.
@@ -21,11 +23,16 @@ class StopRequest:
 
     def __init__(self, *, own_process: bool = True) -> None:
         self.made = False
+        self.as_loser = False
         self.own_process = own_process
 
     def __call__(self) -> bool:
         """Return whether a signal has come."""
         return self.made
+
+    def end_loser(self) -> None:
+        """Ask the run to stop because its sweep needs it no more."""
+        self.made = self.as_loser = True
 
     @contextmanager
     def listening(self) -> Iterator[None]:

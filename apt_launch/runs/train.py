@@ -15,6 +15,7 @@ from apt_launch.runs.alone import alone_in_process
 from apt_launch.runs.build import build_trainer
 from apt_launch.runs.drill import Drill, Drilled
 from apt_launch.runs.folder import Checked, RunFolder
+from apt_launch.runs.forks import NO_FORKS, Forks
 from apt_launch.runs.session import RolledBack, may_roll_back, run_once
 from apt_launch.runs.stop import StopRequest
 from apt_launch.tracking.deliver import Membership
@@ -31,6 +32,7 @@ def train(
     checked: Checked | None = None,
     own_process: bool = True,
     alone: bool = False,
+    forks: Forks = NO_FORKS,
 ) -> float:
     """Train ``config`` here, into the folder ``path``; return the final validation loss.
 
@@ -41,6 +43,7 @@ def train(
         checked: that ``config`` may be run in ``path``, where that was checked already.
         own_process: whether the process is the run's own, which a second Ctrl-C ends.
         alone: whether the caller keeps other runs out of this process already; see :func:`alone_in_process`.
+        forks: where other runs begin.
 
     Raises:
         ConfigError: the folder is taken or not the same on all ranks, another run is under way in this process, or something
@@ -49,11 +52,17 @@ def train(
         Interrupted: it was stopped on request and can continue.
     """
     with nullcontext() if alone else alone_in_process():
-        return _train(config, path, member, checked=checked, own_process=own_process)
+        return _train(config, path, member, checked=checked, own_process=own_process, forks=forks)
 
 
 def _train(
-    config: RunConfig, path: Path, member: Membership | None, *, checked: Checked | None, own_process: bool
+    config: RunConfig,
+    path: Path,
+    member: Membership | None,
+    *,
+    checked: Checked | None,
+    own_process: bool,
+    forks: Forks,
 ) -> float:
     folder = RunFolder(path)
     checked = checked or folder.check(config)
@@ -80,14 +89,14 @@ def _train(
                     "one. Name the same for all: hydra.run.dir=runs/a."
                 )
             if ranks.rank:
-                return _follow_first_rank(checked, folder, stop)
+                return _follow_first_rank(checked, folder, stop, forks)
             path.mkdir(parents=True, exist_ok=True)
             lease = Lease(path / "lease.json", Holder.this_process()) if member is None else None
             try:
                 checked = folder.still(checked)
                 while True:
                     try:
-                        return run_once(checked, folder, stop, member)
+                        return run_once(checked, folder, stop, member, forks)
                     except RolledBack:
                         pass
                     except Drilled:
@@ -99,7 +108,7 @@ def _train(
                     lease.release()
 
 
-def _follow_first_rank(checked: Checked, folder: RunFolder, stop: StopRequest) -> float:
+def _follow_first_rank(checked: Checked, folder: RunFolder, stop: StopRequest, forks: Forks) -> float:
     """Train as a rank that writes nothing."""
     from apt_model.training.distributed import barrier
 
@@ -115,6 +124,7 @@ def _follow_first_rank(checked: Checked, folder: RunFolder, stop: StopRequest) -
             leave_out=left_out,
             stop_requested=drill.stop_or(stop),
         )
+        trainer.forks = forks.updates
         try:
             drill.fit(trainer)
         except NonFiniteError:

@@ -7,7 +7,9 @@ loaded from one: no file of a folder chooses code.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol, TypeVar
@@ -18,7 +20,7 @@ from apt_model.files import STRICT
 if TYPE_CHECKING:  # pydantic and omegaconf: a job's process needs neither before its application does
     from omegaconf import DictConfig
 
-    from apt_launch.sweep.options import LaunchConfig
+    from apt_launch.sweep.options import LaunchConfig, StopConfig
 
 TRAINER: Final = "apt_launch.application:Trainer"
 """The application of plans that name none: earlier versions swept no other."""
@@ -127,6 +129,41 @@ class Program:
 
 
 @dataclass(frozen=True)
+class Fork:
+    """Where a job begins: with what another job was after its first ``update`` updates. The schema of all files."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    job: str
+    """The name of the other job's folder."""
+    update: int
+    sweep: str | None = None
+    """The folder of the other job's sweep; None: the same sweep."""
+
+    def __post_init__(self) -> None:
+        """Refuse what leads out of a sweep's folder, and what saves nothing."""
+        if not re.fullmatch("[0-9]+-[0-9A-Za-z]+", self.job):
+            raise ValueError(f"{self.job!r} is no name of a job's folder")
+        if self.update < 1:
+            raise ValueError(f"a job cannot begin at update {self.update} of another")
+
+    def place(self, sweep: Path) -> Path:
+        """Return the other job's folder, for a job of ``sweep``."""
+        return (sweep if self.sweep is None else Path(self.sweep)) / self.job
+
+
+@dataclass(frozen=True)
+class Awaited:
+    """An update of a job from which others begin. The schema in ``job.json``."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    update: int
+    jobs: tuple[str, ...]
+    """The names of the others' folders."""
+
+
+@dataclass(frozen=True)
 class JobSpec:
     """A checked config, as a sweep sees it."""
 
@@ -141,9 +178,15 @@ class JobSpec:
     """Whether the command should follow the sweep to its end."""
     max_gpu_hours: float | None = None
     """Refuse the sweep if its jobs together could take more."""
+    stop: StopConfig | None = None
+    """Which settings of the sweep end early; None: the application's jobs cannot."""
     min_ranks: int = 1
     min_ranks_key: str = ""
     """Processes that the job needs at least, and the key that says so; checked when the job is sent."""
+    share: bool | Literal["auto"] = False
+    """Whether its first updates may be those of another job, trained once: ``auto``, where that is worth it."""
+    reuse: str | None = None
+    """The folder of another sweep whose jobs may have trained them."""
     config: Any = field(default=None, repr=False, compare=False)
     """The application's own form of the config, only in the process that planned the job."""
 
@@ -164,6 +207,12 @@ class JobContext:
     """Whether to continue from the newest checkpoint in the job's folder."""
     cores: int | None = None
     """Cores of this machine that are the job's; None: as the environment says."""
+    judge: Callable[[Mapping[str, float]], bool] | None = None
+    """Called with each row once the record has it; True: the job ends here as a loser, with a checkpoint, by Interrupted."""
+    forks: tuple[Awaited, ...] = ()
+    """Updates of this job from which others begin."""
+    on_fork: Callable[[int], None] = lambda update: None
+    """Called when the job can begin others from an update."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +250,16 @@ class Application(Protocol):
     def is_neutral(self, key: str) -> bool:
         """Return whether the key cannot change a result."""
 
+    def composing(self, flags: Sequence[str]) -> AbstractContextManager[tuple[Any, str]]:
+        """Open the application's configs meanwhile: Hydra's loader, and the name of the primary config.
+
+        Args:
+            flags: of the command that planned a sweep, which say where configs are.
+
+        Raises:
+            ConfigError: they cannot be opened outside of the application's own command.
+        """
+
     def job_logging(self) -> Mapping[str, Any] | None:
         """Return how jobs log, as ``hydra.job_logging`` says it: a sweep refuses another; None: it is not compared."""
 
@@ -230,6 +289,19 @@ class Application(Protocol):
 
     def shared_updates(self, a: JobSpec, b: JobSpec) -> int:
         """Return the number of first updates that two jobs have in common; 0: nothing can be shared."""
+
+    def fork_points(self, folder: Path) -> Sequence[int]:
+        """Return the updates from which other jobs can begin, by what the job in ``folder`` has kept."""
+
+    def graft(self, folder: Path, values: Mapping[str, Any], source: Path, update: int) -> None:
+        """Give the job in ``folder`` the first updates of the job in ``source``, as if it had made them itself.
+
+        Raises:
+            ConfigError: what that job has kept cannot be read, or does not fit.
+        """
+
+    def prune_forks(self, folder: Path) -> None:
+        """Remove what the job in ``folder``, which has ended, keeps for others that need it no more."""
 
     def environment(self) -> Mapping[str, str]:
         """Return variables of this process that jobs sent from it have, too, wherever they run; no file keeps them."""

@@ -1,4 +1,4 @@
-"""``python -m apt_launch.sweep status|watch|wait|resume|cancel|drop|best|report DIR``: a sweep after its launch."""
+"""``python -m apt_launch.sweep status|watch|wait|resume|extend|cancel|drop|best|report|replay DIR``: a sweep after its launch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from apt_launch.allow import take_flags
 from apt_launch.command_line import ending
 from apt_launch.commands import command
 from apt_launch.secrets import keep_private
+from apt_launch.sweep.application import load
 from apt_launch.sweep.backends.registry import backend
 from apt_launch.sweep.control import cancel as cancelling
+from apt_launch.sweep.control import extend as extending
 from apt_launch.sweep.control import resume as resuming
 from apt_launch.sweep.control.follow import follow, say
 from apt_launch.sweep.control.ledger import Ledger, Status
@@ -27,7 +29,8 @@ def main() -> None:
     keep_private()
     with ending():
         arguments = parser().parse_args(take_flags(sys.argv[1:]))
-        arguments.folder = arguments.folder.absolute()  # jobs and workers change directory
+        if isinstance(arguments.folder, Path):
+            arguments.folder = arguments.folder.absolute()  # jobs and workers change directory
         sys.exit(COMMANDS[arguments.command](arguments))
 
 
@@ -49,13 +52,22 @@ def parser() -> argparse.ArgumentParser:
         ),
         ("wait", "wait until all jobs have ended"),
         ("resume", "send again what failed, was cancelled or is missing; overrides such as launch.hours=48 may follow"),
+        (
+            "extend",
+            "plan the same sweep with other values, and send the jobs that are new; they begin with what others have kept",
+        ),
         ("cancel", "stop jobs, all or those that are named, with a checkpoint of each"),
         ("drop", "leave jobs out: they are stopped, and no longer resumed, waited for or reported; their files stay"),
         ("best", "print the best job's folder, its newest checkpoint, and the command that runs it again"),
         ("report", "write tables, plots and a page that say which job won"),
+        ("replay", "what stopping losers (launch.stop) would have saved in a sweep that is done, and whether it errs"),
     ):
         one = commands.add_parser(name, help=text, description=text.capitalize() + ".", allow_abbrev=False)
-        one.add_argument("folder", metavar="DIR", type=Path, help="the sweep's folder, as its launch printed it")
+        where = "the sweep's folder, as its launch printed it"
+        if name == "report":
+            one.add_argument("folder", metavar="DIR", type=Path, nargs="+", help=f"{where}; several are joined")
+        else:
+            one.add_argument("folder", metavar="DIR", type=Path, help=where)
         if name == "status":
             one.add_argument("--json", action="store_true", help="for programs: one JSON object a job and line")
         if name == "watch":
@@ -69,6 +81,15 @@ def parser() -> argparse.ArgumentParser:
                 metavar="JOB|KEY=VALUE",
                 help="numbers of jobs, all unless one is named; overrides of keys that cannot change a result",
             )
+        if name == "extend":
+            one.add_argument("--allow", metavar="PACKAGE", help="a package of yours whose classes the jobs may name")
+            one.add_argument("--dry-run", action="store_true", help="show the new jobs, and send nothing")
+            one.add_argument(
+                "overrides",
+                nargs="+",
+                metavar="KEY=VALUES",
+                help="in place of those of the sweep's command with the same keys",
+            )
         if name in ("cancel", "drop"):
             one.add_argument(
                 "jobs", nargs="+" if name == "drop" else "*", type=int, metavar="JOB", help="its number in the table"
@@ -81,12 +102,30 @@ def parser() -> argparse.ArgumentParser:
             one.add_argument(
                 "--metric", metavar="NAME", help="what decides, the best wins: val/loss, or what the program returns"
             )
+            better = one.add_mutually_exclusive_group()
+            for word, which in (("maximize", "higher"), ("minimize", "lower")):
+                better.add_argument(
+                    f"--{word}", dest="direction", action="store_const", const=word, help=f"{which} values are better"
+                )
         if name == "report":
             one.add_argument(
                 "--against",
                 metavar="WHAT",
-                help="the jobs that others are compared with, seed by seed, such as study=dense",
+                help="the jobs that others are compared with, seed by seed, such as study=dense; of several keys that were "
+                "swept some may be named, such as moe.top_k=1: jobs are compared that are alike in the others",
             )
+        if name == "replay":
+            one.add_argument("--rungs", nargs="+", metavar="WHEN", help="such as 25%% 50%%, or 500st")
+            for word, what in (
+                ("metric", "by which settings are judged"),
+                ("keep", "the share of settings that goes on, such as 1/2"),
+                ("grace", "updates after settings begin to differ in which none is judged, such as 5%%"),
+            ):
+                one.add_argument(f"--{word}", metavar=word.upper(), help=what)
+            one.add_argument(
+                "--at-once", type=int, metavar="N", help="jobs beside each other; all unless said otherwise"
+            )
+            one.add_argument("--orders", type=int, default=200, metavar="N", help="in which jobs begin; 200")
     return parser
 
 
@@ -129,6 +168,17 @@ def resume(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def extend(arguments: argparse.Namespace) -> int:
+    """Send jobs that are new."""
+    plan = Plan.read(arguments.folder)
+    if not extending.extend(arguments.folder, arguments.overrides, dry_run=arguments.dry_run):
+        say("Nothing to send: the sweep has all of these jobs.")
+        return 0
+    if arguments.dry_run or backend(plan.launcher, plan.launcher_values).detaches:
+        return 0
+    return follow(arguments.folder)
+
+
 def cancel(arguments: argparse.Namespace) -> int:
     """Cancel the jobs."""
     statuses = cancelling.cancel(arguments.folder, arguments.jobs)
@@ -149,7 +199,7 @@ def best(arguments: argparse.Namespace) -> int:
 
     ledger = Ledger(arguments.folder)
     states = {one.job.folder: one.state for one in ledger.statuses(rows=False)}
-    findings = find(arguments.folder, states, arguments.metric)
+    findings = find(arguments.folder, states, arguments.metric, direction=arguments.direction)
     trial = findings.best
     if trial is None:
         raise ConfigError(
@@ -171,19 +221,49 @@ def newest(checkpoints: Path) -> Path | None:
 
 def report(arguments: argparse.Namespace) -> int:
     """Write the report."""
+    from apt_launch.sweep.report.findings import Source
     from apt_launch.sweep.report.report import write_report
 
-    statuses = Ledger(arguments.folder).statuses(rows=False)
-    states = {one.job.folder: one.state for one in statuses}
-    causes = {one.job.folder: one.cause for one in statuses}
-    for path in write_report(arguments.folder, states, arguments.metric, causes, arguments.against):
+    sources = []
+    for folder in dict.fromkeys(folder.absolute() for folder in arguments.folder):
+        statuses = Ledger(folder).statuses(rows=False)
+        states = {one.job.folder: one.state for one in statuses}
+        sources.append(Source(folder, states, {one.job.folder: one.cause for one in statuses}))
+    first, *others = sources
+    for path in write_report(
+        first.folder,
+        first.states,
+        arguments.metric,
+        first.causes,
+        arguments.against,
+        direction=arguments.direction,
+        others=others,
+    ):
         sys.stdout.write(f"{path}\n")
+    return 0
+
+
+def replay(arguments: argparse.Namespace) -> int:
+    """Replay the rule by which losers are stopped."""
+    from apt_launch.sweep.options import StopConfig
+    from apt_launch.sweep.report.replay import replay
+    from apt_model.errors import validated
+
+    plan = Plan.read(arguments.folder)
+    application = load(plan.application, plan.program)
+    planned = application.check(plan.values(plan.jobs[0])).stop
+    given = {key: value for key in StopConfig.model_fields if (value := getattr(arguments, key, None)) is not None}
+    stop = validated(StopConfig, (planned.model_dump() if planned is not None else {}) | given, key="launch.stop")
+    for key in ("at_once", "orders"):
+        if (number := getattr(arguments, key)) is not None and number < 1:
+            raise ConfigError(f"--{key.replace('_', '-')}: {number} is no number of jobs or orders. Give at least 1.")
+    say(str(replay(arguments.folder, stop, at_once=arguments.at_once, orders=arguments.orders)))
     return 0
 
 
 COMMANDS = {
     **{"status": status, "watch": watch, "wait": wait, "resume": resume, "cancel": cancel},
-    **{"drop": drop, "best": best, "report": report},
+    **{"extend": extend, "drop": drop, "best": best, "report": report, "replay": replay},
 }
 
 

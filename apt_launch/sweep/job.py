@@ -9,9 +9,10 @@ Nothing of it is needed to be swept, and all of it works, and does no harm, in a
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -37,7 +38,7 @@ def report(step: int | None = None, total: int | None = None, **metrics: Any) ->
 
 
 def stop_requested() -> bool:
-    """Return whether the job has been asked to stop: by a cluster, at its time limit, or by ``sweep cancel``.
+    """Return whether the job has been asked to stop: by a cluster, at its time limit, by ``sweep cancel``, or as a loser.
 
     A program that asks is not interrupted. It writes its checkpoint and returns, or calls :func:`requeue`.
     """
@@ -84,6 +85,8 @@ class Context:
     output: Path
     first: bool
     began: float = field(default_factory=time.monotonic)
+    judge: Callable[[Mapping[str, float]], bool] | None = None  # of each row: whether the job ends as a loser
+    lost: bool = False  # it does
     stop: bool = False  # a signal has come
     asks: bool = False  # the program looks for it
     has_heard: bool = False
@@ -134,6 +137,9 @@ class Context:
             except (TypeError, ValueError, OverflowError, RuntimeError) as error:
                 raise TypeError(f"job.report: {name}={value!r} is no number") from error
         self._record.log(row)
+        if self.judge is not None and not self.lost and self.judge(row):
+            self.lost = True
+            os.kill(self._process, signal.SIGUSR1)  # as a cluster asks a job to stop, and heard by the main thread
 
     def finish(self, numbers: Mapping[str, float]) -> None:
         """Record what the program returned, beside the last that it reported."""
@@ -146,10 +152,16 @@ class Context:
 _context: Context | None = None
 
 
-def begin(folder: Path, output: Path, *, first: bool) -> Context:
-    """Make this process that of the job in ``folder``; ``first``: of several ranks it is the one that writes."""
+def begin(
+    folder: Path, output: Path, *, first: bool, judge: Callable[[Mapping[str, float]], bool] | None = None
+) -> Context:
+    """Make this process that of the job in ``folder``; ``first``: of several ranks it is the one that writes.
+
+    Args:
+        judge: called with each row; True: the job is asked to stop, as one of its sweep's losers.
+    """
     global _context
-    _context = Context(folder, output, first)
+    _context = Context(folder, output, first, judge=judge)
     return _context
 
 

@@ -76,9 +76,12 @@ class PlanSweeper(Sweeper):
             self._sweep(arguments)
 
     def _sweep(self, arguments: list[str]) -> None:
+        from apt_launch.sweep.application import load
+        from apt_launch.sweep.control.extend import reused
         from apt_launch.sweep.control.send import carry_out, show_plan
         from apt_launch.sweep.options import SweeperOptions
         from apt_launch.sweep.plan.expand import make
+        from apt_launch.sweep.plan.tree import with_tree
         from apt_model.errors import ConfigError, validated
 
         options = validated(SweeperOptions, self.options, key="hydra.sweeper")
@@ -96,6 +99,7 @@ class PlanSweeper(Sweeper):
             params=self.params,
             zipped=self.zip,
         )
+        plan = with_tree(plan, load(plan.application, plan.program), reused(plan))
         folder = Path(str(self.given.hydra.sweep.dir)).absolute()
         if options.dry_run:
             show_plan(plan, folder, backend)
@@ -279,13 +283,14 @@ class _PlannedLauncher(Launcher):
         returns = []
         for number, overrides in enumerate(job_overrides):
             outcome = outcomes[self.composer(list(overrides)).identity]
+            has_value = outcome.state in ("done", "stopped")  # a loser's last value says enough
             done = JobReturn(
                 overrides=list(overrides),
                 working_dir=str(folder / outcome.folder),
                 task_name=f"apt_launch {initial_job_idx + number}",
-                status=JobStatus.COMPLETED if outcome.state == "done" else JobStatus.FAILED,
+                status=JobStatus.COMPLETED if has_value else JobStatus.FAILED,
             )
-            done.return_value = outcome.returned if outcome.state == "done" else TrainingError(outcome.summary)
+            done.return_value = outcome.returned if has_value else TrainingError(outcome.summary)
             returns.append(done)
         return returns
 
@@ -325,6 +330,7 @@ _RESOURCES: Final[dict[str, Any]] = {
     **{"nodes": 1, "tasks_per_node": 1, "gpus": None, "cpus": None, "mem_gb": None},
     **{"hours": 24.0, "time_limit_minutes": None, "max_gpu_hours": None, "wait": False},
     **{"snapshot": None, "snapshot_mb": 200.0},
+    "stop": {"rungs": [], "metric": None, "keep": "1/2", "group": "seeds", "grace": "0st"},
 }
 
 OPTIONS: Final[dict[tuple[str, str], dict[str, Any]]] = {

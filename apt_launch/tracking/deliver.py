@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -21,6 +21,8 @@ class Membership:
 
     sweep: str
     tags: tuple[str, ...] = ()
+    judge: Callable[[Mapping[str, float]], bool] | None = None
+    """Called with each row of the record; True: the run ends here, as one of the sweep's losers."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def _agents_run() -> str | None:
 class Summary:
     """The schema of ``summary.json``, as far as a delivery reads it."""
 
-    state: Literal["running", "done", "failed", "interrupted"]
+    state: Literal["running", "done", "failed", "interrupted", "stopped"]
 
 
 class Delivery(Tracker, Protocol):

@@ -17,7 +17,7 @@ from apt_launch.record import Record, RecordReader, Row
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = {"done": 60.0, "failed": 60.0, "interrupted": 15.0}
+PATIENCE = {"done": 60.0, "failed": 60.0, "interrupted": 15.0, "stopped": 60.0}
 """Seconds that a run waits at its end for a service to take the last rows, by its state; nowhere else does it wait."""
 
 
@@ -28,7 +28,7 @@ class Tracker(Protocol):
         """Take one row, or skip one that it has; ``row["step"]`` never falls."""
 
     def close(self, state: str) -> None:
-        """Finish; ``state`` is done, failed or interrupted."""
+        """Finish; ``state`` is done, failed, interrupted or stopped, as a loser of its sweep."""
 
 
 class Projection:

@@ -135,7 +135,7 @@ class WandbTracker:
         if self._held and not (self._awaits_validation() and state != "done"):
             self._send()
         with self._quiet, _abandoning_client():
-            self.run.finish(exit_code=0 if state in ("done", "running") else 1)
+            self.run.finish(exit_code=0 if state in ("done", "running", "stopped") else 1)
 
     def _awaits_validation(self) -> bool:
         return (int(self._held["step"]) + 1) % self.updates_per_epoch == 0 and "val/loss" not in self._held

@@ -56,7 +56,10 @@ def mkl_products() -> Iterator[None]:
 
 
 def _amd_with_avx512() -> bool:
-    there = torch.cpu.get_capabilities()
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if capabilities is None:  # before torch 2.11
+        return False
+    there = capabilities()
     return bool(there["cpu_name"].startswith("AMD") and there["avx512_f"] and not there["amx_tile"])
 
 

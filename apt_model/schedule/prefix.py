@@ -7,10 +7,13 @@ counts only where it is read: a router's temperature is not, while the layers ar
 
 from __future__ import annotations
 
+import hashlib
+import marshal
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from apt_model.schedule.clock import Clock
@@ -36,8 +39,8 @@ class Reach(Enum):
 class Update(NamedTuple):
     """An update, as far as a config says."""
 
-    computes: tuple[Any, ...]
-    """What is read at it, in the form in which it is read: equal ones compute the same."""
+    computes: bytes
+    """A digest of what is read at it, in the form in which it is read: equal ones compute the same."""
     states: Mapping[str, bool]
     """Whether each module is enabled, and what is frozen, by label."""
     has_row: bool
@@ -60,48 +63,76 @@ class Course:
     lr: Callable[[Clock], float]
     log_every: int
 
-    def updates(self) -> Iterator[Update]:
+    @cached_property
+    def updates(self) -> tuple[Update, ...]:
+        """Each update; one course is compared with many."""
+        return tuple(self.walk())
+
+    def walk(self) -> Iterator[Update]:
         """Yield each update."""
         program = self.program
         read_by = {name: reader_of(program.curriculum, name) for name in program.curriculum.all_anneals}
         double = {name for name in read_by if program.curriculum.target_of(name).startswith("optimizer.")}
         before: dict[str, bool | float] = {}
+        states: dict[str, bool] = {}
         epochs = program.horizon.updates_per_epoch
         for step in range(program.horizon.steps):
             clock = program.horizon.clock_at(step)
             now = program.at(clock)
-            states = {name: value for name, value in now.items() if isinstance(value, bool)}
-            switched = any(before.get(name) != on for name, on in states.items())
+            states_now = {name: value for name, value in now.items() if isinstance(value, bool)}
+            switched = states_now != states
+            states = states_now if switched else states  # one for many updates
             regular = step % self.log_every == 0 or (step + 1) % epochs == 0 or switched
             # buffers hold float32; the optimizer takes the number as it is
             read = tuple(
-                (program.curriculum.target_of(name), value if name in double else struct.pack("f", value))
+                (program.curriculum.target_of(name), float(value) if name in double else struct.pack("f", value))
                 for name, value in now.items()
                 if name in read_by and (read_by[name] is None or now.get(f"{read_by[name]}_enabled", True))
             )
-            yield Update((clock, states, read, self.lr(clock), regular), states, regular or now != before)
+            everything = (
+                clock.epoch,
+                clock.step,
+                clock.sample,
+                clock.token,
+                sorted(states.items()),
+                read,
+                float(self.lr(clock)),
+                regular,
+            )
+            yield Update(_digest(everything), states, regular or now != before)
             before = now
+
+
+def _digest(content: tuple[Any, ...]) -> bytes:
+    """Return a digest of plain values; of the second format, which goes by values alone."""
+    return hashlib.blake2b(marshal.dumps(content, 2), digest_size=16).digest()
 
 
 def shared_updates(whole: Course, fork: Course, reach: Callable[[str], Reach]) -> int:
     """Return how many first updates of ``whole`` are those of ``fork``, its rows of the record among them.
 
-    Latches go by what is measured: nothing is shared from the first update on at which one may act.
+    Latches go by what is measured: nothing is shared from the first update on at which one may act, nor where they remember
+    different things.
 
     Args:
         reach: of each dotted key.
     """
     differing = {key for key in {*whole.values, *fork.values} if whole.values.get(key) != fork.values.get(key)}
     reached = {reach(key) for key in differing}
-    if Reach.ALL in reached:
+    if Reach.ALL in reached or _remembered(whole.program) != _remembered(fork.program):
         return 0
     modules = [f"{one.module}_enabled" for one in reached if one.module is not None]
     most = min(_foreseen(whole.program), _foreseen(fork.program))
-    for step, (one, other) in enumerate(zip(whole.updates(), fork.updates(), strict=False)):
+    for step, (one, other) in enumerate(zip(whole.updates, fork.updates, strict=False)):
         read = any(other.states.get(module) for module in modules)
         if step == most or read or one.computes != other.computes or (other.has_row and not one.has_row):
             return step
     return most
+
+
+def _remembered(program: Program) -> dict[str, tuple[str, float]]:
+    """Return of which metric each latch remembers what, by what it switches."""
+    return {subject.label: (when.metric, when.smooth) for subject, when in program.latches.items()}
 
 
 def _foreseen(program: Program) -> int:

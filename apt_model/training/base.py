@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -107,6 +108,8 @@ class BaseTrainer(ScheduleDriver):
         self.log = log
         self.callbacks = Callbacks(callbacks)
         self.stop_requested = stop_requested
+        self.forks: frozenset[int] = frozenset()
+        """Updates before which a checkpoint is written, for other runs that begin there."""
 
         self.device = choose_device(compute.device)
         self.autocast_dtype = choose_dtype(compute.precision, self.device)
@@ -159,6 +162,7 @@ class BaseTrainer(ScheduleDriver):
         self.rows = 0
         self.seconds = 0.0
         self._saved_at = 0.0  # of these seconds
+        self._saved_before: Clock | None = None  # the update that the last checkpoint was written before
         self.last_row: Row = {}
 
     @property
@@ -368,9 +372,17 @@ class BaseTrainer(ScheduleDriver):
         """Return whether the run should stop here; a checkpoint is written then, and also where one is due by time."""
         due = self.seconds - self._saved_at >= self.saving.seconds
         asked, due = any_rank(self.stop_requested(), due) if self.ranks.world > 1 else (self.stop_requested(), due)
-        if asked or due:
+        if asked or due or self._begins_others():
             self.save(wait=asked)
         return asked
+
+    def _begins_others(self) -> bool:
+        """Return whether a checkpoint is due for other runs: where all updates before were made, and validated."""
+        if self.clock.step not in self.forks or self._saved_before == self.clock:
+            return False
+        planned = self.schedule.planned.updates_per_epoch
+        done = math.ceil(self.batches_done / self.accumulate)  # of this epoch
+        return done < planned and self.clock.epoch * planned + done == self.clock.step
 
     def validate(self) -> float:
         """Return the mean loss on the validation batches, and log it with the clock of the last update."""
@@ -449,7 +461,7 @@ class BaseTrainer(ScheduleDriver):
         Raises:
             CheckpointError: it could not be written; without ``wait`` that is a warning.
         """
-        self._saved_at = self.seconds
+        self._saved_at, self._saved_before = self.seconds, self.clock
         self.meter.read()  # what is not finite gets no checkpoint
         if self.checkpoints is None and self.ranks.world == 1:
             return

@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,6 +39,9 @@ class Checkpoints:
         keep_every: checkpoints after each such number of epochs stay as well; None: none for that reason.
         about: goes into each manifest as it is: what run this is.
         before: called before one is written, in the thread that writes: what it counts on must be safe by then.
+        forks: steps from which other runs begin. A checkpoint that is there for that reason alone is none of the newest.
+        needed: those of them whose checkpoints stay, asked whenever some are removed.
+        after: called with its step when one is written, in the thread that writes.
     """
 
     def __init__(
@@ -50,6 +53,9 @@ class Checkpoints:
         keep_every: int | None = None,
         about: Mapping[str, Any] | None = None,
         before: Callable[[], None] = lambda: None,
+        forks: Collection[int] = (),
+        needed: Callable[[], Collection[int]] = lambda: (),
+        after: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.folder = folder
         self.keep_last = keep_last
@@ -57,6 +63,9 @@ class Checkpoints:
         self.keep_every = keep_every
         self.about = dict(about or {})
         self.before = before
+        self.forks = forks
+        self.needed = needed
+        self.after = after
         self._writer: threading.Thread | None = None
 
     def save(self, state: Mapping[str, Any], *, step: int, wait: bool = True, **progress: Any) -> Path:
@@ -93,7 +102,17 @@ class Checkpoints:
             left = f"The newest one is {newest[0].name}." if newest else "There is none yet."
             logger.warning("%s. Training goes on without it. %s", error, left)
 
-    def _write(self, state: Mapping[str, Any], step: int, progress: Mapping[str, Any]) -> Path:
+    def adopt(self, state: Mapping[str, Any], weights: Path, *, step: int, **progress: Any) -> Path:
+        """Write a checkpoint with the ``weights`` of another, the same file where the file system has both; see :meth:`save`.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        return self._write(state, step, progress, weights)
+
+    def _write(
+        self, state: Mapping[str, Any], step: int, progress: Mapping[str, Any], adopted: Path | None = None
+    ) -> Path:
         import torch
         from safetensors.torch import save_file
 
@@ -101,14 +120,17 @@ class Checkpoints:
         aside = self.folder / f".{final.name}.tmp"
         rest = dict(state)
         weights = {n: value for n, value in rest.pop("model", {}).items() if isinstance(value, torch.Tensor)}
-        if "model" in state:
+        if "model" in state and adopted is None:
             rest["model"] = {name: value for name, value in state["model"].items() if name not in weights}
-        written = [WEIGHTS, STATE] if "model" in state else [STATE]
+        written = [WEIGHTS, STATE] if "model" in state or adopted is not None else [STATE]
         try:
             self.before()
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-            if WEIGHTS in written:
+            if adopted is not None:
+                rest["model"] = state["model"]
+                _link(adopted, aside / WEIGHTS)
+            elif WEIGHTS in written:
                 save_file(_each_its_own(weights), aside / WEIGHTS)
             with (aside / STATE).open("wb") as file:
                 torch.save(rest, file)
@@ -127,19 +149,24 @@ class Checkpoints:
             if not isinstance(error, OSError | RuntimeError) and type(error).__name__ != "SafetensorError":
                 raise
             raise CheckpointError(f"the checkpoint of step {step} could not be written to {final}: {error}") from None
-        self._prune()
+        self.after(step)
+        self.prune()
         return final
 
-    def _prune(self) -> None:
+    def prune(self) -> None:
         """Remove what need not stay; the newest one always does."""
         there = [path for path in self.all() if not path.name.startswith(".")]
-        stay = set(there[-self.keep_last :])
         manifests = {path: _manifest_or_empty(path) for path in there}
+        forks = {f"step-{step:08d}" for step in self.forks}
+        own = [path for path in there if path.name not in forks or manifests[path].get("epochs") is not None]
+        stay = {*own[-self.keep_last :], *there[-1:]}
         losses = [path for path in there if manifests[path].get("loss") is not None]
         stay |= set(sorted(losses, key=lambda path: manifests[path]["loss"])[: self.keep_best])
         if self.keep_every is not None:
             epochs = {path: manifests[path].get("epochs") for path in there}
             stay |= {path for path, done in epochs.items() if done and done % self.keep_every == 0}
+        needed = {f"step-{step:08d}" for step in self.needed()}
+        stay |= {path for path in there if path.name in needed}
         for old in [*(path for path in there if path not in stay), *self.folder.glob(".step-*")]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -159,6 +186,14 @@ def _each_its_own(weights: Mapping[str, Any]) -> dict[str, Any]:
         found[name] = tensor.contiguous() if place not in taken else tensor.clone()
         taken.add(place)
     return found
+
+
+def _link(source: Path, place: Path) -> None:
+    """Make ``place`` the same file as ``source``, or a copy."""
+    try:
+        place.hardlink_to(source)
+    except OSError:  # another file system, or one without such links
+        shutil.copyfile(source, place)
 
 
 def _replaced(final: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
@@ -57,13 +58,17 @@ class Replicas(Engine):
         """Wrap the model anew, which also gives every rank the weights and buffers of rank 0."""
         self.forward = self.model
         if any(parameter.requires_grad for parameter in self.model.parameters()):
-            self.forward = DistributedDataParallel(
+            known = inspect.signature(DistributedDataParallel.__init__).parameters
+            once: dict[str, Any] = {"forward_sync_buffers": False} if "forward_sync_buffers" in known else {}
+            self.forward = replicas = DistributedDataParallel(
                 self.model,
-                forward_sync_buffers=False,
                 gradient_as_bucket_view=True,
                 # a model of somebody else's may hold the parameters of modules that are not enabled yet
                 find_unused_parameters=not isinstance(self.model, GPT),
+                **once,
             )
+            if not once:  # before torch 2.13: it has sent the buffers once, and would with each forward pass
+                replicas.broadcast_buffers = False
 
     def batch(self, *, last: bool) -> AbstractContextManager[Any]:
         """Average gradients after the last batch of an update only."""

@@ -50,8 +50,7 @@ class Sharded(Engine):
         device_type: str,
     ) -> None:
         super().__init__(model)
-        module = "torch.distributed.fsdp:FSDPModule"
-        require("trainer.parallel=fsdp", ALONE, f"{module}._get_fsdp_state", f"{module}._orig_cls_mro_index")
+        require("trainer.parallel=fsdp", ALONE, "torch.distributed.fsdp:FSDPModule._get_fsdp_state")
         self.world = world
         self.expert_mesh: DeviceMesh | None = None
         if expert_parallel == 1:
@@ -199,7 +198,8 @@ def _states(model: nn.Module) -> list[Any]:
 
 def _whole_module(part: Any) -> nn.Module:
     """Return a module like the sharded ``part``, with whole parameters, of no engine."""
-    alike: Any = object.__new__(type(part).__mro__[FSDPModule._orig_cls_mro_index])
+    classes = type(part).__mro__
+    alike: Any = object.__new__(classes[classes.index(FSDPModule) + 1])  # torch puts its own before that of the module
     nn.Module.__init__(alike)
     of_engines = {*vars(alike), "_is_fsdp_managed_module", "_fsdp_use_orig_params"} - {"training"}
     for name, value in vars(part).items():

@@ -9,7 +9,7 @@ import torch
 
 from apt_model.errors import ConfigError
 
-TESTED: Final = "2.11 to 2.14"
+TESTED: Final = "2.10 to 2.14"
 """Minor versions of torch with which the tests were run; docs/versions.md says which tests."""
 
 

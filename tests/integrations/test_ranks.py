@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from apt_launch.allow import VARIABLE
 from apt_launch.config.load import composed
 from apt_launch.runs.build import build_trainer
 from apt_model.errors import ConfigError, Interrupted
@@ -20,6 +21,7 @@ from apt_model.training.distributed import process_group
 from tests.conftest import SMALL
 from tests.integrations.ranks import Ranks, ranks
 from tests.late import Late
+from tests.training.test_own_model import LAB, OWN
 
 HERE = __name__
 in_lightning = Late("tests.integrations.of_lightning")
@@ -27,9 +29,14 @@ in_transformers = Late("tests.integrations.of_transformers")
 
 
 @pytest.fixture(scope="module")
-def group() -> Iterator[Ranks]:
-    with ranks() as group:
-        yield group
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    place = tmp_path_factory.mktemp("own")
+    (place / "model_lab.py").write_text(LAB)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(place))
+        patch.setenv(VARIABLE, "model_lab")
+        with ranks() as group:
+            yield group
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +117,32 @@ def test_two_processes_share_batches_and_a_resume_continues(
         assert [len(batch) for batch in first[rank]["seen"]] == [2] * len(first[rank]["seen"])  # of 4
         # 4 epochs x 5 batches x 4 samples, and 2 updates x 2 batches x 4 samples of the next one; 16 tokens each
         assert (first[rank]["sample"], first[rank]["token"]) == (4 * 20 + 2 * 8, 16 * 96)
+    assert first[0]["seen"] != first[1]["seen"]
+
+
+@pytest.fixture(scope="module")
+def own(group: Ranks, text: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Two ranks of ``trainer=default`` with a model of somebody's own."""
+    return group.call(2, tmp_path_factory.mktemp("own_default") / "out", f"{HERE}:run", overrides=[*OWN, *text])
+
+
+@pytest.mark.parametrize("other", ["lightning", "hf"])
+def test_a_model_of_ones_own_is_shared_and_resumed(
+    other: str, own: list[dict[str, Any]], group: Ranks, text: tuple[str, str], tmp_path: Path
+) -> None:
+    # in the middle of epoch 2: its own module came with epoch 1, experts with epoch 2
+    overrides = [*OWN, *text]
+    first = group.call(2, tmp_path / "a", f"{HERE}:run", overrides=[*overrides, f"trainer={other}"], stop=10, asked=1)
+    assert [rank["step"] for rank in first] == [10, 10]
+    resume = tmp_path / "a" / "checkpoints" / "step-00000010"
+    rest = group.call(2, tmp_path / "b", f"{HERE}:run", overrides=overrides, resume=str(resume))
+    for rank in range(2):
+        rows = first[rank]["rows"] + rest[rank]["rows"]
+        assert len(rows) == len(own[rank]["rows"]) == 16 + 4
+        for mine, row in zip(own[rank]["rows"], rows, strict=True):
+            assert row == pytest.approx(mine, rel=1e-4, abs=1e-5)
+        assert rest[rank]["weights"] == pytest.approx(own[rank]["weights"], rel=1e-4, abs=1e-4)
+        assert first[rank]["seen"] + rest[rank]["seen"] == own[rank]["seen"]
     assert first[0]["seen"] != first[1]["seen"]
 
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
-from apt_launch.record import read_rows
+from apt_launch.lease import Holder, Lease
+from apt_launch.record import Record, read_rows
+from apt_launch.watch import RunWatch, frame
+from apt_model.errors import ConfigError
 from apt_model.training.checkpoint import Checkpoints, load
 from tests.conftest import SMALL
 from tests.forks import Ended, Forks
 
-TRAIN = ("schedule=experts", "trainer.keep_last=9", "hydra.run.dir=run")
+TRAIN = ("schedule=experts", "trainer.keep_last=9", "trainer.ema=0.9", "hydra.run.dir=run")
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +64,32 @@ def test_a_checkpoint_is_measured_on_the_runs_own_text_or_another(forks: Forks, 
     )
     assert ended.code == 0, ended.err
     assert "bits a byte" in ended.out
+
+
+def test_a_model_that_never_holds_all_logits_is_measured_alike(forks: Forks, place: Path) -> None:
+    shutil.copytree(place / "run", place / "chunked")
+    config = place / "chunked" / "config.yaml"
+    text = config.read_text()
+    assert text.count("loss_chunk: null") == 1
+    config.write_text(text.replace("loss_chunk: null", "loss_chunk: 8"))
+    by = {
+        name: json.loads(run(forks, place, "evaluate", name, "--json", "--max-batches", "4", "--batch-size", size).out)
+        for name, size in (("run", "1"), ("chunked", "4"))
+    }
+    assert by["chunked"]["loss"] == pytest.approx(by["run"]["loss"], rel=1e-6)
+    assert by["chunked"]["tokens"] == by["run"]["tokens"] == 4 * 16
+
+
+def test_the_average_kept_in_training_is_measured_and_writes(forks: Forks, place: Path) -> None:
+    few = ("--json", "--max-batches", "2", "--batch-size", "2")
+    plain, average = (json.loads(run(forks, place, "evaluate", "run", *few, *ema).out) for ema in ((), ("--ema",)))
+    state = load(Checkpoints(place / "run" / "checkpoints").all()[-1])
+    assert average["loss"] != plain["loss"]
+    assert average["loss"] == pytest.approx(plain["loss"], abs=0.2)
+    assert state["ema"].keys() <= state["model"].keys()
+    ended = run(forks, place, "generate", "run", "--ema", "--prompt", "line", "--max-new-tokens", "4", "--json")
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out)["text"]
 
 
 @pytest.mark.parametrize(
@@ -105,6 +137,7 @@ def test_runs_are_compared_at_equal_tokens(forks: Forks, place: Path) -> None:
         "optimizer.lr=0.01",
         "hydra.run.dir=short",
         "trainer.keep_last=1",
+        "trainer.ema=0.9",
     )
     given = [override for override in SMALL if not override.startswith("trainer.max_epochs")]
     assert forks.run(*given, *short, "data=text", "data.path=text.txt", cwd=place).code == 0
@@ -140,6 +173,10 @@ def test_a_run_begins_with_the_weights_of_another_and_with_nothing_else(forks: F
     summary = {name: json.loads((place / name / "summary.json").read_text())["identity"] for name in ("run", "next")}
     assert len(set(summary.values())) == 2
 
+    ended = run(forks, place, "evaluate", "next", "--ema")
+    assert (ended.code, "Traceback" in ended.err) == (2, False), ended.err
+    assert "trainer.ema" in ended.err
+
     (place / "run" / "tokenizer.json").write_text("{}")
     try:
         ended = forks.run(*given, *more, "schedule=none", "hydra.run.dir=third", cwd=place)
@@ -148,3 +185,50 @@ def test_a_run_begins_with_the_weights_of_another_and_with_nothing_else(forks: F
     assert (ended.code, "trainer.init_from: the tokens of" in ended.err) == (2, True), ended.err
     ended = forks.run(*given, *more, "schedule=none", "model.d_model=8", "hydra.run.dir=third", cwd=place)
     assert (ended.code, "made for another model" in ended.err) == (2, True), ended.err
+
+
+def test_a_run_that_ended_is_watched_in_two_lines(forks: Forks, place: Path) -> None:
+    ended = run(forks, place, "watch", "run")
+    assert ended.code == 0, ended.err
+    (line,) = [one for one in ended.out.splitlines() if one.startswith("run: done, ")]
+    assert "update 24 of 24 (100%), 768 tokens" in line
+    rows = [row for row in read_rows(place / "run" / "metrics.jsonl") if "val/loss" in row]
+    assert f"val/loss {rows[-1]['val/loss']:.4f}, best {min(row['val/loss'] for row in rows):.4f}" in line
+    (place / "sent").mkdir(exist_ok=True)
+    (place / "sent" / "plan.yaml").write_text("")
+    for folder, told in (("nowhere", "there is no run here"), ("sent", "sweep watch sent")):
+        ended = run(forks, place, "watch", folder)
+        assert (ended.code, told in ended.err) == (2, True), ended.err
+
+
+def test_a_run_is_watched_while_it_trains_and_after_its_process_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    lease = Lease(tmp_path / "lease.json", Holder.this_process())
+    summary = tmp_path / "summary.json"
+    summary.write_text('{"state": "running", "planned_steps": 40}')
+    live = RunWatch(tmp_path)
+    assert live.moment().state == "running"
+    assert not live.moment().step
+    record = Record(tmp_path / "metrics.jsonl")
+    for step, loss in ((9, 3.0), (19, 2.0)):
+        record.log({"step": step, "tokens": 32 * (step + 1), "tokens_per_second": 8, "train/loss": loss})
+    record.log({"step": 19, "tokens": 640, "val/loss": 2.5, "schedule/moe_enabled": 1, "schedule/route_temp": 0.5})
+    moment = live.moment()
+    assert (moment.step, moment.total, moment.ended) == (20, 1280, False)
+    shown = io.StringIO()
+    Console(file=shown, width=100).print(frame(tmp_path.relative_to(tmp_path.parent), moment, 100, 20))
+    lines = shown.getvalue().splitlines()
+    assert lines[0] == f"run {tmp_path.name}: running, moe"
+    assert lines[1] == "update 20 of 40 (50%), 640 tokens, 8 tokens/s, 1:20 left"
+    assert lines[2] == "train/loss 2.0000, val/loss 2.5000, best 2.5000 at 640 tokens"
+    assert [line.split()[0] for line in lines[3:]] == ["train/loss", "val/loss", "route_temp", "moe"]
+    assert "█" in lines[3]
+    assert all(len(line) <= 100 for line in lines)
+    record.close()
+    lease.release()
+    assert live.moment().state == "gone"
+    summary.write_text('{"state": "failed"}')
+    assert live.moment().state == "failed"
+    summary.write_text("{")
+    with pytest.raises(ConfigError, match="summary"):
+        live.moment()

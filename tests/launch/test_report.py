@@ -18,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from apt_launch.config.load import composed
 from apt_launch.planning import gather
 from apt_launch.sweep.plan.plan import Plan
-from apt_launch.sweep.report.findings import Estimate, find, headline, t_95
+from apt_launch.sweep.report.findings import Estimate, Source, find, headline, t_95
 from apt_launch.sweep.report.report import group_table, note_on_groups, write_report
 from apt_model.errors import ConfigError
 from tests.browser import QUIET, chromium
@@ -114,7 +114,7 @@ def test_the_command_keeps_what_a_kept_sweep_sets_for_all_jobs(planned: Sweep) -
 def test_means_and_intervals_over_seeds_are_students(planned: Sweep) -> None:
     folder, plan = planned(SIX, ENDS)
     heads, rows = group_table(find(folder, states(plan, *["done"] * 6)))
-    assert heads == ["route_temp.end", "seeds", "val/loss", "more than the best"]
+    assert heads == ["route_temp.end", "seeds", "mean", "difference"]
     # mean 2.3, deviation sqrt((0.09 + 0.01 + 0.16) / 2) = 0.36056, t(2) = 4.3027: 4.3027 x 0.36056 / sqrt(3) = 0.8957
     assert rows[0] == ["0.6", "3", "2.3000 ± 0.8957", ""]
     # mean 3.1, deviation 0.1: 4.3027 x 0.1 / sqrt(3) = 0.2484
@@ -125,11 +125,27 @@ def test_means_and_intervals_over_seeds_are_students(planned: Sweep) -> None:
 def test_differences_are_taken_from_whom_the_user_names(planned: Sweep) -> None:
     folder, plan = planned(SIX, ENDS)
     done = states(plan, *["done"] * 6)
-    heads, rows = group_table(find(folder, done, against="route_temp.end=0.8"))
-    assert heads[-1] == "more than route_temp.end=0.8"
-    assert [row[-1] for row in rows] == ["-0.8000 ± 0.6572", ""]
+    for name in ("route_temp.end=0.8", "schedule.route_temp.end=0.80"):
+        findings = find(folder, done, against=name)
+        assert "how much more than route_temp.end=0.8." in note_on_groups(findings)
+        assert [row[-1] for row in group_table(findings)[1]] == ["-0.8000 ± 0.6572", ""]
+    with pytest.raises(ConfigError, match=r"--against: 'temp.end' is not among what was swept"):
+        find(folder, done, against="temp.end=0.7")
     with pytest.raises(ConfigError, match=r"--against: no jobs .* 'route_temp.end=0.7'\. Did you mean"):
         find(folder, done, against="route_temp.end=0.7")
+
+
+def test_one_of_several_swept_keys_is_compared_with_all_others_equal(planned: Sweep) -> None:
+    folder, plan = planned(
+        ["moe.top_k=1,2", "schedule.route_temp.end=0.6,0.8"], [[(100, value)] for value in (2.0, 2.4, 2.3, 2.8)]
+    )
+    findings = find(folder, states(plan, *["done"] * 4), against="moe.top_k=1")
+    # of top_k=2 2.3 - 2.0 and 2.8 - 2.4: 0.35 on average, 12.706 x 0.070711 / sqrt(2)
+    assert group_table(findings) == (
+        ["top_k", "jobs", "mean", "difference"],
+        [["1", "2", "2.2000 ± 2.5412", ""], ["2", "2", "2.5500 ± 3.1766", "0.3500 ± 0.6353"]],
+    )
+    assert "alike in all else" in note_on_groups(findings)
 
 
 def test_a_seed_that_only_one_of_two_groups_has_is_left_out_of_their_difference(planned: Sweep) -> None:
@@ -173,12 +189,73 @@ def test_the_table_shows_every_job_and_why_it_failed(planned: Sweep) -> None:
     write_report(folder, states(plan, *["done"] * 5, "failed"), causes={plan.jobs[5].folder: "the <loss> is | nan"})
     with (folder / "report" / "report.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [float(row["val/loss compared"]) for row in rows[:5]] == sorted([2.0, 2.2, 2.7, 3.0, 3.1])
+    assert [float(row["compared"]) for row in rows[:5]] == sorted([2.0, 2.2, 2.7, 3.0, 3.1])
     assert rows[-1]["cause"] == "the <loss> is | nan"
     markdown = (folder / "report" / "report.md").read_text()
     heads, *lines = next(part for part in markdown.split("\n\n") if part.startswith("| job")).splitlines()
     assert {line.count("|") for line in lines} == {heads.count("|")}
     assert "the &lt;loss&gt; is | nan" in (folder / "report" / "report.html").read_text()
+
+
+def test_columns_are_named_alike_whatever_is_compared_and_which_direction_is_better_can_be_said(planned: Sweep) -> None:
+    folder, plan = planned(SIX, ENDS)
+    done = states(plan, *["done"] * 6)
+    tables = []
+    for metric, direction in ((None, None), ("train/loss", "maximize")):
+        write_report(folder, done, metric, direction=direction)
+        with (folder / "report" / "report.csv").open() as file:
+            tables.append(list(csv.DictReader(file)))
+    assert tables[0][0].keys() == tables[1][0].keys()
+    assert [(rows[0]["metric"], rows[0]["compared"], rows[0]["best"]) for rows in tables] == [
+        ("val/loss", "2.0", "2.0"),
+        ("train/loss", "3.7", "4.5"),
+    ]
+    best = find(folder, done, direction="maximize").best
+    assert best is not None
+    assert best.job.number == 5
+
+
+def test_the_best_job_is_one_of_the_best_setting(planned: Sweep) -> None:
+    folder, plan = planned(
+        ["schedule.route_temp.end=0.6,0.8", "seed=0,1"], [[(100, value)] for value in (1.9, 2.5, 2.0, 2.1)]
+    )
+    best = find(folder, states(plan, *["done"] * 4)).best
+    assert best is not None
+    assert best.job.number == 2
+
+
+def test_losers_that_were_stopped_are_left_out_and_the_others_compared_at_their_end(planned: Sweep) -> None:
+    folder, plan = planned(
+        ["schedule.route_temp.end=0.6,0.8,1", "seed=0,1"],
+        [[(100, 4.0), (200, 2.0)], [(100, 4.0), (200, 2.2)], *[[(100, 3.0), (200, 2.1)]] * 2, *[[(100, 5.0)]] * 2],
+    )
+    some = find(folder, states(plan, *["done"] * 4, *["stopped"] * 2))
+    assert (some.tokens, some.values) == (None, {0: 2.0, 1: 2.2, 2: 2.1, 3: 2.1})
+    assert some.summary == "4 jobs are compared at their end. 2 of 6 jobs were stopped as losers and are left out."
+    assert headline(some).startswith("Best of 3 settings: route_temp.end=0.6, ")
+    one = find(folder, states(plan, *["stopped"] * 2, *["done"] * 2, *["stopped"] * 2))
+    assert headline(one) == (
+        "Best of 3 settings: route_temp.end=0.8, val/loss 2.1000 on average over 2 seeds; the others were stopped as losers."
+    )
+
+
+def test_several_sweeps_are_joined_each_different_run_once(planned: Sweep, tmp_path: Path) -> None:
+    first, one = planned(["schedule.route_temp.end=0.6,0.8", "moe.top_k=1"], [[(100, 2.0)], [(100, 2.1)]])
+    first = first.rename(tmp_path / "first")
+    second, other = planned(["moe.top_k=1,2"], [[(100, 2.1)], [(100, 1.9)]])  # route_temp.end is 0.8 there
+    more = Source(second, states(other, "done", "done"))
+    findings = find(first, states(one, "done", "done"), others=[more])
+    assert [trial.settings for trial in findings.trials] == [
+        {"schedule.route_temp.end": "0.6", "moe.top_k": "1"},
+        {"schedule.route_temp.end": "0.8", "moe.top_k": "1"},
+        {"schedule.route_temp.end": "0.8", "moe.top_k": "2"},
+    ]
+    best = findings.best
+    assert best is not None
+    assert (best.job.number, best.folder) == (2, second / other.jobs[1].folder)
+    assert composed(shlex.split(findings.command(best))[3:]).identity == other.jobs[1].identity
+    files = write_report(first, states(one, "done", "done"), others=[more])
+    assert {path.parent for path in files} == {first / "joined"}
 
 
 @pytest.mark.parametrize("jobs", [1, 30])

@@ -128,6 +128,31 @@ def test_a_sweep_runs_each_different_job_once_and_leaves_the_folder_that_was_pro
     assert "Nothing to send" in after(sweep, "resume").stdout
 
 
+def test_a_loser_is_stopped_at_its_rung_and_goes_on_when_it_is_resumed(start: Start, sweep: Path) -> None:
+    rungs = ("launch.stop.rungs=[25%]", "hydra.launcher.max_parallel=1")
+    process = start("optimizer.lr=0.01,1e-9", "schedule=none", "trainer.lr_schedule=null", *rungs)
+    output, _ = process.communicate()
+    assert process.returncode == 0
+    assert "losers: all settings judged by val/loss after update 6; the best 1/2 go on" in output
+    assert {number: row["state"] for number, row in states(sweep).items()} == {0: "done", 1: "stopped"}
+    last = losses(folder(sweep, 1))[-1]
+    assert last == (7, state_file(sweep, 1)["loss"])  # it validates after each four updates
+    assert "at update 6 is number 2 of 2, of which 1 goes on" in state_file(sweep, 1)["cause"]
+    assert list(folder(sweep, 1).glob("checkpoints/step-*8"))
+    assert json.loads((folder(sweep, 1) / "summary.json").read_text())["state"] == "stopped"
+
+    assert "Nothing to send" in after(sweep, "resume").stdout
+    again = after(sweep, "resume", "1")
+    assert again.returncode == 0
+    assert {row["state"] for row in states(sweep).values()} == {"done"}
+    steps = [step for step, _ in losses(folder(sweep, 1))]
+    assert (steps[0], steps[-1]) == (0, 23)
+    assert steps == [step for step, _ in losses(folder(sweep, 0))]
+    replayed = after(sweep, "replay", "--rungs", "25%", "--at-once", "1").stdout
+    assert "updates asked: 48; trained: " in replayed
+    assert "the winner, optimizer.lr=0.01, would have been stopped in 0 of 200 orders" in replayed
+
+
 def test_pickles_hold_no_config(start: Start, sweep: Path) -> None:
     start("seed=0,1").communicate()
     pickles = list((sweep / ".submitit").glob("*.pkl"))

@@ -16,6 +16,7 @@ from apt_launch.lease import read_holder
 from tests.conftest import SMALL, until
 from tests.forks import Fork, environment
 from tests.hold import Hold
+from tests.launch.test_shared_updates import assert_as_if_alone
 from tests.slurm.cluster import NODES, Cluster
 
 LONG = (
@@ -36,6 +37,7 @@ class Sweep:
         self.holding: Hold
         self.forked = False
         """Whether jobs are forked where libraries are loaded: for what becomes of jobs, not of their processes."""
+        self.cwd: Path | None = None
 
     def hold(self, at: int = 11) -> None:
         r"""Have each process hold in its ``at``\ th update; those of ``LONG`` then have a checkpoint and are within an epoch."""
@@ -67,7 +69,8 @@ class Sweep:
         return result
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        with Fork(command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, forks=self.forked) as process:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with Fork(command, cwd=self.cwd, env=self.env, forks=self.forked, **pipes) as process:
             out, err = process.communicate()
         return subprocess.CompletedProcess(command, process.wait(), out, err)
 
@@ -210,11 +213,13 @@ def test_a_node_that_dies_loses_no_job_and_comes_back(sweep: Sweep) -> None:
     sweep.cluster.wait_until(lambda: sweep.cluster.node_is_idle(node), f"{node} to be idle")
 
 
-def test_a_controller_that_is_away_at_submission_is_waited_for(sweep: Sweep) -> None:
+def test_a_controller_that_is_away_at_submission_is_waited_for_and_a_loser_stops_itself(sweep: Sweep) -> None:
     sweep.forked = True
     sweep.cluster.stop_controller()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    sending = Fork(sweep.command("seed=0,1"), env=sweep.env, forks=sweep.forked, **pipes)
+    stop = ("launch.stop.rungs=[25%]", "hydra.launcher.max_parallel=1", "schedule=none", "trainer.lr_schedule=null")
+    command = sweep.command("optimizer.lr=0.01,1e-9", *stop)
+    sending = Fork(command, env=sweep.env, forks=sweep.forked, **pipes)
     assert sending.stderr is not None
     try:
         assert "does not answer; trying again" in sending.stderr.readline()
@@ -223,7 +228,14 @@ def test_a_controller_that_is_away_at_submission_is_waited_for(sweep: Sweep) -> 
     output, errors = sending.communicate()
     assert sending.returncode == 0, errors
     assert sweep.call("wait").returncode == 0
-    assert len([name for name in sweep.cluster.states() if name.split("_")[0] in output]) == 2
+    (array,) = {row["job_id"].split("_")[0] for row in sweep.jobs().values()}
+    sweep.cluster.wait_until(lambda: not sweep.cluster.run("squeue", "-h").stdout.strip(), "the queue to be empty")
+    slurm = {name: state for name, state in sweep.cluster.states().items() if name.split("_")[0] == array}
+    assert array in output
+    assert slurm == {f"{array}_{number}": "COMPLETED" for number in (0, 1)}
+    # the command that sent them has ended: the second has stopped itself
+    assert {number: row["state"] for number, row in sweep.jobs().items()} == {0: "done", 1: "stopped"}
+    assert max(sweep.steps(1)) < 12
 
 
 def test_a_controller_that_stays_away_is_reported(sweep: Sweep) -> None:
@@ -282,11 +294,19 @@ def test_more_jobs_than_an_array_may_have_go_in_several(
     assert {row["state"] for row in sweep.jobs().values()} == {"done"}
 
 
-def test_jobs_of_different_resources_go_in_arrays_of_their_own(sweep: Sweep) -> None:
+def test_jobs_of_different_resources_go_in_arrays_of_their_own_and_may_name_what_their_sender_allows(
+    sweep: Sweep, tmp_path: Path
+) -> None:
     sweep.forked = True
-    told = sweep.send("launch.gpus=1,4", "seed=0,1", "trainer.max_epochs=1", "schedule=none").stdout
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab" / "slurm_lab.py").write_text("import torch\n\n\nclass Mine(torch.optim.AdamW):\n    pass\n")
+    sweep.cwd = tmp_path / "lab"
+    own = ("optimizer=own", "optimizer._target_=slurm_lab.Mine", "optimizer.lr=0.001")
+    few = ("launch.gpus=1,4", "seed=0,1", "trainer.max_epochs=1", "schedule=none")
+    told = sweep.send("--allow", "slurm_lab", *own, *few).stdout
     assert told.count("SLURM job") == 2
-    assert sweep.call("wait").returncode == 0
+    assert sweep.call("wait").returncode == 0, sweep.log(0)
+    assert "slurm_lab.Mine" in (sweep.own(0) / "config.yaml").read_text()
     for row in sweep.jobs().values():
         provenance = json.loads((Path(row["folder"]) / "provenance.json").read_text())
         wanted = int(next(o for o in row["overrides"] if o.startswith("launch.gpus")).split("=")[1])
@@ -330,6 +350,33 @@ def test_four_ranks_on_two_nodes_train_one_model(sweep: Sweep) -> None:
     assert sweep.steps(0)[-1] == 11
     assert "bit for bit" in sweep.log(0)
     assert len(list(sweep.own(0).glob("log-*.txt"))) == 3
+
+
+def test_jobs_begin_with_the_updates_of_one_that_still_runs_and_are_planned_again_if_it_fails(
+    sweep: Sweep, tmp_path: Path
+) -> None:
+    sweep.hold()
+    ends = ("schedule.route_temp.end=0.6,0.8", "schedule.align_weight.end=0.1,0.3")  # updates 8 and 12 begin to differ
+    sent = sweep.send(*ends, "launch.share=true").stdout
+    assert "4 jobs, 96 updates asked, 64 trained: 33 % less" in sent
+    assert sent.count("once job 0 has made their first updates") == 1  # an array of two
+    until(lambda: sweep.holds(0), "job 0 to hold after update 8 and before update 12")
+    until(lambda: list(sweep.folder.glob("2-*/graft.json")), "job 2 to begin")
+    until(lambda: list(sweep.folder.glob("3-*/graft.json")), "job 3 to begin with what job 2 has made")
+    assert sweep.jobs()[1]["state"] == "pending"
+    holder = read_holder(sweep.own(0) / "lease.json")
+    assert holder is not None
+    os.kill(holder.pid, signal.SIGKILL)
+    until(lambda: sweep.written(1)["state"] == "planned", "job 1 to be planned again")
+    assert "job 0, whose first 12 updates it shares," in sweep.written(1)["cause"]
+    sweep.holding.let_go()
+    assert sweep.call("wait").returncode == 1
+    states = {number: row["state"] for number, row in sweep.jobs().items()}
+    assert states == {0: "failed", 1: "planned", 2: "done", 3: "done"}
+
+    assert sweep.call("resume", "--wait").returncode == 0, sweep.log(0) + sweep.log(1)
+    assert {row["state"] for row in sweep.jobs().values()} == {"done"}
+    assert_as_if_alone(sweep.folder, [1, 3], tmp_path)
 
 
 def test_other_sweepers_wait_and_get_true_results(sweep: Sweep) -> None:

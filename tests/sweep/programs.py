@@ -171,7 +171,7 @@ def main(cfg):
     print("begins at", first, flush=True)
     step = first
     while step < 5 or (cfg.get("holds") and first == 0):
-        job.report(step=step, total=5, **{"val/loss": 1 / (step + 1)})
+        job.report(step=step, total=5, **{"val/loss": cfg.get("scale", 1) / (step + 1)})
         if cfg.get("asks", True) and job.stop_requested():
             saved.write_text(json.dumps({"step": 3}))
             job.requeue()

@@ -178,6 +178,21 @@ def test_a_program_that_saves_and_asks_goes_on_and_one_that_does_not_is_told_tha
     assert _rows(tmp_path, 0)[-1]["result"] == 0.2
 
 
+def test_a_loser_is_stopped_where_it_asks_and_goes_on_when_it_is_resumed(sweep: Run, run: Run, tmp_path: Path) -> None:
+    stop = ("hydra.launcher.stop.rungs=[3st]", "hydra.launcher.stop.metric=val/loss")
+    result = sweep("loops.py", "-m", "+scale=1,2", "hydra.launcher.max_parallel=1", *stop)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "losers: all settings judged by val/loss after update 3" in result.stdout
+    assert [state(tmp_path, number)["state"] for number in (0, 1)] == ["done", "stopped"]
+    assert [row["step"] for row in _rows(tmp_path, 1)] == [0, 1, 2]
+    assert state(tmp_path, 1)["loss"] == 2 / 3
+    assert json.loads((own(tmp_path, 1) / "checkpoints/last.json").read_text()) == {"step": 3}
+    again = run("-m", "apt_launch.sweep", "resume", "sweep", "1")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert state(tmp_path, 1)["state"] == "done"
+    assert [row["step"] for row in _rows(tmp_path, 1)] == [0, 1, 2, 3, 4, 4]
+
+
 def _rows(folder: Path, number: int) -> list[dict[str, float]]:
     paths = list(folder.glob(f"sweep/{number}-*/metrics.jsonl"))
     return [json.loads(line) for line in paths[0].read_text().splitlines()] if paths else []

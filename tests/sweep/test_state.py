@@ -14,13 +14,14 @@ ACTIVE = {"submitted", "running", "preempted", "requeued"}
 
 ALLOWED = {
     "planned": {"submitted", "running", "preempted", "failed", "cancelled", "dropped"},
-    "submitted": {"submitted", "running", "preempted", "failed", "cancelled"},
-    "running": {*ACTIVE, "failed", "cancelled", "done"},
-    "preempted": {*ACTIVE, "failed", "cancelled"},
-    "requeued": {*ACTIVE, "failed", "cancelled"},
+    "submitted": {"planned", "submitted", "running", "preempted", "failed", "cancelled"},
+    "running": {*ACTIVE, "failed", "cancelled", "done", "stopped"},
+    "preempted": {"planned", *ACTIVE, "failed", "cancelled"},
+    "requeued": {"planned", *ACTIVE, "failed", "cancelled"},
     "failed": {"submitted", "running", "dropped"},
     "cancelled": {"submitted", "running", "dropped"},
     "done": {"running", "dropped"},
+    "stopped": {"submitted", "running", "dropped"},
     "dropped": {"submitted"},
     "pending": set(),
     "unknown": set(),
@@ -50,7 +51,7 @@ def test_each_change_is_made_or_refused_as_the_table_says(tmp_path: Path, before
 
 def test_the_table_names_every_state_that_is_ever_written() -> None:
     assert set(TRANSITIONS) == set(get_args(Name)) - {"pending", "unknown"}
-    assert {after for states in TRANSITIONS.values() for after in states} == set(TRANSITIONS) - {"planned"}
+    assert {after for states in TRANSITIONS.values() for after in states} == set(TRANSITIONS)
 
 
 def test_a_folder_without_a_state_is_planned_and_its_first_change_makes_it(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import socket
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class Ranks:
         stop: Any = None,
         resume: Path | None = None,
         overflow: Any = None,
+        backend: str | None = None,
         small: Sequence[str] = SMALL,
     ) -> Rows:
         """Train on ``world`` ranks into ``out``; return the rows of the first.
@@ -41,6 +43,7 @@ class Ranks:
             stop: a rank and a step: that rank is asked to stop there.
             overflow: a rank, a step and a parameter: gradients are scaled as in fp16, and what that rank holds of the
                 parameter's gradient overflows there.
+            backend: what compiles graphs, if anything does; None: torch's default.
             small: overrides that come first.
 
         Raises:
@@ -54,6 +57,7 @@ class Ranks:
             stop=stop,
             resume=str(resume) if resume else None,
             overflow=overflow,
+            backend=backend,
         )
         codes = self.server.answer()
         assert not any(codes), "\n".join(path.read_text() for path in sorted(out.glob("error.*")))
@@ -101,6 +105,7 @@ def _serve() -> None:
 
 
 def _be_rank(rank: int, job: dict[str, Any], config: RunConfig) -> None:
+    os.dup2(2, 1)  # the parent answers there, and gloo of torch 2.10 says whom it is connected to
     code = 1
     try:
         _train(rank, job, config)
@@ -128,6 +133,8 @@ def _train(rank: int, job: dict[str, Any], config: RunConfig) -> None:
 
     out = Path(job["out"])
     rows: Rows = []
+    if job["backend"] is not None:
+        torch.compile = partial(torch.compile, backend=job["backend"])
     with process_group():
         trainer = build_trainer(
             config,

@@ -35,6 +35,9 @@ from tests.training.test_trainer import Run
 
 STEPS = 50
 
+BACKEND = "inductor" if os.environ.get("APT_EVERYWHERE") else "aot_eager"
+"""What compiles a graph where its code is not what is tested: inductor asks a C++ compiler for two seconds of each kernel."""
+
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # inductor's own warnings are not ours
 
 
@@ -46,6 +49,12 @@ def fresh_compiler() -> Iterator[None]:
     with torch._inductor.config.patch(fallback_random=True):
         yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def any_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have graphs compiled by ``BACKEND``."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=BACKEND))
 
 
 def gpt(num_layers: int = 1, **options) -> GPT:
@@ -111,7 +120,9 @@ def test_anneals_of_fifty_steps_add_no_graph_and_give_the_values_of_eager() -> N
         scheduled.expect(switched, moving)
         return schedule
 
-    compiled = torch.compile(model, fullgraph=True)  # once: no anneal, of whatever it is, may ask for it again
+    compiled = torch.compile(
+        model, fullgraph=True, backend=BACKEND
+    )  # once: no anneal, of whatever it is, may ask for it again
     first = losses(model, compiled, annealing(model, "temperature"), steps=1)
     assert graphs() == 1
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -264,6 +275,7 @@ def same(run: Run, expected: Run) -> None:
         assert [row[name] for name in smooth] == pytest.approx([other[name] for name in smooth], rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.usefixtures("any_backend")
 def test_a_compiled_run_is_the_eager_one_and_each_switch_costs_one_graph(small: Callable[..., RunConfig]) -> None:
     eager = Run(small(*COMPILED, "trainer.compile=false"))
     eager.trainer.fit()
@@ -275,9 +287,20 @@ def test_a_compiled_run_is_the_eager_one_and_each_switch_costs_one_graph(small: 
     assert seen.counts == [3, 3, 3, 3, 4, 4, 5, 5, 5, 5, 6, 6]
 
 
+def test_what_inductor_makes_of_it_has_the_values_of_eager(small: Callable[..., RunConfig]) -> None:
+    at_once = [f"schedule.enable_{name}_at_epoch=1" for name in ("moe", "align", "voter")]
+    given = (*COMPILED, "schedule=none", *at_once, "trainer.max_epochs=2", "model.num_layers=1")
+    eager = Run(small(*given, "trainer.compile=false"))
+    eager.trainer.fit()
+    compiled = Run(small(*given))
+    compiled.trainer.fit()
+    same(compiled, eager)
+
+
 SWITCHED = {"moe": 1, "align": 2, "voter": 2}
 
 
+@pytest.mark.usefixtures("any_backend")
 def test_a_compiled_run_that_is_interrupted_continues_to_the_same_weights(
     small: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
@@ -299,6 +322,7 @@ def test_a_compiled_run_that_is_interrupted_continues_to_the_same_weights(
         assert torch.equal(weight, after.weights()[name]), name
 
 
+@pytest.mark.usefixtures("any_backend")
 @pytest.mark.parametrize("other", ["lightning", "hf"])
 def test_other_trainers_are_compiled_too(small: Callable[..., RunConfig], other: str) -> None:
     short = ("schedule=none", "schedule.enable_moe_at_epoch=1", "trainer.max_epochs=2")

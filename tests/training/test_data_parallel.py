@@ -15,6 +15,7 @@ import torch
 from tests.conftest import SMALL
 from tests.forks import environment
 from tests.training.ranks import Ranks, Rows, ranks
+from tests.training.test_compile import BACKEND
 
 PLAIN = (
     "trainer.batch_size=8",
@@ -263,7 +264,7 @@ def test_ranks_train_compiled_as_one_process_does(
     short = (*PLAIN, "model.num_layers=1", "schedule=none", "schedule.enable_moe_at_epoch=1", "trainer.max_epochs=2")
     alone = group.train(1, tmp_path / "alone", *data, *short)
     assert any("moe/router_entropy" in row for row in alone)
-    same(group.train(world, tmp_path / "out", *data, *short, *engine, "trainer.compile=true"), alone)
+    same(group.train(world, tmp_path / "out", *data, *short, *engine, "trainer.compile=true", backend=BACKEND), alone)
 
 
 @pytest.mark.parametrize("parameter", ["embedding.weight", "blocks.1.ffn.experts.up"])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from apt_launch.allow import VARIABLE, allowing
 from apt_launch.config.run_config import RunConfig
 from apt_launch.runs.build import build_trainer
+from apt_model.errors import ConfigError
 from apt_model.training.checkpoint import Checkpoints
 from tests.conftest import SMALL
 from tests.training.ranks import Ranks, Rows, ranks
@@ -95,6 +98,12 @@ def group(place: Path) -> Iterator[Ranks]:
             yield group
 
 
+SMALLEST = (
+    *(override for override in SMALL if not override.startswith("model.")),
+    *("schedule=none", "moe.capacity_factor=null"),
+)
+
+
 def data(place: Path) -> tuple[str, str]:
     return "data=text", f"data.path={place / 'text.txt'}"
 
@@ -151,3 +160,64 @@ def test_other_trainers_train_it_alike(
         found, _ = trained(composed(*OWN, *data(place), f"trainer={other}"))
     for mine, its in zip(expected, found, strict=True):
         assert its == pytest.approx(mine, abs=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # inductor's own warnings are not ours
+def test_compiled_it_trains_alike(
+    place: Path, composed: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # dynamo takes the model apart as always; what a C++ compiler makes of its graphs, test_compile asks
+    compile_ = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_(self, backend="eager", **options))
+    monkeypatch.syspath_prepend(place)
+    with allowing(["model_lab"]):
+        expected, _ = trained(composed(*OWN, *data(place)))
+        found, trainer = trained(composed(*OWN, *data(place), "trainer.compile=true"))
+    assert all(layer._compiled_call_impl is not None for layer in trainer.model.layers)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    for mine, its in zip(expected, found, strict=True):
+        assert its == pytest.approx(mine, rel=1e-4, abs=1e-5)
+
+
+def test_a_model_in_a_folder_of_transformers_trains_on(
+    place: Path, composed: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    kind = {"model_type": "llama", "vocab_size": 256, "hidden_size": 16, "intermediate_size": 32}
+    sizes = {**kind, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}
+    saved = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**sizes))
+    saved.save_pretrained(tmp_path / "llama")
+    small = (override for override in OWN if not override.startswith(("model", "+schedule", "trainer.max_epochs")))
+    from_folder = ("model=transformers", f"model.path={tmp_path / 'llama'}", "model.seq_len=16", "model.experts=true")
+    config = composed(*small, *from_folder, "trainer.max_epochs=3", *data(place))
+    trainer = build_trainer(config, log=(rows := []).append)
+    before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    for name, weight in saved.state_dict().items():
+        in_place = (one for other, one in before.items() if other.startswith(name.partition(".mlp.")[0] + ".mlp."))
+        assert any(torch.equal(weight, one) for one in (in_place if ".mlp." in name else [before[name]])), name
+    trainer.fit()
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert len(losses) == 12
+    assert losses[-1] < losses[0]
+    assert [row["schedule/moe_enabled"] for row in rows if "train/loss" in row] == [0] * 8 + [1] * 4
+
+    for wrong, told in (
+        (f"model.path={tmp_path}", "there is no config.json"),
+        ("model.vocab_size=300", "has 256 tokens"),
+        ("model.path=null", "model"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            build_trainer(composed(*SMALLEST, *from_folder, wrong, *data(place)))
+
+
+def test_a_new_model_of_transformers_has_keys_of_its_kind(place: Path, composed: Callable[..., RunConfig]) -> None:
+    pytest.importorskip("transformers")
+    new = ("model=transformers", "model.seq_len=16")
+    for config, told in (
+        ("{model_type: llama, hidden_sise: 16}", "unknown key of llama. Did you mean 'hidden_size'"),
+        ("{model_type: lama}", "'lama' is unknown. Did you mean 'llama'"),
+        ("{hidden_size: 16}", "model_type: missing"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(told)):
+            build_trainer(composed(*SMALLEST, *new, f"+model.config={config}", *data(place)))

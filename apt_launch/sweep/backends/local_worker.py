@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -13,17 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from apt_launch.escapes import visible
-from apt_launch.lease import Holder, heartbeats
+from apt_launch.lease import Holder, heartbeats, is_alive
 from apt_launch.sweep.application import Resources, load
 from apt_launch.sweep.backends.machine import Machine, worker_file
-from apt_launch.sweep.jobs import process
+from apt_launch.sweep.jobs import process, trunk
 from apt_launch.sweep.jobs.state import ENDED, ask_to_cancel, read_state, transition, wants_cancel
 from apt_launch.sweep.plan.plan import Plan
+from apt_launch.sweep.plan.tree import is_shared, longest_path
 from apt_model.errors import ConfigError, ReportedError
 from apt_model.files import write_json
 
 MOST_RESTARTS = 20
 """Interruptions of one job after which it has failed."""
+
+LOOK_SECONDS = 0.05
+"""Between two looks whether jobs that wait for the updates of others can begin."""
 
 GRACE_SECONDS = 60
 """Time of a cancelled job for its checkpoint."""
@@ -53,12 +58,15 @@ class Worker:
         self.sweep = sweep
         self.name = name  # by which the jobs' states say whose they are
         self.machine = machine
-        self.waiting = list(names)
         self.running: dict[int, tuple[str, Resources, tuple[str, ...]]] = {}
         self.free_gpus = list(machine.gpus)
         self.max_parallel = max_parallel or machine.cores
         self.cancelled = False
         self.plan = Plan.read(sweep)
+        self.application = load(self.plan.application, self.plan.program)
+        self.forks = {name: fork for name in names if (fork := process.fork_of(sweep / name)) is not None}
+        paths = longest_path(self.plan)
+        self.waiting = sorted(names, key=lambda name: -paths[name]) if is_shared(self.plan) else list(names)
         self.resources = {name: self.plan.by_folder[name].resources for name in names}
         at_once = max(1, min(len(names), self.max_parallel, *(machine.room_for(r) for r in self.resources.values())))
         self.cores_each = max(1, machine.cores // at_once)
@@ -66,13 +74,13 @@ class Worker:
     def run(self) -> None:
         """Run all jobs."""
         self.take_over_signals()
-        load(self.plan.application, self.plan.program).preload(self.plan.values(self.plan.jobs[0]))
+        self.application.preload(self.plan.values(self.plan.jobs[0]))
         gc.collect()
         gc.freeze()  # what is shared with the jobs is never touched again
         while self.waiting or self.running:
             while not self.cancelled and (name := self.take_next()) is not None:
                 self._start(name)
-            if not self.running:
+            if not self.running and (self.cancelled or not self.waiting):
                 break
             pid, status = self.wait_for_one()
             if pid in self.running:
@@ -85,8 +93,20 @@ class Worker:
         signal.signal(signal.SIGTERM, self._cancel)
 
     def wait_for_one(self) -> tuple[int, int]:
-        """Return process and status of the next that ends."""
-        return os.wait()
+        """Return process and status of the next that ends; process 0, where it is time to see which jobs can begin."""
+        if not any(name in self.forks for name in self.waiting):
+            return os.wait()
+        time.sleep(LOOK_SECONDS)
+        return os.waitpid(-1, os.WNOHANG) if self.running else (0, 0)
+
+    def may_begin(self, name: str) -> bool:
+        """Return whether nobody is about to make the updates that a job begins with; if they are lost, it finds out."""
+        fork = self.forks.get(name)
+        if fork is None or trunk.trunk(self.application, self.sweep, fork) != "to come":
+            return True
+        if fork.job in self.waiting or any(fork.job == running for running, _, _ in self.running.values()):
+            return False
+        return not is_alive(worker_file(self.sweep, read_state(fork.place(self.sweep)).job_id))
 
     def be_job(self, name: str, gpus: Sequence[str], resources: Resources) -> int:
         """Run a job in this process, which was just forked; return its exit code."""
@@ -105,6 +125,8 @@ class Worker:
             return None
         for name in self.waiting:
             wanted = self.resources[name]
+            if not self.may_begin(name):
+                continue
             fits = (wanted.cpus or 1) <= cores and (wanted.gpus or 0) <= len(self.free_gpus)
             if fits and (wanted.mem_gb or 0) <= memory:
                 self.waiting.remove(name)
@@ -152,7 +174,7 @@ class Worker:
                 transition(folder, "failed", cause=f"interrupted {MOST_RESTARTS} times")
         elif code == process.AGAIN and not self.cancelled:
             pass  # whoever runs this worker starts the job again
-        elif state.state not in ENDED:
+        elif state.state not in ENDED and not (code == process.DONE and state.state == "planned"):
             cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
             if code == -signal.SIGKILL:
                 cause += ", perhaps by a lack of memory"

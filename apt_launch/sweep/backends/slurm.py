@@ -19,8 +19,10 @@ from typing import Any, Final
 
 from apt_launch.sweep.application import Application, Resources, load
 from apt_launch.sweep.backends.slurm_pack import run_packed_on_slurm
-from apt_launch.sweep.backends.slurm_task import run_on_slurm
+from apt_launch.sweep.backends.slurm_task import release, run_on_slurm
+from apt_launch.sweep.jobs.process import fork_of
 from apt_launch.sweep.jobs.state import ENDED, ObservedState, State, ask_to_cancel, read_state, transition
+from apt_launch.sweep.jobs.trunk import trunk
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
 from apt_model.errors import ConfigError
@@ -175,22 +177,28 @@ class SlurmBackend:
     def send(self, plan: Plan, folder: Path, jobs: Sequence[Job]) -> list[str]:
         """Submit one array for each set of equal resources, split where SLURM limits it; return lines for the user.
 
+        Jobs that begin with the updates of another one of them are arrays of their own, which depend on that job's end. It
+        takes the dependency away as soon as it has made those updates: see :func:`release`.
+
         Raises:
             ConfigError: SLURM refuses, or its controller stays away.
         """
         most = self._most_of_an_array() * int(self.values["pack"])
-        groups: dict[Resources, list[Job]] = {}
-        for job in jobs:
-            groups.setdefault(job.resources, []).append(job)
+        groups: dict[tuple[str | None, Resources], list[Job]] = {}
+        for job in jobs:  # by number, and so each after the one that it begins with
+            groups.setdefault((_trunk(plan, folder, job), job.resources), []).append(job)
         lines = []
-        for resources, members in groups.items():
+        for (first, resources), members in groups.items():
             for begin in range(0, len(members), most):
                 part = members[begin : begin + most]
-                number = self._submit(plan, folder, resources, part)
-                lines.append(f"SLURM job {number}: {len(part)} job{'s' if len(part) > 1 else ''}, {resources}")
+                number = self._submit(plan, folder, resources, part, first)
+                after = "" if first is None else f", once job {first.partition('-')[0]} has made their first updates"
+                lines.append(f"SLURM job {number}: {len(part)} job{'s' if len(part) > 1 else ''}, {resources}{after}")
         return lines
 
-    def _submit(self, plan: Plan, folder: Path, resources: Resources, jobs: Sequence[Job]) -> str:
+    def _submit(
+        self, plan: Plan, folder: Path, resources: Resources, jobs: Sequence[Job], first: str | None = None
+    ) -> str:
         import submitit
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
@@ -202,6 +210,8 @@ class SlurmBackend:
         pack = int(self.values["pack"])
         together = [jobs[begin : begin + pack] for begin in range(0, len(jobs), pack)]
         parameters = slurm_parameters(_of_pack(resources, min(pack, len(jobs))), self.values, name=name)
+        if first is not None and (after := read_state(folder / first).job_id):
+            parameters["additional_parameters"]["dependency"] = f"afterany:{after}"
         lines = [*(parameters.get("setup") or ()), *inherited_lines(load(plan.application, plan.program))]
         executor.update_parameters(**{**parameters, "setup": lines or None})
         paths = [str((folder / job.folder).resolve()) for job in jobs]
@@ -232,6 +242,9 @@ class SlurmBackend:
         for part, handle in zip(together, sent, strict=True):
             for job in part:  # one that has started meanwhile knows its number
                 transition(folder / job.folder, "submitted", expected="submitted", job_id=str(handle.job_id))
+        if first is not None:  # it may have come there before it could know whom to release
+            points = load(plan.application, plan.program).fork_points(folder / first)
+            release([folder / job.folder for job in jobs if job.begins in points])
         return str(sent[0].job_id).split("_")[0]
 
     def _patiently(self, action: Callable[[], Any]) -> Any:
@@ -323,6 +336,14 @@ class SlurmBackend:
                 ask("scancel", *stray)
             time.sleep(0.3)
         raise ConfigError(f"{folder}: SLURM still shows {len(left)} of its jobs after three minutes: {left[0]}")
+
+
+def _trunk(plan: Plan, folder: Path, job: Job) -> str | None:
+    """Return the folder's name of the job whose updates ``job`` waits for; None: of none, or they are there."""
+    fork = fork_of(folder / job.folder)
+    if fork is None or trunk(load(plan.application, plan.program), folder, fork) in ("ready", "alone"):
+        return None
+    return fork.job
 
 
 def _of_pack(resources: Resources, count: int) -> Resources:

@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from apt_launch.sweep.jobs.process import AGAIN, DONE, FAILED, perform
 from apt_launch.sweep.jobs.state import read_state, transition
-from apt_model.errors import ReportedError
+from apt_model.errors import ConfigError, ReportedError
 
 
 def run_on_slurm(folder: str) -> float | None:
@@ -30,7 +31,12 @@ def run_on_slurm(folder: str) -> float | None:
     path = Path(folder)
     try:
         code = perform(
-            path, job_id=job_id, restart=int(environment.get("SLURM_RESTART_COUNT", "0")), rank=rank, requeue=_requeue
+            path,
+            job_id=job_id,
+            restart=int(environment.get("SLURM_RESTART_COUNT", "0")),
+            rank=rank,
+            requeue=_requeue,
+            on_fork=release,
         )
     except ReportedError:  # its own traceback is in the log
         code = FAILED
@@ -96,6 +102,20 @@ def requeue(folders: Sequence[Path]) -> None:
             return
         time.sleep(2)
     change("failed", "SLURM did not take it back (scontrol requeue failed)")
+
+
+def release(folders: Sequence[Path]) -> None:
+    """Let the jobs in ``folders`` begin, which depend on the end of one that has now made their first updates.
+
+    Where that fails they begin when that one has ended.
+    """
+    waiting = []
+    for folder in folders:
+        with suppress(ConfigError):  # a damaged state: the table names it
+            state = read_state(folder)
+            waiting += [state.job_id] if state.state == "submitted" and state.job_id else []
+    if waiting:
+        _slurm("scontrol", "update", f"JobId={','.join(waiting)}", "Dependency=")
 
 
 def _slurm(*command: str) -> str | None:

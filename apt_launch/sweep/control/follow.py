@@ -44,7 +44,8 @@ def follow(folder: Path, only: set[str] | None = None, *, record: bool = True) -
                 record_ends(statuses)
             for status in statuses:
                 name = status.job.folder
-                if shown.get(name) != status.state and status.state not in ("planned", "submitted", "pending"):
+                waits = status.state in ("submitted", "pending") or (status.state == "planned" and not status.cause)
+                if shown.get(name) != status.state and not waits:
                     say(_line(status, ledger.application.metric))
                     pause = 0.05
                 shown[name] = status.state
@@ -59,7 +60,7 @@ def follow(folder: Path, only: set[str] | None = None, *, record: bool = True) -
             pause = min(pause * 1.2, 0.2 if ledger.plan.launcher == "local" else 5.0)
     if only is None:
         show(ledger.plan, ledger.statuses(), folder)
-    return 0 if all(status.state in ("done", "dropped") for status in statuses) else 1
+    return 0 if all(status.state in ("done", "stopped", "dropped") for status in statuses) else 1
 
 
 @contextmanager
@@ -76,7 +77,11 @@ def collected_interrupts() -> Iterator[list[int]]:
 def _line(status: Status, metric: str) -> str:
     loss = f"  {metric} {status.loss:.4f}" if status.loss is not None else ""
     again = f" (attempt {status.restarts + 1})" if status.restarts and status.state == "running" else ""
-    cause = f": {status.cause}" if status.cause and status.state in ("failed", "cancelled", "unknown") else ""
+    cause = (
+        f": {status.cause}"
+        if status.cause and status.state in ("failed", "cancelled", "stopped", "unknown", "planned")
+        else ""
+    )
     return f"{status.job.number:>4}  {status.state:<9}{again}{loss}  {status.job.label}{cause}"
 
 

@@ -13,7 +13,9 @@ from apt_launch.sweep.application import Application
 from apt_launch.sweep.backends.registry import backend
 from apt_launch.sweep.control.follow import say
 from apt_launch.sweep.control.ledger import Ledger
+from apt_launch.sweep.control.rungs import write_rule
 from apt_launch.sweep.control.send import prepare
+from apt_launch.sweep.jobs.halving import overrule
 from apt_launch.sweep.jobs.state import CANCEL
 from apt_launch.values import changed_keys, flatten, read_frozen, unflatten
 from apt_model.errors import ConfigError
@@ -24,7 +26,8 @@ def resume(folder: Path, overrides: Sequence[str] = (), numbers: Sequence[int] =
 
     Args:
         overrides: of keys that cannot change a result, such as ``launch.hours=48``.
-        numbers: the jobs, also those that were dropped; empty: all.
+        numbers: the jobs, also those that were dropped or stopped as losers; empty: all others. A setting of which a job is
+            resumed that was stopped goes on where it was judged.
 
     Raises:
         ConfigError: there is no such job, a key cannot change, a job's folder holds another config than the plan, or it is
@@ -35,7 +38,7 @@ def resume(folder: Path, overrides: Sequence[str] = (), numbers: Sequence[int] =
     application = ledger.application
     if application.trusts_folder:
         refuse_shared(folder, [job.folder for job in ledger.plan.jobs])
-    changed = _parsed(overrides, application)
+    changed = flatten(_parsed(overrides, application))
     if refused := sorted(key for key in changed if not application.is_neutral(key)):
         raise ConfigError(
             *(f"{key}: a resume cannot change it, for it would be another run. Start a new sweep." for key in refused)
@@ -44,7 +47,7 @@ def resume(folder: Path, overrides: Sequence[str] = (), numbers: Sequence[int] =
     problems = [
         status.summary for status in statuses if status.state == "unknown" and (status.damaged or not status.final)
     ]
-    again_from = ("failed", "cancelled", "planned", "unknown", *(("dropped",) if numbers else ()))
+    again_from = ("failed", "cancelled", "planned", "unknown", *(("dropped", "stopped") if numbers else ()))
     wanted = {s.job.number for s in statuses if s.state in again_from and (not numbers or s.job.number in numbers)}
     jobs = []
     for job in ledger.plan.jobs:
@@ -67,8 +70,11 @@ def resume(folder: Path, overrides: Sequence[str] = (), numbers: Sequence[int] =
     where.check(replace(plan, jobs=tuple(again)))
     plan.write(folder)
     prepare(plan, folder, again)
+    write_rule(plan, folder, again)
     for job in again:
         (folder / job.folder / CANCEL).unlink(missing_ok=True)
+        if numbers:
+            overrule(folder, job.folder)
     for line in where.send(plan, folder, again):
         say(line)
     return len(again)

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from apt_launch.commands import command
+from apt_launch.sweep.application import Fork, load
 from apt_launch.sweep.backends.base import Backend
 from apt_launch.sweep.control.follow import follow, say
 from apt_launch.sweep.control.ledger import Ledger
+from apt_launch.sweep.control.rungs import described, rule_of, write_rule
+from apt_launch.sweep.jobs.trunk import GRAFT, trunk
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
+from apt_launch.sweep.plan.tree import is_shared, saving, tree_lines
 from apt_launch.values import to_yaml
 from apt_model.errors import ConfigError
 from apt_model.files import read_regular, refuse_link, refuse_links, refuse_place, write_atomic, write_json
@@ -30,8 +34,17 @@ def show_plan(plan: Plan, folder: Path, where: Backend) -> None:
     say(f"sweep of {plan.summary}, {plan.launcher}. Folder: {folder}. Nothing is sent.")
     for job in plan.jobs:
         say(f"{job.number:>4}  {job.label or 'as the config says'}  ({job.resources})")
+    if is_shared(plan):
+        say("First updates that are trained once:")
+        for line in tree_lines(plan):
+            say(f"  {line}")
+        say(saving(plan))
     if plan.gpu_hours:
         say(f"at most {plan.gpu_hours:g} GPU-hours")
+    spec = plan.jobs[0].spec
+    rule = rule_of(plan, load(plan.application, plan.program), spec.stop if spec is not None else None)
+    for line in described(rule) if rule is not None else ():
+        say(line)
 
 
 def carry_out(plan: Plan, folder: Path, where: Backend, snapshot_mb: float = 0.0) -> None:
@@ -55,6 +68,10 @@ def carry_out(plan: Plan, folder: Path, where: Backend, snapshot_mb: float = 0.0
     plan.write(folder)
     prepare(plan, folder, plan.jobs)
     say(f"sweep {plan.id}: {plan.summary}. Folder: {folder}")
+    for line in write_rule(plan, folder, plan.jobs):
+        say(line)
+    if is_shared(plan):
+        say(saving(plan))
     for line in where.send(plan, folder, plan.jobs):
         say(line)
     waits = any(job.spec is not None and job.spec.wait for job in plan.jobs)
@@ -120,6 +137,7 @@ def run_batch(
     jobs = plan.jobs[len(before.jobs) if before else 0 :]
     if jobs:
         prepare(plan, folder, jobs)
+        write_rule(plan, folder, jobs)
         for line in where.send(plan, folder, jobs):
             say(line)
         follow(folder, only={job.folder for job in jobs})
@@ -148,6 +166,8 @@ def prepare(plan: Plan, folder: Path, jobs: Sequence[Job]) -> None:
         own = folder / job.folder
         refuse_link(own)
         refuse_links(own, f"job {job.number}")
+    application = load(plan.application, plan.program)
+    sent = {job.folder for job in jobs}
     for job in jobs:
         own = folder / job.folder
         (own / ".hydra").mkdir(parents=True, exist_ok=True)
@@ -164,4 +184,25 @@ def prepare(plan: Plan, folder: Path, jobs: Sequence[Job]) -> None:
         }
         if plan.program is not None:
             about["program"] = asdict(plan.program)
-        write_json(own / "job.json", about)
+        if job.fork is not None and _comes(plan, folder, job.fork, sent):
+            about["fork"] = asdict(job.fork)
+        write_json(own / "job.json", about | _awaited(plan, job))
+        if not application.has_checkpoint(own):
+            (own / GRAFT).unlink(missing_ok=True)
+    for job in plan.jobs:  # others begin with what it has kept: those that are new, too
+        if job.folder not in sent and (forks := _awaited(plan, job)):
+            path = folder / job.folder / "job.json"
+            if path.exists():
+                write_json(path, json.loads(read_regular(path)) | forks)
+
+
+def _awaited(plan: Plan, job: Job) -> dict[str, Any]:
+    forks = [asdict(fork) for fork in plan.awaited(job)]
+    return {"forks": forks} if forks else {}
+
+
+def _comes(plan: Plan, folder: Path, fork: Fork, sent: set[str]) -> bool:
+    """Return whether the updates that ``fork`` asks for are there, or somebody is to make them: else the job does."""
+    if fork.sweep is None and fork.job in sent:
+        return True
+    return trunk(load(plan.application, plan.program), folder, fork) in ("ready", "to come")

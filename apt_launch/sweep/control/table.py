@@ -24,6 +24,7 @@ STYLES = {
     "done": "green",
     "failed": "bold red",
     "cancelled": "yellow",
+    "stopped": "yellow",
     "dropped": "dim",
     "running": "cyan",
     "unknown": "magenta",
@@ -37,9 +38,9 @@ def show(plan: Plan, statuses: Sequence[Status], folder: Path) -> None:
     screen.print(table(plan, statuses, screen.width))
     screen.print(counted(statuses), highlight=False)
     for one in statuses:
-        if one.state in ("failed", "unknown") or (one.state == "cancelled" and one.cause):
+        if one.state in ("failed", "unknown") or (one.state in ("cancelled", "stopped", "planned") and one.cause):
             log = one.folder / "log.txt"
-            where = f" Log: {log}" if log.exists() else ""
+            where = f" Log: {log}" if log.exists() and one.state != "stopped" else ""
             screen.print(
                 f"job {one.job.number} ({one.job.label}) {one.state}: {one.cause}{where}",
                 highlight=False,

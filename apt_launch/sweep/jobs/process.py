@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
@@ -18,8 +18,10 @@ from apt_launch.commands import command
 from apt_launch.escapes import escape_logs
 from apt_launch.lease import Holder, Lease
 from apt_launch.secrets import keep_private
-from apt_launch.sweep.application import TRAINER, JobContext, Program, Result, load
+from apt_launch.sweep.application import TRAINER, Application, Awaited, Fork, JobContext, Program, Result, load
+from apt_launch.sweep.jobs.halving import Halving
 from apt_launch.sweep.jobs.state import State, read_state, transition, wants_cancel
+from apt_launch.sweep.jobs.trunk import GRAFT, cause_of_loss, take_over, trunk, wait_for_first_rank
 from apt_launch.values import read_frozen
 from apt_model.errors import ConfigError, Interrupted, TrainingError, cause_of
 from apt_model.files import STRICT, read_json, refuse_links
@@ -53,11 +55,25 @@ class About:
     hours: float
     application: str = TRAINER
     program: Program | None = None
+    fork: Fork | None = None
+    forks: tuple[Awaited, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise ValueError for values that no plan has."""
         if not 0 < self.hours < math.inf:
             raise ValueError("its hours must be a number above 0")
+
+
+def fork_of(folder: Path) -> Fork | None:
+    """Return where the job in ``folder`` begins, as its process will read it."""
+    try:
+        return read_json(folder / "job.json", About, remedy="sweep resume writes it anew.").fork
+    except (ConfigError, FileNotFoundError):  # which the job reports
+        return None
+
+
+class _TrunkLostError(Exception):
+    """The updates that the job was to begin with will not come by themselves."""
 
 
 class _StoppedEarly(Interrupted):
@@ -76,6 +92,7 @@ def perform(
     rank: int = 0,
     cores: int | None = None,
     requeue: Callable[[Path], None] = lambda folder: None,
+    on_fork: Callable[[Sequence[Path]], None] = lambda folders: None,
 ) -> int:
     """Run the job of ``folder`` in this process; return its exit code.
 
@@ -86,6 +103,7 @@ def perform(
         restart: attempts of the job before this one; None: as its state says.
         cores: of this machine that it may use; None: as the environment says.
         requeue: gives an interrupted job back to its cluster, called while the folder is still this process's.
+        on_fork: called with the folders of jobs that can begin, since this one has come to where they do.
 
     Raises:
         Exception: what made it fail; its state and its log have it.
@@ -107,7 +125,7 @@ def perform(
         logger.error("%s", error)
         raise
     try:
-        return _Attempt(folder, before, job_id, attempts, rank, cores).perform(requeue)
+        return _Attempt(folder, before, job_id, attempts, rank, cores, on_fork).perform(requeue)
     finally:
         if lease is not None:
             lease.release()
@@ -117,7 +135,14 @@ class _Attempt:
     """One attempt at a job; its first rank writes the state."""
 
     def __init__(
-        self, folder: Path, before: State, job_id: str | None, attempts: int, rank: int, cores: int | None
+        self,
+        folder: Path,
+        before: State,
+        job_id: str | None,
+        attempts: int,
+        rank: int,
+        cores: int | None,
+        on_fork: Callable[[Sequence[Path]], None],
     ) -> None:
         self.folder = folder
         self.before = before
@@ -125,7 +150,9 @@ class _Attempt:
         self.attempts = attempts
         self.rank = rank
         self.cores = cores
+        self.on_fork = on_fork
         self.began = time.time()
+        self.halving: Halving | None = None
         try:
             self.about = read_json(folder / "job.json", About, remedy="sweep resume writes it anew.")
         except (ConfigError, FileNotFoundError) as error:
@@ -155,6 +182,9 @@ class _Attempt:
                 kept = load(self.about.application, self.about.program).has_checkpoint(self.folder)
                 self._end("cancelled", cause="on request; its checkpoint is kept" if kept else "on request")
                 return STOPPED
+            if self.halving is not None and self.halving.stopped is not None:
+                self._end("stopped", cause=str(self.halving.stopped), loss=self.halving.last)
+                return DONE
             if self.seconds >= self.hours * 3600:
                 spent = BudgetSpentError(
                     f"it took its {self.hours:g} h. Continue it by: "
@@ -166,6 +196,10 @@ class _Attempt:
             if self.rank == 0:
                 requeue(self.folder)
             return AGAIN
+        except _TrunkLostError as lost:
+            if self.rank == 0:
+                transition(self.folder, "planned", cause=str(lost))
+            return DONE
         except Exception as error:
             cause = cause_of(error)
             self._end("failed", cause=cause)
@@ -177,7 +211,7 @@ class _Attempt:
 
     def _end(
         self,
-        to: Literal["cancelled", "failed", "preempted", "done"],
+        to: Literal["cancelled", "failed", "preempted", "done", "stopped"],
         *,
         cause: str | None = None,
         loss: float | None = None,
@@ -201,11 +235,12 @@ class _Attempt:
         application = load(self.about.application, self.about.program)
         os.chdir(self.about.cwd)
         values = read_frozen(self.folder / "config.yaml")
-        resume = application.has_checkpoint(self.folder)
+        resume = application.has_checkpoint(self.folder) or self._begin(application, values)
         if not resume:  # rows of an attempt that came to no checkpoint will be computed again
             (self.folder / "metrics.jsonl").unlink(missing_ok=True)
         if self.rank == 0:
             transition(self.folder, "running", job_id=self.job_id, restarts=self.attempts)
+        self.halving = Halving.of(self.folder) if self.rank == 0 else None
         left = self.hours * 3600 - self.before.seconds
         if left <= 0:
             raise BudgetSpentError(f"it took its {self.hours:g} h ({self.hours_key}).")
@@ -217,6 +252,30 @@ class _Attempt:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
+    def _begin(self, application: Application, values: Mapping[str, Any]) -> bool:
+        """Take over the updates of another job, if this one shares any; return whether there is something to continue from.
+
+        Raises:
+            _TrunkLostError: nobody has made them, or will.
+        """
+        if (fork := self.about.fork) is None or (self.rank == 0 and (self.folder / GRAFT).exists()):
+            return False
+        if self.rank:
+            if not wait_for_first_rank(self.folder):
+                raise _TrunkLostError
+        elif trunk(application, self.folder.parent, fork) in ("lost", "to come"):
+            raise _TrunkLostError(cause_of_loss(self.folder.parent, fork))
+        else:
+            take_over(application, self.folder, values, fork)
+        return application.has_checkpoint(self.folder)
+
+    def _forked(self, update: int) -> None:
+        folders = [
+            self.folder.parent / name for fork in self.about.forks if fork.update == update for name in fork.jobs
+        ]
+        if folders:
+            self.on_fork(folders)
+
     def _context(self, resume: bool) -> JobContext:
         return JobContext(
             sweep=self.about.sweep,
@@ -226,6 +285,9 @@ class _Attempt:
             attempt=self.attempts,
             resume=resume,
             cores=self.cores,
+            judge=self.halving,
+            forks=self.about.forks,
+            on_fork=self._forked,
         )
 
 

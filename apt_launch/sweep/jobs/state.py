@@ -20,11 +20,12 @@ Name = Literal[
     "failed",
     "cancelled",
     "done",
+    "stopped",
     "dropped",
     "unknown",
 ]
 
-ENDED: Final[frozenset[Name]] = frozenset({"failed", "cancelled", "done", "dropped"})
+ENDED: Final[frozenset[Name]] = frozenset({"failed", "cancelled", "done", "stopped", "dropped"})
 """States that do not change by themselves."""
 
 WAITING: Final[frozenset[Name]] = frozenset({"planned", "submitted", "pending"})
@@ -32,15 +33,19 @@ WAITING: Final[frozenset[Name]] = frozenset({"planned", "submitted", "pending"})
 
 TRANSITIONS: Final[dict[Name, frozenset[Name]]] = {
     "planned": frozenset({"submitted", "running", "preempted", "failed", "cancelled", "dropped"}),
-    "submitted": frozenset({"submitted", "running", "preempted", "failed", "cancelled"}),
+    "submitted": frozenset({"planned", "submitted", "running", "preempted", "failed", "cancelled"}),
+    # to planned: another job has failed to make the updates that it was to begin with
     # to running: a cluster started it again without notice; to submitted: it was killed without notice, and is resumed
-    "running": frozenset({"submitted", "running", "preempted", "requeued", "failed", "cancelled", "done"}),
-    "preempted": frozenset({"submitted", "running", "preempted", "requeued", "failed", "cancelled"}),
-    "requeued": frozenset({"submitted", "running", "preempted", "requeued", "failed", "cancelled"}),
+    "running": frozenset({"submitted", "running", "preempted", "requeued", "failed", "cancelled", "done", "stopped"}),
+    "preempted": frozenset({"planned", "submitted", "running", "preempted", "requeued", "failed", "cancelled"}),
+    "requeued": frozenset({"planned", "submitted", "running", "preempted", "requeued", "failed", "cancelled"}),
     # a cluster may start a job again whatever became of it
     "failed": frozenset({"submitted", "running", "dropped"}),
     "cancelled": frozenset({"submitted", "running", "dropped"}),
     "done": frozenset({"running", "dropped"}),
+    "stopped": frozenset(
+        {"submitted", "running", "dropped"}
+    ),  # as a loser; somebody wants it all the same, by its number
     "dropped": frozenset({"submitted"}),  # somebody wants it again, by its number
 }
 """To which states each one may change. ``pending`` and ``unknown`` are only observed, never written."""

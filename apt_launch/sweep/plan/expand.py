@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cache
@@ -22,6 +22,7 @@ from apt_model.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
 
 MOST_PROBLEMS = 12
 """Problems of one sweep that are listed; more of them are counted."""
@@ -110,6 +111,29 @@ def make(
     ]
     return of_combinations(
         expand(composer.parse([*kept, *overrides]), zipped), command=overrides, target=target, composer=composer
+    )
+
+
+def of_command(arguments: Sequence[str], *, composer: Composer, target: Callable[[DictConfig], Target]) -> Plan:
+    """Plan what the command line ``arguments`` would sweep.
+
+    Args:
+        target: returns where jobs run, by what the command line composes.
+
+    Raises:
+        ConfigError: see :func:`make`.
+    """
+    from omegaconf import OmegaConf
+
+    parsed = composer.parse(arguments)
+    composed = composer.compose([str(o.input_line) for o in parsed if not o.is_sweep_override()])
+    sweeper: Any = OmegaConf.to_container(composed.hydra.sweeper, resolve=True)
+    return make(
+        [str(o.input_line) for o in parsed if not o.key_or_group.startswith(("hydra.", "hydra/"))],
+        target=target(composed),
+        composer=composer,
+        params=sweeper.get("params"),
+        zipped=sweeper.get("zip") or (),
     )
 
 

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from apt_launch.sweep.application import JobSpec, Resources
+from apt_launch.sweep.application import Fork, JobSpec, Resources
+
+SEEDS = ("seed", "data.seed")
+"""Keys whose values are repetitions of one experiment."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Job:
     resources: Resources
     steps: int = 0  # updates that it plans
     spec: JobSpec | None = field(default=None, repr=False, compare=False)  # only where the plan was made
+    fork: Fork | None = None  # where it begins; None: at its first update
 
     @property
     def folder(self) -> str:
@@ -30,6 +34,21 @@ class Job:
     def label(self) -> str:
         """What distinguishes it from the others, in the user's words."""
         return " ".join(self.overrides)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The overrides by which it differs: key to value, as the user wrote them."""
+        return {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in self.overrides)}
+
+    @property
+    def without_seeds(self) -> dict[str, str]:
+        """Its settings but for the seeds."""
+        return {key: value for key, value in self.settings.items() if key not in SEEDS}
+
+    @property
+    def begins(self) -> int:
+        """The first update that it trains itself."""
+        return 0 if self.fork is None else self.fork.update
 
     @property
     def config(self) -> Any:

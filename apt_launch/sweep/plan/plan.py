@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
-from apt_launch.sweep.application import HYDRA_MAIN, TRAINER, Program, Resources
+from apt_launch.sweep.application import HYDRA_MAIN, TRAINER, Awaited, Fork, Program, Resources
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.values import flatten, from_yaml, to_yaml, unflatten
 from apt_model.errors import ConfigError
@@ -20,8 +20,9 @@ from apt_model.files import STRICT, from_json, read_regular, write_atomic
 MOST_BYTES: Final = 1 << 28
 """Of a plan; one of 10,000 jobs has a few per cent of that."""
 
-VERSION: Final = 1
-"""Of the format, see docs/reference/files.md; a plan of earlier versions of this program names none, and is of the first."""
+VERSION: Final = 2
+"""Of the format, see docs/reference/files.md; a plan of earlier versions of this program names none, and is of the first.
+A plan in which no job begins with updates of another is of the first, too."""
 
 REMEDY: Final = (
     "Restore it from a copy, or start the sweep anew in another folder: each job's folder has its own config.yaml."
@@ -41,6 +42,7 @@ class _KeptJob:
     steps: int
     config: dict[str, Any]
     folder: str | None = None  # what number and identity say, for people
+    fork: Fork | None = None
 
     def __post_init__(self) -> None:
         """Refuse a job whose folder would lead out of the sweep's, and numbers that mean nothing."""
@@ -50,6 +52,8 @@ class _KeptJob:
             raise ValueError("its number and its steps cannot be negative")
         if self.folder not in (None, self.job.folder):
             raise ValueError(f"its folder {self.folder!r} is not the one that its number and identity say")
+        if self.fork is not None and not self.fork.update <= self.steps:
+            raise ValueError(f"it begins at update {self.fork.update}, and has {self.steps}")
         amounts = asdict(self.resources).values()
         if any(not (math.isfinite(amount) and amount >= 0) for amount in amounts if amount is not None):
             raise ValueError("its resources cannot be negative or endless")
@@ -57,7 +61,7 @@ class _KeptJob:
     @property
     def job(self) -> Job:
         """The job that it stands for."""
-        return Job(self.number, self.identity, self.overrides, self.config, self.resources, self.steps)
+        return Job(self.number, self.identity, self.overrides, self.config, self.resources, self.steps, fork=self.fork)
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,15 @@ class _KeptPlan:
             raise ValueError("it has no jobs")
         if len({job.number for job in self.jobs}) < len(self.jobs):
             raise ValueError("two of its jobs have one number")
+        begins = {job.job.folder: job.job.begins for job in self.jobs}
+        numbers = {job.job.folder: job.number for job in self.jobs}
+        for job in self.jobs:
+            if job.fork is None or job.fork.sweep is not None:
+                continue
+            if not numbers.get(job.fork.job, job.number) < job.number or not begins[job.fork.job] < job.fork.update:
+                raise ValueError(
+                    f"job {job.number} begins with {job.fork.job}, which is no job before it that has come so far"
+                )
         if not 1 <= self.version <= VERSION:
             raise ValueError(f"its version is {self.version}, and this program reads versions 1 to {VERSION}")
         if (self.application == HYDRA_MAIN) != (self.program is not None):
@@ -126,6 +139,14 @@ class Plan:
         """The most that all jobs together may take."""
         return sum(job.resources.gpu_hours for job in self.jobs)
 
+    def awaited(self, job: Job) -> tuple[Awaited, ...]:
+        """Return the updates of ``job`` from which others begin."""
+        found: dict[int, list[str]] = {}
+        for other in self.jobs:
+            if other.fork is not None and other.fork.sweep is None and other.fork.job == job.folder:
+                found.setdefault(other.fork.update, []).append(other.folder)
+        return tuple(Awaited(update, tuple(found[update])) for update in sorted(found))
+
     def check_numbers(self, numbers: Sequence[int]) -> None:
         """Make sure that there are jobs with these numbers.
 
@@ -146,7 +167,7 @@ class Plan:
     def write(self, folder: Path) -> None:
         """Freeze it as ``plan.yaml`` in ``folder``."""
         content: dict[str, Any] = {
-            "version": VERSION,
+            "version": VERSION if any(job.fork is not None for job in self.jobs) else 1,
             "id": self.id,
             "created": self.created,
             "command": list(self.command),
@@ -167,6 +188,7 @@ class Plan:
                     "steps": job.steps,
                     "config": dict(job.differs),
                 }
+                | ({} if job.fork is None else {"fork": asdict(job.fork)})
                 for job in self.jobs
             ],
         }

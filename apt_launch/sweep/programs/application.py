@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -24,6 +25,8 @@ from apt_model.files import write_json
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from apt_launch.sweep.options import StopConfig
 
 PRELOADED: Final = (
     "numpy",
@@ -75,7 +78,27 @@ class HydraMain:
             resources=resources,
             wait=bool(launcher.get("wait")),
             max_gpu_hours=launcher.get("max_gpu_hours"),
+            stop=self._stop(launcher.get("stop") or {}),
         )
+
+    def _stop(self, asked: Mapping[str, Any]) -> StopConfig:
+        """Return where settings are judged, by what the program reports."""
+        from apt_launch.sweep.options import ProgramStopConfig, StopConfig
+        from apt_model.errors import validated
+
+        stop = validated(ProgramStopConfig, asked, key="hydra.launcher.stop")
+        metric = stop.metric or self.about.objective
+        problems = [
+            f"hydra.launcher.stop.{key}: {length}: nobody knows how many steps a program makes. Write steps, as it reports "
+            "them: 500st."
+            for key, length in (*(("rungs", rung) for rung in stop.rungs), ("grace", stop.grace))
+            if length.endswith("%")
+        ]
+        if stop.rungs and metric is None:
+            problems.append("hydra.launcher.stop.metric: name a metric that the program reports by job.report.")
+        if problems:
+            raise ConfigError(*problems)
+        return StopConfig(**{**stop.model_dump(), "metric": metric or self.metric})
 
     def _freeze(self, cfg: DictConfig) -> dict[str, Any]:
         from hydra.core.hydra_config import HydraConfig
@@ -107,6 +130,16 @@ class HydraMain:
             return True  # values of other classes have other keys, or are used alike
         return any(fnmatchcase(key, one) or key.startswith(f"{one}.") for one in self.about.neutral)
 
+    def composing(self, flags: Sequence[str]) -> AbstractContextManager[tuple[Any, str]]:
+        """Refuse: only the program itself knows where its configs are.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "extend: a sweep of another program cannot grow. Start the program anew, with what is missing."
+        )
+
     def job_logging(self) -> None:
         """Return None: a program logs as its config says."""
 
@@ -134,7 +167,7 @@ class HydraMain:
         )
         if self.about.snapshot is not None:
             _say(f"code: a copy of {self.about.snapshot}, see {folder.parent / 'snapshot.json'}")
-        context = own_job.begin(folder, self.output(folder, values, job.number), first=job.rank == 0)
+        context = own_job.begin(folder, self.output(folder, values, job.number), first=job.rank == 0, judge=job.judge)
         _say_how_it_begins(job, context.has_checkpoint)
         for number in SIGNALS:
             signal.signal(number, context.asked_to_stop)
@@ -149,7 +182,7 @@ class HydraMain:
                 _say_how_it_ends(context.has_checkpoint)
                 raise Interrupted("asked to stop") from None
             raise
-        if context.interrupted or context.leaves_early:
+        if context.interrupted or context.leaves_early or context.lost:
             _say_how_it_ends(context.has_checkpoint)
             raise Interrupted("asked to stop")
         value, numbers = self._result(call.returned)
@@ -211,6 +244,21 @@ class HydraMain:
     def shared_updates(self, a: JobSpec, b: JobSpec) -> int:
         """Return 0: nobody knows what programs could share."""
         return 0
+
+    def fork_points(self, folder: Path) -> Sequence[int]:
+        """Return none."""
+        return ()
+
+    def graft(self, folder: Path, values: Mapping[str, Any], source: Path, update: int) -> None:
+        """Refuse: programs share nothing.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError("a program's jobs share nothing")
+
+    def prune_forks(self, folder: Path) -> None:
+        """Do nothing."""
 
     def environment(self) -> Mapping[str, str]:
         """Return nothing: jobs have what backends pass on."""

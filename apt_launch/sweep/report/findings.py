@@ -9,19 +9,17 @@ from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from apt_launch.record import Row, read_rows
 from apt_launch.rows import first_enabled, is_number, is_scheduled_value
 from apt_launch.sweep.application import load
-from apt_launch.sweep.plan.jobs import Job, in_short
+from apt_launch.sweep.plan.jobs import SEEDS, Job, in_short, short_key
 from apt_launch.sweep.plan.plan import Plan
 from apt_model.errors import ConfigError, nearest
 
 COUNTED = ("step", "epoch", "samples", "tokens", "time", "total")
 """Names in rows that count, and are compared by nobody unless a command says so."""
-
-SEEDS = ("seed", "data.seed")
-"""Keys whose values are repetitions of one experiment."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +30,14 @@ class Trial:
     state: str
     rows: Sequence[Row] = field(repr=False)
     cause: str | None = None
+    plan: Plan | None = field(default=None, repr=False)  # where several sweeps are joined, that of its own
+    folder: Path | None = None  # the same
+    given: Mapping[str, str] | None = None  # its settings among those of all joined sweeps
 
     @property
     def settings(self) -> dict[str, str]:
-        """The overrides by which it differs: key to value, as the user wrote them."""
-        return {
-            key.lstrip("+"): value for key, _, value in (override.partition("=") for override in self.job.overrides)
-        }
+        """What it differs by: key to value, as the user wrote them."""
+        return self.job.settings if self.given is None else dict(self.given)
 
     @property
     def without_seeds(self) -> dict[str, str]:
@@ -176,6 +175,7 @@ class Findings:
     values: Mapping[int, float]  # the metric there, by the job's number
     program: Sequence[str]  # the command line without overrides
     against: str | None = None  # the group that the others are compared with, by its label; None: the best one
+    marginal: tuple[str, ...] = ()  # keys by which jobs are grouped for that, whatever else they have; none: by all
     direction: str = "minimize"  # which values are better
     axis: str = "tokens"  # what the rows' ``tokens`` count, see along()
 
@@ -185,8 +185,11 @@ class Findings:
 
     @property
     def best(self) -> Trial | None:
-        """The trial with the best value."""
+        """The trial with the best value, where seeds are swept of those of the best setting."""
         with_value = [trial for trial in self.trials if trial.job.number in self.values]
+        if self.has_seeds and with_value:
+            settings = self.groups[0].settings
+            with_value = [trial for trial in with_value if trial.without_seeds == settings]
         return min(with_value, key=lambda trial: self.rank(self.values[trial.job.number]), default=None)
 
     @property
@@ -202,12 +205,25 @@ class Findings:
     @property
     def groups(self) -> list[Group]:
         """The trials by everything but their seeds, the best mean first."""
+        return self._by([key for key in self.keys if key not in SEEDS])
+
+    @property
+    def compared_groups(self) -> list[Group]:
+        """The trials by what :attr:`against` names, the best mean first."""
+        return self._by(self.marginal) if self.marginal else self.groups
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether groups of more than one job are compared."""
+        return self.has_seeds or bool(self.marginal)
+
+    def _by(self, keys: Collection[str]) -> list[Group]:
         members: dict[tuple[tuple[str, str], ...], dict[tuple[str, ...], float]] = {}
         for trial in self.trials:
             if trial.job.number in self.values:
-                settings = tuple(trial.without_seeds.items())
-                seeds = tuple(value for key, value in trial.settings.items() if key in SEEDS)
-                members.setdefault(settings, {})[seeds] = self.values[trial.job.number]
+                settings = tuple(item for item in trial.settings.items() if item[0] in keys)
+                others = tuple(value for key, value in trial.settings.items() if key not in keys)
+                members.setdefault(settings, {})[others] = self.values[trial.job.number]
         groups = [Group(dict(settings), by_seed) for settings, by_seed in members.items()]
         return sorted(groups, key=lambda group: self.rank(group.estimate.mean))
 
@@ -222,12 +238,19 @@ class Findings:
         ahead = [
             sign * (second.by_seed[seed] - value) for seed, value in best.by_seed.items() if seed in second.by_seed
         ]
-        return Lead(self.metric, best, second, len(groups), tuple(ahead)) if ahead else None
+        return Lead(self.metric, best, second, self.num_settings, tuple(ahead)) if ahead else None
+
+    @property
+    def num_settings(self) -> int:
+        """How many settings were tried, those that were stopped as losers among them."""
+        tried = [t for t in self.trials if t.job.number in self.values or t.state == "stopped"]
+        return len({tuple(trial.without_seeds.items()) for trial in tried})
 
     @property
     def reference(self) -> Group:
         """The group that the others are compared with; there is a value."""
-        return next((group for group in self.groups if group.label == self.against), self.groups[0])
+        groups = self.compared_groups
+        return next((group for group in groups if group.label == self.against), groups[0])
 
     @property
     def compared_with(self) -> str:
@@ -238,9 +261,10 @@ class Findings:
     def summary(self) -> str:
         """Where the jobs are compared, and which are left out."""
         have, all_of = len(self.values), len(self.trials)
-        left = (
-            f" {all_of - have} of {all_of} jobs have no {self.metric} there and are left out." if have < all_of else ""
-        )
+        lost = sum(trial.state == "stopped" and trial.job.number not in self.values for trial in self.trials)
+        left = f" {lost} of {all_of} jobs were stopped as losers and are left out." if lost else ""
+        if without := all_of - have - lost:
+            left += f" {without} of {all_of} jobs have no {self.metric} there and are left out."
         if not have:
             return f"No job has recorded {self.metric} yet."
         if self.tokens is None:
@@ -261,13 +285,13 @@ class Findings:
 
     def command(self, trial: Trial) -> str:
         """Return the command line that runs one trial again."""
-        swept = set(trial.settings)
+        swept, plan = set(trial.job.settings), trial.plan or self.plan
         fixed = []
-        for override in self.plan.command:
+        for override in plan.command:
             key = override.lstrip("+~").partition("=")[0]
             if key not in swept and not key.startswith(("hydra.", "hydra/", "launch.")):
                 fixed.append(override)
-        return shlex.join([*self.program, *self.plan.flags, *fixed, *trial.job.overrides])
+        return shlex.join([*self.program, *plan.flags, *fixed, *trial.job.overrides])
 
 
 def headline(findings: Findings) -> str:
@@ -279,11 +303,27 @@ def headline(findings: Findings) -> str:
     lead = findings.lead
     if lead is not None:
         return f"{word} of {lead.settings} settings: {lead}"
+    if findings.has_seeds and findings.num_settings > len(findings.groups) == 1:
+        (group,) = findings.groups
+        mean, seeds = group.estimate.mean, _seeds(len(group.by_seed))
+        return (
+            f"{word} of {findings.num_settings} settings: {group.label}, {findings.metric} {mean:.4f} on average over {seeds}; "
+            "the others were stopped as losers."
+        )
     value = findings.values[best.job.number]
     return f"{word} of {len(findings.values)}: job {best.job.number} ({best.label}), {findings.metric} {value:.4f}."
 
 
 Texts = Mapping[str, "str | None"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A sweep that is reported: its folder, and what is known of its jobs, by their folders."""
+
+    folder: Path
+    states: Mapping[str, str]
+    causes: Texts = field(default_factory=dict)
 
 
 def find(
@@ -292,6 +332,9 @@ def find(
     metric: str | None = None,
     causes: Texts | None = None,
     against: str | None = None,
+    *,
+    direction: str | None = None,
+    others: Sequence[Source] = (),
 ) -> Findings:
     """Read the records of the sweep in ``sweep``.
 
@@ -299,37 +342,153 @@ def find(
         states: the jobs' true states, by folder.
         metric: what is compared; None: what the application compares, or the first that its jobs have recorded.
         causes: why jobs failed, by folder.
-        against: the group of seeds that others are compared with, such as ``study=dense``; None: the best one.
+        against: the jobs that others are compared with, such as ``moe.top_k=1``; None: the best ones. See :func:`_against`.
+        direction: ``minimize`` or ``maximize``; None: as the application says.
+        others: sweeps of the same program that are joined to it.
 
     Raises:
-        ConfigError: there is no such group; see :func:`compare`.
+        ConfigError: there are no such jobs, or sweeps are of different programs; see :func:`compare`.
     """
-    plan = Plan.read(sweep)
+    sources = [Source(sweep, states, causes or {}), *others]
+    plans = [Plan.read(source.folder) for source in sources]
+    plan = plans[0]
+    for source, other in zip(sources, plans, strict=True):
+        if (other.application, other.program and other.program.command) != (
+            plan.application,
+            plan.program and plan.program.command,
+        ):
+            raise ConfigError(
+                f"{source.folder}: its jobs run another program than those of {sweep}. Report it by itself."
+            )
     application = load(plan.application, plan.program)
-    trials = []
-    for job in plan.jobs:
-        if states.get(job.folder) == "dropped":
-            continue
-        path = sweep / job.folder / "metrics.jsonl"
-        state, cause, rows = states.get(job.folder, "planned"), (causes or {}).get(job.folder), []
-        try:
-            rows = along(application.axis, read_rows(path)) if path.exists() else []
-        except ConfigError as error:  # it hides no other job
-            state, cause = "unknown", str(error)
-        trials.append(Trial(job, state, rows, cause))
+    trials = [
+        trial
+        for source, one in zip(sources, plans, strict=True)
+        for trial in _trials(source, one, application.axis, joined=bool(others))
+    ]
+    if others:
+        plan, trials = _joined(plans, trials)
     if metric is None:
         metric = application.metric
-        others = [name for trial in trials for row in trial.rows for name in row if name not in COUNTED]
-        if plan.program is not None and others and metric not in others:
-            metric = others[0]
+        recorded = [name for trial in trials for row in trial.rows for name in row if name not in COUNTED]
+        if plan.program is not None and recorded and metric not in recorded:
+            metric = recorded[0]
     findings = compare(
-        plan, trials, metric, application.program, direction=application.direction, axis=application.axis
+        plan, trials, metric, application.program, direction=direction or application.direction, axis=application.axis
     )
-    findings = replace(findings, against=against)
+    return findings if against is None else _against(findings, against)
+
+
+def _trials(source: Source, plan: Plan, axis: str, *, joined: bool) -> list[Trial]:
+    """Return the jobs of a sweep with their records, without those that were dropped."""
+    trials = []
+    for job in plan.jobs:
+        state = source.states.get(job.folder, "planned")
+        if state == "dropped":
+            continue
+        folder = source.folder / job.folder
+        cause, rows = source.causes.get(job.folder), []
+        path = folder / "metrics.jsonl"
+        try:
+            rows = along(axis, read_rows(path)) if path.exists() else []
+        except ConfigError as error:  # it hides no other job
+            state, cause = "unknown", str(error)
+        trials.append(Trial(job, state, rows, cause, *((plan, folder) if joined else ())))
+    return trials
+
+
+def _joined(plans: Sequence[Plan], trials: Sequence[Trial]) -> tuple[Plan, list[Trial]]:
+    """Return the trials of several sweeps as those of one, each different run once, with what they differ by."""
+    kept: dict[str, Trial] = {}
+    for trial in trials:
+        known = kept.get(trial.job.identity)
+        if known is None or (trial.state == "done", len(trial.rows)) > (known.state == "done", len(known.rows)):
+            kept[trial.job.identity] = trial
+    configs = {
+        identity: {**trial.plan.shared, **trial.job.differs} if trial.plan is not None else {}
+        for identity, trial in kept.items()
+    }
+    fixed = [  # what one command has set for all of its jobs, another may have swept, or set otherwise
+        override.lstrip("+~").partition("=")[0]
+        for plan in plans
+        for override in plan.command
+        if not override.lstrip("+~").startswith(("hydra.", "hydra/", "launch."))
+    ]
+    keys = dict.fromkeys([*(key for trial in kept.values() for key in trial.job.settings), *fixed])
+    given: dict[str, dict[str, str]] = {identity: {} for identity in kept}
+    for key in keys:
+        values = {
+            identity: _value(configs[identity], key, trial.job.settings.get(key, _of_command(trial.plan, key)))
+            for identity, trial in kept.items()
+        }
+        if len(set(values.values())) > 1:
+            for identity, value in values.items():
+                if value:  # a group's option that only another command has named
+                    given[identity][key] = value
+    found = [
+        replace(trial, job=replace(trial.job, number=number), given=given[identity])
+        for number, (identity, trial) in enumerate(kept.items())
+    ]
+    plan = replace(
+        plans[0],
+        id=" and ".join(plan.id for plan in plans),
+        asked=sum(plan.asked for plan in plans),
+        jobs=tuple(trial.job for trial in found),
+    )
+    return plan, found
+
+
+def _of_command(plan: Plan | None, key: str) -> str:
+    """Return what a command sets ``key`` to; empty: nothing."""
+    overrides = (override.lstrip("+~").partition("=") for override in (plan.command if plan is not None else ()))
+    return next((value for name, _, value in reversed(list(overrides)) if name == key), "")
+
+
+def _value(config: Mapping[str, Any], key: str, written: str) -> str:
+    """Return the value of ``key`` in a config, or as it is ``written`` where the config has none, such as a group's option."""
+    value = config.get(key, written)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _against(findings: Findings, against: str) -> Findings:
+    """Return ``findings`` with the jobs that the others are compared with: those with the settings in ``against``.
+
+    ``moe.top_k=1 seed=0``: keys in full or in short, of some of the keys that were swept. Where jobs differ by others, too,
+    those are compared that are alike in them.
+
+    Raises:
+        ConfigError: there are no such jobs.
+    """
     labels = [group.label for group in findings.groups]
-    if against is not None and labels and against not in labels:
-        raise ConfigError(f"--against: no jobs of this sweep are {against!r}. {nearest(against, labels)}")
-    return findings
+    if not labels or against in labels:
+        return replace(findings, against=against)
+    swept = [key for key in findings.keys if key not in SEEDS]
+    wanted: dict[str, str] = {}
+    for word in against.split():
+        name, _, value = word.lstrip("+").partition("=")
+        found = [key for key in swept if key == name] or [key for key in swept if short_key(key) == name]
+        if not found:
+            names = [*swept, *map(short_key, swept)]
+            raise ConfigError(f"--against: {name!r} is not among what was swept. {nearest(name, names)}")
+        if len(found) > 1:
+            raise ConfigError(f"--against: {name!r} may be {' or '.join(found)}. Write the whole key.")
+        wanted[found[0]] = value
+    keys = tuple(key for key in swept if key in wanted)
+    chosen = replace(findings, marginal=keys if len(keys) < len(swept) else ())
+    for group in chosen.compared_groups:
+        if all(_same(group.settings.get(key, ""), wanted[key]) for key in keys):
+            return replace(chosen, against=group.label)
+    known = [group.label for group in chosen.compared_groups]
+    known += [" ".join(f"{key}={value}" for key, value in group.settings.items()) for group in chosen.compared_groups]
+    raise ConfigError(f"--against: no jobs of this sweep are {against!r}. {nearest(against, known)}")
+
+
+def _same(one: str, other: str) -> bool:
+    """Return whether two values are one, as numbers too."""
+    try:
+        return one == other or float(one) == float(other)
+    except ValueError:
+        return False
 
 
 def along(axis: str, rows: Sequence[Row]) -> list[Row]:
@@ -356,10 +515,12 @@ def compare(
     seen = {name for trial in trials for row in trial.rows for name in row}
     if seen and metric not in seen and any(trial.state == "done" for trial in trials):
         raise ConfigError(f"--metric: no job has recorded {metric!r}. {nearest(metric, seen)}")
-    reached = {trial.job.number: trial.series(metric)[-1][0] for trial in trials if trial.series(metric)}
+    running = [trial for trial in trials if trial.state != "stopped"]  # losers end early: nobody waits for them
+    compared = running if any(trial.series(metric) for trial in running) else trials
+    reached = {trial.job.number: trial.series(metric)[-1][0] for trial in compared if trial.series(metric)}
     equal = len(set(reached.values())) <= 1 or axis != "tokens"  # programs may come to their end at any step
     complete = {t.job.number for t in trials if t.state == "done"} >= set(reached) and equal
     tokens = None if complete or not reached else min(reached.values())
     end = math.inf if tokens is None else tokens
-    values = {t.job.number: value for t in trials if (value := t.at(metric, end)) is not None}
+    values = {t.job.number: value for t in compared if (value := t.at(metric, end)) is not None}
     return Findings(plan, metric, trials, tokens, values, program, direction=direction, axis=axis)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from apt_launch.drawing import Drawing, new_figure
 from apt_launch.escapes import label
-from apt_launch.sweep.plan.jobs import in_short, short_key
-from apt_launch.sweep.report.findings import SEEDS, Estimate, Findings, Trial
+from apt_launch.sweep.plan.jobs import SEEDS, in_short, short_key
+from apt_launch.sweep.report.findings import Estimate, Findings, Trial
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -237,8 +237,8 @@ def _metric(findings: Findings) -> Figure | None:
 
 def _differences(findings: Findings) -> Figure | None:
     """Draw how much more each group has than the reference, seed by seed."""
-    groups = findings.groups
-    if not findings.has_seeds or len(groups) < 2 or max(len(group.by_seed) for group in groups) < 2:
+    groups = findings.compared_groups
+    if not findings.has_groups or len(groups) < 2 or max(len(group.by_seed) for group in groups) < 2:
         return None
     groups = groups[:MOST_RANKED]
     reference = findings.reference
@@ -255,7 +255,8 @@ def _differences(findings: Findings) -> Figure | None:
     axis.set_yticks(range(len(groups)), [label(group.label) for group in groups])
     axis.invert_yaxis()
     axis.set_xlabel(
-        f"{label(findings.metric)} more than {label(findings.compared_with)}, seed by seed (red: mean and 95 % interval)"
+        f"{label(findings.metric)} more than {label(findings.compared_with)}, {'pair' if findings.marginal else 'seed'} by "
+        f"{'pair' if findings.marginal else 'seed'} (red: mean and 95 % interval)"
     )
     axis.grid(alpha=0.25, axis="x")
     return figure

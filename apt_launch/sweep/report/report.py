@@ -11,7 +11,7 @@ from typing import Any
 from apt_launch.escapes import cell, markdown, visible
 from apt_launch.record import Row
 from apt_launch.sweep.plan.jobs import short_key
-from apt_launch.sweep.report.findings import Estimate, Findings, Texts, find, headline
+from apt_launch.sweep.report.findings import Estimate, Findings, Source, Texts, find, headline
 from apt_model.files import refuse_links, write_atomic
 
 
@@ -21,12 +21,18 @@ def write_report(
     metric: str | None = None,
     causes: Texts | None = None,
     against: str | None = None,
+    *,
+    direction: str | None = None,
+    others: Sequence[Source] = (),
 ) -> list[Path]:
-    """Write ``report/`` into the sweep's folder: CSV, Markdown, PNG, and one HTML page; return the files. See :func:`find`."""
+    """Write CSV, Markdown, PNG, and one HTML page into the sweep's folder; return the files. See :func:`find`.
+
+    They are in ``report/`` there; of several sweeps together in ``joined/`` of the first.
+    """
     from apt_launch.sweep.report.plots import draw  # matplotlib
 
-    findings = find(sweep, states, metric, causes, against)
-    folder = sweep / "report"
+    findings = find(sweep, states, metric, causes, against, direction=direction, others=others)
+    folder = sweep / ("joined" if others else "report")
     refuse_links(sweep, "DIR") if folder.is_symlink() else refuse_links(folder, "DIR")
     folder.mkdir(exist_ok=True)
     drawn = draw(findings, folder)
@@ -44,9 +50,9 @@ def write_report(
 
 
 def columns(findings: Findings) -> list[str]:
-    """Return the table's heads."""
+    """Return the table's heads, the same whatever is compared."""
     tokens = ["tokens"] if findings.axis == "tokens" else []
-    reached = ["state", "step", *tokens, f"{findings.metric} compared", f"best {findings.metric}"]
+    reached = ["state", "step", *tokens, "compared", "best"]
     causes = ["cause"] if any(trial.cause for trial in findings.trials) else []
     own = ["train/loss", "tokens/s"] if findings.axis == "tokens" else []
     return ["job", *findings.keys, *reached, *own, "seconds", *causes]
@@ -77,7 +83,7 @@ def lines(findings: Findings) -> list[list[Any]]:
                 *([trial.cause] if with_causes else []),
             ]
         )
-    compared = len(findings.keys) + (4 if has_tokens else 3)
+    compared = columns(findings).index("compared")
     return sorted(found, key=lambda line: (line[compared] is None, findings.rank(line[compared] or 0.0), line[0]))
 
 
@@ -85,13 +91,13 @@ def as_csv(findings: Findings) -> str:
     """Return the table as CSV, numbers in full."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*map(cell, columns(findings)), "folder", "command"])
+    writer.writerow([*map(cell, columns(findings)), "metric", "folder", "command"])
     by_number = {trial.job.number: trial for trial in findings.trials}
     for line in lines(findings):
         trial = by_number[line[0]]
-        writer.writerow(
-            [*("" if value is None else cell(value) for value in line), trial.job.folder, findings.command(trial)]
-        )
+        values = ["" if value is None else cell(value) for value in line]
+        folder = trial.job.folder if trial.folder is None else str(trial.folder)
+        writer.writerow([*values, cell(findings.metric), folder, findings.command(trial)])
     return text.getvalue()
 
 
@@ -118,37 +124,66 @@ def as_markdown(findings: Findings, pictures: Sequence[str]) -> str:
     best = findings.best
     if best is not None:
         parts += ["```sh", findings.command(best).replace("```", "` ` `"), "```", ""]
+    parts += [markdown(note_on_jobs(findings)), ""]
     parts += [f"| {' | '.join(map(markdown, heads))} |", f"|{'---|' * len(heads)}"]
     parts += [
         f"| {' | '.join(markdown(shown(c, h)) for c, h in zip(line, heads, strict=True))} |" for line in lines(findings)
     ]
-    if findings.has_seeds:
+    if findings.has_groups and findings.values:
         heads, rows = group_table(findings)
-        parts += ["", "## Mean over seeds", "", f"| {' | '.join(map(markdown, heads))} |", f"|{'---|' * len(heads)}"]
+        parts += [
+            "",
+            f"## {title_of_groups(findings)}",
+            "",
+            f"| {' | '.join(map(markdown, heads))} |",
+            f"|{'---|' * len(heads)}",
+        ]
         parts += [f"| {' | '.join(map(markdown, row))} |" for row in rows]
-    parts += ["", note_on_groups(findings), ""]
+    parts += ["", markdown(note_on_groups(findings)), ""]
     parts += [f"![{name}]({name}.png)\n" for name in pictures]
     return visible("\n".join(parts))
+
+
+def note_on_jobs(findings: Findings) -> str:
+    """Return what two columns of the table are of."""
+    better = "higher" if findings.direction == "maximize" else "lower"
+    return f"compared and best: {findings.metric}, where jobs are compared and anywhere; {better} is better."
+
+
+def title_of_groups(findings: Findings) -> str:
+    """Return what :func:`group_table` has."""
+    return (
+        f"Mean over all jobs with the same {' and '.join(findings.marginal)}"
+        if findings.marginal
+        else "Mean over seeds"
+    )
 
 
 def note_on_groups(findings: Findings) -> str:
     """Return what the intervals of :func:`group_table` are, or why there are none."""
     if not findings.values:
         return ""
+    about = f"mean: of {findings.metric}; difference: how much more than {findings.compared_with}. "
+    if findings.marginal:
+        return (
+            f"{about}Differences are taken between jobs that are alike in all else, seeds too; ± is half of the 95 % interval "
+            "(Student's t) over such pairs, as if each were an experiment of its own."
+        )
     if not findings.has_seeds:
         return "One seed each: no interval can be given. Add several seeds, for instance seed=0,1,2."
     return (
-        "± is half of the 95 % interval (Student's t) of the mean over seeds. Differences are taken seed by seed: one whose "
-        "interval holds 0 may be chance."
+        f"{about}± is half of the 95 % interval (Student's t) of the mean over seeds. Differences are taken seed by seed: one "
+        "whose interval holds 0 may be chance."
     )
 
 
 def group_table(findings: Findings) -> tuple[list[str], list[list[str]]]:
     """Return heads and lines of the table of groups: mean over seeds, and the difference from the reference."""
-    keys = list(dict.fromkeys(key for group in findings.groups for key in group.settings))
-    heads = [*(short_key(key) for key in keys), "seeds", findings.metric, f"more than {findings.compared_with}"]
+    groups = findings.compared_groups
+    keys = list(dict.fromkeys(key for group in groups for key in group.settings))
+    heads = [*(short_key(key) for key in keys), "jobs" if findings.marginal else "seeds", "mean", "difference"]
     rows = []
-    for group in findings.groups:
+    for group in groups:
         more = group.over(findings.reference) if group.label != findings.reference.label else None
         settings = [group.settings.get(key, "") for key in keys]
         rows.append([*settings, str(len(group.by_seed)), _shown(group.estimate), _shown(more) if more else ""])
@@ -178,7 +213,8 @@ def as_page(findings: Findings, drawn: Mapping[str, str]) -> str:
         "losses": f"{'Losses' if findings.axis == 'tokens' else findings.metric} over {findings.unit}",
         "schedules": "Schedules",
         "metric": f"Final {findings.metric} by what was swept",
-        "differences": f"Differences from {findings.compared_with}, seed by seed",
+        "differences": f"Differences from {findings.compared_with}, {'pair' if findings.marginal else 'seed'} by "
+        f"{'pair' if findings.marginal else 'seed'}",
     }
     html = page.get_template("report.html").render(
         findings=findings,
@@ -186,8 +222,10 @@ def as_page(findings: Findings, drawn: Mapping[str, str]) -> str:
         command=findings.command(best) if best is not None else None,
         best=best.job.number if best is not None else None,
         pictures=[(titles[name], svg) for name, svg in drawn.items()],
-        groups=group_table(findings) if findings.has_seeds and findings.values else None,
+        groups=group_table(findings) if findings.has_groups and findings.values else None,
+        title_of_groups=title_of_groups(findings),
         note=note_on_groups(findings),
+        note_on_jobs=note_on_jobs(findings),
         heads=[(head, "text" if head == "cause" else kinds.get(head, "")) for head in heads],
         jobs=[
             (line[0], [(kinds.get(head, ""), shown(cell, head)) for head, cell in zip(heads, line, strict=True)])

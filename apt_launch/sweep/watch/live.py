@@ -236,7 +236,9 @@ class Watch:
         """Return the command that comes next, once the sweep has ended."""
         if not picture.ended:
             return None
-        verb = "report" if all(status.state == "done" for status in picture.statuses) else "resume"
+        verb = (
+            "report" if all(status.state in ("done", "stopped", "dropped") for status in picture.statuses) else "resume"
+        )
         return command("apt_launch.sweep", verb, self.folder)
 
     def _fresh(self) -> Picture:

@@ -41,7 +41,7 @@ def show_live(live: Watch, console: Console, *, until_ended: bool) -> int:
     show(picture.plan, picture.statuses, live.folder)
     if interrupts:
         raise KeyboardInterrupt
-    return 0 if all(status.state in ("done", "dropped") for status in picture.statuses) else 1
+    return 0 if all(status.state in ("done", "stopped", "dropped") for status in picture.statuses) else 1
 
 
 def frame(picture: Picture, width: int, height: int, problem: str | None = None) -> RenderableType:
@@ -71,9 +71,9 @@ def frame(picture: Picture, width: int, height: int, problem: str | None = None)
         below.insert(0, Text(f"and {counted(left)}", style="dim"))
     first = [runner for status, runner in order if status.state == "running" and runner.curves]
     first += [runner for status, runner in order if best is not None and status.job == best.job]
-    curves = _curves(first[0], min(72, width - 36)) if first else []
-    if curves and len(above) + 1 + len(kept) + len(below) + 1 + len(curves) <= height:
-        below += [Text(f"job {first[0].facts['number']}, over its tokens:", style="bold"), *map(Text, curves)]
+    drawn = curves(first[0], first[0].facts.get("total") or 1.0, min(72, width - 36)) if first else []
+    if drawn and len(above) + 1 + len(kept) + len(below) + 1 + len(drawn) <= height:
+        below += [Text(f"job {first[0].facts['number']}, over its tokens:", style="bold"), *map(Text, drawn)]
     for text in (*above, *below):
         text.no_wrap, text.overflow = True, "ellipsis"
     return Group(*above, jobs, *below)
@@ -107,9 +107,9 @@ def _columns(points: Sequence[tuple[float, float]], width: int, total: float) ->
     return values or [points[-1][1]]
 
 
-def _curves(runner: Runner, width: int) -> list[str]:
-    """Return a line for each curve of a job and each part that is enabled, as a preview draws them."""
-    total, lines = runner.facts.get("total") or 1.0, []
+def curves(runner: Runner, total: float, width: int) -> list[str]:
+    """Return a line for each curve of a job of ``total`` tokens, and each part that is enabled, as a preview draws them."""
+    lines = []
     for name in sorted(runner.curves, key=lambda name: (name.startswith("schedule/"), name)):
         curve = runner.curves[name]
         numbers = _columns(curve.points, width, total)

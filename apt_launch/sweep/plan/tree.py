@@ -1,0 +1,168 @@
+"""The tree of a sweep: which first updates of a job another job trains for it.
+
+Jobs go by their numbers. Each begins with the updates of that job before it with which it shares most, or from what an earlier
+job has kept. ``launch.share=auto`` does so where it is worth it: see :data:`LEAST_UPDATES`, :data:`LEAST_SHARE` and
+:data:`MOST_UPDATES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from apt_launch.sweep.application import Application, Fork, JobSpec
+from apt_launch.sweep.plan.jobs import Job
+from apt_launch.sweep.plan.plan import Plan
+
+LEAST_UPDATES: Final = 32
+"""Updates that a job must save: a job that begins with another's costs a checkpoint more, written and read."""
+
+LEAST_SHARE: Final = 0.05
+"""Of a job's updates that it must save, and of the updates of all jobs that the sweep must save."""
+
+MOST_UPDATES: Final = 250_000
+"""Of all jobs together: to compare so many takes some seconds, and ``auto`` compares no more."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An earlier job, and the updates from which others can begin by what it has kept."""
+
+    spec: JobSpec
+    job: str
+    points: tuple[int, ...]
+    sweep: str | None = None
+
+
+def with_tree(plan: Plan, application: Application, sources: Sequence[Source] = (), *, first: int = 0) -> Plan:
+    """Return ``plan`` with where each job begins.
+
+    Args:
+        sources: earlier jobs that have kept something.
+        first: the number of the first job that is planned now; those before it stay as they are.
+    """
+    new = [job for job in plan.jobs if job.number >= first and job.spec is not None and _may_share(plan, job)]
+    asked = sum(job.steps for job in new)
+    if plan.program is not None or not new or (_is_auto(new) and asked > MOST_UPDATES):
+        return plan
+    begun: list[Job] = []
+    for job in new:
+        fork = _best(job, begun, sources, application)
+        begun.append(job if fork is None or not _worth_it(job, fork) else replace(job, fork=fork))
+    if _is_auto(new) and sum(job.begins for job in begun) < LEAST_SHARE * asked:
+        return plan
+    by_number = {job.number: job for job in begun}
+    return replace(plan, jobs=tuple(by_number.get(job.number, job) for job in plan.jobs))
+
+
+def _may_share(plan: Plan, job: Job) -> bool:
+    """Return whether the job may take part. A cluster's task with several jobs, or the user's own dependency, leaves no order."""
+    assert job.spec is not None
+    if "dependency" in plan.launcher_values.get("additional_parameters", {}):
+        return False
+    packed = plan.launcher_values.get("pack", 1) > 1
+    limited = plan.launcher == "slurm" and plan.launcher_values.get("max_parallel") is not None
+    return bool(job.spec.share) and not packed and not (limited and job.spec.share == "auto")
+
+
+def _is_auto(jobs: Sequence[Job]) -> bool:
+    return all(job.spec is not None and job.spec.share == "auto" for job in jobs)
+
+
+def _worth_it(job: Job, fork: Fork) -> bool:
+    assert job.spec is not None
+    return job.spec.share is True or fork.update >= max(LEAST_UPDATES, LEAST_SHARE * job.steps)
+
+
+def _best(job: Job, before: Sequence[Job], sources: Sequence[Source], application: Application) -> Fork | None:
+    """Return where the job begins with most updates done; of equal ones, what is there already, and then the first."""
+    spec = job.spec
+    assert spec is not None
+    found: Fork | None = None
+    for source in sources:
+        shared = min(application.shared_updates(source.spec, spec), job.steps)
+        point = max((point for point in source.points if point <= shared), default=0)
+        if point > (found.update if found else 0):
+            found = Fork(source.job, point, source.sweep)
+    for other in before:
+        if other.resources != job.resources or other.spec is None:  # numbers of processes change last digits
+            continue
+        shared = min(application.shared_updates(other.spec, spec), other.steps, job.steps)
+        if shared > (found.update if found else 0) and shared > other.begins:
+            found = Fork(other.folder, shared)
+    return found
+
+
+def is_shared(plan: Plan) -> bool:
+    """Return whether any job begins with the updates of another."""
+    return any(job.fork is not None for job in plan.jobs)
+
+
+def saving(plan: Plan) -> str:
+    """Return what the tree saves, in a line."""
+    asked = sum(job.steps for job in plan.jobs)
+    trained = asked - sum(job.begins for job in plan.jobs)
+    hours = ""
+    if plan.gpu_hours:
+        less = sum(job.resources.gpu_hours * job.begins / job.steps for job in plan.jobs if job.steps)
+        hours = f"; of {plan.gpu_hours:,.4g} GPU-hours {less:,.4g} less"
+    return f"{len(plan.jobs)} jobs, {asked:,} updates asked, {trained:,} trained: {1 - trained / asked:.0%} less{hours}".replace(
+        "%", " %"
+    )
+
+
+def tree_lines(plan: Plan) -> Iterator[str]:
+    """Yield the tree as text: a line a job, below the one that it begins with."""
+    children = _children(plan)
+
+    def below(job: Job, indent: str) -> Iterator[str]:
+        members = children.get(job.folder, [])
+        for number, other in enumerate(members):
+            last = number == len(members) - 1
+            yield f"{indent}{'└' if last else '├'} from {other.begins:,}: {_name(other)}"
+            yield from below(other, indent + ("  " if last else "│ "))
+
+    for job in children.get(None, []):
+        source = (
+            "" if job.fork is None else f" from {job.begins:,} of {job.fork.job} in {job.fork.sweep or 'this sweep'}"
+        )
+        yield f"job {job.number}{source}, to {job.steps:,}" + (f"  {job.label}" if job.label else "")
+        yield from below(job, "  ")
+
+
+def tree(plan: Plan) -> Iterator[Job]:
+    """Yield the jobs, each before those that begin with it."""
+    children = _children(plan)
+    waiting = list(reversed(children.get(None, [])))
+    while waiting:
+        job = waiting.pop()
+        yield job
+        waiting += reversed(children.get(job.folder, []))
+
+
+def _children(plan: Plan) -> dict[str | None, list[Job]]:
+    """Return the jobs that begin with each one, by its folder, in order; None: with none that is here."""
+    folders = {job.folder for job in plan.jobs}
+    found: dict[str | None, list[Job]] = {}
+    for job in sorted(plan.jobs, key=lambda job: (job.begins, job.number)):
+        inside = job.fork is not None and job.fork.sweep is None and job.fork.job in folders
+        found.setdefault(job.fork.job if job.fork is not None and inside else None, []).append(job)
+    return found
+
+
+def _name(job: Job) -> str:
+    return f"job {job.number}" + (f"  {job.label}" if job.label else "")
+
+
+def longest_path(plan: Plan) -> dict[str, int]:
+    """Return how many updates come one after another from where each job begins, in it or in those that begin with it."""
+    found: dict[str, int] = {}
+    for job in reversed(plan.jobs):
+        below = [
+            other.begins - job.begins + found[other.folder]
+            for other in plan.jobs
+            if other.fork is not None and other.fork.sweep is None and other.fork.job == job.folder
+        ]
+        found[job.folder] = max([job.steps - job.begins, *below])
+    return found
