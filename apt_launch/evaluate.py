@@ -1,5 +1,7 @@
 """``python -m apt_launch.evaluate RUN [data=...]``: the loss of a run's checkpoint on text, its own or another.
 
+In the place of a run may stand a folder of Hugging Face's, such as :mod:`apt_launch.export` writes.
+
 Each token is predicted once, in windows of the run's sequence length. It is the cross-entropy that is measured, whatever loss
 the run had.
 """
@@ -11,6 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,12 +22,15 @@ from apt_launch.command_line import parsed
 from apt_launch.config.corpus import build_corpus, making_tokens
 from apt_launch.config.ending import ending
 from apt_launch.config.load import composing, load_data
+from apt_launch.config.pretrained import with_tokenizer
 from apt_launch.generate import restored
 from apt_launch.runs.folder import find_checkpoint
 from apt_launch.secrets import keep_private
 from apt_launch.values import read_frozen
+from apt_model.data.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 from apt_model.errors import CheckpointError, ConfigError
 from apt_model.files import read_regular
+from apt_model.layouts.folder import CONFIG, WeightsFolder
 from apt_model.training.checkpoint import Checkpoints, read_manifest
 
 BITS: Final = 1 / math.log(2)
@@ -46,16 +52,18 @@ def parser() -> argparse.ArgumentParser:
         usage="%(prog)s RUN_DIR [OPTION ...] [data=... ...]",
         description="""\
 Loss, perplexity and bits a byte of a run's checkpoint on text: the run's own
-validation split, or that of the data that overrides name.""",
+validation split, or that of the data that overrides name. Also of a pretrained
+model in a folder, exported or downloaded, which transformers loads.""",
         epilog="""\
 examples:
   python -m apt_launch.evaluate runs/a --which best
-  python -m apt_launch.evaluate runs/a data=text data.path=my_texts --split train""",
+  python -m apt_launch.evaluate runs/a data=text data.path=my_texts --split train
+  python -m apt_launch.evaluate exported --seq-len 512 data=text data.path=my_texts""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = found.add_argument
-    add("folder", metavar="RUN_DIR", type=Path, help="a run's folder, or one of its checkpoints")
+    add("folder", metavar="RUN_DIR", type=Path, help="a run's folder, one of its checkpoints, or a folder of weights")
     add(
         "--which",
         default="newest",
@@ -63,6 +71,7 @@ examples:
         help="newest (default), best (lowest val/loss), or a number of updates",
     )
     add("--split", choices=("val", "train"), default="val", help="of the text (val)")
+    add("--seq-len", type=int, metavar="N", help="tokens of a window; the run's, of a folder of weights 1024 at most")
     add("--batch-size", type=int, default=16, metavar="N", help="sequences at once (16)")
     add("--max-batches", type=int, metavar="N", help="at the most; all unless said otherwise")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
@@ -103,20 +112,32 @@ def chosen(folder: Path, which: str) -> Path:
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    if min(arguments.batch_size, arguments.max_batches or 1) < 1:
-        raise ConfigError("--batch-size and --max-batches: they must be 1 or more.")
+    if min(arguments.batch_size, arguments.max_batches or 1, arguments.seq_len or 1) < 1:
+        raise ConfigError("--batch-size, --max-batches and --seq-len: they must be 1 or more.")
     if others := [one for one in overrides if not one.lstrip("+~").startswith(("data=", "data."))]:
         raise ConfigError(f"{others[0]}: only the group data can be another here. The rest is as the run has it.")
-    checkpoint = chosen(arguments.folder, arguments.which)
-    run = checkpoint.parent.parent
     from apt_model.training.device import choose_device
 
     device = choose_device(arguments.device)
-    model, tokenizer, seq_len = restored(checkpoint, device, ema=arguments.ema)
-    values = read_frozen(run / "config.yaml")["data"]
-    if overrides:
-        with composing() as compose:
-            values = load_data(compose(overrides))
+    of_weights = (arguments.folder / CONFIG).is_file()
+    if of_weights:
+        checkpoint = run = arguments.folder
+        model, tokenizer, longest, values = _of_weights(arguments, device, overrides)
+        seq_len = min(longest, 1024)
+    else:
+        checkpoint = chosen(arguments.folder, arguments.which)
+        run = checkpoint.parent.parent
+        model, tokenizer, longest = restored(checkpoint, device, ema=arguments.ema)
+        if hasattr(model, "loss_chunk"):
+            model.loss_chunk = None  # logits are wanted, and no gradient
+        seq_len = longest
+        values = read_frozen(run / "config.yaml")["data"]
+        if overrides:
+            with composing() as compose:
+                values = load_data(compose(overrides))
+    seq_len = arguments.seq_len or seq_len
+    if seq_len > longest:
+        raise ConfigError(f"--seq-len = {seq_len}: the model is meant for {longest} tokens at the most.")
     corpus = build_corpus(values)
     kept, now = run / "tokenizer.json", corpus.tokenizer_file
     if kept.exists() != (now is not None) or (now is not None and read_regular(kept) != read_regular(now)):
@@ -146,6 +167,33 @@ def _evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     )
     for name, loss in measured["sources"].items():
         sys.stdout.write(f"  {name}: loss {loss:.4f}\n")
+
+
+def _of_weights(
+    arguments: argparse.Namespace, device: Any, overrides: Sequence[str]
+) -> tuple[Any, Tokenizer, int, dict[str, Any]]:
+    """Return the model of a folder of weights, its tokenizer, the longest text that it is meant for, and the group ``data``.
+
+    Raises:
+        ConfigError: the folder is damaged, or transformers cannot load it.
+    """
+    if arguments.ema or arguments.which != "newest":
+        raise ConfigError(f"--which and --ema: {arguments.folder} is no run; it has one set of weights.")
+    if find_spec("transformers") is None:
+        raise ConfigError(
+            f"RUN_DIR: {arguments.folder} is loaded by transformers, which cannot be found. Run: pip install 'apt-launch[hf]'"
+        )
+    folder = WeightsFolder(arguments.folder, key="RUN_DIR")
+    folder.check_seals()
+    folder.stored  # noqa: B018 - says what is cut off or damaged
+    with composing() as compose:
+        values = with_tokenizer(load_data(compose(overrides)), folder)
+    from apt_model.integrations.transformers import load_folder
+
+    model = load_folder(folder.path)
+    longest = folder.config.get("max_position_embeddings")
+    tokenizer = load_tokenizer(folder.path / FILE_NAME)
+    return model.to(device).eval(), tokenizer, longest if isinstance(longest, int) else 1024, values
 
 
 def measure(

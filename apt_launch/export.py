@@ -58,6 +58,18 @@ def _no_capacity(model: GPT) -> None:
         layer.eval_capacity_factor = None
 
 
+def _has_families(model: GPT) -> bool:
+    return any(
+        layer.enabled and layer.top_k > 1 and layer.num_families < layer.num_experts for layer in model.moe_layers
+    )
+
+
+def _no_families(model: GPT) -> None:
+    for layer in model.moe_layers:
+        if layer.router is not None:
+            layer.num_families = layer.router.num_families = layer.num_experts
+
+
 OPTIONAL: Final = {
     "align": Optional(lambda m: m.align.enabled, "alignment's mixture", lambda m: m.align.enable(False)),
     "voter": Optional(lambda m: m.voter.enabled, "votes where the model is unsure", lambda m: m.voter.enable(False)),
@@ -65,6 +77,11 @@ OPTIONAL: Final = {
         lambda m: any(layer.enabled and layer.eval_capacity_factor is not None for layer in m.moe_layers),
         "a capacity of experts in evaluation (moe.eval_capacity_factor)",
         _no_capacity,
+    ),
+    "families": Optional(
+        _has_families,
+        "the rule that a token takes one of an expert's copies (experts that have grown, and moe.top_k above 1)",
+        _no_families,
     ),
 }
 
@@ -127,7 +144,7 @@ def _export(arguments: argparse.Namespace) -> None:
     run = RunFolder(checkpoint.parent.parent)
     values = read_frozen(run.config)
     difference = _leave_out(model, values, without)
-    described = _described(model, values["model"])
+    described = Architecture.of(values["model"], ExpertLayers.of(model))
     layout = layout_for(described, arguments.layout)
     about = _about(run, checkpoint, layout, arguments.dtype, without, difference)
 
@@ -244,20 +261,6 @@ def _text(model: GPT, values: Mapping[str, Any]) -> tuple[Any, str]:
     generator = torch.Generator().manual_seed(0)
     shape = (max(1, MEASURED // length), length + 1)
     return torch.randint(model.embedding.num_embeddings, shape, generator=generator), "random tokens"
-
-
-def _described(model: GPT, values: Mapping[str, Any]) -> Architecture:
-    first, experts = model.moe_layers[0], None
-    if first.enabled:
-        experts = ExpertLayers(
-            num_experts=first.num_experts,
-            top_k=first.top_k,
-            granularity=first.granularity,
-            router=first.scoring,
-            shared_expert=first.shared_expert,
-            temperatures=tuple(float(layer.temperature) for layer in model.moe_layers),
-        )
-    return Architecture.of(values, experts)
 
 
 # --- what lies beside the weights ----------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from apt_launch.allow import take_flags
 from apt_launch.config.catalogue import modules
+from apt_launch.config.corpus import build_corpus
 from apt_launch.config.ending import ending
 from apt_launch.config.instantiate import build, build_model
 from apt_launch.config.load import parse_groups
@@ -25,7 +26,7 @@ from apt_launch.runs.folder import About, find_checkpoint
 from apt_launch.secrets import keep_private
 from apt_launch.values import read_frozen
 from apt_model.data.tokenizer import ByteTokenizer, load_tokenizer
-from apt_model.errors import ConfigError
+from apt_model.errors import AptError, ConfigError
 from apt_model.files import read_regular
 from apt_model.schedule.targets import OF_OPTIMIZER
 from apt_model.training.checkpoint import read_manifest
@@ -207,8 +208,21 @@ def restored(checkpoint: Path, device: torch.device, *, ema: bool = False) -> tu
 
 
 def begin_of_texts(values: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
-    """Return the token that each text began with in the run whose config is ``values``, or none."""
-    return [] if tokenizer.begin is None or not values["data"].get("bos") else [tokenizer.begin]
+    """Return the token that each text began with in the run whose config is ``values``, or none.
+
+    Of shards, which were made by another config, the first token says so, as long as they are there.
+    """
+    if tokenizer.begin is None:
+        return []
+    if "bos" in values["data"]:
+        return [tokenizer.begin] if values["data"]["bos"] else []
+    import numpy as np
+
+    try:
+        first = build_corpus(values["data"]).read("train").windows(np.zeros(1, dtype=np.int64), 1)
+    except AptError:
+        return []
+    return [tokenizer.begin] if int(first[0, 0]) == tokenizer.begin else []
 
 
 class _Shown:

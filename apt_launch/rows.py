@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -13,11 +14,12 @@ from apt_launch.record import Row
 
 PREFIX: Final = "schedule/"
 SWITCH: Final = "_enabled"
+GROWN: Final = re.compile(r"_grown\d+$")
 
 
 def is_scheduled_value(name: str) -> bool:
     """Return whether the metric ``name`` is a scheduled value."""
-    return name.startswith(PREFIX) and not name.endswith((SWITCH, "_frozen"))
+    return name.startswith(PREFIX) and not name.endswith((SWITCH, "_frozen")) and not GROWN.search(name)
 
 
 def scheduled_values(row: Mapping[str, float]) -> dict[str, float]:

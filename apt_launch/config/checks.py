@@ -16,7 +16,7 @@ from apt_model.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from apt_model.data import Corpus
-    from apt_model.schedule import Horizon, Program
+    from apt_model.schedule import Curriculum, Horizon, Program
 
 
 def check_together(values: Mapping[str, Any], groups: Mapping[str, Any], launch: LaunchConfig) -> Corpus:
@@ -43,6 +43,7 @@ def check_together(values: Mapping[str, Any], groups: Mapping[str, Any], launch:
         )
     problems += _sharing_problems(groups, ranks)
     problems += schedule.contradictions()
+    problems += _growth_problems(schedule, moe)
     missing = missing_libraries(groups)
     problems += missing
     corpus = None
@@ -120,6 +121,20 @@ def _expert_problems(model: schema.Group, moe: schema.MoEConfig) -> list[str]:
         )
     if moe.upcycling_share is not None and moe.upcycling == "drop" and moe.upcycling_share > 1:
         problems.append(f"moe.upcycling_share = {moe.upcycling_share:g} is no share of the channels. Give at most 1.")
+    return problems
+
+
+def _growth_problems(schedule: Curriculum, moe: schema.MoEConfig) -> list[str]:
+    """Return why experts cannot become as many as events say, the fewest first: each is copied as often as the others."""
+    wanted = [(event.to, name) for name, event in schedule.events.items() if event.to is not None]
+    problems, before = [], moe.num_experts
+    for number, name in sorted(wanted):
+        if number % before or number == before:
+            problems.append(
+                f"schedule.events.{name}.to = {number} is no multiple of the {before} experts that there are before "
+                f"(moe.num_experts = {moe.num_experts}). Choose one, such as {2 * before}."
+            )
+        before = number
     return problems
 
 

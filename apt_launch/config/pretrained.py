@@ -42,11 +42,11 @@ def with_pretrained(values: dict[str, Any]) -> dict[str, Any]:
     folder.pieces  # noqa: B018 - says what of the weights is missing or has no counterpart
     found = {**values, "model": {**model, **said, "weights": folder.fingerprint}}
     if isinstance(values.get("data"), Mapping):
-        found["data"] = _with_tokenizer(values["data"], folder)
+        found["data"] = with_tokenizer(values["data"], folder)
     return found
 
 
-def _with_tokenizer(data: Mapping[str, Any], folder: WeightsFolder) -> dict[str, Any]:
+def with_tokenizer(data: Mapping[str, Any], folder: WeightsFolder) -> dict[str, Any]:
     """Return the group ``data`` with the model's own tokenizer, unless it names another one or has none to choose."""
     from apt_model.data.tokenizer import FILE_NAME, find_tokenizer, load_tokenizer
     from apt_model.files import in_home

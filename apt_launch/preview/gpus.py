@@ -219,7 +219,7 @@ def _drawn(
     for phase in phases:
         drawn.add_column(str(phase.step), justify="right")
     rows = {
-        "modules enabled": [" ".join(phase.modules) or "none" for phase in phases],
+        "modules enabled": [_modules(phase) for phase in phases],
         "updates": [f"{phase.updates:,}" for phase in phases],
         "parameters": [_count(phase.parameters) for phase in phases],
         "active a token": [_count(phase.active) for phase in phases],
@@ -262,6 +262,11 @@ def _drawn(
         *([] if cost.fits else [f"less a device: {', '.join(remedies)}"]),
         f"peak {cost.spec.bf16_tflops:g} TFLOP/s in bf16, dense ({cost.spec.source})",
     )
+
+
+def _modules(phase: Phase) -> str:
+    grown = "" if phase.grown_to is None else f" ({phase.grown_to} experts)"
+    return " ".join(f"{name}{grown if name == 'moe' else ''}" for name in phase.modules) or "none"
 
 
 def _sequences(number: int) -> str:

@@ -55,6 +55,7 @@ class Phase:
     tokens: int  # that it trains on
     batch_size: int  # sequences of the batch that activations and workspace are for
     modules: tuple[str, ...]  # that are enabled
+    grown_to: int | None  # experts of a layer, once there are more than it began with
     frozen: tuple[str, ...]  # patterns of frozen parameters
     parameters: int
     active: int  # parameters that one token meets: top_k of the experts, and all that is shared
@@ -130,6 +131,7 @@ def sizes(config: RunConfig, *, on_gpu: bool | None = None) -> list[Phase]:
 
     from apt_launch.config.instantiate import build_model
     from apt_model.layers import scheduled
+    from apt_model.training.subject import resize
 
     if on_gpu is None:
         on_gpu = config.trainer.device.startswith("cuda") or (
@@ -151,6 +153,8 @@ def sizes(config: RunConfig, *, on_gpu: bool | None = None) -> list[Phase]:
         with torch.device("meta"):
             for name, switch in model.switches().items():
                 switch(on.get(Subject(name, "enabled"), False))
+            grown = max((subject.experts or 0 for subject, value in on.items() if value), default=0)
+            resize(model, at_least=grown)
         for subject, frozen in on.items():
             if subject.state == "frozen":
                 model.freeze(subject.name, frozen)
@@ -167,6 +171,7 @@ def sizes(config: RunConfig, *, on_gpu: bool | None = None) -> list[Phase]:
                 tokens=_tokens(config, step, end),
                 batch_size=batch,
                 modules=tuple(name for name in MODULES if on.get(Subject(name, "enabled"))),
+                grown_to=grown or None,
                 frozen=tuple(subject.name for subject, value in on.items() if subject.state == "frozen" and value),
                 parameters=total,
                 active=total - round(_idle(model)),

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from apt_model.errors import ConfigError
 from apt_model.layers import cpu_experts
 from apt_model.layers.backend import computing_dtype, eager_on_cpu
 from apt_model.layers.feed_forward import Experts, FeedForward, as_dense, as_experts
@@ -20,6 +21,7 @@ from apt_model.layers.router import (
     balance_loss,
     expert_capacity,
     plan_dispatch,
+    resized,
     z_loss,
 )
 from apt_model.layers.scheduled import dropout
@@ -56,6 +58,8 @@ class MoE(nn.Module):
     With a ``granularity`` of g, an expert is one of the g slices of a copy along d_ff, and g experts in a row are a copy.
     A token's experts begin as whole copies, because the router begins with one weight for all slices of a copy, and
     their weights sum to g; so the function stays the same here, too. From then on each expert goes its own way.
+
+    :meth:`resize` copies experts where they are enabled already, which leaves the function as it was, too.
 
     Args:
         dense: the layer to begin with.
@@ -111,7 +115,7 @@ class MoE(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.num_experts = num_experts
+        self.num_experts = self.num_families = num_experts
         self.top_k = top_k
         self.granularity = granularity
         self.upcycling: Upcycling = upcycling
@@ -160,11 +164,12 @@ class MoE(nn.Module):
         make_different(self.experts, self.upcycling, self.upcycling_share)
         router = Router(
             d_model=dense.up.shape[1],
-            num_experts=self.num_experts,
+            num_experts=self.num_families,
             top_k=self.top_k,
             scoring=self.scoring,
             granularity=self.granularity,
         )
+        router.resize(self.num_experts)
         precise = torch.promote_types(dense.up.dtype, torch.float32)
         self.router = router.to(dense.up.device, precise).train(self.training)
         half = 0.5 if self.shared_expert else 1.0
@@ -177,6 +182,31 @@ class MoE(nn.Module):
             self.lineage += [Lineage(weight, weight, half, _as_it_is) for weight in dense.parameters()]
         else:
             self.dense = None
+
+    def resize(self, number: int) -> None:
+        """Have more experts, copies of those that are there, or fewer, the means of such copies; ``lineage`` says of which.
+
+        Copies of one are a family, of which a token takes the best: see :class:`Router`. The parts of a token's output and
+        their weights stay what they were. Only with a capacity more tokens may be dropped, until each copy has its half.
+
+        Raises:
+            ConfigError: one number is no multiple of the other.
+        """
+        if number % self.num_families or (number % self.num_experts and self.num_experts % number):
+            raise ConfigError(
+                f"{self.num_experts} experts cannot become {number}: each is copied as often as the others. Choose a multiple, "
+                f"such as {2 * self.num_experts}."
+            )
+        before, self.num_experts = self.num_experts, number
+        if number == before or self.experts is None or self.router is None:
+            return
+        shaped = partial(resized, number=number)
+        old = dict(self.experts.named_parameters()) | {"router": self.router.weight}
+        for name, weight in self.experts.named_parameters():
+            setattr(self.experts, name, nn.Parameter(shaped(weight.detach()), weight.requires_grad))
+        self.router.resize(number)
+        new = dict(self.experts.named_parameters()) | {"router": self.router.weight}
+        self.lineage = [Lineage(new[name], old[name], before / number, shaped) for name in old]
 
     def _fold(self, experts: Experts) -> None:
         """Put one dense layer in the place of the experts: their mean, with the shared expert an equal part of it."""

@@ -18,6 +18,10 @@ COLDEST = 1e-30
 """Temperatures below are taken as this one: logits over it are still finite, and one expert has all the weight long before."""
 
 
+NUDGE = 2.0**-16
+"""By how much of their size rows of a router differ from those that they copy: enough that rounding does not choose."""
+
+
 class Routing(NamedTuple):
     """The experts that tokens choose. ``weights`` sum to 1 over each token's ``top_k`` experts."""
 
@@ -52,6 +56,9 @@ class Router(nn.Module):
 
     Weights and probabilities come from logarithms, and experts are chosen by what no temperature rounds to 0 or 1, so that
     they are right where scores underflow or saturate.
+
+    Experts that :meth:`resize` made of one are a family, and of a family a token takes the best one only. So copies leave the
+    function as it was, and a token's cost.
     """
 
     bias: Tensor
@@ -62,6 +69,7 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         self.top_k = top_k
+        self.num_families = num_experts  # a token goes to one expert of a family at the most
         self.scoring = scoring
         self.granularity = granularity
         self.weight = nn.Parameter(torch.empty(num_experts // granularity, d_model))
@@ -96,9 +104,30 @@ class Router(nn.Module):
 
     def _best(self, keys: Tensor) -> Tensor:
         """Return the ``top_k`` experts of the largest ``keys`` (tokens, num_experts), best first; equals by whole copies."""
+        if keys.shape[-1] > self.num_families:
+            best, member = keys.view(keys.shape[0], -1, self.num_families).max(dim=1)
+            family = self._largest(best)
+            return member.gather(-1, family) * self.num_families + family
+        return self._largest(keys)
+
+    def _largest(self, keys: Tensor) -> Tensor:
         if self.granularity == 1:
             return keys.topk(self.top_k, dim=-1).indices
         return keys.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k].contiguous()
+
+    @torch.no_grad()
+    def resize(self, num_experts: int) -> None:
+        """Make copies of all experts, or one of those that were copied, until there are ``num_experts``.
+
+        Copies are off by :data:`NUDGE`, so that each gets tokens, and with them a gradient, of its own.
+        """
+        weight = resized(self.weight.detach(), num_experts)
+        if copies := max(0, num_experts - len(self.weight)):
+            noise = NUDGE * self.weight.square().mean().sqrt() * torch.randn_like(weight[:copies])
+            weight[-copies:] += noise
+        self.weight = nn.Parameter(weight, self.weight.requires_grad)
+        self.bias = resized(self.bias, num_experts)
+        self.bias_step = resized(self.bias_step, num_experts)
 
     @torch.no_grad()
     def plan_balance(self, counts: Tensor, rate: float) -> None:
@@ -117,6 +146,13 @@ class Router(nn.Module):
         """Move the bias as the last forward pass in training planned it, once."""
         self.bias += self.bias_step
         self.bias_step.zero_()
+
+
+def resized(value: Tensor, number: int) -> Tensor:
+    """Return ``value`` (experts, ...) for ``number`` of them: all of them again and again, or the means of such copies."""
+    if number >= len(value):
+        return value.repeat(number // len(value), *[1] * (value.dim() - 1))
+    return value.view(-1, number, *value.shape[1:]).mean(dim=0)
 
 
 def _lexicographic(first: Tensor, then: Tensor) -> Tensor:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from apt_model.gpt import GPT
 
 SMALLEST = 1.1920928955078125e-07
 """What ``model.norm_eps=null`` adds in float32."""
@@ -20,6 +23,21 @@ class ExpertLayers:
     router: Literal["softmax", "sigmoid"]
     shared_expert: bool
     temperatures: tuple[float, ...]
+
+    @classmethod
+    def of(cls, model: GPT) -> ExpertLayers | None:
+        """Return what the layers of ``model`` are now; None: dense."""
+        first = model.moe_layers[0]
+        if not first.enabled:
+            return None
+        return cls(
+            num_experts=first.num_experts,
+            top_k=first.top_k,
+            granularity=first.granularity,
+            router=first.scoring,
+            shared_expert=first.shared_expert,
+            temperatures=tuple(float(layer.temperature) for layer in model.moe_layers),
+        )
 
     @property
     def output_scale(self) -> float:

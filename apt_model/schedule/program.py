@@ -10,17 +10,27 @@ from typing import Any
 
 from apt_model.errors import ConfigError, nearest
 from apt_model.schedule.clock import Clock, Horizon
-from apt_model.schedule.spec import ACTIONS, Curriculum, When
+from apt_model.schedule.spec import Curriculum, When
 from apt_model.schedule.targets import ALIASED, BINDINGS, DOMAINS, MODULES, OF_EXPERTS, Domain, matching
 from apt_model.schedule.times import Time
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What switches: a module (``enabled``) or the parameters that a pattern means (``frozen``)."""
+    """What switches: a module (``enabled``, ``grown16``) or the parameters that a pattern means (``frozen``)."""
 
     name: str
-    state: str  # enabled, frozen
+    state: str  # enabled, frozen, grown16: to 16 experts
+
+    @classmethod
+    def of(cls, label: str) -> Subject:
+        """Return the subject with that :attr:`label`."""
+        return cls(*label.rsplit("_", 1))
+
+    @property
+    def experts(self) -> int | None:
+        """How many experts it has once it has grown; None: this is no growth."""
+        return int(self.state.removeprefix("grown")) if self.state.startswith("grown") else None
 
     @property
     def label(self) -> str:
@@ -29,11 +39,13 @@ class Subject:
 
     def event(self, on: bool) -> str:
         """The name that times after it use: ``moe.enabled``, ``blocks.0.unfrozen``."""
-        verbs = {("enabled", True): "enabled", ("enabled", False): "disabled"}
-        return f"{self.name}.{verbs.get((self.state, on), 'frozen' if on else 'unfrozen')}"
+        verbs = {("enabled", False): "disabled", ("frozen", False): "unfrozen"}
+        return f"{self.name}.{verbs.get((self.state, on), self.state)}"
 
     def words(self, on: bool) -> str:
-        """Return the switch as messages name it: ``moe enabled``, ``blocks.0 trained again``."""
+        """Return the switch as messages name it: ``moe enabled``, ``blocks.0 trained again``, ``moe grown to 16 experts``."""
+        if self.experts is not None:
+            return f"{self.name} {'grown to' if on else 'below'} {self.experts} experts"
         verbs = ("enabled", "disabled") if self.state == "enabled" else ("frozen", "trained again")
         return f"{self.name} {verbs[0] if on else verbs[1]}"
 
@@ -134,9 +146,9 @@ class Program:
         latched: dict[Subject, str] = {}
         for name, event in self.curriculum.all_events().items():
             where = f"{self.key}.{name}"
-            state, on = ACTIONS[event.action]
+            state, on = event.state
             subject = Subject(event.subject, state)
-            if state == "enabled" and subject.name not in self.modules:
+            if state != "frozen" and subject.name not in self.modules:
                 problems.append(
                     f"{where}: there is no module {subject.name!r}. {nearest(subject.name, self.modules)}"
                     + ("" if self.modules else " Begin with schedule=none.")
@@ -207,6 +219,7 @@ class Program:
                 elif step in taken:
                     problems.append(f"{switch.key}: {subject.name} is switched at step {step} by {taken[step]}, too.")
                 taken.setdefault(step, switch.key)
+        problems += self._misplaced_growth()
         for subject, when in self.latches.items():
             first = when.not_before.step(self.horizon, self.fired)
             if first is not None and first >= steps:
@@ -220,6 +233,37 @@ class Program:
                     f"{self.key}: the latch of {subject.name} has its deadline at {when.deadline} = step {deadline}, before "
                     f"{when.not_before} = step {first}, from which on it may act. Set not_before earlier or deadline later."
                 )
+        return problems
+
+    def growths(self, module: str) -> list[Subject]:
+        """Return the growths of ``module``, by how many experts it then has."""
+        found = [subject for subject in self.switches if subject.name == module and subject.experts is not None]
+        return sorted(found, key=lambda subject: subject.experts or 0)
+
+    def _misplaced_growth(self) -> list[str]:
+        """Refuse growth of what is not enabled, and that which does not go upwards."""
+        problems = []
+        for module in self.modules:
+            growths = self.growths(module)
+            before, what = self.first_step(module), f"{module} is enabled"
+            for subject in growths:
+                key = self.switches[subject][0].key
+                clock = self.fired.get(subject.event(True))
+                if not self.ever_enabled(module):
+                    problems.append(
+                        f"{key}: {module} is never enabled, so it cannot grow. Enable it before, or remove this."
+                    )
+                elif clock is None and len(growths) > 1:
+                    problems.append(
+                        f"{key}: when it happens is not known, and {module} grows more than once. Give it a time."
+                    )
+                elif clock is not None and before is not None and clock.step <= before:
+                    problems.append(
+                        f"{key}: {module} would grow to {subject.experts} experts at step {clock.step}, and not after step "
+                        f"{before}, at which {what}. Let it grow later, or leave it out."
+                    )
+                before = before if clock is None else clock.step
+                what = f"it grows to {subject.experts}"
         return problems
 
     def _too_late(self, switch: Switch, subject: Subject, step: int) -> str:

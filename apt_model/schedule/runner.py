@@ -22,7 +22,7 @@ class Change(NamedTuple):
     @property
     def switch(self) -> str:
         """A switch in words: ``moe enabled``; see :meth:`Subject.words`."""
-        return Subject(*self.name.rsplit("_", 1)).words(bool(self.value))
+        return Subject.of(self.name).words(bool(self.value))
 
 
 class ScheduleRunner:
@@ -56,6 +56,7 @@ class ScheduleRunner:
         self.planned = horizon
         self.broadcast = broadcast
         self._setters: dict[str, Callable[[Any], None]] = {}
+        self._resize: Callable[..., None] | None = None
         self._values: dict[str, bool | float] = {}
         self._latches: dict[Subject, LatchState] = {}
         self._applied: Clock | None = None
@@ -67,6 +68,7 @@ class ScheduleRunner:
         values: Mapping[str, Callable[[float], None]],
         switches: Mapping[str, Callable[[bool], None]],
         freeze: Callable[[str, bool], None] | None = None,
+        resize: Callable[..., None] | None = None,
         domains: Mapping[str, Domain] | None = None,
         parameters: Iterable[str] = (),
     ) -> None:
@@ -77,6 +79,8 @@ class ScheduleRunner:
                 be a pattern that means several.
             switches: module names to functions that enable or disable them.
             freeze: called with a pattern of parameters and whether they are frozen.
+            resize: called with ``at_least`` or ``at_most`` how many experts there are from now on; None of them at most: as
+                many as they began with.
             domains: of the targets, where they are known.
             parameters: names that can be frozen.
 
@@ -95,6 +99,11 @@ class ScheduleRunner:
                     problems.append(f"{key}: this model has no parameters that can be frozen.")
                     continue
                 setters[subject.label] = _freezer(freeze, subject.name)
+            elif subject.experts is not None:
+                if resize is None:
+                    problems.append(f"{key}: this model has no experts that can become more.")
+                    continue
+                setters[subject.label] = _grower(resize, subject)
             elif subject.name in switches:
                 setters[subject.label] = switches[subject.name]
             elif used:
@@ -106,6 +115,7 @@ class ScheduleRunner:
             setters[name] = values[meant[0]] if len(meant) == 1 else _all_of([values[target] for target in meant])
             self.targets += meant
         self._setters = setters
+        self._resize = resize
 
     def at(self, clock: Clock) -> dict[str, bool | float]:
         """Return the scheduled values at ``clock``, given what latches remember; changes nothing."""
@@ -147,7 +157,7 @@ class ScheduleRunner:
 
     def _refreeze(self, changes: list[Change]) -> None:
         """Freeze again where a module was switched: parameters that appeared are frozen, too."""
-        if any(isinstance(value, bool) and name.endswith("_enabled") for name, value in changes):
+        if any(isinstance(value, bool) and not name.endswith("_frozen") for name, value in changes):
             for subject in self.program.switches:
                 if subject.state == "frozen" and self._values[subject.label] and subject.label in self._setters:
                     self._setters[subject.label](True)
@@ -158,7 +168,11 @@ class ScheduleRunner:
 
     def _write(self, clock: Clock) -> list[Change]:
         changes: list[Change] = []
-        for name, value in self.program.at(clock, self._latches).items():
+        now = self.program.at(clock, self._latches)
+        if not self._values and self._resize is not None:  # weights that were loaded may have grown
+            grown = [subject.experts or 0 for subject in self.program.switches if now[subject.label]]
+            self._resize(at_most=max(grown, default=0) or None)
+        for name, value in now.items():
             if self._values.get(name) != value:  # no value equals None
                 self._deliver(name, value, changes)
         self._refreeze(changes)
@@ -216,6 +230,14 @@ def horizon_changed(saved: Horizon, planned: Horizon) -> str:
 
 def _freezer(freeze: Callable[[str, bool], None], pattern: str) -> Callable[[bool], None]:
     return lambda frozen: freeze(pattern, frozen)
+
+
+def _grower(resize: Callable[..., None], subject: Subject) -> Callable[[bool], None]:
+    def set_grown(on: bool) -> None:
+        if on:
+            resize(at_least=subject.experts)
+
+    return set_grown
 
 
 def _all_of(setters: list[Callable[[float], None]]) -> Callable[[float], None]:

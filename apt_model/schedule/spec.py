@@ -11,7 +11,7 @@ from pydantic import Field
 from apt_model.errors import ConfigError, validated
 from apt_model.schedule.anneal import Anneal
 from apt_model.schedule.clock import Unit
-from apt_model.schedule.fields import Count, Number, Pattern, Strict, WrittenTime
+from apt_model.schedule.fields import Count, Number, Pattern, Positive, Strict, WrittenTime
 from apt_model.schedule.targets import BINDINGS, MODULES
 from apt_model.schedule.times import Time
 
@@ -64,17 +64,20 @@ ACTIONS = {
     "disable": ("enabled", False),
     "freeze": ("frozen", True),
     "unfreeze": ("frozen", False),
+    "grow": ("grown", True),
 }
 """What an event does: to which state of its subject, and whether that begins or ends."""
 
 
 class Event(Strict):
-    """One of enable, disable (a module), freeze, unfreeze (parameters, by path), ``at`` a time or ``when`` a metric says."""
+    """One of enable, disable, grow (modules), freeze, unfreeze (parameters, by path), at a time or when a metric says."""
 
     enable: Pattern | None = None  # module to enable
     disable: Pattern | None = None  # module to disable
     freeze: Pattern | None = None  # parameters that stay as they are, by path or pattern
     unfreeze: Pattern | None = None  # parameters that train again
+    grow: Literal["moe"] | None = None  # module whose experts become more, copies of those that are there
+    to: Positive | None = None  # of grow: how many experts a layer has from then on
     at: WrittenTime | None = None  # when: a time such as 2ep, 500st, 10%, moe.enabled + 1ep
     when: When | None = None  # a latch on a metric, instead of at
 
@@ -89,6 +92,12 @@ class Event(Strict):
         subject: str = getattr(self, self.action)
         return subject
 
+    @property
+    def state(self) -> tuple[str, bool]:
+        """The state of the subject that this begins or ends, and whether it begins."""
+        state, begins = ACTIONS[self.action]
+        return f"{state}{self.to}" if self.action == "grow" else state, begins
+
     def contradictions(self, key: str) -> list[str]:
         """Return what is missing or does not go together."""
         actions = [name for name in ACTIONS if getattr(self, name) is not None]
@@ -97,6 +106,10 @@ class Event(Strict):
             problems.append(f"{key}: give one of {', '.join(ACTIONS)}, not {' and '.join(actions) or 'none'}.")
         if (self.at is None) == (self.when is None):
             problems.append(f"{key}: give one of at and when.")
+        if (self.grow is None) != (self.to is None):
+            problems.append(f"{key}: grow and to go together, such as {{grow: moe, to: 16, at: 6ep}}.")
+        if self.grow is not None and self.when is not None:
+            problems.append(f"{key}.when: experts grow at a time. Give at instead.")
         if self.when is not None:
             problems += self.when.contradictions(f"{key}.when")
             if actions and actions[0] in ("disable", "unfreeze"):

@@ -29,14 +29,15 @@ MULTIPLES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 GRAMMAR = "a whole number, or a time such as 2ep, 500st, 32ksa, 10Mtok, 10% or moe.enabled + 500st"
 
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)\s*([a-z]+|%)")
-_ANCHORED = re.compile(r"([A-Za-z_][\w.*]*)\.(enabled|disabled|frozen|unfrozen)\s*(?:\+\s*(.+))?")
+_ANCHORED = re.compile(r"([A-Za-z_][\w.*]*)\.(enabled|disabled|frozen|unfrozen|grown\d+)\s*(?:\+\s*(.+))?")
 
 
 @dataclass(frozen=True)
 class Time:
     """A point in time: ``amount`` of ``unit`` after the run's begin, or after the event that ``anchor`` names.
 
-    ``run`` is a share of the planned updates. An event has the name ``SUBJECT.enabled`` (or disabled, frozen, unfrozen).
+    ``run`` is a share of the planned updates. An event has the name ``SUBJECT.enabled`` (or disabled, frozen,
+    unfrozen, grown16).
     """
 
     amount: Fraction

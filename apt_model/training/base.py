@@ -218,7 +218,14 @@ class BaseTrainer(ScheduleDriver):
                 group["weight_decay"] = value
 
         setters = {"optimizer.lr": set_lr, "optimizer.weight_decay": set_weight_decay}
-        bind(self.schedule, self.model, switches=self.engine.switches(), more=setters, domains=OF_OPTIMIZER)
+        bind(
+            self.schedule,
+            self.model,
+            switches=self.engine.switches(),
+            resize=self.engine.resize,
+            more=setters,
+            domains=OF_OPTIMIZER,
+        )
 
     def init_from(self, path: Path) -> None:
         """Begin with the weights of the checkpoint ``path``, and with nothing else of it: the clock is at 0.
@@ -229,7 +236,7 @@ class BaseTrainer(ScheduleDriver):
             CheckpointError: it is missing or damaged.
             ConfigError: it was made for another model.
         """
-        restore_weights(self.model, read_state(path), switches=self.engine.switches())
+        restore_weights(self.model, read_state(path), switches=self.engine.switches(), resize=self.engine.resize)
         self.follow()
 
     def fit(self) -> None:

@@ -28,6 +28,10 @@ class Engine:
         """Return what enables and disables each module of the model."""
         return subject.switches(self.model)
 
+    def resize(self, *, at_least: int | None = None, at_most: int | None = None) -> None:
+        """See :func:`apt_model.training.subject.resize`."""
+        subject.resize(self.model, at_least=at_least, at_most=at_most)
+
     def settle(self) -> None:
         """Take up parameters that were added, removed, frozen or unfrozen; every rank calls it at the same time."""
         self.rest()

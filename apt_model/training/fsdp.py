@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -104,27 +105,38 @@ class Sharded(Engine):
         return found
 
     def _enable_moe(self, on: bool) -> None:
+        for layer in moe_layers(self.model):
+            if layer.enabled != on:
+                self._change(layer, partial(layer.enable, on))
+
+    def resize(self, *, at_least: int | None = None, at_most: int | None = None) -> None:
+        """See :func:`apt_model.training.subject.resize`."""
+
+        def change(layer: MoE, number: int) -> None:
+            self._change(layer, partial(layer.resize, number))
+
+        subject.resize(self.model, at_least=at_least, at_most=at_most, change=change)
+
+    def _change(self, layer: MoE, change: Callable[[], None]) -> None:
+        """Have ``change`` give ``layer`` other parameters, while it is whole."""
         self.rest()
         self._had = None  # a new parameter may have the identity of one that is gone
-        for layer in moe_layers(self.model):
-            if layer.enabled == on:
-                continue
-            before = dict(layer.named_parameters())
-            for name, part in list(layer.named_children()):
-                if isinstance(part, FSDPModule):
-                    setattr(layer, name, _whole_module(part))
-            origins = {parameter: before[name] for name, parameter in layer.named_parameters()}
-            layer.enable(on)
-            if layer.router is not None:
-                _from_rank_zero(layer.router.weight)
-            if layer.experts is not None and layer.upcycling != "copy":  # they are drawn, too
-                for weight in layer.experts.parameters():
-                    _from_rank_zero(weight)
-            names = {parameter: name for name, parameter in layer.named_parameters()}
-            lineage = [(names[link.child], link._replace(parent=origins[link.parent])) for link in layer.lineage]
-            self._shard(layer)
-            now = dict(layer.named_parameters())
-            layer.lineage = [link._replace(child=now[child]) for child, link in lineage]
+        before = dict(layer.named_parameters())
+        for name, part in list(layer.named_children()):
+            if isinstance(part, FSDPModule):
+                setattr(layer, name, _whole_module(part))
+        origins = {parameter: before[name] for name, parameter in layer.named_parameters()}
+        change()
+        if layer.router is not None:
+            _from_rank_zero(layer.router.weight)
+        if layer.experts is not None and layer.upcycling != "copy":  # they are drawn, too
+            for weight in layer.experts.parameters():
+                _from_rank_zero(weight)
+        names = {parameter: name for name, parameter in layer.named_parameters()}
+        lineage = [(names[link.child], link._replace(parent=origins[link.parent])) for link in layer.lineage]
+        self._shard(layer)
+        now = dict(layer.named_parameters())
+        layer.lineage = [link._replace(child=now[child]) for child, link in lineage]
 
     def _enable_align(self, on: bool) -> None:
         self.rest()

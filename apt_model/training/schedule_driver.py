@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from apt_model.errors import ConfigError
 from apt_model.layers import scheduled
-from apt_model.layers.in_place import layers_in_place
+from apt_model.layers.in_place import layers_in_place, moe_layers
 from apt_model.layers.voter import EntropyVoter
 from apt_model.schedule import Change, Clock, ScheduleRunner
+from apt_model.schedule.program import Subject
 from apt_model.schedule.targets import Domain
 from apt_model.training import subject
 from apt_model.training.optimizer import follow_model
@@ -32,6 +34,7 @@ def bind(
     *,
     values: Values | None = None,
     switches: Switches | None = None,
+    resize: Callable[..., None] | None = None,
     more: Values | None = None,
     domains: Mapping[str, Domain] | None = None,
 ) -> None:
@@ -40,6 +43,7 @@ def bind(
     Args:
         values: targets and their setters; None: every value that a module of ``model`` declares as scheduled.
         switches: modules and what switches them; None: those of ``model.switches()``, if it has them.
+        resize: see :meth:`ScheduleRunner.bind`; None: that of the model's own layers of experts.
         more: targets beside ``values``.
         domains: of ``more``.
 
@@ -53,6 +57,7 @@ def bind(
         values={**(scheduled.setters(model) if values is None else values), **(more or {})},
         switches=switches,
         freeze=subject.freezer(model),
+        resize=resize or (partial(subject.resize, model) if moe_layers(model) else None),
         domains={**own, **(domains or {})},
     )
     scheduled.expect(model, (name for name in schedule.targets if name in own))
@@ -62,31 +67,46 @@ def bind(
 
 
 def restore_model(
-    model: nn.Module, schedule: ScheduleRunner, state: Mapping[str, Any], *, switches: Switches | None = None
+    model: nn.Module,
+    schedule: ScheduleRunner,
+    state: Mapping[str, Any],
+    *,
+    switches: Switches | None = None,
+    resize: Callable[..., None] | None = None,
 ) -> None:
     """Give ``model`` the modules and weights of a checkpoint's state; ``schedule`` can be reconciled then.
 
     Args:
-        switches: see :func:`bind`.
+        switches, resize: see :func:`bind`.
 
     Raises:
         ConfigError: the state is of another model, or of another length of the run.
     """
     schedule.load_state_dict(state["schedule"])
-    restore_weights(model, state, switches=switches)
+    restore_weights(model, state, switches=switches, resize=resize)
 
 
-def restore_weights(model: nn.Module, state: Mapping[str, Any], *, switches: Switches | None = None) -> None:
+def restore_weights(
+    model: nn.Module,
+    state: Mapping[str, Any],
+    *,
+    switches: Switches | None = None,
+    resize: Callable[..., None] | None = None,
+) -> None:
     """Give ``model`` the modules and weights of a checkpoint's state.
 
     Args:
-        switches: see :func:`bind`.
+        switches, resize: see :func:`bind`.
 
     Raises:
         ConfigError: the state is of another model.
     """
+    resize = resize or partial(subject.resize, model)
+    resize()
     for module, switch in (subject.switches(model) if switches is None else switches).items():
         switch(state["schedule"]["on"].get(f"{module}_enabled", False))
+    grown = [Subject.of(label) for label, on in state["schedule"]["on"].items() if on]
+    resize(at_least=max((one.experts or 0 for one in grown), default=0))
     subject.take_lineage(model)
     own = model.state_dict()
     weights = {name: shared_as(value, own[name]) if name in own else value for name, value in state["model"].items()}

@@ -14,7 +14,7 @@ from apt_model.errors import ConfigError
 from apt_model.gpt import GPT, Output
 from apt_model.layers.in_place import MoEInPlace, layers_in_place, moe_layers
 from apt_model.layers.metrics import METRICS
-from apt_model.layers.moe import Lineage
+from apt_model.layers.moe import Lineage, MoE
 from apt_model.layers.tally import layer_metrics, model_metrics
 from apt_model.schedule.targets import matching
 
@@ -34,6 +34,29 @@ def switches(model: nn.Module) -> dict[str, Callable[[bool], None]]:
     if layers:
         found.setdefault("moe", enable)
     return found
+
+
+def resize(
+    model: nn.Module,
+    *,
+    at_least: int | None = None,
+    at_most: int | None = None,
+    change: Callable[[MoE, int], None] = MoE.resize,
+) -> None:
+    """Have each layer of experts have so many at least, or at most; neither: as many as it began with.
+
+    Args:
+        change: gives a layer another number of experts.
+
+    Raises:
+        ConfigError: the number does not fit.
+    """
+    for layer in moe_layers(model):
+        number = max(layer.num_experts, at_least or 0)
+        if at_least is None:
+            number = min(layer.num_experts, at_most or layer.num_families)
+        if number != layer.num_experts:
+            change(layer, number)
 
 
 def freezer(model: nn.Module) -> Callable[[str, bool], None]:

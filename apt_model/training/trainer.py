@@ -142,7 +142,7 @@ class Trainer(BaseTrainer):
             ConfigError: it was made for another model, or for another length of the run.
         """
         state = read_state(path)
-        restore_model(self.model, self.schedule, state, switches=self.engine.switches())
+        restore_model(self.model, self.schedule, state, switches=self.engine.switches(), resize=self.engine.resize)
         self._lr_factor = self._lay_out_lr()
         load_named_state(self.optimizer, self.model, state["optimizer"])
         self.schedule.reconcile()

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from apt_launch.generate import begin_of_texts
 from apt_model.data import ShardsCorpus
 from apt_model.data.corpora import DocumentCorpus, TextCorpus
 from apt_model.data.corpus import Document, OnProgress, Split
@@ -217,6 +218,12 @@ def test_documents_begin_with_the_token_that_the_tokenizer_puts_before_texts_if_
         for token in plain.read(split).array().tolist():
             expected += [token, begin] if token == plain.tokenizer.end else [token]
         assert begun.read(split).array().tolist() == expected[:-1]
+    for corpus, beginning in ((plain, []), (begun, [begin])):  # what generate begins with, of a run on shards
+        folder = tmp_path / f"shards{len(beginning)}"
+        write(folder, corpus, corpus.tokenizer, key="OUT", on_progress=corpus.on_progress)
+        data = {"_target_": "apt_model.data.ShardsCorpus", "path": str(folder)}
+        assert begin_of_texts({"data": data}, begun.tokenizer) == beginning
+        assert begin_of_texts({"data": {"bos": bool(beginning)}}, begun.tokenizer) == beginning
     library.post_processor = processors.ByteLevel()
     library.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ConfigError, match=r"data\.bos: the tokenizer puts no token before a text"):

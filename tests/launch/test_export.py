@@ -127,7 +127,13 @@ def test_a_run_that_begins_with_a_folder_goes_through_the_curriculum_resumes_and
     shutil.move(place / "base", place / "moved")  # the run has all that it needs
     told = run("apt_launch.generate", "upcycled", "--prompt", "to be", "--max-new-tokens", "3", cwd=place)
     assert "(moe)" in told.stderr
+    kept = place / "upcycled" / "tokenizer.json"
     run("apt_launch.export", "upcycled", "--to", "experts", cwd=place)
+    few = ("--json", "--max-batches", "2", "data=text", "data.path=text.txt")
+    theirs = json.loads(run("apt_launch.evaluate", "experts", *few, cwd=place).stdout)
+    ours = json.loads(run("apt_launch.evaluate", "upcycled", *few, f"data.tokenizer={kept}", cwd=place).stdout)
+    assert theirs["loss"] == pytest.approx(ours["loss"], abs=1e-5)
+    assert (theirs["tokens"], theirs["bits_per_byte"]) == (ours["tokens"], pytest.approx(ours["bits_per_byte"]))
     checkpoint = next((place / "upcycled" / "checkpoints").iterdir())
     model, _, _ = restored(checkpoint, torch.device("cpu"))
     assert model.moe_layers[0].granularity == 2

@@ -116,6 +116,16 @@ def test_a_module_that_goes_off_again_leaves_what_was_there_before(small: Compos
     assert phases[0].parameters == phases[2].parameters < phases[1].parameters
 
 
+def test_experts_that_grow_are_more_parameters_and_as_many_a_token(small: Composed) -> None:
+    grown = "+schedule.events.more={grow: moe, to: 8, at: 2ep}"
+    before, after = sizes(small("schedule=none", "schedule.enable_moe_at_epoch=1", grown))[1:]
+    assert (before.grown_to, after.grown_to) == (None, 8)
+    assert after.experts == 2 * before.experts
+    routers = 2 * 4 * 16  # layers, experts more, d_model
+    assert after.active - before.active == routers
+    assert after.forward_flops - before.forward_flops == 2 * routers
+
+
 def test_a_module_under_a_latch_counts_from_when_the_latch_may_act(small: Composed) -> None:
     event = "{enable: voter, when: {metric: val/loss, below: 2.0, not_before: 3ep}}"
     phases = sizes(small("schedule=none", f"+schedule.events.a={event}"))

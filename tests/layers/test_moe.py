@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apt_model.errors import ConfigError
 from apt_model.layers.feed_forward import FeedForward, grouped_linear
 from apt_model.layers.moe import MoE, MoEReport
 from apt_model.layers.tally import METRICS, layer_metrics
@@ -482,3 +483,64 @@ def test_a_gpu_gives_the_output_and_the_gradients_of_the_cpu(
         found.append([tensor.cpu() for tensor in (out, given.grad, *(p.grad for p in moe.parameters()))])
     for exact, own in zip(*found, strict=True):
         assert (own - exact).norm() < error * exact.norm()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"temperature": 0.3, "shared_expert": True},
+        {"top_k": 1},
+        {"router": "sigmoid", "top_k": 3},
+        {"granularity": 2, "num_experts": 6, "top_k": 4},
+        {"router": "sigmoid", "granularity": 2, "top_k": 2},
+    ],
+)
+def test_experts_that_grow_leave_the_function_and_share_their_tokens(given: dict) -> None:
+    moe = apart(layer(capacity_factor=None, **given))
+    moe.router.bias.uniform_(-0.1, 0.1)
+    x = torch.randn(4, 64, 16)
+    routings: list = []
+    before, _ = moe(x)
+    moe.router.register_forward_hook(lambda router, inputs, routing: routings.append(routing))
+    moe.lineage = []
+    old = moe.num_experts
+    frozen = moe.experts.up.detach().clone()
+    moe.resize(4 * old)
+    after, _ = moe(x)
+    assert torch.allclose(after, before, atol=2e-5 * before.abs().max().item())
+    assert torch.equal(moe.experts.up[2 * old : 3 * old], frozen)
+    families = (routings[0].experts % old).sort(dim=1).values
+    assert (families.diff(dim=1) > 0).all(), "of a family a token takes one"
+    assert len(routings[0].experts.unique()) > 2.5 * old, "and all of them have tokens"
+    scale = {link.gradient_scale for link in moe.lineage}
+    assert scale == {0.25}
+    moe.resize(old)
+    assert torch.allclose(moe(x)[0], before, atol=2e-5 * before.abs().max().item())
+    assert torch.equal(moe.experts.up, frozen)
+    assert {link.gradient_scale for link in moe.lineage} == {4.0}
+
+
+def test_copies_get_the_gradient_of_what_they_copy_in_parts_and_so_go_apart() -> None:
+    moe = apart(layer(capacity_factor=None, balance_loss_weight=0.0, z_loss_weight=0.0))
+    x = torch.randn(4, 64, 16)
+    moe(x)[0].square().sum().backward()
+    whole = {name: weight.grad.clone() for name, weight in moe.experts.named_parameters()}
+    moe.resize(8)
+    moe(x)[0].square().sum().backward()
+    for name, weight in moe.experts.named_parameters():
+        first, second = weight.grad.view(2, 4, *weight.shape[1:]).unbind()
+        assert torch.allclose(first + second, whole[name], rtol=1e-3, atol=1e-3 * whole[name].abs().max().item())
+        assert (first - second).norm() > 0.1 * whole[name].norm()
+
+
+def test_experts_that_have_grown_stay_that_many_while_they_are_dense() -> None:
+    moe = apart(layer())
+    moe.resize(8)
+    moe.enable(False)
+    assert moe.dense.up.shape == (32, 16)
+    moe.enable(True)
+    assert moe.experts.up.shape[0] == moe.router.weight.shape[0] == 8
+    assert moe.router.num_families == 4
+    with pytest.raises(ConfigError, match=r"8 experts cannot become 12: .* such as 16"):
+        moe.resize(12)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from apt_launch.config.instantiate import build_model
 from apt_launch.config.run_config import RunConfig
+from apt_launch.export import OPTIONAL
 from apt_model.data.tokenizer import train_tokenizer
 from apt_model.generation import Sampling, generate
 from apt_model.gpt import GPT
@@ -83,16 +84,7 @@ def trained(moe: dict[str, Any] | None, **options: Any) -> tuple[GPT, Architectu
             layer.temperature.fill_(1.3)
             if layer.router is not None:
                 layer.router.bias.normal_(std=0.1 if layer.scoring == "sigmoid" else 0.0)
-    first = gpt.moe_layers[0]
-    layers = ExpertLayers(
-        num_experts=first.num_experts,
-        top_k=first.top_k,
-        granularity=first.granularity,
-        router=first.scoring,
-        shared_expert=first.shared_expert,
-        temperatures=(1.3, 1.3),
-    )
-    return gpt, Architecture.of(SIZES | options | {"ffn": "swiglu"}, layers if moe is not None else None)
+    return gpt, Architecture.of(SIZES | options | {"ffn": "swiglu"}, ExpertLayers.of(gpt))
 
 
 def write(folder: Path, gpt: GPT, model: Architecture, layout: str = "auto", dtype: str = "fp32") -> str:
@@ -130,6 +122,24 @@ def test_transformers_computes_the_same_logits(case: str, tmp_path: Path) -> Non
     assert write(tmp_path / "out", gpt, model) == layout
     assert len([*(tmp_path / "out").glob("model-*.safetensors")]) > 1, "several files"
     assert difference(loaded(tmp_path / "out"), gpt) < 1e-5
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_experts_that_have_grown_leave_as_what_a_plain_router_does_with_them(top_k: int, tmp_path: Path) -> None:
+    gpt, _ = trained(experts(top_k=top_k, num_experts=4))
+    with torch.no_grad():
+        for layer in gpt.moe_layers:
+            layer.resize(8)
+            for parameter in (*layer.experts.parameters(), *layer.router.parameters()):
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    families = OPTIONAL["families"]
+    assert families.is_there(gpt) == (top_k > 1)
+    if top_k > 1:
+        families.leave_out(gpt)
+    write(tmp_path / "out", gpt, Architecture.of(SIZES | {"ffn": "swiglu"}, ExpertLayers.of(gpt)))
+    theirs = loaded(tmp_path / "out")
+    assert theirs.config.num_local_experts == 8
+    assert difference(theirs, gpt) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from apt_model.errors import ConfigError
 from apt_model.schedule import Clock, Curriculum, Horizon, Program, ScheduleRunner
 from apt_model.schedule.program import LatchState
+from apt_model.schedule.timeline import timeline
 
 HORIZON = Horizon.plan(epochs=5, batches_per_epoch=4, batch_size=2, tokens_per_sample=8)
 
@@ -62,7 +63,7 @@ def test_names_of_the_profile_and_events_share_one_arbiter() -> None:
     ("events", "message"),
     [
         ({"a": {"enable": "moe"}}, r"events\.a: give one of at and when"),
-        ({"a": {"at": "1ep"}}, r"events\.a: give one of enable, disable, freeze, unfreeze, not none"),
+        ({"a": {"at": "1ep"}}, r"events\.a: give one of enable, disable, freeze, unfreeze, grow, not none"),
         ({"a": {"enable": "moe", "disable": "voter", "at": "1ep"}}, r"not enable and disable"),
         ({"a": {"enable": "moe", "at": 2}}, r"events\.a\.at: 2 of what\? Write 2ep for epochs, 2st for steps"),
         (
@@ -86,6 +87,28 @@ def test_names_of_the_profile_and_events_share_one_arbiter() -> None:
         (
             {"a": {"enable": "moe", "at": "1ep"}, "b": {"enable": "moe", "when": {"metric": "x", "above": 1}}},
             r"events\.b: moe is switched by schedule\.events\.a already, and a latch shares a module with nothing",
+        ),
+        (
+            {"a": {"grow": "moe", "at": "1ep"}},
+            r"events\.a: grow and to go together, such as \{grow: moe, to: 16, at: 6ep\}",
+        ),
+        ({"a": {"grow": "align", "to": 8, "at": "1ep"}}, r"events\.a\.grow: 'align' is not .* Valid names: moe"),
+        (
+            {"a": {"grow": "moe", "to": 8, "when": {"metric": "x", "above": 1}}},
+            r"events\.a\.when: experts grow at a time",
+        ),
+        ({"a": {"grow": "moe", "to": 8, "at": "1ep"}}, r"events\.a: moe is never enabled, so it cannot grow"),
+        (
+            {"a": {"enable": "moe", "at": "1ep"}, "b": {"grow": "moe", "to": 8, "at": "1ep"}},
+            r"events\.b: moe would grow to 8 experts at step 4, and not after step 4, at which moe is enabled",
+        ),
+        (
+            {
+                "a": {"enable": "moe", "at": "0ep"},
+                "b": {"grow": "moe", "to": 8, "at": "2ep"},
+                "c": {"grow": "moe", "to": 16, "at": "1ep"},
+            },
+            r"events\.c: moe would grow to 16 experts at step 4, and not after step 8, at which it grows to 8",
         ),
         ({"b": {"enable": "moe", "when": {"metric": "x"}}}, r"events\.b\.when: give one of above and below"),
         (
@@ -158,6 +181,19 @@ def test_smoothing_a_band_and_a_hold_stop_the_flipping_of_a_noisy_metric() -> No
 
     assert flips(release=2.2) > 500
     assert flips(release=2.0, smooth=0.98, hold="100st") <= 1
+
+
+def test_experts_grow_once_and_values_can_wait_for_it() -> None:
+    planned = program(
+        events={
+            "a": {"enable": "moe", "at": "1ep"},
+            "b": {"grow": "moe", "to": 8, "at": "moe.enabled + 2st"},
+            "c": {"freeze": "embedding", "at": "moe.grown8 + 1ep"},
+        }
+    )
+    assert on_at(planned, "moe_grown8") == [*range(6, 20)]
+    assert on_at(planned, "embedding_frozen") == [*range(10, 20)]
+    assert "moe grown to 8 experts" in {what for moment in timeline(planned) for what in moment.what}
 
 
 def test_values_can_wait_for_a_latch() -> None:

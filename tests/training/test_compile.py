@@ -27,6 +27,7 @@ from apt_model.schedule import Clock, Horizon, ScheduleRunner
 from apt_model.schedule.targets import matching
 from apt_model.training.callbacks import Callback
 from apt_model.training.checkpoint import Checkpoints, newest_intact
+from apt_model.training.schedule_driver import bind
 from apt_model.training.trainer import Trainer
 from tests.conftest import SMALL, until
 from tests.forks import HANGS, environment
@@ -56,7 +57,7 @@ def any_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=BACKEND))
 
 
-def gpt(num_layers: int = 1) -> GPT:
+def gpt(num_layers: int = 1, **options) -> GPT:
     torch.manual_seed(0)
     return GPT(
         vocab_size=32,
@@ -66,13 +67,13 @@ def gpt(num_layers: int = 1) -> GPT:
         d_ff=16,
         seq_len=16,
         moe=partial(MoE, num_experts=4, top_k=2, capacity_factor=1.0),
+        **options,
     )
 
 
 def runner(model: GPT, **curriculum) -> ScheduleRunner:
     schedule = ScheduleRunner(horizon=Horizon(epochs=1, updates_per_epoch=STEPS), **curriculum)
-    schedule.bind(values=scheduled.setters(model), switches=model.switches(), domains=scheduled.targets(model))
-    scheduled.expect(model, schedule.targets)
+    bind(schedule, model)
     return schedule
 
 
@@ -143,20 +144,35 @@ def test_each_event_adds_at_most_one_graph() -> None:
         enable_align_at_step=4,
         enable_voter_at_step=6,
         route_temp={"start": 1.5, "end": 0.5, "by": "step"},
-        events={"off": {"disable": "align", "at": "8st"}},
+        events={"off": {"disable": "align", "at": "8st"}, "more": {"grow": "moe", "to": 8, "at": "10st"}},
     )
     compiled = torch.compile(model, fullgraph=True, backend="eager")  # graphs are counted before the backend
     tokens = torch.randint(0, 32, (4, 17))
     counts = []
-    for step in range(10):
+    for step in range(12):
         schedule.apply(Clock(step=step))
         compiled(tokens[:, :-1], tokens[:, 1:]).language_loss.backward()
         counts.append(graphs())
     assert counts[1] == counts[0] == 1
-    for event in (2, 4, 6, 8):
+    for event in (2, 4, 6, 8, 10):
         assert counts[event] - counts[event - 1] <= 1
         assert counts[event + 1] == counts[event]
-    print(f"graphs after each of ten updates: {counts}")
+    print(f"graphs after each of twelve updates: {counts}")
+
+
+def test_attention_of_pretrained_models_is_one_graph_with_the_values_of_eager() -> None:
+    model = gpt(num_kv_heads=1, qk_norm="head", tie_embeddings=False, qkv_bias=True, sliding_window=6)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    tokens = torch.randint(0, 32, (4, 17))
+    gradients = []
+    for forward in (model, compiled):
+        forward(tokens[:, :-1], tokens[:, 1:]).language_loss.backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
+        model.zero_grad(set_to_none=True)
+    assert graphs() == 1
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradients[1][name], gradient, atol=1e-6), name
 
 
 def test_metrics_of_routing_add_one_graph_however_often_it_changes() -> None:

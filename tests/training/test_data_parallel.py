@@ -192,6 +192,32 @@ def test_experts_that_go_off_again_are_folded_in_shards_too(
     same(rows[2], rows[0])
 
 
+def test_experts_grow_in_shards_and_their_checkpoint_continues_in_others(
+    group: Ranks, data: tuple[str, str], tmp_path: Path
+) -> None:
+    given = (*data, *PLAIN, "trainer.max_epochs=4", "schedule=none", "schedule.enable_moe_at_epoch=1")
+    given += ("+schedule.events.more={grow: moe, to: 8, at: 2ep}",)
+    one = group.train(1, tmp_path / "one", *given)
+    spread = ENGINES["2 shards, experts over 2"][1]
+    begun = group.train(2, tmp_path / "begun", *given, *spread, stop=[1, 6])
+    assert [row["schedule/moe_grown8"] for row in one if "train/loss" in row] == [0, 0, 0, 0, 1, 1, 1, 1]
+    grown = tmp_path / "begun" / "checkpoints" / "step-00000006"
+    rest = group.train(2, tmp_path / "rest", *given, *ENGINES["2 shards"][1], resume=grown)
+    for name in ("step", "train/loss", "val/loss"):  # rounding may send a token to the other copy
+        assert [row[name] for row in begun + rest if name in row] == pytest.approx(
+            [row[name] for row in one if name in row], rel=2e-4
+        )
+    assert state(tmp_path / "rest")["optimizer"]["blocks.1.ffn.experts.up"]["exp_avg"].shape == (8, 32, 16)
+
+
+def test_attention_of_pretrained_models_trains_in_shards(group: Ranks, data: tuple[str, str], tmp_path: Path) -> None:
+    like_qwen = ("model.num_kv_heads=1", "model.qk_norm=head", "model.tie_embeddings=false", "model.qkv_bias=true")
+    given = (*data, *PLAIN, *like_qwen, "model.sliding_window=8", "schedule=none", "trainer.max_epochs=2")
+    one = group.train(1, tmp_path / "one", *given)
+    same(group.train(2, tmp_path / "many", *given, *ENGINES["2 shards"][1]), one)
+    assert state(tmp_path / "many")["model"].keys() == state(tmp_path / "one")["model"].keys()
+
+
 def test_a_rank_whose_experts_get_no_token_goes_along(group: Ranks, data: tuple[str, str], tmp_path: Path) -> None:
     given = (*data, *PLAIN, "schedule=none", "schedule.enable_moe_at_epoch=1", "trainer.max_epochs=3")
     few = (

@@ -31,6 +31,9 @@ LATCHED = (
 )
 
 
+GROWS = "+schedule.events.more={{grow: moe, to: 8, at: {}ep}}"
+
+
 # 6 epochs of 4 updates: experts from update 8 on, alignment from 12, votes from 20
 @pytest.mark.parametrize(
     ("whole", "fork", "updates"),
@@ -44,6 +47,7 @@ LATCHED = (
         ([], ["voter.dropout=0.3"], 20),
         ([], ["schedule.enable_moe_at_epoch=1"], 4),
         ([], ["schedule.enable_voter_at_epoch=null"], 20),
+        ([GROWS.format(4)], [GROWS.format(5)], 16),
         ([], ["seed=1"], 0),
         ([], ["model.d_ff=64"], 0),
         ([], ["optimizer.weight_decay=0.2"], 0),

@@ -217,6 +217,7 @@ def test_mixed_precision_keeps_weights_in_float32(small: Small) -> None:
 
 
 FINE = ("moe.num_experts=8", "moe.top_k=4", "moe.granularity=2", "moe.upcycling=drop", "moe.jitter=0.1")
+GROWING = ("+schedule.events.more={grow: moe, to: 16, at: 13st}",)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +225,12 @@ FINE = ("moe.num_experts=8", "moe.top_k=4", "moe.granularity=2", "moe.upcycling=
     [
         (),
         ("trainer.accumulate=2", "trainer.max_batches_per_epoch=5"),
-        (*FINE, "moe.router=sigmoid", "moe.bias_update_rate=0.01"),  # all about experts that draws or remembers
+        (
+            *FINE,
+            *GROWING,
+            "moe.router=sigmoid",
+            "moe.bias_update_rate=0.01",
+        ),  # all about experts that draws or remembers
         pytest.param(("trainer.device=cuda", "moe.upcycling=drop", "moe.jitter=0.1"), marks=pytest.mark.gpu),
     ],
 )
@@ -333,15 +339,18 @@ def test_a_resume_of_a_finished_run_trains_no_more(small: Small, tmp_path: Path)
 
 
 def test_a_resume_with_an_edited_schedule_is_brought_to_what_the_clock_says(small: Small, tmp_path: Path) -> None:
-    first = Run(small("schedule.enable_moe_at_epoch=1"), checkpoints=Checkpoints(tmp_path))
+    grown = "+schedule.events.more={grow: moe, to: 8, at: 5st}"
+    first = Run(small("schedule.enable_moe_at_epoch=1", grown), checkpoints=Checkpoints(tmp_path))
     first.trainer.stop_requested = lambda: first.trainer.clock.step == 6
     with pytest.raises(Interrupted):
         first.trainer.fit()
     assert first.trainer.model.moe_layers[0].enabled
+    assert first.weights()["blocks.0.ffn.experts.up"].shape[0] == 8
     watch = Watch()
     after = Run(small("schedule.enable_moe_at_epoch=2"), resume=newest_intact(tmp_path)[0], callbacks=[watch])
     after.trainer.fit()
     assert [on[0] for on in watch.on] == [False, False] + [True] * 16
+    assert after.weights()["blocks.0.ffn.experts.up"].shape[0] == 4
 
 
 def test_seeds_share_the_split_and_the_batches_that_validate(composed: Small) -> None:
