@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
@@ -217,6 +218,9 @@ def test_a_sweep_grows_from_what_its_jobs_have_kept_and_so_does_another(
     assert states(sweep) == ["done"] * 3
     assert shared(sweep) == [8, 8]
     assert "Nothing to send" in after(sweep, "extend", "schedule.route_temp.end=0.8,0.9").stdout
+    after(sweep, "report")
+    lines = {line["job"]: line for line in csv.DictReader((sweep / "report" / "report.csv").read_text().splitlines())}
+    assert {number: line["shared"] for number, line in lines.items()} == {"0": "", "1": "8 of 0", "2": "8 of 0"}
 
     other = tmp_path / "other"
     started(base, other, "schedule.route_temp.end=0.6", ENDS[1], f"launch.reuse={sweep}").communicate()

@@ -7,6 +7,7 @@ import shlex
 import statistics
 from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from apt_launch.record import Row, read_rows
 from apt_launch.rows import first_enabled, is_number, is_scheduled_value
 from apt_launch.sweep.application import load
+from apt_launch.sweep.jobs.trunk import Graft, graft_of
 from apt_launch.sweep.plan.jobs import SEEDS, Job, in_short, short_key
 from apt_launch.sweep.plan.plan import Plan
 from apt_model.errors import ConfigError, nearest
@@ -33,6 +35,7 @@ class Trial:
     plan: Plan | None = field(default=None, repr=False)  # where several sweeps are joined, that of its own
     folder: Path | None = None  # the same
     given: Mapping[str, str] | None = None  # its settings among those of all joined sweeps
+    graft: Graft | None = None  # the first updates that another job has trained for it
 
     @property
     def settings(self) -> dict[str, str]:
@@ -393,7 +396,12 @@ def _trials(source: Source, plan: Plan, axis: str, *, joined: bool) -> list[Tria
             rows = along(axis, read_rows(path)) if path.exists() else []
         except ConfigError as error:  # it hides no other job
             state, cause = "unknown", str(error)
-        trials.append(Trial(job, state, rows, cause, *((plan, folder) if joined else ())))
+        graft = None
+        if job.fork is not None:
+            with suppress(ConfigError):  # damaged: it only says where updates come from
+                graft = graft_of(folder)
+        own = Trial(job, state, rows, cause, graft=graft)
+        trials.append(replace(own, plan=plan, folder=folder) if joined else own)
     return trials
 
 

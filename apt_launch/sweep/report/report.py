@@ -11,7 +11,8 @@ from typing import Any
 from apt_launch.escapes import cell, markdown, visible
 from apt_launch.record import Row
 from apt_launch.sweep.plan.jobs import short_key
-from apt_launch.sweep.report.findings import Estimate, Findings, Source, Texts, find, headline
+from apt_launch.sweep.plan.tree import is_shared, saving
+from apt_launch.sweep.report.findings import Estimate, Findings, Source, Texts, Trial, find, headline
 from apt_model.files import refuse_links, write_atomic
 
 
@@ -55,13 +56,14 @@ def columns(findings: Findings) -> list[str]:
     reached = ["state", "step", *tokens, "compared", "best"]
     causes = ["cause"] if any(trial.cause for trial in findings.trials) else []
     own = ["train/loss", "tokens/s"] if findings.axis == "tokens" else []
-    return ["job", *findings.keys, *reached, *own, "seconds", *causes]
+    shared = ["shared"] if any(_shared(trial) for trial in findings.trials) else []
+    return ["job", *findings.keys, *shared, *reached, *own, "seconds", *causes]
 
 
 def lines(findings: Findings) -> list[list[Any]]:
     """Return the table's lines, the best first, then those without a value."""
     found = []
-    with_causes = "cause" in columns(findings)
+    with_causes, with_shared = "cause" in columns(findings), "shared" in columns(findings)
     has_tokens = findings.axis == "tokens"
     for trial in findings.trials:
         last: Row = {}
@@ -73,6 +75,7 @@ def lines(findings: Findings) -> list[list[Any]]:
             [
                 trial.job.number,
                 *(settings.get(key, "") for key in findings.keys),
+                *([_shared(trial)] if with_shared else []),
                 trial.state,
                 int(last["step"]) + 1 if last else None,
                 *([int(last["tokens"]) if "tokens" in last else None] if has_tokens else []),
@@ -85,6 +88,17 @@ def lines(findings: Findings) -> list[list[Any]]:
         )
     compared = columns(findings).index("compared")
     return sorted(found, key=lambda line: (line[compared] is None, findings.rank(line[compared] or 0.0), line[0]))
+
+
+def _shared(trial: Trial) -> str:
+    """Return how many of its first updates another job has trained, and which one."""
+    if trial.graft is None or not trial.graft.update:
+        return ""
+    return (
+        f"{trial.graft.update}"
+        if trial.plan is not None
+        else f"{trial.graft.update} of {trial.graft.job.partition('-')[0]}"
+    )
 
 
 def as_csv(findings: Findings) -> str:
@@ -147,7 +161,12 @@ def as_markdown(findings: Findings, pictures: Sequence[str]) -> str:
 def note_on_jobs(findings: Findings) -> str:
     """Return what two columns of the table are of."""
     better = "higher" if findings.direction == "maximize" else "lower"
-    return f"compared and best: {findings.metric}, where jobs are compared and anywhere; {better} is better."
+    note = f"compared and best: {findings.metric}, where jobs are compared and anywhere; {better} is better."
+    if "shared" in columns(findings):
+        note += " shared: first updates that another job has trained for it, which the seconds count, too."
+    if is_shared(findings.plan):
+        note += f" As planned: {saving(findings.plan)}."
+    return note
 
 
 def title_of_groups(findings: Findings) -> str:
