@@ -128,8 +128,6 @@ def _evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         checkpoint = chosen(arguments.folder, arguments.which)
         run = checkpoint.parent.parent
         model, tokenizer, longest = restored(checkpoint, device, ema=arguments.ema)
-        if hasattr(model, "loss_chunk"):
-            model.loss_chunk = None  # logits are wanted, and no gradient
         seq_len = longest
         values = read_frozen(run / "config.yaml")["data"]
         if overrides:
@@ -212,9 +210,7 @@ def measure(
     from apt_model.data.tokenizer import ByteTokenizer
     from apt_model.training.subject import Forward
 
-    if chunk := getattr(
-        model, "loss_chunk", None
-    ):  # as few logits at once as it had in training, and those of each token
+    if chunk := getattr(model, "loss_chunk", None):  # as few logits at once as in training, but those of each token
         model.loss_chunk, batch_size = None, min(batch_size, max(1, chunk // seq_len))
     windows = max(0, len(tokens) - 1) // seq_len
     sampler = Sampler(

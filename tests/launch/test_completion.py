@@ -52,8 +52,8 @@ ROUTE_TEMP = [f"schedule.route_temp.{key}=" for key in ("by", "end", "start", "t
         ("python -m apt_launch seed", ["seed="]),
         ("x=1 .venv/bin/python3 -m apt_launch seed", ["seed="]),
         ("python -m apt_launch.sw", ["apt_launch.sweep"]),
-        ("python -m apt_launch.sweep re", ["report", "resume"]),
-        ("python -m apt_launch.sweep report --m", ["--metric"]),
+        ("python -m apt_launch.sweep re", ["replay", "report", "resume"]),
+        ("python -m apt_launch.sweep report --m", ["--maximize", "--metric", "--minimize"]),
         ("python -m apt_launch.preview --g", ["--gpu", "--gpus"]),
         ("python -m apt_launch.preview seed", ["seed="]),
         ("python -m apt_launch.generate runs --voter o", ["off", "on"]),
@@ -178,7 +178,7 @@ def terminal(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Termina
         ("apt-launch seed=1 schedule.route_temp.e", "schedule.route_temp.end="),
         ("apt-launch seed=1 schedule.route_temp.end=", "schedule.route_temp.end=0.8 "),
         ("python -m apt_launch +sweeps=ro", "+sweeps=route_temp "),
-        ("python3 -m apt_launch.sweep rep", "report "),
+        ("python3 -m apt_launch.sweep repo", "report "),
         ("python -m apt_launch.ge", "apt_launch.generate "),
     ],
 )
@@ -204,7 +204,7 @@ def test_python_without_us_completes_as_before(terminal: Terminal, tmp_path: Pat
         ("apt-launch schedule.route_temp.", ROUTE_TEMP),
         ("apt-launch profile=", ["profile=gpt5_moe_reasoning", "profile=tiny_debug"]),
         ("python -m apt_launch seed=1 trainer.max_ep", ["trainer.max_epochs="]),
-        ("python -m apt_launch.sweep re", ["report", "resume"]),
+        ("python -m apt_launch.sweep re", ["replay", "report", "resume"]),
     ],
 )
 def test_fish_completes(line: str, expected: list[str], tmp_path: Path) -> None:
