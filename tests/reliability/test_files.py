@@ -199,11 +199,11 @@ def test_a_damaged_plan_is_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_a_file_of_a_later_version_is_refused_by_that_whatever_else_it_has(tmp_path: Path) -> None:
-    newer = r": its format is of version {}, and this program reads version {}\. A newer one has written it"
-    with pytest.raises(ConfigError, match=rf"^\S*plan\.yaml{newer.format(3, 2)}"):
+    newer = r": its format is of version {}, and this program reads {}\. A newer one has written it"
+    with pytest.raises(ConfigError, match=rf"^\S*plan\.yaml{newer.format(3, 'versions 1 to 2')}"):
         Plan.read(plan(tmp_path, lambda content: content.update(version=3, jobs={"by": "number"})))
     (tmp_path / "state.json").write_text('{"version": 2, "state": "paused", "node": 3}')
-    with pytest.raises(ConfigError, match=rf"^\S*state\.json{newer.format(2, 1)}"):
+    with pytest.raises(ConfigError, match=rf"^\S*state\.json{newer.format(2, 'version 1')}"):
         read_state(tmp_path)
     for version in ("0", "-1", "1.5", '"1"', "null", "1e999", "9" * 5000):
         (tmp_path / "state.json").write_text(f'{{"state": "done", "version": {version}}}')
