@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -37,6 +37,11 @@ LONGEST_LINE = 1 << 24
 CHUNK = 1 << 20
 TAIL = 1 << 18
 """Bytes that are read at once: of a record from its beginning, and of its end alone."""
+
+
+def as_record(rows: Sequence[Row]) -> str:
+    """Return the text of a record with ``rows``."""
+    return "".join(json.dumps({NAMED: VERSION, **row} if row is rows[0] else row) + "\n" for row in rows)
 
 
 class Record:

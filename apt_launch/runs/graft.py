@@ -7,14 +7,13 @@ own scheduled values; their times are those of the run that was trained.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from apt_launch.config.run_config import RunConfig
-from apt_launch.record import Row, read_rows
+from apt_launch.record import Row, as_record, read_rows
 from apt_launch.runs.folder import RunFolder, about
 from apt_model.errors import CheckpointError, ConfigError
 from apt_model.files import write_atomic
@@ -36,7 +35,7 @@ def graft(config: RunConfig, folder: RunFolder, source: RunFolder, update: int) 
     if len(rows) < manifest.get("rows", 0):
         raise ConfigError(f"{source.metrics}: it has fewer rows than {checkpoint} knew.")
     own = own_rows(config, rows, update)
-    write_atomic(folder.metrics, "".join(json.dumps(row) + "\n" for row in own))
+    write_atomic(folder.metrics, as_record(own))
     try:
         _write_checkpoint(config, folder, checkpoint, manifest, len(own))
     except CheckpointError as error:

@@ -231,6 +231,8 @@ def test_a_sweep_grows_from_what_its_jobs_have_kept_and_so_does_another(
     assert states(other) == ["done"] * 2
     assert_as_if_alone(sweep, [2], tmp_path)
     assert_as_if_alone(other, [0, 1], tmp_path)
+    records = [folder(place, number) / "metrics.jsonl" for place, number in ((sweep, 0), (sweep, 2), (other, 1))]
+    assert ['"$version"' in line for path in records for line in path.read_text().splitlines()[:2]] == [True, False] * 3
 
 
 if KILLS:  # make soak
