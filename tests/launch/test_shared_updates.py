@@ -248,6 +248,7 @@ if KILLS:  # make soak
                 process.wait(chance.uniform(0.1, 3))
             except subprocess.TimeoutExpired:
                 continue
+            process.communicate()
             if set(states(sweep)) == {"done"}:
                 break
             process = Fork(["apt_launch.sweep", "resume", str(sweep)], cwd=tmp_path, stdout=subprocess.PIPE)
