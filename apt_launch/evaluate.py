@@ -31,7 +31,7 @@ from apt_model.data.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 from apt_model.errors import CheckpointError, ConfigError
 from apt_model.files import read_regular
 from apt_model.layouts.folder import CONFIG, WeightsFolder
-from apt_model.training.checkpoint import Checkpoints, read_manifest
+from apt_model.training.checkpoint import Checkpoints, name_of, read_manifest
 
 BITS: Final = 1 / math.log(2)
 """Of a nat."""
@@ -104,7 +104,7 @@ def chosen(folder: Path, which: str) -> Path:
         raise ConfigError(f"--which: no checkpoint in {folder} has a validation loss. Choose --which newest.")
     if not which.isdecimal():
         raise ConfigError(f"--which: {which!r} is none of newest, best, and a number of updates.")
-    path = folder / "checkpoints" / f"step-{int(which):08d}"
+    path = folder / "checkpoints" / name_of(int(which))
     if path not in found:
         there = ", ".join(str(int(one.name.removeprefix("step-"))) for one in found) or "none"
         raise ConfigError(f"--which: there is no checkpoint after {which} updates in {folder}. There are: {there}.")

@@ -45,6 +45,11 @@ def first_enabled(rows: Sequence[Row]) -> dict[str, Row]:
     return found
 
 
+def rank(value: float, direction: str) -> float:
+    """Return what is less for a better value, ``minimize`` or ``maximize`` it; what is not a number is worst."""
+    return math.inf if math.isnan(value) else -value if direction == "maximize" else value
+
+
 def is_number(value: Any) -> bool:
     """Return whether ``value`` can be drawn."""
     return isinstance(value, int | float) and math.isfinite(value)

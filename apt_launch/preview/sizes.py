@@ -31,7 +31,7 @@ from apt_launch.config.run_config import RunConfig
 from apt_launch.config.schema import GPTConfig
 from apt_model.errors import ConfigError
 from apt_model.schedule import MODULES, Clock, Program
-from apt_model.schedule.program import LatchState, Subject
+from apt_model.schedule.program import LatchState, Subject, grown_to
 from apt_model.schedule.targets import matching
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def sizes(config: RunConfig, *, on_gpu: bool | None = None) -> list[Phase]:
         with torch.device("meta"):
             for name, switch in model.switches().items():
                 switch(on.get(Subject(name, "enabled"), False))
-            grown = max((subject.experts or 0 for subject, value in on.items() if value), default=0)
+            grown = grown_to(subject for subject, value in on.items() if value)
             resize(model, at_least=grown)
         for subject, frozen in on.items():
             if subject.state == "frozen":

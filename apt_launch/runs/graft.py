@@ -17,7 +17,7 @@ from apt_launch.record import Row, as_record, read_rows
 from apt_launch.runs.folder import RunFolder, about
 from apt_model.errors import CheckpointError, ConfigError
 from apt_model.files import write_atomic
-from apt_model.training.checkpoint import STATE, WEIGHTS, Checkpoints, read_manifest
+from apt_model.training.checkpoint import STATE, WEIGHTS, Checkpoints, name_of, read_manifest
 
 
 def graft(config: RunConfig, folder: RunFolder, source: RunFolder, update: int) -> None:
@@ -26,7 +26,7 @@ def graft(config: RunConfig, folder: RunFolder, source: RunFolder, update: int) 
     Raises:
         ConfigError: it is not there, is damaged, or was not made as planned; ``folder`` is as before.
     """
-    checkpoint = source.checkpoints / f"step-{update:08d}"
+    checkpoint = source.checkpoints / name_of(update)
     try:
         manifest = read_manifest(checkpoint)
         rows = read_rows(source.metrics)[: manifest["rows"]] if manifest.get("rows") else []

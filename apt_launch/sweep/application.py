@@ -128,6 +128,11 @@ class Program:
         return ("python", "-m", str(self.module))
 
 
+def is_job_folder(name: str) -> bool:
+    """Return whether ``name`` is that of a job's folder: its number and its identity; nothing else leads anywhere."""
+    return re.fullmatch("[0-9]+-[0-9A-Za-z]+", name) is not None
+
+
 @dataclass(frozen=True)
 class Fork:
     """Where a job begins: with what another job was after its first ``update`` updates. The schema of all files."""
@@ -142,7 +147,7 @@ class Fork:
 
     def __post_init__(self) -> None:
         """Refuse what leads out of a sweep's folder, and what saves nothing."""
-        if not re.fullmatch("[0-9]+-[0-9A-Za-z]+", self.job):
+        if not is_job_folder(self.job):
             raise ValueError(f"{self.job!r} is no name of a job's folder")
         if self.update < 1:
             raise ValueError(f"a job cannot begin at update {self.update} of another")

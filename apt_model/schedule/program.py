@@ -50,6 +50,11 @@ class Subject:
         return f"{self.name} {verbs[0] if on else verbs[1]}"
 
 
+def grown_to(subjects: Iterable[Subject]) -> int:
+    """Return how many experts there are by what has happened to ``subjects``; 0: none has grown."""
+    return max((subject.experts or 0 for subject in subjects), default=0)
+
+
 @dataclass(frozen=True)
 class Switch:
     """One timed event of a subject."""

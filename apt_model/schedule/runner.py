@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from apt_model.errors import ConfigError, nearest
 from apt_model.schedule.clock import Clock, Horizon
-from apt_model.schedule.program import LatchState, Program, Subject
+from apt_model.schedule.program import LatchState, Program, Subject, grown_to
 from apt_model.schedule.spec import Curriculum
 from apt_model.schedule.targets import MODULES, Domain, matching
 
@@ -170,8 +170,8 @@ class ScheduleRunner:
         changes: list[Change] = []
         now = self.program.at(clock, self._latches)
         if not self._values and self._resize is not None:  # weights that were loaded may have grown
-            grown = [subject.experts or 0 for subject in self.program.switches if now[subject.label]]
-            self._resize(at_most=max(grown, default=0) or None)
+            grown = grown_to(subject for subject in self.program.switches if now[subject.label])
+            self._resize(at_most=grown or None)
         for name, value in now.items():
             if self._values.get(name) != value:  # no value equals None
                 self._deliver(name, value, changes)

@@ -26,6 +26,11 @@ STATE = "state.pt"
 WEIGHTS = "model.safetensors"
 
 
+def name_of(step: int) -> str:
+    """Return the name of a checkpoint's folder."""
+    return f"step-{step:08d}"
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -86,7 +91,7 @@ class Checkpoints:
         copied = _copy(state)
         self._writer = threading.Thread(target=self._write_or_warn, args=(copied, step, progress), name="checkpoint")
         self._writer.start()
-        return self.folder / f"step-{step:08d}"
+        return self.folder / name_of(step)
 
     def wait(self) -> None:
         """Wait until nothing is being written."""
@@ -116,7 +121,7 @@ class Checkpoints:
         import torch
         from safetensors.torch import save_file
 
-        final = self.folder / f"step-{step:08d}"
+        final = self.folder / name_of(step)
         aside = self.folder / f".{final.name}.tmp"
         rest = dict(state)
         weights = {n: value for n, value in rest.pop("model", {}).items() if isinstance(value, torch.Tensor)}
@@ -157,7 +162,7 @@ class Checkpoints:
         """Remove what need not stay; the newest one always does."""
         there = [path for path in self.all() if not path.name.startswith(".")]
         manifests = {path: _manifest_or_empty(path) for path in there}
-        forks = {f"step-{step:08d}" for step in self.forks}
+        forks = {*map(name_of, self.forks)}
         own = [path for path in there if path.name not in forks or manifests[path].get("epochs") is not None]
         stay = {*own[-self.keep_last :], *there[-1:]}
         losses = [path for path in there if manifests[path].get("loss") is not None]
@@ -165,7 +170,7 @@ class Checkpoints:
         if self.keep_every is not None:
             epochs = {path: manifests[path].get("epochs") for path in there}
             stay |= {path for path, done in epochs.items() if done and done % self.keep_every == 0}
-        needed = {f"step-{step:08d}" for step in self.needed()}
+        needed = {*map(name_of, self.needed())}
         stay |= {path for path in there if path.name in needed}
         for old in [*(path for path in there if path not in stay), *self.folder.glob(".step-*")]:
             shutil.rmtree(old, ignore_errors=True)

@@ -16,7 +16,7 @@ from apt_model.layers import scheduled
 from apt_model.layers.in_place import layers_in_place, moe_layers
 from apt_model.layers.voter import EntropyVoter
 from apt_model.schedule import Change, Clock, ScheduleRunner
-from apt_model.schedule.program import Subject
+from apt_model.schedule.program import Subject, grown_to
 from apt_model.schedule.targets import Domain
 from apt_model.training import subject
 from apt_model.training.optimizer import follow_model
@@ -105,8 +105,7 @@ def restore_weights(
     resize()
     for module, switch in (subject.switches(model) if switches is None else switches).items():
         switch(state["schedule"]["on"].get(f"{module}_enabled", False))
-    grown = [Subject.of(label) for label, on in state["schedule"]["on"].items() if on]
-    resize(at_least=max((one.experts or 0 for one in grown), default=0))
+    resize(at_least=grown_to(Subject.of(label) for label, on in state["schedule"]["on"].items() if on))
     subject.take_lineage(model)
     own = model.state_dict()
     weights = {name: shared_as(value, own[name]) if name in own else value for name, value in state["model"].items()}

@@ -15,7 +15,7 @@ from typing import Any
 
 from apt_launch.escapes import visible
 from apt_launch.lease import Holder, heartbeats, is_alive
-from apt_launch.sweep.application import Resources, load
+from apt_launch.sweep.application import Fork, Resources, load
 from apt_launch.sweep.backends.machine import Machine, worker_file
 from apt_launch.sweep.jobs import process, trunk
 from apt_launch.sweep.jobs.state import ENDED, ask_to_cancel, read_state, transition, wants_cancel
@@ -64,9 +64,12 @@ class Worker:
         self.cancelled = False
         self.plan = Plan.read(sweep)
         self.application = load(self.plan.application, self.plan.program)
-        self.forks = {name: fork for name in names if (fork := process.fork_of(sweep / name)) is not None}
-        paths = longest_path(self.plan)
-        self.waiting = sorted(names, key=lambda name: -paths[name]) if is_shared(self.plan) else list(names)
+        self.forks: dict[str, Fork] = {}
+        self.waiting = list(names)
+        if is_shared(self.plan):
+            self.forks = {name: fork for name in names if (fork := process.fork_of(sweep / name)) is not None}
+            paths = longest_path(self.plan)
+            self.waiting.sort(key=lambda name: -paths[name])
         self.resources = {name: self.plan.by_folder[name].resources for name in names}
         at_once = max(1, min(len(names), self.max_parallel, *(machine.room_for(r) for r in self.resources.values())))
         self.cores_each = max(1, machine.cores // at_once)
@@ -125,10 +128,8 @@ class Worker:
             return None
         for name in self.waiting:
             wanted = self.resources[name]
-            if not self.may_begin(name):
-                continue
             fits = (wanted.cpus or 1) <= cores and (wanted.gpus or 0) <= len(self.free_gpus)
-            if fits and (wanted.mem_gb or 0) <= memory:
+            if fits and (wanted.mem_gb or 0) <= memory and self.may_begin(name):
                 self.waiting.remove(name)
                 return name
         return None

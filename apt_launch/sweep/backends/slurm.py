@@ -340,7 +340,7 @@ class SlurmBackend:
 
 def _trunk(plan: Plan, folder: Path, job: Job) -> str | None:
     """Return the folder's name of the job whose updates ``job`` waits for; None: of none, or they are there."""
-    fork = fork_of(folder / job.folder)
+    fork = fork_of(folder / job.folder) if job.fork is not None else None
     if fork is None or trunk(load(plan.application, plan.program), folder, fork) in ("ready", "alone"):
         return None
     return fork.job

@@ -16,6 +16,7 @@ from apt_launch.sweep.control.send import prepare, show_plan
 from apt_launch.sweep.jobs.state import ENDED, read_state
 from apt_launch.sweep.plan.composer import Composer
 from apt_launch.sweep.plan.expand import of_command
+from apt_launch.sweep.plan.jobs import key_and_value
 from apt_launch.sweep.plan.plan import Plan
 from apt_launch.sweep.plan.tree import Source, with_tree
 from apt_launch.values import read_frozen
@@ -38,8 +39,8 @@ def extend(folder: Path, overrides: Sequence[str], *, dry_run: bool = False) -> 
     plan = Ledger(folder).plan
     application = load(plan.application, plan.program)
     where = backend(plan.launcher, plan.launcher_values)
-    given = {_key(override) for override in overrides}
-    kept = [override for override in plan.command if _key(override) not in given]
+    given = {key for key, _ in map(key_and_value, overrides)}
+    kept = [override for override in plan.command if key_and_value(override)[0] not in given]
     with application.composing(plan.flags) as (loader, name):
         asked = of_command(
             [*kept, *overrides], composer=Composer(loader, name, plan.application), target=lambda config: where
@@ -65,11 +66,6 @@ def extend(folder: Path, overrides: Sequence[str], *, dry_run: bool = False) -> 
     if where.detaches:
         say(f"Look at it by: {command('apt_launch.sweep', 'status', folder)}")
     return len(added)
-
-
-def _key(override: str) -> str:
-    """Return the key that an override is for."""
-    return override.lstrip("+~").partition("=")[0]
 
 
 def sources(plan: Plan, folder: Path, *, elsewhere: bool = False) -> list[Source]:

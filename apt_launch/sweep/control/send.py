@@ -190,7 +190,7 @@ def prepare(plan: Plan, folder: Path, jobs: Sequence[Job]) -> None:
         if job.fork is not None and _comes(plan, folder, job.fork, sent):
             about["fork"] = asdict(job.fork)
         write_json(own / "job.json", about | _awaited(plan, job))
-        if not application.has_checkpoint(own):
+        if job.fork is not None and not application.has_checkpoint(own):
             (own / GRAFT).unlink(missing_ok=True)
     for job in plan.jobs:  # others begin with what it has kept: those that are new, too
         if job.folder not in sent and (forks := _awaited(plan, job)):

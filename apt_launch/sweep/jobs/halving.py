@@ -12,7 +12,6 @@ import hashlib
 import logging
 import math
 import os
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, NamedTuple
 
 from apt_launch.record import read_rows
+from apt_launch.rows import rank
+from apt_launch.sweep.application import is_job_folder
 from apt_launch.sweep.jobs.state import ENDED, read_state
 from apt_model.errors import ConfigError
 from apt_model.files import STRICT, read_json, refuse_link, write_json
@@ -95,7 +96,7 @@ class Rule:
         """Refuse a share that keeps none or all, and settings without jobs."""
         if not 0 < self.share < 1 or not all(setting.jobs for setting in self.settings):
             raise ValueError("a rule keeps a share between 0 and 1 of settings that have jobs")
-        if not all(re.fullmatch("[0-9]+-[0-9A-Za-z]+", job) for setting in self.settings for job in setting.jobs):
+        if not all(is_job_folder(job) for setting in self.settings for job in setting.jobs):
             raise ValueError("a job's folder is named by its number and its identity")
 
     @property
@@ -161,9 +162,6 @@ def judge(rule: Rule, setting: Setting, rung: int, members: Mapping[str, Member]
                 return None
         return statistics.fmean(found) if found else None
 
-    def rank(value: float) -> float:
-        return math.inf if math.isnan(value) else -value if rule.direction == "maximize" else value
-
     own = [members[job].points for job in setting.jobs if job in members]
     there = [first for points in own if (first := next((p for p in points if p.updates >= rung), None)) is not None]
     if not there:
@@ -173,7 +171,7 @@ def judge(rule: Rule, setting: Setting, rung: int, members: Mapping[str, Member]
     if value is None:
         return None
     others = [found for other in rule.settings if other != setting and (found := value_at(tokens, other)) is not None]
-    place = 1 + sum(rank(other) < rank(value) for other in others)
+    place = 1 + sum(rank(other, rule.direction) < rank(value, rule.direction) for other in others)
     kept = math.ceil(rule.share * (1 + len(others)))
     return Decision(
         stop=place > kept,

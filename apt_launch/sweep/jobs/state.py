@@ -47,7 +47,7 @@ TRANSITIONS: Final[dict[Name, frozenset[Name]]] = {
     "done": frozenset({"running", "dropped"}),
     "stopped": frozenset(
         {"submitted", "running", "dropped"}
-    ),  # as a loser; somebody wants it all the same, by its number
+    ),  # a loser that somebody wants all the same, by its number
     "dropped": frozenset({"submitted"}),  # somebody wants it again, by its number
 }
 """To which states each one may change. ``pending`` and ``unknown`` are only observed, never written."""

@@ -12,6 +12,12 @@ SEEDS = ("seed", "data.seed")
 """Keys whose values are repetitions of one experiment."""
 
 
+def key_and_value(override: str) -> tuple[str, str]:
+    """Return the key that an override of a command line is for, and the value that it gives, both as they are written."""
+    key, _, value = override.lstrip("+~").partition("=")
+    return key, value
+
+
 @dataclass(frozen=True)
 class Job:
     """One run of a sweep."""

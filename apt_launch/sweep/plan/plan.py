@@ -144,11 +144,17 @@ class Plan:
 
     def awaited(self, job: Job) -> tuple[Awaited, ...]:
         """Return the updates of ``job`` from which others begin."""
-        found: dict[int, list[str]] = {}
-        for other in self.jobs:
-            if other.fork is not None and other.fork.sweep is None and other.fork.job == job.folder:
-                found.setdefault(other.fork.update, []).append(other.folder)
+        found = self._begun.get(job.folder, {})
         return tuple(Awaited(update, tuple(found[update])) for update in sorted(found))
+
+    @cached_property
+    def _begun(self) -> dict[str, dict[int, list[str]]]:
+        """By folder and update, the jobs that begin with what another one was then."""
+        found: dict[str, dict[int, list[str]]] = {}
+        for job in self.jobs:
+            if job.fork is not None and job.fork.sweep is None:
+                found.setdefault(job.fork.job, {}).setdefault(job.fork.update, []).append(job.folder)
+        return found
 
     def check_numbers(self, numbers: Sequence[int]) -> None:
         """Make sure that there are jobs with these numbers.

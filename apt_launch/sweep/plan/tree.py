@@ -159,10 +159,6 @@ def longest_path(plan: Plan) -> dict[str, int]:
     """Return how many updates come one after another from where each job begins, in it or in those that begin with it."""
     found: dict[str, int] = {}
     for job in reversed(plan.jobs):
-        below = [
-            other.begins - job.begins + found[other.folder]
-            for other in plan.jobs
-            if other.fork is not None and other.fork.sweep is None and other.fork.job == job.folder
-        ]
+        below = [fork.update - job.begins + found[name] for fork in plan.awaited(job) for name in fork.jobs]
         found[job.folder] = max([job.steps - job.begins, *below])
     return found

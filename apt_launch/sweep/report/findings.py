@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from apt_launch.record import Row, read_rows
-from apt_launch.rows import first_enabled, is_number, is_scheduled_value
+from apt_launch.rows import first_enabled, is_number, is_scheduled_value, rank
 from apt_launch.sweep.application import load
 from apt_launch.sweep.jobs.trunk import Graft, graft_of
-from apt_launch.sweep.plan.jobs import SEEDS, Job, in_short, short_key
+from apt_launch.sweep.plan.jobs import SEEDS, Job, in_short, key_and_value, short_key
 from apt_launch.sweep.plan.plan import Plan
 from apt_model.errors import ConfigError, nearest
 
@@ -184,7 +184,7 @@ class Findings:
 
     def rank(self, value: float) -> float:
         """Return what is less for a better value; what is not a number is worst."""
-        return math.inf if math.isnan(value) else -value if self.direction == "maximize" else value
+        return rank(value, self.direction)
 
     @property
     def best(self) -> Trial | None:
@@ -256,6 +256,11 @@ class Findings:
         return next((group for group in groups if group.label == self.against), groups[0])
 
     @property
+    def one_by_one(self) -> str:
+        """How differences between groups are taken."""
+        return "pair by pair" if self.marginal else "seed by seed"
+
+    @property
     def compared_with(self) -> str:
         """What :attr:`reference` is called."""
         return self.against or "the best"
@@ -291,7 +296,7 @@ class Findings:
         swept, plan = set(trial.job.settings), trial.plan or self.plan
         fixed = []
         for override in plan.command:
-            key = override.lstrip("+~").partition("=")[0]
+            key, _ = key_and_value(override)
             if key not in swept and not key.startswith(("hydra.", "hydra/", "launch.")):
                 fixed.append(override)
         return shlex.join([*self.program, *plan.flags, *fixed, *trial.job.overrides])
@@ -417,7 +422,7 @@ def _joined(plans: Sequence[Plan], trials: Sequence[Trial]) -> tuple[Plan, list[
         for identity, trial in kept.items()
     }
     fixed = [  # what one command has set for all of its jobs, another may have swept, or set otherwise
-        override.lstrip("+~").partition("=")[0]
+        key_and_value(override)[0]
         for plan in plans
         for override in plan.command
         if not override.lstrip("+~").startswith(("hydra.", "hydra/", "launch."))
@@ -448,8 +453,8 @@ def _joined(plans: Sequence[Plan], trials: Sequence[Trial]) -> tuple[Plan, list[
 
 def _of_command(plan: Plan | None, key: str) -> str:
     """Return what a command sets ``key`` to; empty: nothing."""
-    overrides = (override.lstrip("+~").partition("=") for override in (plan.command if plan is not None else ()))
-    return next((value for name, _, value in reversed(list(overrides)) if name == key), "")
+    overrides = map(key_and_value, reversed(plan.command if plan is not None else ()))
+    return next((value for name, value in overrides if name == key), "")
 
 
 def _value(config: Mapping[str, Any], key: str, written: str) -> str:

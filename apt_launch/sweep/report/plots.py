@@ -255,8 +255,8 @@ def _differences(findings: Findings) -> Figure | None:
     axis.set_yticks(range(len(groups)), [label(group.label) for group in groups])
     axis.invert_yaxis()
     axis.set_xlabel(
-        f"{label(findings.metric)} more than {label(findings.compared_with)}, {'pair' if findings.marginal else 'seed'} by "
-        f"{'pair' if findings.marginal else 'seed'} (red: mean and 95 % interval)"
+        f"{label(findings.metric)} more than {label(findings.compared_with)}, {findings.one_by_one} "
+        "(red: mean and 95 % interval)"
     )
     axis.grid(alpha=0.25, axis="x")
     return figure

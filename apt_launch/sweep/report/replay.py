@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import math
 import random
 import statistics
 from collections import deque
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apt_launch.record import read_rows
+from apt_launch.rows import rank
 from apt_launch.sweep.application import load
 from apt_launch.sweep.control.rungs import described, rule_of
 from apt_launch.sweep.jobs.halving import Member, Point, Rule, Setting, judge
@@ -85,11 +85,9 @@ def replay(folder: Path, stop: StopConfig, *, at_once: int | None = None, orders
             f"{folder}: fewer than two of its settings have a finished job that has recorded {rule.metric}. A replay needs a "
             "sweep that is done: sweep wait DIR."
         )
-    sign = -1.0 if rule.direction == "maximize" else 1.0
 
     def end(setting: Setting) -> float:
-        mean = statistics.fmean(records[job][-1].value for job in setting.jobs if job in records)
-        return math.inf if math.isnan(mean) else sign * mean
+        return rank(statistics.fmean(records[job][-1].value for job in setting.jobs if job in records), rule.direction)
 
     winner = min(complete, key=end)
     draw = random.Random(0)

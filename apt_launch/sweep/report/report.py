@@ -94,11 +94,8 @@ def _shared(trial: Trial) -> str:
     """Return how many of its first updates another job has trained, and which one."""
     if trial.graft is None or not trial.graft.update:
         return ""
-    return (
-        f"{trial.graft.update}"
-        if trial.plan is not None
-        else f"{trial.graft.update} of {trial.graft.job.partition('-')[0]}"
-    )
+    of = "" if trial.plan is not None else f" of {trial.graft.job.partition('-')[0]}"
+    return f"{trial.graft.update}{of}"
 
 
 def as_csv(findings: Findings) -> str:
@@ -232,8 +229,7 @@ def as_page(findings: Findings, drawn: Mapping[str, str]) -> str:
         "losses": f"{'Losses' if findings.axis == 'tokens' else findings.metric} over {findings.unit}",
         "schedules": "Schedules",
         "metric": f"Final {findings.metric} by what was swept",
-        "differences": f"Differences from {findings.compared_with}, {'pair' if findings.marginal else 'seed'} by "
-        f"{'pair' if findings.marginal else 'seed'}",
+        "differences": f"Differences from {findings.compared_with}, {findings.one_by_one}",
     }
     html = page.get_template("report.html").render(
         findings=findings,
