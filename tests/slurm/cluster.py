@@ -96,9 +96,10 @@ class Cluster:
 
     def run(self, *command: str, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Call one of SLURM's commands."""
-        return subprocess.run(
-            command, check=check, timeout=timeout, capture_output=True, text=True, env=self.environment()
-        )
+        done = subprocess.run(command, timeout=timeout, capture_output=True, text=True, env=self.environment())
+        if check and done.returncode:
+            raise subprocess.CalledProcessError(done.returncode, (*command, done.stderr), done.stdout, done.stderr)
+        return done
 
     def states(self) -> dict[str, str]:
         """Return each job's state, of finished ones too, by its number (``12_3`` in arrays)."""

@@ -45,9 +45,9 @@ class Sweep:
         self.env |= self.holding.environment | {"PYTHONPATH": str(Path(__file__).parent.parent / "hold_site")}
 
     def holds(self, number: int) -> bool:
-        """Whether the job holds, and, if it is to have one, its checkpoint is written."""
-        if not list(self.folder.glob(f"{number}-*/lease.json")):
-            return False
+        """Whether the job runs and holds, and, if it is to have one, its checkpoint is written."""
+        if not list(self.folder.glob(f"{number}-*/lease.json")) or self.written(number)["state"] != "running":
+            return False  # an attempt that has asked for another has left its lease
         own = self.own(number)
         holder = read_holder(own / "lease.json")
         if holder is None or holder.pid not in self.holding.holding():
