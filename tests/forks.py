@@ -369,27 +369,22 @@ def _serve(path: str, *more: str) -> None:
     listening.listen(64)
     reply("listening")  # who connects now waits until all is loaded
     for name in (
-        "torch._dynamo",
-        "wandb",
-        "matplotlib.figure",
-        "matplotlib.backends.backend_agg",
-        "submitit",
-        "jinja2",
+        *("torch._dynamo", "safetensors.torch", "scipy.special", "tokenizers", "pydantic.type_adapter", "faulthandler"),
+        *("wandb", "wandb.apis.public", "wandb.sdk.launch", "requests", "submitit", "submitit.core.submission"),
+        *("matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "jinja2"),
+        "hydra._internal.logging_config",
     ):
         importlib.import_module(name)
     for name in (
-        "runs.train",
-        "runs.summary",
-        "runs.console",
-        "runs.before_start",
-        "preview.__main__",
-        "sync",
-        "application",
+        *("runs.train", "runs.summary", "runs.console", "runs.before_start", "sync", "application", "generate"),
+        *("preview.__main__", "preview.page", "preview.terminal", "config.explain", "config.profile_file"),
     ):
         importlib.import_module(f"apt_launch.{name}")
-    for name in ("plan.plan", "control.send", "backends.registry", "jobs.process", "report.report", "cli"):
+    for name in ("plan.plan", "plugins", "control.send", "backends.registry", "jobs.process", "report.report", "cli"):
         importlib.import_module(f"apt_launch.sweep.{name}")
-    for name in ("apt_model.training.trainer", "apt_model.layouts.pretrained", *more):
+    for name in ("trainer", "memory", "watchdogs"):
+        importlib.import_module(f"apt_model.training.{name}")
+    for name in ("apt_model.layouts.pretrained", *more):
         importlib.import_module(name)
     import gc
 
