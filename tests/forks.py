@@ -23,7 +23,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +35,9 @@ HANGS = 600.0
 
 ADDRESS = "APT_TESTS_FORKS"
 """The environment variable with the address of the process that forks."""
+
+COMPILER = "APT_TESTS_COMPILER"
+"""The environment variable with what compiles graphs in a child; without it, torch's default."""
 
 PYTHON = "APT_TESTS_PYTHON"
 """The environment variable with the path of the interpreter that tests run under."""
@@ -478,6 +481,10 @@ def _become(asked: dict[str, Any], streams: list[int]) -> None:
         os.close(stream)
     sys.executable = str(REPOSITORY / "tests/forked_python.py") if asked["forks"] else os.environ[PYTHON]
     hold.install()
+    if COMPILER in os.environ:
+        import torch
+
+        torch.compile = partial(torch.compile, backend=os.environ[COMPILER])
     module, *arguments = asked["argv"]
     sys.argv = [module, *arguments]
     code = 0

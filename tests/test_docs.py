@@ -29,9 +29,10 @@ from apt_launch.sweep import cli as sweep
 from apt_model.schedule import Anneal, Curriculum, Program
 from docs import generated, pictures
 from tests.conftest import SMALL
-from tests.forks import HANGS, REPOSITORY, Ended, Forks, environment
+from tests.forks import COMPILER, HANGS, REPOSITORY, Ended, Forks, environment
 from tests.slurm.conftest import shared_cluster  # noqa: F401 - a fixture
 from tests.sweep.programs import of_users
+from tests.training.test_compile import BACKEND
 
 DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / "README.md", *sorted({*DOCS.rglob("*.md")} - {DOCS / path for path in generated.PAGES})]
@@ -135,6 +136,8 @@ class Reader:
         return self.slurm() if sent or "hydra/launcher=slurm" in words else {}
 
     def run(self, module: str, arguments: list[str], env: dict[str, str]) -> Ended:
+        if "trainer.compile=true" in arguments:
+            env = env | {COMPILER: BACKEND}
         return self.forks.run(*arguments, cwd=self.folder, module=module, env=env)
 
     def meet(self, error: str, module: str, arguments: list[str]) -> None:

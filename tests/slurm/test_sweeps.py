@@ -25,6 +25,9 @@ LONG = (
 )
 """Overrides of a run of 48 updates, the first checkpoint after the eighth."""
 
+FORKED = not os.environ.get("APT_EVERYWHERE")
+"""Whether jobs of many attempts or ranks are forked, in which each process of its own would load libraries for seconds."""
+
 
 class Sweep:
     """A sweep sent to ``cluster``, with what a user would call."""
@@ -173,6 +176,7 @@ INTERRUPTIONS["requeue"] = ("scontrol", "requeue")
 
 
 def test_each_signal_and_a_requeue_make_a_checkpoint_and_another_attempt(sweep: Sweep) -> None:
+    sweep.forked = FORKED
     sweep.hold()
     sweep.send("seed=0", *LONG)
     for restarts, command in enumerate(INTERRUPTIONS.values()):
@@ -335,6 +339,7 @@ def test_a_job_that_died_unseen_is_unknown_without_accounting_and_failed_with_it
 
 
 def test_four_ranks_on_two_nodes_train_one_model(sweep: Sweep) -> None:
+    sweep.forked = FORKED
     sweep.send(
         "seed=0",
         "launch.nodes=2",
@@ -355,6 +360,7 @@ def test_four_ranks_on_two_nodes_train_one_model(sweep: Sweep) -> None:
 def test_jobs_begin_with_the_updates_of_one_that_still_runs_and_are_planned_again_if_it_fails(
     sweep: Sweep, tmp_path: Path
 ) -> None:
+    sweep.forked = True
     sweep.hold()
     ends = ("schedule.route_temp.end=0.6,0.8", "schedule.align_weight.end=0.1,0.3")  # updates 8 and 12 begin to differ
     sent = sweep.send(*ends, "launch.share=true").stdout

@@ -75,7 +75,9 @@ def ranks() -> Iterator[Ranks]:
 def _serve() -> None:
     import importlib
 
-    for name in ("torch._dynamo", "safetensors.torch", "apt_model.training.fsdp", "apt_model.training.trainer"):
+    for name in ("torch._dynamo", "safetensors.torch", "numpy.ctypeslib", "pydantic.type_adapter"):
+        importlib.import_module(name)
+    for name in ("apt_model.training.fsdp", "apt_model.training.trainer", "apt_launch.runs.build"):
         importlib.import_module(name)
     from apt_launch.config.load import composed
     from apt_model.errors import ConfigError
