@@ -12,7 +12,7 @@ import pytest
 
 from apt_launch.record import read_rows
 from tests.conftest import SMALL, until
-from tests.forks import REPOSITORY, Fork, environment, run_fresh, run_module
+from tests.forks import Fork, environment, run_module
 from tests.hold import Hold
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -26,6 +26,25 @@ pytestmark = pytest.mark.slow
 def cli(tmp_path: Path) -> Cli:
     """Call ``python -m apt_launch`` in an empty folder, where the libraries are loaded already."""
     return lambda *arguments: run_module("apt_launch", *arguments, cwd=tmp_path, loaded=LIBRARIES)
+
+
+WITHOUT = """
+import runpy, sys
+
+library, module, *arguments = sys.argv[1:]
+for name in [name for name in sys.modules if name.partition(".")[0] == library]:
+    del sys.modules[name]
+sys.modules[library] = None
+sys.modules.pop(f"{module}.__main__", None)
+sys.argv = [module, *arguments]
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+
+
+def without(library: str, module: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run ``module`` in an interpreter in which ``library`` cannot be imported."""
+    (cwd / "without.py").write_text(WITHOUT)
+    return run_module("without", library, module, *arguments, cwd=cwd)
 
 
 @pytest.mark.parametrize("other", ["lightning", "hf"])
@@ -62,21 +81,15 @@ def test_a_run_on_a_gpu_comes_to_its_end(cli: Cli, text_file: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("other", "library"), [("lightning", "lightning"), ("hf", "transformers"), ("hf", "accelerate")]
 )
-def test_a_missing_extra_is_reported_with_the_command_that_brings_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str, library: str
-) -> None:
-    hidden = tmp_path / "hidden"
-    hidden.mkdir()
-    (hidden / "sitecustomize.py").write_text(f"import sys\nsys.modules[{library!r}] = None\n")
-    monkeypatch.setenv("PYTHONPATH", str(hidden))
-    result = run_fresh("-m", "apt_launch", f"trainer={other}", "hydra.run.dir=run", cwd=tmp_path)
+def test_a_missing_extra_is_reported_with_the_command_that_brings_it(tmp_path: Path, other: str, library: str) -> None:
+    result = without(library, "apt_launch", f"trainer={other}", "hydra.run.dir=run", cwd=tmp_path)
     assert result.returncode == 2
     assert f"trainer: {library} cannot be found. Run: pip install 'apt-launch[{other}]'" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
 
-    code = f"import apt_model.integrations.{'lightning' if other == 'lightning' else 'transformers'}"
-    direct = run_fresh("-c", code)
+    module = f"apt_model.integrations.{'lightning' if other == 'lightning' else 'transformers'}"
+    direct = without(library, module, cwd=tmp_path)
     assert f"ConfigError: trainer: {other if other == 'lightning' else 'transformers and accelerate'}" in direct.stderr
 
 
@@ -91,14 +104,8 @@ def test_a_missing_extra_is_reported_with_the_command_that_brings_it(
         ("tokenizers", ["data.tokenizer=x"], "data.tokenizer: tokenizers cannot be found. Run: pip install "),
     ],
 )
-def test_a_missing_library_for_data_is_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str, overrides: list[str], told: str
-) -> None:
-    hidden = tmp_path / "hidden"
-    hidden.mkdir()
-    (hidden / "sitecustomize.py").write_text(f"import sys\nsys.modules[{library!r}] = None\n")
-    monkeypatch.setenv("PYTHONPATH", f"{hidden}:{REPOSITORY}")
-    result = run_fresh("-m", "apt_launch", *overrides, "hydra.run.dir=run", cwd=tmp_path)
+def test_a_missing_library_for_data_is_reported(tmp_path: Path, library: str, overrides: list[str], told: str) -> None:
+    result = without(library, "apt_launch", *overrides, "hydra.run.dir=run", cwd=tmp_path)
     assert result.returncode == 2
     assert told in result.stderr
 

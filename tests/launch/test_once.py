@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from tests.conftest import SMALL
-from tests.forks import HANGS, environment
+from tests.forks import run_module
 
 PROGRAM = """
 import collections, json, os, sys
@@ -47,8 +45,8 @@ ONCE = (
 
 
 def test_a_run_is_checked_once_and_what_it_needs_is_built_once(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", PROGRAM, "schedule=gpt5_moe", *SMALL]
-    ended = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=HANGS)
+    (tmp_path / "counted.py").write_text(PROGRAM)
+    ended = run_module("counted", "schedule=gpt5_moe", *SMALL, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     calls = {(module, name): number for module, name, number in json.loads(ended.stderr.splitlines()[-1])}
     assert {name: calls.get(name, 0) for name in ONCE} == dict.fromkeys(ONCE, 1)

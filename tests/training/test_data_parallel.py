@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import SMALL
-from tests.forks import environment
+from tests.forks import run_module
 from tests.training.ranks import Ranks, Rows, ranks
 from tests.training.test_compile import BACKEND
 
@@ -248,14 +246,8 @@ def test_what_ranks_cannot_share_is_refused(group: Ranks, data: tuple[str, str],
 
 
 def test_ranks_that_would_write_to_different_folders_are_refused(data: tuple[str, str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "apt_launch"]
-    told = subprocess.run(
-        [*command, *SMALL, *data, "trainer.parallel=fsdp"],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "apt_launch"]
+    told = run_module(*command, *SMALL, *data, "trainer.parallel=fsdp", cwd=tmp_path)
     assert told.returncode == 1  # torch's launcher knows no other
     assert "error: hydra.run.dir: 2 ranks train one model, and want 2 folders" in told.stderr
 

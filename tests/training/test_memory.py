@@ -1,9 +1,11 @@
 from __future__ import annotations
 
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from tests.forks import run_module
 
 FAULTS = """
 import resource, torch
@@ -21,10 +23,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what it sets is glibc's")
-def test_memory_that_is_kept_is_not_mapped_again() -> None:
-    kept, given_back = (
-        int(subprocess.run([sys.executable, "-c", FAULTS.format(before=line)], capture_output=True, check=True).stdout)
-        for line in ("assert keep_freed_memory()", "")
-    )
+def test_memory_that_is_kept_is_not_mapped_again(tmp_path: Path) -> None:
+    (tmp_path / "kept.py").write_text(FAULTS.format(before="assert keep_freed_memory()"))
+    (tmp_path / "given_back.py").write_text(FAULTS.format(before=""))
+    kept, given_back = (int(run_module(name, cwd=tmp_path).stdout) for name in ("kept", "given_back"))
     assert kept < 100
     assert given_back > 10 * kept

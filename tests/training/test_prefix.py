@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -133,7 +134,7 @@ def stopped(config: RunConfig, update: int) -> Run:
 
 
 @settings(
-    max_examples=12,
+    max_examples=int(os.environ.get("APT_EXAMPLES", "60")) // 10,
     deadline=None,
     database=None,
     derandomize=True,

@@ -220,6 +220,12 @@ FINE = ("moe.num_experts=8", "moe.top_k=4", "moe.granularity=2", "moe.upcycling=
 GROWING = ("+schedule.events.more={grow: moe, to: 16, at: 13st}",)
 
 
+@pytest.fixture(scope="module")
+def wholes() -> dict[tuple[str, ...], Run]:
+    """Runs that nothing interrupts, by their options: each is trained once."""
+    return {}
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -236,11 +242,13 @@ GROWING = ("+schedule.events.more={grow: moe, to: 16, at: 13st}",)
 )
 @pytest.mark.parametrize("stop_after", [1, 4, 8, 9, 13, 17, 18])
 def test_a_resume_ends_in_the_same_weights_and_rows(
-    small: Small, tmp_path: Path, stop_after: int, options: tuple[str, ...]
+    small: Small, tmp_path: Path, wholes: dict[tuple[str, ...], Run], stop_after: int, options: tuple[str, ...]
 ) -> None:
     config = small(*options)
-    whole = Run(config)
-    whole.trainer.fit()
+    if options not in wholes:
+        wholes[options] = Run(config)
+        wholes[options].trainer.fit()
+    whole = wholes[options]
 
     folder = tmp_path / "checkpoints"
     before = Run(config, checkpoints=Checkpoints(folder))
