@@ -34,7 +34,8 @@ coverage: $(VENV)/.installed ## count what tests run, in all processes, and slow
 soak: $(VENV)/.installed ## the same kills, inputs, attacks and compiled runs, far more of them than in the tests: make soak KILLS=1000
 	APT_KILLS=$(KILLS) APT_EXAMPLES=$(EXAMPLES) APT_EVERYWHERE=1 $(BIN)/python -m pytest -s -n 2 --dist loadgroup \
 		tests/reliability/test_kills.py tests/reliability/test_bad_input.py tests/reliability/test_security.py \
-		tests/launch/test_shared_updates.py tests/training/test_compile.py tests/training/test_data_parallel.py
+		tests/launch/test_shared_updates.py tests/training/test_compile.py tests/training/test_data_parallel.py \
+		tests/training/test_prefix.py tests/slurm/test_sweeps.py
 
 gpu: $(VENV)/.installed ## on a machine with a GPU: its tests, benchmarks and a run, with the results in build/gpu
 	PYTHON=$(BIN)/python sh tests/bench/on_gpu.sh build/gpu
