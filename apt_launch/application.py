@@ -151,14 +151,14 @@ class Trainer:
         That is so for trainers that cannot continue, for callbacks of the user's own, which would miss what they watch, and
         for runs that continue others already.
         """
-        from apt_launch.config.schema import EXTRAS, reach_of
+        from apt_launch.config.schema import EXTRAS
         from apt_model.schedule.prefix import shared_updates
 
         if type(b.config.trainer) in EXTRAS or b.config.values.get("callbacks"):
             return 0
         if a.config.trainer.resume is not None or b.config.trainer.resume is not None:
             return 0
-        return shared_updates(a.config.course, b.config.course, reach_of)
+        return shared_updates(a.config.course, b.config.course)
 
     def fork_points(self, folder: Path) -> Sequence[int]:
         """Return the updates before which the run in ``folder`` has a checkpoint."""
