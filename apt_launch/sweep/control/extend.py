@@ -11,7 +11,6 @@ from apt_launch.sweep.application import load
 from apt_launch.sweep.backends.registry import backend
 from apt_launch.sweep.control.follow import say
 from apt_launch.sweep.control.ledger import Ledger
-from apt_launch.sweep.control.rungs import write_rule
 from apt_launch.sweep.control.send import prepare, show_plan
 from apt_launch.sweep.jobs.state import ENDED, read_state
 from apt_launch.sweep.plan.composer import Composer
@@ -57,11 +56,9 @@ def extend(folder: Path, overrides: Sequence[str], *, dry_run: bool = False) -> 
         return len(added)
     where.check(replace(grown, jobs=added))
     grown.write(folder)
-    prepare(grown, folder, added)
+    rule = prepare(grown, folder, added)
     say(f"sweep {plan.id}: {len(added)} jobs more, {len(asked.jobs) - len(added)} of those asked for are there already")
-    for line in write_rule(grown, folder, added):
-        say(line)
-    for line in where.send(grown, folder, added):
+    for line in (*rule, *where.send(grown, folder, added)):
         say(line)
     if where.detaches:
         say(f"Look at it by: {command('apt_launch.sweep', 'status', folder)}")

@@ -13,7 +13,6 @@ from apt_launch.sweep.application import Application
 from apt_launch.sweep.backends.registry import backend
 from apt_launch.sweep.control.follow import say
 from apt_launch.sweep.control.ledger import Ledger
-from apt_launch.sweep.control.rungs import write_rule
 from apt_launch.sweep.control.send import prepare
 from apt_launch.sweep.jobs.halving import overrule
 from apt_launch.sweep.jobs.state import CANCEL
@@ -72,7 +71,6 @@ def resume(folder: Path, overrides: Sequence[str] = (), numbers: Sequence[int] =
     where.check(replace(plan, jobs=tuple(again)))
     plan.write(folder)
     prepare(plan, folder, again)
-    write_rule(plan, folder, again)
     for job in again:
         (folder / job.folder / CANCEL).unlink(missing_ok=True)
         if numbers:
