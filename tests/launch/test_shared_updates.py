@@ -238,6 +238,10 @@ def test_a_sweep_grows_from_what_its_jobs_have_kept_and_so_does_another(
     assert states(sweep) == ["done"] * 3
     assert shared(sweep) == [8, 8]
     assert "Nothing to send" in after(sweep, "extend", "schedule.route_temp.end=0.8,0.9").stdout
+    (folder(sweep, 2) / "graft.json").unlink()  # as if it had been killed when it had just taken them over
+    (folder(sweep, 2) / "state.json").write_text('{"state": "cancelled"}')
+    assert after(sweep, "resume", "2").returncode == 0
+    assert shared(sweep) == [8, 8]
     after(sweep, "report")
     lines = {line["job"]: line for line in csv.DictReader((sweep / "report" / "report.csv").read_text().splitlines())}
     assert {number: line["shared"] for number, line in lines.items()} == {"0": "", "1": "8 of 0", "2": "8 of 0"}

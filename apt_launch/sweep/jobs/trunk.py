@@ -65,22 +65,25 @@ def cause_of_loss(sweep: Path, fork: Fork) -> str:
 
 def take_over(application: Application, folder: Path, values: Mapping[str, Any], fork: Fork) -> None:
     """Have the job in ``folder`` begin from what another has kept; where that cannot be, it trains all updates itself."""
-    sweep = folder.parent
-    found = Graft(fork.update, fork.job, fork.sweep)
+    place, updates = fork.place(folder.parent), 0
     try:
-        if trunk(application, sweep, fork) == "ready":
-            application.graft(folder, values, fork.place(sweep), fork.update)
-            logger.info("begins at update %d, with those of %s before it", fork.update, fork.place(sweep))
-        else:
-            found = Graft(0, fork.job, fork.sweep)
-    except ConfigError as error:
+        if trunk(application, folder.parent, fork) == "ready":
+            application.graft(folder, values, place, fork.update)
+            logger.info("begins at update %d, with those of %s before it", fork.update, place)
+            updates = fork.update
+    except (ConfigError, OSError) as error:  # what another sweep has may be another user's
         logger.warning("trains its first %d updates itself: %s", fork.update, error)
-        found = Graft(0, fork.job, fork.sweep)
-    write_json(folder / GRAFT, asdict(found))
+    has_begun(application, folder, fork, updates)
+
+
+def has_begun(application: Application, folder: Path, fork: Fork, updates: int) -> None:
+    """Note how many updates the job in ``folder`` has from another, which then need not keep them for it."""
+    write_json(folder / GRAFT, asdict(Graft(updates, fork.job, fork.sweep)))
     if fork.sweep is None:
-        with suppress(ConfigError):
-            if read_state(fork.place(sweep)).state in ENDED:
-                application.prune_forks(fork.place(sweep))
+        with suppress(ConfigError, OSError):
+            place = fork.place(folder.parent)
+            if read_state(place).state in ENDED:
+                application.prune_forks(place)
 
 
 def graft_of(folder: Path) -> Graft | None:
