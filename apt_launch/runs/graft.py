@@ -38,7 +38,8 @@ def graft(config: RunConfig, folder: RunFolder, source: RunFolder, update: int) 
     write_atomic(folder.metrics, as_record(own))
     try:
         _write_checkpoint(config, folder, checkpoint, manifest, len(own))
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError) as error:
+        folder.metrics.unlink()
         raise ConfigError(str(error)) from None
 
 

@@ -54,7 +54,7 @@ def resume(folder: Path, overrides: Sequence[str] = (), numbers: Sequence[int] =
     for job in ledger.plan.jobs:
         values = {**ledger.plan.shared, **job.differs}
         if job.number in wanted:
-            problems += _differences(folder / job.folder, values, application)
+            problems += differences(folder / job.folder, values, application)
             values |= changed
             resources = application.check(unflatten(values)).resources
             if resources.gpus is None:  # the backend's default, found when the sweep was planned
@@ -80,7 +80,7 @@ def resume(folder: Path, overrides: Sequence[str] = (), numbers: Sequence[int] =
     return len(again)
 
 
-def _differences(folder: Path, planned: Mapping[str, Any], application: Application) -> list[str]:
+def differences(folder: Path, planned: Mapping[str, Any], application: Application) -> list[str]:
     """Return where the config in a job's folder is not the one that was planned."""
     path = folder / "config.yaml"
     if not path.exists():

@@ -45,7 +45,10 @@ def trunk(application: Application, sweep: Path, fork: Fork) -> Trunk:
         return "ready"
     if fork.sweep is not None:
         return "alone"
-    state = read_state(place).state
+    try:
+        state = read_state(place).state
+    except ConfigError:  # whoever waits ends no worker; see cause_of_loss
+        return "lost"
     if state in ("done", "stopped", "dropped"):  # it has passed them, and could not keep them; or it is not wanted
         return "alone"
     return "lost" if state in ENDED or state == "planned" else "to come"
@@ -53,14 +56,15 @@ def trunk(application: Application, sweep: Path, fork: Fork) -> Trunk:
 
 def cause_of_loss(sweep: Path, fork: Fork) -> str:
     """Return why a job waits whose shared updates are lost."""
-    state = read_state(fork.place(sweep))
-    what = {"planned": "is planned again, too", "failed": "failed", "cancelled": "was cancelled"}.get(
+    whose = f"job {fork.job.partition('-')[0]}, whose first {fork.update} updates it shares,"
+    try:
+        state = read_state(fork.place(sweep))
+    except ConfigError as error:
+        return f"{whose} cannot be asked: {error}"
+    what = {"planned": "is planned again, too,", "failed": "failed", "cancelled": "was cancelled"}.get(
         state.state, "is gone"
     )
-    return (
-        f"job {fork.job.partition('-')[0]}, whose first {fork.update} updates it shares, {what} before it had made them. "
-        "sweep resume sends both"
-    )
+    return f"{whose} {what} before it had made them. sweep resume sends both"
 
 
 def take_over(application: Application, folder: Path, values: Mapping[str, Any], fork: Fork) -> None:

@@ -108,8 +108,7 @@ def _best(job: Job, before: Sequence[Job], sources: Sequence[Source], applicatio
 
 def _computes_alike(a: Resources, b: Resources) -> bool:
     """Return whether jobs with such resources compute the same last digits: numbers of processes and cores change them."""
-    gpus = a.gpus == b.gpus or None in (a.gpus, b.gpus)  # None: what there is; nobody knows any more
-    return gpus and (a.nodes, a.tasks_per_node, a.cpus) == (b.nodes, b.tasks_per_node, b.cpus)
+    return (a.nodes, a.tasks_per_node, a.gpus, a.cpus) == (b.nodes, b.tasks_per_node, b.gpus, b.cpus)
 
 
 def is_shared(plan: Plan) -> bool:
