@@ -10,7 +10,6 @@ from rich.table import Table
 
 from apt_launch.config.run_config import RunConfig
 from apt_launch.sparkline import blocks
-from apt_launch.sweep.application import load
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
 from apt_launch.sweep.plan.tree import outline
@@ -28,7 +27,7 @@ def show(plan: Plan, console: Console) -> None:
     if plan.asked > 1:
         console.print(plan.summary, highlight=False)
         console.print(_plan_table(plan))
-        for line in outline(plan, load(plan.application, plan.program)):
+        for line in outline(plan):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         if plan.gpu_hours:
             console.print(f"at most {plan.gpu_hours:g} GPU-hours", highlight=False)

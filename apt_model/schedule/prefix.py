@@ -8,6 +8,7 @@ counts only where it is read: a router's temperature is not, while the layers ar
 from __future__ import annotations
 
 import hashlib
+import itertools
 import marshal
 import struct
 from bisect import bisect_left
@@ -76,13 +77,13 @@ class Course:
                 by_module.setdefault(reach.module, []).append((key, _plain(value)))
         modules = {f"{name}_enabled": _digest(values) for name, values in by_module.items() if name is not None}
         before = _digest((by_module.get(None), sorted(_remembered(self.program).items())))
-        digests, rows = [], 0
-        for step, update in zip(range(_foreseen(self.program)), self.walk(), strict=False):
+        digests, rows = [], []
+        for update in itertools.islice(self.walk(), _foreseen(self.program)):
             read = [digest for name, digest in modules.items() if update.states.get(name)]
             before = _digest((before, update.computes, read))
             digests.append(before)
-            rows |= update.has_row << step
-        return _Foreseen(tuple(digests), rows)
+            rows.append("1" if update.has_row else "0")
+        return _Foreseen(tuple(digests), int("".join(reversed(rows)) or "0", 2))
 
     def walk(self) -> Iterator[Update]:
         """Yield each update."""

@@ -19,7 +19,6 @@ from apt_launch.config.load import parse
 from apt_launch.lease import read_holder
 from apt_launch.planning import gather
 from apt_launch.runs.train import train
-from apt_launch.sweep.application import load
 from apt_launch.sweep.plan.plan import Plan
 from apt_launch.sweep.plan.tree import longest_path, outline, saving, tree_lines
 from apt_launch.values import from_yaml, read_frozen, to_yaml
@@ -137,7 +136,7 @@ def test_a_plan_says_why_nothing_is_shared(base: list[str], asked: str, why: str
     given = [one for one in base if not one.startswith(f"{asked.split('=')[0]}=")]
     plan = gather([*given, asked, *varied, f"launch.share={'auto' if why is None else 'true'}"])
     expected = [f"launch.share=true: each job trains all of its updates: {why}"] if why is not None else []
-    assert list(outline(plan, load(plan.application))) == expected
+    assert list(outline(plan)) == expected
 
 
 def test_kept_sweeps_save_what_was_reckoned() -> None:

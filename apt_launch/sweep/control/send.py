@@ -35,13 +35,12 @@ def show_plan(plan: Plan, folder: Path, where: Backend) -> None:
     say(f"sweep of {plan.summary}, {plan.launcher}. Folder: {folder}. Nothing is sent.")
     for job in plan.jobs:
         say(f"{job.number:>4}  {job.label or 'as the config says'}  ({job.resources})")
-    application = load(plan.application, plan.program)
-    for line in outline(plan, application):
+    for line in outline(plan):
         say(line)
     if plan.gpu_hours:
         say(f"at most {plan.gpu_hours:g} GPU-hours")
     spec = plan.jobs[0].spec
-    rule = rule_of(plan, application, spec.stop if spec is not None else None)
+    rule = rule_of(plan, load(plan.application, plan.program), spec.stop if spec is not None else None)
     for line in described(rule) if rule is not None else ():
         say(line)
 
@@ -70,7 +69,7 @@ def carry_out(plan: Plan, folder: Path, where: Backend, snapshot_mb: float = 0.0
     say(f"sweep {plan.id}: {plan.summary}. Folder: {folder}")
     for line in rule:
         say(line)
-    for line in saved(plan, load(plan.application, plan.program)):
+    for line in saved(plan):
         say(line)
     for line in where.send(plan, folder, plan.jobs):
         say(line)

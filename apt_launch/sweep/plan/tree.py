@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from apt_launch.sweep.application import Application, Fork, JobSpec, Resources
+from apt_launch.sweep.application import Application, Fork, JobSpec, Resources, load
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
 
@@ -116,15 +116,15 @@ def is_shared(plan: Plan) -> bool:
     return any(job.fork is not None for job in plan.jobs)
 
 
-def outline(plan: Plan, application: Application) -> Iterator[str]:
+def outline(plan: Plan) -> Iterator[str]:
     """Yield what is trained once and what that saves, in lines for the user."""
     if is_shared(plan):
         yield "First updates that are trained once:"
         yield from (f"  {line}" for line in tree_lines(plan))
-    yield from saved(plan, application)
+    yield from saved(plan)
 
 
-def saved(plan: Plan, application: Application) -> Iterator[str]:
+def saved(plan: Plan) -> Iterator[str]:
     """Yield what the tree saves; where ``launch.share=true`` asks for one and there is none, why."""
     if is_shared(plan):
         yield saving(plan)
@@ -132,6 +132,7 @@ def saved(plan: Plan, application: Application) -> Iterator[str]:
     asking = [job for job in plan.jobs if job.spec is not None and job.spec.share is True]
     if not asking:
         return
+    application = load(plan.application, plan.program)
     reasons = [_why_alone(plan, job, application) for job in asking]
     known = dict.fromkeys(reason for reason in reasons if reason is not None)
     why = "; ".join(known) if None not in reasons else "no job has first updates in common with an earlier one"
