@@ -231,7 +231,7 @@ def test_a_sweep_grows_from_what_its_jobs_have_kept_and_so_does_another(
     assert kept == {8, 12, 20, 24}  # where modules are enabled; one that was needed
     shown = after(sweep, "extend", "schedule.route_temp.end=0.6,0.9", "--dry-run")
     assert "job 2 from 8 of " in shown.stdout, shown.stdout + shown.stderr
-    shown = after(sweep, "extend", "schedule.route_temp.end=0.8", "schedule.align_weight.end=0.3", "--dry-run")
+    shown = after(sweep, "extend", "schedule.route_temp.end=0.8", "schedule.align_weight.end=0.2", "--dry-run")
     assert f"job 2 from 12 of {folder(sweep, 1).name}" in shown.stdout, shown.stdout + shown.stderr
     assert len(list(sweep.glob("[0-9]-*"))) == 2
     extended = after(sweep, "extend", "schedule.route_temp.end=0.6,0.9")
