@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging.config
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from apt_launch.config.corpus import Counts
     from apt_launch.config.run_config import RunConfig
+    from apt_launch.runs.forks import Forks
 
 # Imports inside functions: Hydra, pydantic and torch are loaded by who plans or runs jobs, and not to show a status line.
 
@@ -99,7 +101,6 @@ class Trainer:
     def run(self, folder: Path, values: Mapping[str, Any], job: JobContext) -> Result:
         """Train in this process; return the final validation loss."""
         from apt_launch.config.load import parse
-        from apt_launch.runs.forks import Forks
         from apt_launch.runs.train import train
         from apt_launch.tracking.deliver import Membership
 
@@ -111,11 +112,7 @@ class Trainer:
         config = parse(dict(values))
         if job.resume:
             config = config.resuming()
-        forks = Forks(
-            updates=frozenset(fork.update for fork in job.forks) | _kept(config, job.forks),
-            needed=lambda: _kept(config, job.forks) | needed(folder.parent, job.forks),
-            reached=job.on_fork,
-        )
+        forks = replace(_forks(config, folder, job.forks), reached=job.on_fork)
         return Result(train(config, folder, Membership(job.sweep, job.overrides, job.judge), forks=forks))
 
     def has_checkpoint(self, folder: Path) -> bool:
@@ -146,26 +143,27 @@ class Trainer:
         return "+".join(enabled(row)) or "dense"
 
     def shared_updates(self, a: JobSpec, b: JobSpec) -> int:
-        """Return the number of first updates of ``a`` that are those of ``b``; 0 where that cannot be known, or taken over.
-
-        That is so for trainers that cannot continue, for callbacks of the user's own, which would miss what they watch, and
-        for runs that continue others already.
-        """
-        from apt_launch.config.schema import EXTRAS, reach_of
+        """Return the number of first updates of ``a`` that are those of ``b``."""
         from apt_model.schedule.prefix import shared_updates
 
-        if type(b.config.trainer) in EXTRAS or b.config.values.get("callbacks"):
-            return 0
-        if a.config.trainer.resume is not None or b.config.trainer.resume is not None:
-            return 0
-        return shared_updates(a.config.course, b.config.course, reach_of)
+        return 0 if self.why_alone(a) or self.why_alone(b) else shared_updates(a.config.course, b.config.course)
+
+    def why_alone(self, spec: JobSpec) -> str | None:
+        """Return why a run's first updates cannot be another's; None: they can."""
+        from apt_launch.config.schema import EXTRAS
+
+        config: RunConfig = spec.config
+        if type(config.trainer) in EXTRAS:
+            return f"trainer={EXTRAS[type(config.trainer)][0]} cannot go on from a checkpoint"
+        if config.values.get("callbacks"):
+            return "callbacks of your own would miss the updates that they watch"
+        return None if config.trainer.resume is None else "trainer.resume says where the run begins"
 
     def fork_points(self, folder: Path) -> Sequence[int]:
         """Return the updates before which the run in ``folder`` has a checkpoint."""
         from apt_model.training.checkpoint import Checkpoints
 
-        names = [path.name for path in Checkpoints(folder / "checkpoints").all()]
-        return [int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdecimal()]
+        return Checkpoints(folder / "checkpoints").steps()
 
     def graft(self, folder: Path, values: Mapping[str, Any], source: Path, update: int) -> None:
         """Give the run in ``folder`` the first updates of that in ``source``; see :func:`apt_launch.runs.graft.graft`."""
@@ -185,13 +183,14 @@ class Trainer:
 
         config = parse(read_frozen(folder / "config.yaml"))
         job = read_json(folder / "job.json", About, remedy="sweep resume writes it anew.")
+        forks = _forks(config, folder, job.forks)
         Checkpoints(
             folder / "checkpoints",
             keep_last=config.trainer.keep_last,
             keep_best=config.trainer.keep_best,
             keep_every=config.trainer.keep_every,
-            forks=[fork.update for fork in job.forks],
-            needed=lambda: _kept(config, job.forks) | needed(folder.parent, job.forks),
+            forks=forks.updates,
+            needed=forks.needed,
         ).prune()
 
     def environment(self) -> Mapping[str, str]:
@@ -201,12 +200,15 @@ class Trainer:
         return {VARIABLE: word()}
 
 
-def _kept(config: RunConfig, forks: Sequence[Awaited]) -> frozenset[int]:
-    """Return the updates whose checkpoints stay for a sweep that grows: where modules are switched, and where jobs began."""
+def _forks(config: RunConfig, folder: Path, awaited: Sequence[Awaited]) -> Forks:
+    """Return where others begin, and for a sweep that grows where modules are switched: those checkpoints stay."""
+    from apt_launch.runs.forks import Forks
+
+    begun = frozenset(fork.update for fork in awaited)
     if not config.launch.keep_forks:
-        return frozenset()
+        return Forks(begun, needed=lambda: needed(folder.parent, awaited))
     switched = {clock.step for clock in config.program.fired.values() if 0 < clock.step < config.horizon.steps}
-    return frozenset(switched | {fork.update for fork in forks})
+    return Forks(begun | switched, needed=lambda: begun | switched)
 
 
 def _configure_logging(folder: Path | None) -> None:

@@ -89,7 +89,8 @@ def chosen(folder: Path, which: str) -> Path:
     """
     if which == "newest" or folder.name.startswith("step-"):
         return find_checkpoint(folder, "RUN_DIR")[0]
-    found = Checkpoints(folder / "checkpoints").all()
+    checkpoints = Checkpoints(folder / "checkpoints")
+    found = checkpoints.all()
     if which == "best":
         losses = []
         for path in found:
@@ -104,9 +105,9 @@ def chosen(folder: Path, which: str) -> Path:
         raise ConfigError(f"--which: no checkpoint in {folder} has a validation loss. Choose --which newest.")
     if not which.isdecimal():
         raise ConfigError(f"--which: {which!r} is none of newest, best, and a number of updates.")
-    path = folder / "checkpoints" / name_of(int(which))
+    path = checkpoints.folder / name_of(int(which))
     if path not in found:
-        there = ", ".join(str(int(one.name.removeprefix("step-"))) for one in found) or "none"
+        there = ", ".join(map(str, checkpoints.steps())) or "none"
         raise ConfigError(f"--which: there is no checkpoint after {which} updates in {folder}. There are: {there}.")
     return path
 

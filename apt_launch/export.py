@@ -28,7 +28,7 @@ from apt_model.files import read_regular, refuse_place, write_atomic, write_json
 from apt_model.layouts.architecture import Architecture, ExpertLayers
 from apt_model.layouts.families import IMPORTED, LAYOUTS, Layout, layout_for
 from apt_model.layouts.folder import CONFIG, GENERATION, SEALS
-from apt_model.training.checkpoint import Checkpoints, newest_intact, read_manifest
+from apt_model.training.checkpoint import Checkpoints, name_of, newest_intact, read_manifest
 
 if TYPE_CHECKING:
     from apt_model.data.tokenizer import Tokenizer
@@ -182,7 +182,8 @@ def _choose(path: Path, which: str) -> Path:
             sys.stderr.write(f"passed over: {reason}\n")
         return checkpoint
     folder = path if path.name == "checkpoints" else path / "checkpoints"
-    there = {found.name: found for found in Checkpoints(folder).all()}
+    checkpoints = Checkpoints(folder)
+    there = {found.name: found for found in checkpoints.all()}
     if which == "best":
         losses = {}
         for found in there.values():
@@ -197,9 +198,9 @@ def _choose(path: Path, which: str) -> Path:
         raise ConfigError(
             f"--checkpoint best: no checkpoint in {str(folder)!r} has a val/loss. Take the newest, or a step."
         )
-    name = f"step-{int(which):08d}" if which.isdecimal() and len(which) < 9 else which
+    name = name_of(int(which)) if which.isdecimal() and len(which) < 9 else which
     if name not in there:
-        known_steps = ", ".join(str(int(found.removeprefix("step-"))) for found in there) or "none"
+        known_steps = ", ".join(map(str, checkpoints.steps())) or "none"
         raise ConfigError(f"--checkpoint: there is no {which!r} in {str(folder)!r}. Steps: {known_steps}.")
     return there[name]
 

@@ -63,7 +63,7 @@ class RunConfig:
     @cached_property
     def course(self) -> Course:
         """What the run will do, update by update."""
-        return Course(self.program, flatten(self.values), self._lr(), self.trainer.log_every)
+        return Course(self.program, flatten(self.values), schema.reach_of, self._lr(), self.trainer.log_every)
 
     def _lr(self) -> Callable[[Clock], float]:
         """Return the learning rate at a clock, before what the curriculum says of it."""

@@ -12,7 +12,7 @@ from apt_launch.config.run_config import RunConfig
 from apt_launch.sparkline import blocks
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
-from apt_launch.sweep.plan.tree import is_shared, saving, tree_lines
+from apt_launch.sweep.plan.tree import outline
 from apt_launch.values import changed_keys
 from apt_model.schedule import Program
 from apt_model.schedule.timeline import effect, series, timeline
@@ -27,11 +27,8 @@ def show(plan: Plan, console: Console) -> None:
     if plan.asked > 1:
         console.print(plan.summary, highlight=False)
         console.print(_plan_table(plan))
-        if is_shared(plan):
-            console.print("First updates that are trained once:", highlight=False)
-            for line in tree_lines(plan):
-                console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
-            console.print(saving(plan), highlight=False)
+        for line in outline(plan):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         if plan.gpu_hours:
             console.print(f"at most {plan.gpu_hours:g} GPU-hours", highlight=False)
         if len(plan.jobs) > len(jobs):

@@ -26,8 +26,9 @@ def build_trainer(
     resume: Path | None = None,
     leave_out: Collection[tuple[int, int]] = (),
     stop_requested: Callable[[], bool] = lambda: False,
+    forks: Collection[int] = (),
 ) -> Trainer:
-    """Return the trainer of a run, seeded.
+    """Return the trainer of a run, seeded; before the updates ``forks`` it writes a checkpoint for other runs.
 
     From a checkpoint, a run of another library's loop is continued by the default one: see ``can_resume`` of the trainers.
     """
@@ -61,6 +62,7 @@ def build_trainer(
         callbacks=[*callbacks, *build_callbacks(values)],
         stop_requested=stop_requested,
     )
+    trainer.forks = frozenset(forks)
     if config.trainer.init_from is not None and resume is None:
         trainer.init_from(initial_checkpoint(config))
     return trainer

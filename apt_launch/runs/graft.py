@@ -17,7 +17,7 @@ from apt_launch.record import Row, as_record, read_rows
 from apt_launch.runs.folder import RunFolder, about
 from apt_model.errors import CheckpointError, ConfigError
 from apt_model.files import write_atomic
-from apt_model.training.checkpoint import STATE, WEIGHTS, Checkpoints, name_of, read_manifest
+from apt_model.training.checkpoint import WEIGHTS, Checkpoints, name_of, read_manifest
 
 
 def graft(config: RunConfig, folder: RunFolder, source: RunFolder, update: int) -> None:
@@ -38,7 +38,8 @@ def graft(config: RunConfig, folder: RunFolder, source: RunFolder, update: int) 
     write_atomic(folder.metrics, as_record(own))
     try:
         _write_checkpoint(config, folder, checkpoint, manifest, len(own))
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError) as error:
+        folder.metrics.unlink()
         raise ConfigError(str(error)) from None
 
 
@@ -62,13 +63,10 @@ def _write_checkpoint(
     config: RunConfig, folder: RunFolder, checkpoint: Path, manifest: Mapping[str, Any], rows: int
 ) -> None:
     """Write the checkpoint of another run as one of ``folder``'s; its weights are the same file where that can be."""
-    import torch
-
     from apt_model.training.saved_state import read_state
 
     update = int(manifest["step"])
-    read_state(checkpoint)  # refuses what no run can go on from
-    state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True, mmap=True)
+    state = read_state(checkpoint)
     if not is_as_planned(config, state, update):
         raise ConfigError(f"{checkpoint}: that run has left updates out, so its update {update} is none of this run's.")
     state["progress"]["rows"] = rows

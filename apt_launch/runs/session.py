@@ -88,8 +88,8 @@ def run_once(
         resume=resume.checkpoint if resume else None,
         leave_out=left_out,
         stop_requested=drill.stop_or(stop),
+        forks=forks.updates,
     )
-    trainer.forks = forks.updates
     session = Session(checked, folder, trainer, checkpoints, began)
     if member is not None and member.judge is not None:
         trainer.log = _judged(trainer.log, member.judge, stop)

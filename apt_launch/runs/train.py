@@ -123,8 +123,8 @@ def _follow_first_rank(checked: Checked, folder: RunFolder, stop: StopRequest, f
             resume=checked.resume.checkpoint if checked.resume else None,
             leave_out=left_out,
             stop_requested=drill.stop_or(stop),
+            forks=forks.updates,
         )
-        trainer.forks = forks.updates
         try:
             drill.fit(trainer)
         except NonFiniteError:

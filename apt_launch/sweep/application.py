@@ -297,6 +297,9 @@ class Application(Protocol):
     def shared_updates(self, a: JobSpec, b: JobSpec) -> int:
         """Return the number of first updates that two jobs have in common; 0: nothing can be shared."""
 
+    def why_alone(self, spec: JobSpec) -> str | None:
+        """Return why a job can have no updates of others, nor others its; None: it can."""
+
     def fork_points(self, folder: Path) -> Sequence[int]:
         """Return the updates from which other jobs can begin, by what the job in ``folder`` has kept."""
 

@@ -8,8 +8,10 @@ counts only where it is read: a router's temperature is not, while the layers ar
 from __future__ import annotations
 
 import hashlib
+import itertools
 import marshal
 import struct
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -54,19 +56,34 @@ class Course:
     Args:
         program: its curriculum over its length.
         values: what decides its result: dotted keys to values.
+        reach: of each of these keys.
         lr: the learning rate at a clock.
         log_every: updates between two rows of the record.
     """
 
     program: Program
     values: Mapping[str, Any]
+    reach: Callable[[str], Reach]
     lr: Callable[[Clock], float]
     log_every: int
 
     @cached_property
-    def updates(self) -> tuple[Update, ...]:
-        """Each update; one course is compared with many."""
-        return tuple(self.walk())
+    def foreseen(self) -> _Foreseen:
+        """What is computed up to the first update at which a latch may act; one course is compared with many."""
+        by_module: dict[str | None, list[Any]] = {}
+        for key in sorted(self.values):
+            reach, value = self.reach(key), self.values[key]
+            if value is not None and (reach is Reach.ALL or reach.module is not None):
+                by_module.setdefault(reach.module, []).append((key, _plain(value)))
+        modules = {f"{name}_enabled": _digest(values) for name, values in by_module.items() if name is not None}
+        before = _digest((by_module.get(None), sorted(_remembered(self.program).items())))
+        digests, rows = [], []
+        for update in itertools.islice(self.walk(), _foreseen(self.program)):
+            read = [digest for name, digest in modules.items() if update.states.get(name)]
+            before = _digest((before, update.computes, read))
+            digests.append(before)
+            rows.append("1" if update.has_row else "0")
+        return _Foreseen(tuple(digests), int("".join(reversed(rows)) or "0", 2))
 
     def walk(self) -> Iterator[Update]:
         """Yield each update."""
@@ -103,31 +120,39 @@ class Course:
             before = now
 
 
-def _digest(content: tuple[Any, ...]) -> bytes:
+class _Foreseen(NamedTuple):
+    """The first updates of a course."""
+
+    digests: tuple[bytes, ...]
+    """Of each update and all before it, with the values of the config that they read."""
+    rows: int
+    """A bit for each, from the lowest on: whether the record has a row of it."""
+
+
+def _digest(content: Any) -> bytes:
     """Return a digest of plain values; of the second format, which goes by values alone."""
     return hashlib.blake2b(marshal.dumps(content, 2), digest_size=16).digest()
 
 
-def shared_updates(whole: Course, fork: Course, reach: Callable[[str], Reach]) -> int:
+def _plain(value: Any) -> Any:
+    """Return a value of a config in a form that is the same for equal ones: 1 and 1.0 are."""
+    if isinstance(value, Mapping):
+        return sorted((key, _plain(one)) for key, one in value.items())
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return float(value) if isinstance(value, int) and abs(value) < 1 << 53 else value
+
+
+def shared_updates(whole: Course, fork: Course) -> int:
     """Return how many first updates of ``whole`` are those of ``fork``, its rows of the record among them.
 
     Latches go by what is measured: nothing is shared from the first update on at which one may act, nor where they remember
     different things.
-
-    Args:
-        reach: of each dotted key.
     """
-    differing = {key for key in {*whole.values, *fork.values} if whole.values.get(key) != fork.values.get(key)}
-    reached = {reach(key) for key in differing}
-    if Reach.ALL in reached or _remembered(whole.program) != _remembered(fork.program):
-        return 0
-    modules = [f"{one.module}_enabled" for one in reached if one.module is not None]
-    most = min(_foreseen(whole.program), _foreseen(fork.program))
-    for step, (one, other) in enumerate(zip(whole.updates, fork.updates, strict=False)):
-        read = any(other.states.get(module) for module in modules)
-        if step == most or read or one.computes != other.computes or (other.has_row and not one.has_row):
-            return step
-    return most
+    (ours, our_rows), (theirs, their_rows) = whole.foreseen, fork.foreseen
+    equal = bisect_left(range(min(len(ours), len(theirs))), True, key=lambda step: ours[step] != theirs[step])
+    lacking = their_rows & ~our_rows & ((1 << equal) - 1)
+    return equal if not lacking else (lacking & -lacking).bit_length() - 1
 
 
 def _remembered(program: Program) -> dict[str, tuple[str, float]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import re
 import shutil
 import threading
 from collections.abc import Callable, Collection, Mapping
@@ -108,7 +109,7 @@ class Checkpoints:
             logger.warning("%s. Training goes on without it. %s", error, left)
 
     def adopt(self, state: Mapping[str, Any], weights: Path, *, step: int, **progress: Any) -> Path:
-        """Write a checkpoint with the ``weights`` of another, the same file where the file system has both; see :meth:`save`.
+        """Write ``state`` with its weights as the file of another checkpoint, where the file system has both; see :meth:`save`.
 
         Raises:
             CheckpointError: it could not be written.
@@ -125,15 +126,14 @@ class Checkpoints:
         aside = self.folder / f".{final.name}.tmp"
         rest = dict(state)
         weights = {n: value for n, value in rest.pop("model", {}).items() if isinstance(value, torch.Tensor)}
-        if "model" in state and adopted is None:
+        if "model" in state:
             rest["model"] = {name: value for name, value in state["model"].items() if name not in weights}
-        written = [WEIGHTS, STATE] if "model" in state or adopted is not None else [STATE]
+        written = [WEIGHTS, STATE] if "model" in state else [STATE]
         try:
             self.before()
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             if adopted is not None:
-                rest["model"] = state["model"]
                 _link(adopted, aside / WEIGHTS)
             elif WEIGHTS in written:
                 save_file(_each_its_own(weights), aside / WEIGHTS)
@@ -181,6 +181,10 @@ class Checkpoints:
         for path in self.folder.glob(".step-*.old"):  # cut off between two renames
             there.setdefault(path.stem[1:], path)
         return [there[name] for name in sorted(there)]
+
+    def steps(self) -> list[int]:
+        """Return the steps of the checkpoints, the first one first, without a look inside."""
+        return [int(path.name[5:]) for path in self.all() if re.fullmatch("step-[0-9]{8,}", path.name)]
 
 
 def _each_its_own(weights: Mapping[str, Any]) -> dict[str, Any]:

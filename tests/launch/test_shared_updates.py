@@ -20,7 +20,7 @@ from apt_launch.lease import read_holder
 from apt_launch.planning import gather
 from apt_launch.runs.train import train
 from apt_launch.sweep.plan.plan import Plan
-from apt_launch.sweep.plan.tree import longest_path, saving, tree_lines
+from apt_launch.sweep.plan.tree import longest_path, outline, saving, tree_lines
 from apt_launch.values import from_yaml, read_frozen, to_yaml
 from apt_model.errors import ConfigError
 from tests.conftest import SMALL, until
@@ -120,6 +120,25 @@ def test_what_is_worth_it_is_shared(base: list[str], asked: list[str], begins: l
     assert sorted(job.begins for job in plan.jobs) == sorted(begins)
 
 
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ("trainer=lightning", "trainer=lightning cannot go on from a checkpoint"),
+        ("trainer=hf", "trainer=hf cannot go on from a checkpoint"),
+        ("launch.cpus=1,2", "no job has first updates in common with an earlier one"),
+        ("trainer.batch_size=2", None),
+    ],
+)
+def test_a_plan_says_why_nothing_is_shared(base: list[str], asked: str, why: str | None) -> None:
+    for package in {"trainer=lightning": ["lightning"], "trainer=hf": ["transformers", "accelerate"]}.get(asked, []):
+        pytest.importorskip(package)
+    varied = [] if "," in asked or why is None else ["schedule.route_temp.end=0.6,0.8"]
+    given = [one for one in base if not one.startswith(f"{asked.split('=')[0]}=")]
+    plan = gather([*given, asked, *varied, f"launch.share={'auto' if why is None else 'true'}"])
+    expected = [f"launch.share=true: each job trains all of its updates: {why}"] if why is not None else []
+    assert list(outline(plan)) == expected
+
+
 def test_kept_sweeps_save_what_was_reckoned() -> None:
     found = {}
     for name in ("all_anneals", "route_temp", "align_weight", "vote_threshold", "moe_capacity"):
@@ -212,12 +231,18 @@ def test_a_sweep_grows_from_what_its_jobs_have_kept_and_so_does_another(
     assert kept == {8, 12, 20, 24}  # where modules are enabled; one that was needed
     shown = after(sweep, "extend", "schedule.route_temp.end=0.6,0.9", "--dry-run")
     assert "job 2 from 8 of " in shown.stdout, shown.stdout + shown.stderr
+    shown = after(sweep, "extend", "schedule.route_temp.end=0.8", "schedule.align_weight.end=0.2", "--dry-run")
+    assert f"job 2 from 12 of {folder(sweep, 1).name}" in shown.stdout, shown.stdout + shown.stderr
     assert len(list(sweep.glob("[0-9]-*"))) == 2
     extended = after(sweep, "extend", "schedule.route_temp.end=0.6,0.9")
     assert "1 jobs more, 1 of those asked for are there already" in extended.stdout, extended.stdout + extended.stderr
     assert states(sweep) == ["done"] * 3
     assert shared(sweep) == [8, 8]
     assert "Nothing to send" in after(sweep, "extend", "schedule.route_temp.end=0.8,0.9").stdout
+    (folder(sweep, 2) / "graft.json").unlink()  # as if it had been killed when it had just taken them over
+    (folder(sweep, 2) / "state.json").write_text('{"state": "cancelled"}')
+    assert after(sweep, "resume", "2").returncode == 0
+    assert shared(sweep) == [8, 8]
     after(sweep, "report")
     lines = {line["job"]: line for line in csv.DictReader((sweep / "report" / "report.csv").read_text().splitlines())}
     assert {number: line["shared"] for number, line in lines.items()} == {"0": "", "1": "8 of 0", "2": "8 of 0"}
@@ -229,6 +254,8 @@ def test_a_sweep_grows_from_what_its_jobs_have_kept_and_so_does_another(
         (folder(sweep, 0).name, str(sweep), 24),
     ]
     assert states(other) == ["done"] * 2
+    cores = [one for one in base if not one.startswith("launch.cpus=")]  # of another number: other last digits
+    assert gather([*cores, "launch.cpus=2", f"launch.reuse={sweep}", "launch.share=true"]).jobs[0].fork is None
     assert_as_if_alone(sweep, [2], tmp_path)
     assert_as_if_alone(other, [0, 1], tmp_path)
     records = [folder(place, number) / "metrics.jsonl" for place, number in ((sweep, 0), (sweep, 2), (other, 1))]

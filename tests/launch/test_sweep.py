@@ -17,7 +17,7 @@ from apt_launch.lease import LOST, read_holder
 from apt_launch.planning import gather
 from apt_launch.sweep.control.send import prepare
 from apt_launch.values import from_yaml
-from tests.conftest import SMALL, until, wandb_records
+from tests.conftest import SMALL, until, wandb_records, wandb_rows
 from tests.forks import HANGS, Fork, environment, run_module
 from tests.hold import Hold
 
@@ -378,14 +378,19 @@ def test_a_resume_says_which_keys_differ(start: Start, sweep: Path) -> None:
     assert "model.num_layers" in told.stderr
 
 
-def test_wandb_shows_the_sweep_as_a_group(start: Start, sweep: Path) -> None:
-    output, _ = start("seed=0,1", "logger.mode=offline").communicate()
+def test_wandb_shows_the_sweep_as_a_group_and_of_each_job_all_rows(start: Start, sweep: Path) -> None:
+    output, _ = start("schedule.route_temp.end=0.6,0.8", "launch.share=true", "logger.mode=offline").communicate()
     (offline,) = folder(sweep, 0).glob("wandb/offline-run-*/*.wandb")
     run = next(record["run"] for record in wandb_records(offline.parent) if record["type"] == "run")
     assert f"sweep {run['run_group']}:" in output
     assert run["job_type"] == "sweep"
-    assert "seed=0" in run["tags"]
+    assert "schedule.route_temp.end=0.6" in run["tags"]
     assert run["run_id"].startswith(json.loads((folder(sweep, 0) / "summary.json").read_text())["identity"][:8])
+    assert json.loads((folder(sweep, 1) / "graft.json").read_text())["update"] > 1
+    (offline,) = folder(sweep, 1).glob("wandb/offline-run-*/*.wandb")
+    lines = (folder(sweep, 1) / "metrics.jsonl").read_text().splitlines()
+    steps = sorted({json.loads(line)["step"] for line in lines})  # those of shared rows, too
+    assert [row["step"] for row in wandb_rows(wandb_records(offline.parent))] == steps
 
 
 @pytest.mark.parametrize("name", ["route_temp", "moe_capacity", "align_weight", "vote_threshold", "all_anneals"])

@@ -196,18 +196,25 @@ def test_each_signal_and_a_requeue_make_a_checkpoint_and_another_attempt(sweep: 
 
 
 @pytest.mark.parametrize("warned", [True, False])
-def test_a_preempted_job_continues_whether_it_was_warned_or_not(
-    make_cluster: Callable[..., Cluster], at: Callable[[Cluster], Sweep], warned: bool
+def test_a_preempted_job_continues_whether_it_was_warned_or_not_and_others_begin_with_its_updates(
+    make_cluster: Callable[..., Cluster], at: Callable[[Cluster], Sweep], warned: bool, tmp_path: Path
 ) -> None:
-    cluster = make_cluster(grace_seconds=10 if warned else 0, signal_on_preemption=warned)
+    cluster = make_cluster(grace_seconds=10 if warned else 0, signal_on_preemption=warned, max_array_size=2)
     sweep = at(cluster)
     sweep.forked = True
     sweep.hold()
-    sweep.send("seed=0", *LONG)
+    lengths = ("trainer.max_epochs=12,6,5", "trainer.lr_schedule=null", "launch.share=true")
+    assert sweep.send("seed=0", *LONG, *lengths).stdout.count(": 1 job,") == 3
     until(lambda: sweep.holds(0), "the job to hold")
     cluster.run("sbatch", "-p", "high", "-N2", "--exclusive", "--mem=0", "-o/dev/null", "--wrap=sleep 1")
-    sweep.let_go_again(0)
+    until(lambda: sweep.written(0)["restarts"], "another attempt")
+    assert [sweep.written(number)["state"] for number in (1, 2)] == ["submitted"] * 2
+    sweep.holding.let_go()
     sweep.finishes_whole(0)
+    assert {row["state"] for row in sweep.jobs().values()} == {"done"}
+    assert sorted(json.loads(path.read_text())["update"] for path in sweep.folder.glob("*/graft.json")) == [20, 24]
+    if warned:
+        assert_as_if_alone(sweep.folder, [2], tmp_path)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ Small = Callable[..., RunConfig]
 
 
 def shared(whole: RunConfig, fork: RunConfig) -> int:
-    return shared_updates(whole.course, fork.course, reach_of)
+    return shared_updates(whole.course, fork.course)
 
 
 CONSTANT = ("schedule=none", "trainer.lr_schedule=null")

@@ -11,7 +11,7 @@ from apt_launch.sweep.application import load
 from apt_launch.sweep.backends.registry import backend
 from apt_launch.sweep.control.follow import say
 from apt_launch.sweep.control.ledger import Ledger
-from apt_launch.sweep.control.rungs import write_rule
+from apt_launch.sweep.control.resume import differences
 from apt_launch.sweep.control.send import prepare, show_plan
 from apt_launch.sweep.jobs.state import ENDED, read_state
 from apt_launch.sweep.plan.composer import Composer
@@ -19,7 +19,6 @@ from apt_launch.sweep.plan.expand import of_command
 from apt_launch.sweep.plan.jobs import key_and_value
 from apt_launch.sweep.plan.plan import Plan
 from apt_launch.sweep.plan.tree import Source, with_tree
-from apt_launch.values import read_frozen
 from apt_model.errors import ConfigError
 
 
@@ -57,11 +56,9 @@ def extend(folder: Path, overrides: Sequence[str], *, dry_run: bool = False) -> 
         return len(added)
     where.check(replace(grown, jobs=added))
     grown.write(folder)
-    prepare(grown, folder, added)
+    rule = prepare(grown, folder, added)
     say(f"sweep {plan.id}: {len(added)} jobs more, {len(asked.jobs) - len(added)} of those asked for are there already")
-    for line in write_rule(grown, folder, added):
-        say(line)
-    for line in where.send(grown, folder, added):
+    for line in (*rule, *where.send(grown, folder, added)):
         say(line)
     if where.detaches:
         say(f"Look at it by: {command('apt_launch.sweep', 'status', folder)}")
@@ -69,7 +66,7 @@ def extend(folder: Path, overrides: Sequence[str], *, dry_run: bool = False) -> 
 
 
 def sources(plan: Plan, folder: Path, *, elsewhere: bool = False) -> list[Source]:
-    """Return the jobs of the sweep in ``folder`` that have ended and kept something to begin from.
+    """Return the jobs of the sweep in ``folder`` that have ended as planned and kept something to begin from.
 
     Args:
         elsewhere: whether it is another sweep's than the one that is planned.
@@ -79,8 +76,9 @@ def sources(plan: Plan, folder: Path, *, elsewhere: bool = False) -> list[Source
     for job in plan.jobs:
         own = folder / job.folder
         points = tuple(application.fork_points(own))
-        if points and read_state(own).state in ENDED:
-            spec = application.check(read_frozen(own / "config.yaml"))
+        values = {**plan.shared, **job.differs}
+        if points and read_state(own).state in ENDED and not differences(own, values, application):
+            spec = replace(application.check(plan.values(job)), resources=job.resources)
             found.append(Source(spec, job.folder, points, str(folder.absolute()) if elsewhere else None))
     return found
 

@@ -13,7 +13,6 @@ from apt_launch.sweep.application import Application
 from apt_launch.sweep.backends.registry import backend
 from apt_launch.sweep.control.follow import say
 from apt_launch.sweep.control.ledger import Ledger
-from apt_launch.sweep.control.rungs import write_rule
 from apt_launch.sweep.control.send import prepare
 from apt_launch.sweep.jobs.halving import overrule
 from apt_launch.sweep.jobs.state import CANCEL
@@ -55,7 +54,7 @@ def resume(folder: Path, overrides: Sequence[str] = (), numbers: Sequence[int] =
     for job in ledger.plan.jobs:
         values = {**ledger.plan.shared, **job.differs}
         if job.number in wanted:
-            problems += _differences(folder / job.folder, values, application)
+            problems += differences(folder / job.folder, values, application)
             values |= changed
             resources = application.check(unflatten(values)).resources
             if resources.gpus is None:  # the backend's default, found when the sweep was planned
@@ -72,7 +71,6 @@ def resume(folder: Path, overrides: Sequence[str] = (), numbers: Sequence[int] =
     where.check(replace(plan, jobs=tuple(again)))
     plan.write(folder)
     prepare(plan, folder, again)
-    write_rule(plan, folder, again)
     for job in again:
         (folder / job.folder / CANCEL).unlink(missing_ok=True)
         if numbers:
@@ -82,7 +80,7 @@ def resume(folder: Path, overrides: Sequence[str] = (), numbers: Sequence[int] =
     return len(again)
 
 
-def _differences(folder: Path, planned: Mapping[str, Any], application: Application) -> list[str]:
+def differences(folder: Path, planned: Mapping[str, Any], application: Application) -> list[str]:
     """Return where the config in a job's folder is not the one that was planned."""
     path = folder / "config.yaml"
     if not path.exists():

@@ -17,7 +17,7 @@ from apt_launch.sweep.control.rungs import described, rule_of, write_rule
 from apt_launch.sweep.jobs.trunk import GRAFT, trunk
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
-from apt_launch.sweep.plan.tree import is_shared, saving, tree_lines
+from apt_launch.sweep.plan.tree import outline, saved
 from apt_launch.sweep.programs.secrets import write_secrets
 from apt_launch.values import to_yaml
 from apt_model.errors import ConfigError
@@ -35,11 +35,8 @@ def show_plan(plan: Plan, folder: Path, where: Backend) -> None:
     say(f"sweep of {plan.summary}, {plan.launcher}. Folder: {folder}. Nothing is sent.")
     for job in plan.jobs:
         say(f"{job.number:>4}  {job.label or 'as the config says'}  ({job.resources})")
-    if is_shared(plan):
-        say("First updates that are trained once:")
-        for line in tree_lines(plan):
-            say(f"  {line}")
-        say(saving(plan))
+    for line in outline(plan):
+        say(line)
     if plan.gpu_hours:
         say(f"at most {plan.gpu_hours:g} GPU-hours")
     spec = plan.jobs[0].spec
@@ -68,12 +65,12 @@ def carry_out(plan: Plan, folder: Path, where: Backend, snapshot_mb: float = 0.0
     _freeze_code(plan, folder, snapshot_mb)
     plan.write(folder)
     write_secrets(folder, plan.secrets)
-    prepare(plan, folder, plan.jobs)
+    rule = prepare(plan, folder, plan.jobs)
     say(f"sweep {plan.id}: {plan.summary}. Folder: {folder}")
-    for line in write_rule(plan, folder, plan.jobs):
+    for line in rule:
         say(line)
-    if is_shared(plan):
-        say(saving(plan))
+    for line in saved(plan):
+        say(line)
     for line in where.send(plan, folder, plan.jobs):
         say(line)
     waits = any(job.spec is not None and job.spec.wait for job in plan.jobs)
@@ -140,7 +137,6 @@ def run_batch(
     jobs = plan.jobs[len(before.jobs) if before else 0 :]
     if jobs:
         prepare(plan, folder, jobs)
-        write_rule(plan, folder, jobs)
         for line in where.send(plan, folder, jobs):
             say(line)
         follow(folder, only={job.folder for job in jobs})
@@ -159,8 +155,8 @@ def _returned(folder: Path, loss: float | None) -> Any:
         return loss
 
 
-def prepare(plan: Plan, folder: Path, jobs: Sequence[Job]) -> None:
-    """Make the folders of ``jobs``, each with all that the job will read.
+def prepare(plan: Plan, folder: Path, jobs: Sequence[Job]) -> list[str]:
+    """Make the folders of ``jobs`` with all that each will read; return lines for the user: where settings are judged.
 
     Raises:
         ConfigError: a link in a job's folder, or in its place, leads elsewhere; nothing was written.
@@ -197,6 +193,7 @@ def prepare(plan: Plan, folder: Path, jobs: Sequence[Job]) -> None:
             path = folder / job.folder / "job.json"
             if path.exists():
                 write_json(path, json.loads(read_regular(path)) | forks)
+    return write_rule(plan, folder, jobs)
 
 
 def _awaited(plan: Plan, job: Job) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from apt_launch.secrets import keep_private
 from apt_launch.sweep.application import TRAINER, Application, Awaited, Fork, JobContext, Program, Result, load
 from apt_launch.sweep.jobs.halving import Halving
 from apt_launch.sweep.jobs.state import State, read_state, transition, wants_cancel
-from apt_launch.sweep.jobs.trunk import GRAFT, cause_of_loss, take_over, trunk, wait_for_first_rank
+from apt_launch.sweep.jobs.trunk import GRAFT, cause_of_loss, has_begun, take_over, trunk, wait_for_first_rank
 from apt_launch.values import read_frozen
 from apt_model.errors import ConfigError, Interrupted, TrainingError, cause_of
 from apt_model.files import STRICT, read_json, refuse_links
@@ -235,7 +235,7 @@ class _Attempt:
         application = load(self.about.application, self.about.program)
         os.chdir(self.about.cwd)
         values = read_frozen(self.folder / "config.yaml")
-        resume = application.has_checkpoint(self.folder) or self._begin(application, values)
+        resume = self._begin(application, values)
         if not resume:  # rows of an attempt that came to no checkpoint will be computed again
             (self.folder / "metrics.jsonl").unlink(missing_ok=True)
         if self.rank == 0:
@@ -258,8 +258,13 @@ class _Attempt:
         Raises:
             _TrunkLostError: nobody has made them, or will.
         """
+        there = application.has_checkpoint(self.folder)
         if (fork := self.about.fork) is None or (self.rank == 0 and (self.folder / GRAFT).exists()):
-            return False
+            return there
+        if there:
+            if self.rank == 0:  # an earlier attempt was killed when it had taken them over
+                has_begun(application, self.folder, fork, fork.update)
+            return True
         if self.rank:
             if not wait_for_first_rank(self.folder):
                 raise _TrunkLostError

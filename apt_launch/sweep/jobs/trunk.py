@@ -45,7 +45,10 @@ def trunk(application: Application, sweep: Path, fork: Fork) -> Trunk:
         return "ready"
     if fork.sweep is not None:
         return "alone"
-    state = read_state(place).state
+    try:
+        state = read_state(place).state
+    except ConfigError:  # whoever waits ends no worker; see cause_of_loss
+        return "lost"
     if state in ("done", "stopped", "dropped"):  # it has passed them, and could not keep them; or it is not wanted
         return "alone"
     return "lost" if state in ENDED or state == "planned" else "to come"
@@ -53,34 +56,38 @@ def trunk(application: Application, sweep: Path, fork: Fork) -> Trunk:
 
 def cause_of_loss(sweep: Path, fork: Fork) -> str:
     """Return why a job waits whose shared updates are lost."""
-    state = read_state(fork.place(sweep))
-    what = {"planned": "is planned again, too", "failed": "failed", "cancelled": "was cancelled"}.get(
+    whose = f"job {fork.job.partition('-')[0]}, whose first {fork.update} updates it shares,"
+    try:
+        state = read_state(fork.place(sweep))
+    except ConfigError as error:
+        return f"{whose} cannot be asked: {error}"
+    what = {"planned": "is planned again, too,", "failed": "failed", "cancelled": "was cancelled"}.get(
         state.state, "is gone"
     )
-    return (
-        f"job {fork.job.partition('-')[0]}, whose first {fork.update} updates it shares, {what} before it had made them. "
-        "sweep resume sends both"
-    )
+    return f"{whose} {what} before it had made them. sweep resume sends both"
 
 
 def take_over(application: Application, folder: Path, values: Mapping[str, Any], fork: Fork) -> None:
     """Have the job in ``folder`` begin from what another has kept; where that cannot be, it trains all updates itself."""
-    sweep = folder.parent
-    found = Graft(fork.update, fork.job, fork.sweep)
+    place, updates = fork.place(folder.parent), 0
     try:
-        if trunk(application, sweep, fork) == "ready":
-            application.graft(folder, values, fork.place(sweep), fork.update)
-            logger.info("begins at update %d, with those of %s before it", fork.update, fork.place(sweep))
-        else:
-            found = Graft(0, fork.job, fork.sweep)
-    except ConfigError as error:
+        if trunk(application, folder.parent, fork) == "ready":
+            application.graft(folder, values, place, fork.update)
+            logger.info("begins at update %d, with those of %s before it", fork.update, place)
+            updates = fork.update
+    except (ConfigError, OSError) as error:  # what another sweep has may be another user's
         logger.warning("trains its first %d updates itself: %s", fork.update, error)
-        found = Graft(0, fork.job, fork.sweep)
-    write_json(folder / GRAFT, asdict(found))
+    has_begun(application, folder, fork, updates)
+
+
+def has_begun(application: Application, folder: Path, fork: Fork, updates: int) -> None:
+    """Note how many updates the job in ``folder`` has from another, which then need not keep them for it."""
+    write_json(folder / GRAFT, asdict(Graft(updates, fork.job, fork.sweep)))
     if fork.sweep is None:
-        with suppress(ConfigError):
-            if read_state(fork.place(sweep)).state in ENDED:
-                application.prune_forks(fork.place(sweep))
+        with suppress(ConfigError, OSError):
+            place = fork.place(folder.parent)
+            if read_state(place).state in ENDED:
+                application.prune_forks(place)
 
 
 def graft_of(folder: Path) -> Graft | None:

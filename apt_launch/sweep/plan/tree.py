@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from apt_launch.sweep.application import Application, Fork, JobSpec
+from apt_launch.sweep.application import Application, Fork, JobSpec, Resources, load
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
 
@@ -42,9 +42,11 @@ def with_tree(plan: Plan, application: Application, sources: Sequence[Source] = 
         sources: earlier jobs that have kept something.
         first: the number of the first job that is planned now; those before it stay as they are.
     """
-    new = [job for job in plan.jobs if job.number >= first and job.spec is not None and _may_share(plan, job)]
+    new = [
+        job for job in plan.jobs if job.number >= first and job.spec is not None and _may_share(plan, job, application)
+    ]
     asked = sum(job.steps for job in new)
-    if plan.program is not None or not new or (_is_auto(new) and asked > MOST_UPDATES):
+    if not new or (_is_auto(new) and asked > MOST_UPDATES):
         return plan
     begun: list[Job] = []
     for job in new:
@@ -56,14 +58,22 @@ def with_tree(plan: Plan, application: Application, sources: Sequence[Source] = 
     return replace(plan, jobs=tuple(by_number.get(job.number, job) for job in plan.jobs))
 
 
-def _may_share(plan: Plan, job: Job) -> bool:
-    """Return whether the job may take part. A cluster's task with several jobs, or the user's own dependency, leaves no order."""
+def _may_share(plan: Plan, job: Job, application: Application) -> bool:
+    """Return whether the job may take part."""
+    assert job.spec is not None
+    limited = plan.launcher == "slurm" and plan.launcher_values.get("max_parallel") is not None
+    asked = job.spec.share is True or (job.spec.share == "auto" and not limited)
+    return asked and _why_alone(plan, job, application) is None
+
+
+def _why_alone(plan: Plan, job: Job, application: Application) -> str | None:
+    """Return why the job can share nothing. A cluster's task with several jobs, or the user's own dependency, leaves no order."""
     assert job.spec is not None
     if "dependency" in plan.launcher_values.get("additional_parameters", {}):
-        return False
-    packed = plan.launcher_values.get("pack", 1) > 1
-    limited = plan.launcher == "slurm" and plan.launcher_values.get("max_parallel") is not None
-    return bool(job.spec.share) and not packed and not (limited and job.spec.share == "auto")
+        return "hydra.launcher.additional_parameters.dependency leaves no other order of jobs"
+    if plan.launcher_values.get("pack", 1) > 1:
+        return "hydra.launcher.pack starts several jobs as one"
+    return application.why_alone(job.spec)
 
 
 def _is_auto(jobs: Sequence[Job]) -> bool:
@@ -81,6 +91,8 @@ def _best(job: Job, before: Sequence[Job], sources: Sequence[Source], applicatio
     assert spec is not None
     found: Fork | None = None
     for source in sources:
+        if not _computes_alike(source.spec.resources, job.resources):
+            continue
         shared = min(application.shared_updates(source.spec, spec), job.steps)
         point = max((point for point in source.points if point <= shared), default=0)
         if point > (found.update if found else 0):
@@ -94,9 +106,37 @@ def _best(job: Job, before: Sequence[Job], sources: Sequence[Source], applicatio
     return found
 
 
+def _computes_alike(a: Resources, b: Resources) -> bool:
+    """Return whether jobs with such resources compute the same last digits: numbers of processes and cores change them."""
+    return (a.nodes, a.tasks_per_node, a.gpus, a.cpus) == (b.nodes, b.tasks_per_node, b.gpus, b.cpus)
+
+
 def is_shared(plan: Plan) -> bool:
     """Return whether any job begins with the updates of another."""
     return any(job.fork is not None for job in plan.jobs)
+
+
+def outline(plan: Plan) -> Iterator[str]:
+    """Yield what is trained once and what that saves, in lines for the user."""
+    if is_shared(plan):
+        yield "First updates that are trained once:"
+        yield from (f"  {line}" for line in tree_lines(plan))
+    yield from saved(plan)
+
+
+def saved(plan: Plan) -> Iterator[str]:
+    """Yield what the tree saves; where ``launch.share=true`` asks for one and there is none, why."""
+    if is_shared(plan):
+        yield saving(plan)
+        return
+    asking = [job for job in plan.jobs if job.spec is not None and job.spec.share is True]
+    if not asking:
+        return
+    application = load(plan.application, plan.program)
+    reasons = [_why_alone(plan, job, application) for job in asking]
+    known = dict.fromkeys(reason for reason in reasons if reason is not None)
+    why = "; ".join(known) if None not in reasons else "no job has first updates in common with an earlier one"
+    yield f"launch.share=true: each job trains all of its updates: {why}"
 
 
 def saving(plan: Plan) -> str:

@@ -257,6 +257,10 @@ class HydraMain:
         """Return 0: nobody knows what programs could share."""
         return 0
 
+    def why_alone(self, spec: JobSpec) -> str | None:
+        """Return that nobody knows what the program computes."""
+        return "nobody knows what the program computes"
+
     def fork_points(self, folder: Path) -> Sequence[int]:
         """Return none."""
         return ()
