@@ -26,7 +26,7 @@ from apt_launch.version import __version__
 from apt_model.errors import AptError, ConfigError, nearest
 from apt_model.files import read_regular, refuse_place, write_atomic, write_json
 from apt_model.layouts.architecture import Architecture, ExpertLayers
-from apt_model.layouts.families import IMPORTED, LAYOUTS, Layout, layout_for
+from apt_model.layouts.families import LAYOUTS, Layout, layout_for
 from apt_model.layouts.folder import CONFIG, GENERATION, SEALS
 from apt_model.training.checkpoint import Checkpoints, newest_intact, read_manifest
 
@@ -414,9 +414,10 @@ def _report(about: Mapping[str, Any], out: Path, tensors: int) -> None:
     if about["difference"]:
         sys.stdout.write(f"left out: {_difference(about['difference'])}\n")
     load = f'Load it: AutoModelForCausalLM.from_pretrained("{out}")'
-    if about["layout"] in IMPORTED:
-        load += f", or go on from it: {command('apt_launch', 'model=pretrained', override('model.path', out))}"
-    sys.stdout.write(f"{load}\n")
+    sparse = ["moe=pretrained", "schedule=none", "schedule.enable_moe_at_epoch=0"]
+    more = sparse if LAYOUTS[about["layout"]].router else []
+    go_on = command("apt_launch", "model=pretrained", override("model.path", out), *more)
+    sys.stdout.write(f"{load}, or go on from it: {go_on}\n")
 
 
 if __name__ == "__main__":

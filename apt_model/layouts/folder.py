@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Final, NamedTuple
 from apt_model.errors import ConfigError, nearest
 from apt_model.files import STRICT, from_json, open_regular, read_regular, sha256
 from apt_model.layouts.architecture import Architecture
-from apt_model.layouts.families import IMPORTED, LAYOUTS, Layout, Piece
+from apt_model.layouts.families import LAYOUTS, Layout, Piece
 
 CONFIG: Final = "config.json"
 GENERATION: Final = "generation_config.json"
@@ -107,9 +107,9 @@ class WeightsFolder:
             ConfigError: one that is not read here.
         """
         name = str(self.config.get("model_type"))
-        if name not in IMPORTED:
+        if name not in LAYOUTS:
             raise ConfigError(
-                f"{self.key}: {self.path / CONFIG}: model_type = {name!r} has no counterpart here. {nearest(name, IMPORTED)}"
+                f"{self.key}: {self.path / CONFIG}: model_type = {name!r} has no counterpart here. {nearest(name, LAYOUTS)}"
             )
         return LAYOUTS[name]
 

@@ -126,7 +126,7 @@ def config(**changes: Any) -> Callable[[Path], None]:
         (tensors(model__norm__weight=torch.full((8,), torch.nan)), "model.norm.weight has numbers that are not finite"),
         (tensors(model__layers__0__mlp__up_proj__bias=torch.ones(12)), "'model.layers.0.mlp.up_proj.bias' has no"),
         (config(model_type="lama"), "model_type = 'lama' has no counterpart here. Did you mean 'llama'"),
-        (config(model_type="gpt2"), "model_type = 'gpt2' has no counterpart here. Valid names: llama, mistral"),
+        (config(model_type="gpt2"), "model_type = 'gpt2' has no counterpart here. Valid names: glm4_moe, llama, mistral"),
         (config(hidden_act="gelu"), "hidden_act = 'gelu' has no counterpart here"),
         (config(mlp_bias=True), "mlp_bias = True has no counterpart"),
         (config(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "of the type 'yarn' has no counterpart here"),
