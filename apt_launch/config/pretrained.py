@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from apt_launch.config.instantiate import PRETRAINED
 from apt_model.errors import ConfigError
 from apt_model.layouts.folder import WeightsFolder
 from apt_model.layouts.source import locate
+
+OF_THE_FOLDER: Final = ("num_experts", "top_k", "granularity", "router", "shared_expert")
+"""What ``moe=pretrained`` leaves to the folder."""
 
 
 def with_pretrained(values: dict[str, Any]) -> dict[str, Any]:
@@ -19,8 +22,11 @@ def with_pretrained(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such folder, its model has no counterpart here, or a value contradicts it.
     """
-    model = values.get("model")
+    model, moe = values.get("model"), values.get("moe")
+    to_fill = isinstance(moe, Mapping) and any(moe.get(name, 0) is None for name in OF_THE_FOLDER)
     if not isinstance(model, Mapping) or model.get("_target_") != PRETRAINED or model.get("weights") is not None:
+        if to_fill:
+            raise ConfigError("moe=pretrained: only model=pretrained brings experts. Choose moe=experts.")
         return values
     path, revision = model.get("path"), model.get("revision")
     if not isinstance(path, str) or not path or not isinstance(revision, str | None):
@@ -29,7 +35,6 @@ def with_pretrained(values: dict[str, Any]) -> dict[str, Any]:
     experts = folder.architecture.experts
     said = {**folder.architecture.values(), "sparse": experts is not None}
     of_experts = {} if experts is None else experts.values()
-    moe = values.get("moe")
     problems = [
         f"{group}.{name} = {given[name]!r}: the model in {folder.path} has {value!r}. {remedy}"
         for group, given, found, remedy in (
@@ -39,7 +44,7 @@ def with_pretrained(values: dict[str, Any]) -> dict[str, Any]:
         for name, value in found.items()
         if given.get(name) is not None and given[name] != value
     ]
-    if experts is None and isinstance(moe, Mapping) and "num_experts" in moe and moe["num_experts"] is None:
+    if experts is None and to_fill:
         problems.append(f"moe=pretrained: the model in {folder.path} has no experts. Choose moe=experts.")
     longest, seq_len = said["max_seq_len"], model.get("seq_len")
     if isinstance(seq_len, int) and seq_len > longest:

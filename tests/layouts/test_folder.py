@@ -15,7 +15,7 @@ from apt_model.errors import ConfigError
 from apt_model.gpt import GPT
 from apt_model.layers.moe import MoE
 from apt_model.layouts.architecture import Architecture
-from apt_model.layouts.families import LLAMA, QWEN3
+from apt_model.layouts.families import LAYOUTS, LLAMA, QWEN3
 from apt_model.layouts.folder import SEALS, WEIGHTS, WeightsFolder
 from apt_model.layouts.reading import read_weights
 from apt_model.layouts.source import locate
@@ -126,7 +126,10 @@ def config(**changes: Any) -> Callable[[Path], None]:
         (tensors(model__norm__weight=torch.full((8,), torch.nan)), "model.norm.weight has numbers that are not finite"),
         (tensors(model__layers__0__mlp__up_proj__bias=torch.ones(12)), "'model.layers.0.mlp.up_proj.bias' has no"),
         (config(model_type="lama"), "model_type = 'lama' has no counterpart here. Did you mean 'llama'"),
-        (config(model_type="gpt2"), "model_type = 'gpt2' has no counterpart here. Valid names: glm4_moe, llama, mistral"),
+        (
+            config(model_type="gpt2"),
+            "model_type = 'gpt2' has no counterpart here. Valid names: glm4_moe, llama, mistral",
+        ),
         (config(hidden_act="gelu"), "hidden_act = 'gelu' has no counterpart here"),
         (config(mlp_bias=True), "mlp_bias = True has no counterpart"),
         (config(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "of the type 'yarn' has no counterpart here"),
@@ -173,3 +176,39 @@ def test_a_place_that_is_none_is_told_with_what_could_be_meant(tmp_path: Path) -
         locate(str(tmp_path / "model.gguf"))
     with pytest.raises(ConfigError, match="cannot be fetched from the Hugging Face hub"):
         locate("nobody/nothing")  # the tests' environment asks no network
+
+
+def test_experts_that_have_no_counterpart_are_refused_by_name() -> None:
+    said = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 9,
+    }
+    said |= {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 4, "norm_topk_prob": True}
+    said |= {"shared_expert_intermediate_size": 12}
+    found = LAYOUTS["qwen2_moe"].read(said, "here")
+    assert found.experts is not None
+    assert (found.d_ff, found.experts.granularity, found.experts.shared_expert) == (12, 3, True)
+    for changes, told in (
+        ({"norm_topk_prob": None}, "norm_topk_prob = False has no counterpart here; it would have to be True"),
+        ({"num_experts": None}, "num_experts = None is no int"),
+        ({"num_experts_per_tok": 7}, "num_experts_per_tok = 7 is more than there are experts, 6"),
+        (
+            {"shared_expert_intermediate_size": 10},
+            "shared_expert_intermediate_size: the shared expert has to be as wide as",
+        ),
+        ({"shared_expert_intermediate_size": 16}, r"divides 6 \(those that there are\) and 3"),
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\] has no counterpart"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            LAYOUTS["qwen2_moe"].read(
+                {key: value for key, value in (said | changes).items() if value is not None}, "here"
+            )
+    for changes, told in (
+        ({}, "first_k_dense_replace = 1 has no counterpart here"),
+        ({"first_k_dense_replace": 0}, "partial_rotary_factor = 0.5 has no counterpart here"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            LAYOUTS["glm4_moe"].read(said | {"n_routed_experts": 6} | changes, "here")
