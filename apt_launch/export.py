@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -200,7 +201,9 @@ def _choose(path: Path, which: str) -> Path:
     name = f"step-{int(which):08d}" if which.isdecimal() and len(which) < 9 else which
     if name not in there:
         known_steps = ", ".join(str(int(found.removeprefix("step-"))) for found in there) or "none"
-        raise ConfigError(f"--checkpoint: there is no {which!r} in {str(folder)!r}. Steps: {known_steps}.")
+        raise ConfigError(
+            f"--checkpoint: there is no {which!r} in {str(folder)!r}. Steps: {known_steps}. Or newest, best."
+        )
     return there[name]
 
 
@@ -418,6 +421,8 @@ def _report(about: Mapping[str, Any], out: Path, tensors: int) -> None:
     more = sparse if LAYOUTS[about["layout"]].router else []
     go_on = command("apt_launch", "model=pretrained", override("model.path", out), *more)
     sys.stdout.write(f"{load}, or go on from it: {go_on}\n")
+    for left in sorted(out.parent.glob(f".{escape(out.name)}.partial.*")):
+        sys.stderr.write(f"left by an export that did not end, and of no use unless one is under way: {left}\n")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,9 @@ BLOCK: Final = {
 }
 """Our tensors within a block (``blocks.N.``), and theirs (``model.layers.N.``)."""
 
+MOST: Final = {"num_layers": 1 << 14, "num_experts": 1 << 16}
+"""Of what a model is made of a list of, so that a damaged number ends in a message."""
+
 ROPE: Final = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -181,7 +184,7 @@ class Layout:
         for name, theirs in {**KEYS, **numbers}.items():
             ours[name] = said.get(theirs)
             kind = {"norm_eps": float, "tie_embeddings": bool}.get(name, int)
-            if type(ours[name]) is not kind or (kind is not bool and ours[name] <= 0):
+            if type(ours[name]) is not kind or (kind is not bool and not 0 < ours[name] <= MOST.get(name, 1 << 31)):
                 problems.append(f"{where}: {theirs} = {ours[name]!r} is no {kind.__name__} that a model could have.")
         try:
             theta, scaling = _rope(said, where)

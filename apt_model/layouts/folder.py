@@ -19,6 +19,7 @@ CONFIG: Final = "config.json"
 GENERATION: Final = "generation_config.json"
 INDEX: Final = "model.safetensors.index.json"
 WEIGHTS: Final = "model.safetensors"
+ADAPTER: Final = "adapter_config.json"
 SEALS: Final = "apt_launch.json"
 """With size and checksum of every file of a folder that was written here."""
 
@@ -81,9 +82,13 @@ class WeightsFolder:
         try:
             return json.loads(read_regular(path))
         except FileNotFoundError:
-            raise ConfigError(
-                f"{self.key}: {self.path} has no {name}. Name a folder as transformers saves it."
-            ) from None
+            remedy = "Name a folder as transformers saves it."
+            if (self.path / ADAPTER).exists():
+                remedy = (
+                    "It is an adapter, which goes with another model. Let peft merge both: "
+                    "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(OTHER)."
+                )
+            raise ConfigError(f"{self.key}: {self.path} has no {name}. {remedy}") from None
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{self.key}: {path} is no JSON: {error}.") from None
 
@@ -200,7 +205,14 @@ class WeightsFolder:
         Raises:
             ConfigError: something is missing, too much or of another shape.
         """
-        pieces = list(self.layout.tensors(self.architecture))
+        model = self.architecture
+        parts = model.num_layers * (model.experts.num_experts if model.experts else 1)
+        if parts > len(self.stored):  # before a list of them is made
+            raise ConfigError(
+                f"{self.key}: {self.path} has {len(self.stored)} tensors, which are too few for what {CONFIG} says of layers and "
+                "experts."
+            )
+        pieces = list(self.layout.tensors(model))
         wanted, problems = {piece.theirs: piece for piece in pieces}, []
         for name, piece in wanted.items():
             if name not in self.stored:
@@ -212,7 +224,7 @@ class WeightsFolder:
                     f"{self.key}: {name} is of {self.stored[name].kind}; read are {', '.join(BYTES)}. Quantised weights have "
                     "to be dequantised first."
                 )
-        left_out = ("lm_head.weight",) if self.architecture.tie_embeddings else ()
+        left_out = ("lm_head.weight",) if model.tie_embeddings else ()
         for name in self.stored:
             if name not in wanted and name not in left_out and not name.endswith(UNUSED):
                 problems.append(f"{self.key}: the tensor {name!r} has no counterpart here.")

@@ -98,9 +98,12 @@ def test_the_checkpoint_can_be_chosen(place: Path) -> None:
         said = json.loads(manifest.read_text())
         losses[said["step"]] = said["loss"]
     best = min(losses, key=losses.__getitem__)
+    (place / ".as_best.partial.1").mkdir()  # as one that was killed leaves
     for which, step in (("best", best), ("4", 4), ("newest", 8)):
         done = run("apt_launch.export", "dense", "--to", f"as_{which}", "--checkpoint", which, cwd=place)
         assert f"as_{which}: step {step} as llama" in done.stdout
+        assert ("left by an export that did not end" in done.stderr) == (which == "best")
+    (place / ".as_best.partial.1").rmdir()
 
 
 def test_a_run_that_begins_with_a_folder_goes_through_the_curriculum_resumes_and_leaves(place: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,8 @@ def config(**changes: Any) -> Callable[[Path], None]:
         (config(rope_scaling={"type": "linear"}), "rope_scaling.factor = None is no number"),
         (config(quantization_config={"bits": 4}), "quantization_config"),
         (config(hidden_size="8"), "hidden_size = '8' is no int"),
+        (config(num_hidden_layers=10**9), "num_hidden_layers = 1000000000 is no int that a model could have"),
+        (config(num_hidden_layers=10**4), "has 11 tensors, which are too few for what config.json says of layers"),
         (config(num_hidden_layers=2), "has no tensor 'model.layers.1.input_layernorm.weight'"),
     ],
 )
@@ -212,3 +215,32 @@ def test_experts_that_have_no_counterpart_are_refused_by_name() -> None:
     ):
         with pytest.raises(ConfigError, match=told):
             LAYOUTS["glm4_moe"].read(said | {"n_routed_experts": 6} | changes, "here")
+
+
+def test_an_adapter_is_told_from_a_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"has no config.json. It is an adapter, .*merge_and_unload"):
+        WeightsFolder(tmp_path).config  # noqa: B018
+
+
+def test_numbers_that_16_bits_have_no_room_for_are_refused(tmp_path: Path) -> None:
+    described, state = Architecture.of(SIZES), model().state_dict()
+    state["norm.weight"][3] = 70_000.0
+    pieces = list(LLAMA.tensors(described))
+    write_weights(tmp_path, LLAMA, pieces, state, "bf16", 1 << 20)
+    with pytest.raises(ConfigError, match=r"--dtype: model.norm.weight has 70000, which torch.float16 has no room for"):
+        write_weights(tmp_path, LLAMA, pieces, state, "fp16", 1 << 20)
+    state["norm.weight"][3] = torch.nan
+    with pytest.raises(ConfigError, match=r"RUN: norm.weight has numbers that are not finite"):
+        write_weights(tmp_path, LLAMA, pieces, state, "fp32", 1 << 20)
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    described, state = Architecture.of(SIZES), model().state_dict()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_weights(tmp_path, LLAMA, list(LLAMA.tensors(described)), state, "fp32", 1 << 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
