@@ -144,10 +144,13 @@ class WeightsFolder:
             files = [WEIGHTS]
         for name in files:
             if Path(name).name != name or not (self.path / name).is_file():
-                raise ConfigError(
-                    f"{self.key}: {self.path} has no file {name!r}. Weights are read from safetensors; others transformers "
-                    "converts: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER)."
+                remedy = (
+                    f"{INDEX} names it: fetch the folder again."
+                    if files != [WEIGHTS]
+                    else "Weights are read from safetensors; others transformers converts: "
+                    "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER)."
                 )
+                raise ConfigError(f"{self.key}: {self.path} has no file {name!r}. {remedy}")
         return [self.path / name for name in files]
 
     @cached_property
@@ -193,7 +196,8 @@ class WeightsFolder:
                     or len(about["data_offsets"]) != 2
                 ):
                     raise ValueError("its header has other things than lengths")
-                str(about["dtype"])
+                if not isinstance(about["dtype"], str):
+                    raise ValueError("its header has no names for kinds of numbers")
         except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{self.key}: {file} is no file of safetensors, or damaged: {error}.") from None
         return header, 8 + length

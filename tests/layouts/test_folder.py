@@ -17,7 +17,7 @@ from apt_model.gpt import GPT
 from apt_model.layers.moe import MoE
 from apt_model.layouts.architecture import Architecture
 from apt_model.layouts.families import LAYOUTS, LLAMA, QWEN3
-from apt_model.layouts.folder import SEALS, WEIGHTS, WeightsFolder
+from apt_model.layouts.folder import INDEX, SEALS, WEIGHTS, WeightsFolder
 from apt_model.layouts.reading import read_weights
 from apt_model.layouts.source import locate
 from apt_model.layouts.writing import seal, write_weights
@@ -75,6 +75,20 @@ def another_config(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
 
 
+def a_header(text: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text.encode())
+
+    return change
+
+
+def an_index(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+
+    return change
+
+
 def nothing(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
 
@@ -126,6 +140,12 @@ def config(**changes: Any) -> Callable[[Path], None]:
         (tensors(model__norm__weight=torch.ones(8, dtype=torch.int8)), "model.norm.weight is of I8"),
         (tensors(model__norm__weight=torch.full((8,), torch.nan)), "model.norm.weight has numbers that are not finite"),
         (tensors(model__layers__0__mlp__up_proj__bias=torch.ones(12)), "'model.layers.0.mlp.up_proj.bias' has no"),
+        (
+            a_header('{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}'),
+            "or damaged: its header has no names",
+        ),
+        (an_index("model-00002-of-00002.safetensors"), "has no file 'model-00002-.* names it: fetch the folder again"),
+        (an_index("../weights/model.safetensors"), "has no file '../weights/model.safetensors'"),
         (config(model_type="lama"), "model_type = 'lama' has no counterpart here. Did you mean 'llama'"),
         (
             config(model_type="gpt2"),
