@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -26,7 +27,7 @@ from apt_launch.version import __version__
 from apt_model.errors import AptError, ConfigError, nearest
 from apt_model.files import read_regular, refuse_place, write_atomic, write_json
 from apt_model.layouts.architecture import Architecture, ExpertLayers
-from apt_model.layouts.families import IMPORTED, LAYOUTS, Layout, layout_for
+from apt_model.layouts.families import LAYOUTS, Layout, layout_for
 from apt_model.layouts.folder import CONFIG, GENERATION, SEALS
 from apt_model.training.checkpoint import Checkpoints, name_of, newest_intact, read_manifest
 
@@ -201,7 +202,9 @@ def _choose(path: Path, which: str) -> Path:
     name = name_of(int(which)) if which.isdecimal() and len(which) < 9 else which
     if name not in there:
         known_steps = ", ".join(map(str, checkpoints.steps())) or "none"
-        raise ConfigError(f"--checkpoint: there is no {which!r} in {str(folder)!r}. Steps: {known_steps}.")
+        raise ConfigError(
+            f"--checkpoint: there is no {which!r} in {str(folder)!r}. Steps: {known_steps}. Or newest, best."
+        )
     return there[name]
 
 
@@ -415,9 +418,12 @@ def _report(about: Mapping[str, Any], out: Path, tensors: int) -> None:
     if about["difference"]:
         sys.stdout.write(f"left out: {_difference(about['difference'])}\n")
     load = f'Load it: AutoModelForCausalLM.from_pretrained("{out}")'
-    if about["layout"] in IMPORTED:
-        load += f", or go on from it: {command('apt_launch', 'model=pretrained', override('model.path', out))}"
-    sys.stdout.write(f"{load}\n")
+    sparse = ["moe=pretrained", "schedule=none", "schedule.enable_moe_at_epoch=0"]
+    more = sparse if LAYOUTS[about["layout"]].router else []
+    go_on = command("apt_launch", "model=pretrained", override("model.path", out), *more)
+    sys.stdout.write(f"{load}, or go on from it: {go_on}\n")
+    for left in sorted(out.parent.glob(f".{escape(out.name)}.partial.*")):
+        sys.stderr.write(f"left by an export that did not end, and of no use unless one is under way: {left}\n")
 
 
 if __name__ == "__main__":

@@ -249,7 +249,7 @@ def check_curriculum(values: Mapping[str, Any], groups: Mapping[str, Any], horiz
     Raises:
         ConfigError: with every problem found.
     """
-    from apt_model.schedule import Program
+    from apt_model.schedule import Clock, Program
     from apt_model.schedule.targets import NOT_NEGATIVE
 
     problems: list[str] = []
@@ -271,6 +271,11 @@ def check_curriculum(values: Mapping[str, Any], groups: Mapping[str, Any], horiz
         if writes_lr and lr_schedule is not None:
             problems.append(
                 "schedule.anneals: optimizer.lr is written by trainer.lr_schedule already. Set trainer.lr_schedule=null."
+            )
+        if getattr(groups["model"], "sparse", False) and not program.at(Clock())["moe_enabled"]:
+            problems.append(
+                f"model.path: the model in {groups['model'].path} has experts, and the curriculum begins without. Set "
+                "schedule.enable_moe_at_epoch=0."
             )
         known = catalogue.metrics(values)
         problems += [

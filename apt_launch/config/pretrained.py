@@ -3,35 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from apt_launch.config.instantiate import PRETRAINED
 from apt_model.errors import ConfigError
 from apt_model.layouts.folder import WeightsFolder
 from apt_model.layouts.source import locate
 
+OF_THE_FOLDER: Final = ("num_experts", "top_k", "granularity", "router", "shared_expert")
+"""What ``moe=pretrained`` leaves to the folder."""
+
 
 def with_pretrained(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a config whose groups ``model`` and ``data`` say what the model's folder says; others as they are.
+    """Return a config whose groups ``model``, ``moe`` and ``data`` say what the model's folder says; others as they are.
 
     A config that was filled in before, in the plan of a sweep or a run's folder, asks no folder.
 
     Raises:
         ConfigError: there is no such folder, its model has no counterpart here, or a value contradicts it.
     """
-    model = values.get("model")
+    model, moe = values.get("model"), values.get("moe")
+    to_fill = isinstance(moe, Mapping) and any(moe.get(name, 0) is None for name in OF_THE_FOLDER)
     if not isinstance(model, Mapping) or model.get("_target_") != PRETRAINED or model.get("weights") is not None:
+        if to_fill:
+            raise ConfigError("moe=pretrained: only model=pretrained brings experts. Choose moe=experts.")
         return values
     path, revision = model.get("path"), model.get("revision")
     if not isinstance(path, str) or not path or not isinstance(revision, str | None):
         raise ConfigError(f"model.path: {path!r} is no folder. Name one: model.path=DIR.")
     folder = WeightsFolder(locate(path, revision))
-    said = folder.architecture.values()
+    experts = folder.architecture.experts
+    said = {**folder.architecture.values(), "sparse": experts is not None}
+    of_experts = {} if experts is None else experts.values()
     problems = [
-        f"model.{name} = {model[name]!r}: the model in {folder.path} has {value!r}. Leave it null."
-        for name, value in said.items()
-        if model.get(name) is not None and model[name] != value
+        f"{group}.{name} = {given[name]!r}: the model in {folder.path} has {value!r}. {remedy}"
+        for group, given, found, remedy in (
+            ("model", model, said, "Leave it null."),
+            ("moe", moe if isinstance(moe, Mapping) else {}, of_experts, "Choose moe=pretrained, and leave it null."),
+        )
+        for name, value in found.items()
+        if given.get(name) is not None and given[name] != value
     ]
+    if experts is None and to_fill:
+        problems.append(f"moe=pretrained: the model in {folder.path} has no experts. Choose moe=experts.")
     longest, seq_len = said["max_seq_len"], model.get("seq_len")
     if isinstance(seq_len, int) and seq_len > longest:
         problems.append(
@@ -41,6 +55,8 @@ def with_pretrained(values: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(*problems)
     folder.pieces  # noqa: B018 - says what of the weights is missing or has no counterpart
     found = {**values, "model": {**model, **said, "weights": folder.fingerprint}}
+    if isinstance(moe, Mapping):
+        found["moe"] = {**moe, **of_experts}
     if isinstance(values.get("data"), Mapping):
         found["data"] = with_tokenizer(values["data"], folder)
     return found

@@ -95,6 +95,7 @@ class PretrainedConfig(GPTConfig):
     revision: Annotated[Text | None, Role.NEUTRAL] = None
     weights: Text
     max_seq_len: Positive
+    sparse: bool = False
 
 
 class MoEConfig(Group):
@@ -466,7 +467,7 @@ NEW_KEYS: Final[dict[str, Any]] = {
     **{"trainer.init_from": None, "trainer.ema": None, "data.bos": None},
     **{"model.num_kv_heads": None, "model.head_dim": None, "model.tie_embeddings": True},
     **{"model.rope_theta": 10000.0, "model.rope_scaling": None, "model.norm_eps": None},
-    **{"model.qk_norm": None, "model.qkv_bias": False, "model.sliding_window": None},
+    **{"model.qk_norm": None, "model.qkv_bias": False, "model.sliding_window": None, "model.sparse": False},
 }
 """The same, of single keys."""
 

@@ -559,9 +559,10 @@ def load_folder(folder: Path) -> nn.Module:
         ConfigError: transformers cannot load it.
     """
     try:
-        model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
-        )
+        with _quiet():
+            model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
+            )
     except Exception as error:  # of a library, about files of any kind
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(f"RUN_DIR: transformers cannot load {folder}: {reason[0].rstrip('.')}.") from None

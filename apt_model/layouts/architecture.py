@@ -39,6 +39,12 @@ class ExpertLayers:
             temperatures=tuple(float(layer.temperature) for layer in model.moe_layers),
         )
 
+    def values(self) -> dict[str, Any]:
+        """Return what a config's group ``moe`` says of them."""
+        values = asdict(self)
+        del values["temperatures"]
+        return values
+
     @property
     def output_scale(self) -> float:
         """What an expert's output is multiplied by beside its weight, where weights of a token's experts sum to 1."""
@@ -87,7 +93,7 @@ class Architecture:
         )
 
     def values(self) -> dict[str, Any]:
-        """Return what a config's group ``model`` says of a dense one."""
+        """Return what a config's group ``model`` says."""
         values = asdict(self)
         del values["experts"]
         return values

@@ -44,6 +44,9 @@ BLOCK: Final = {
 }
 """Our tensors within a block (``blocks.N.``), and theirs (``model.layers.N.``)."""
 
+MOST: Final = {"num_layers": 1 << 14, "num_experts": 1 << 16}
+"""Of what a model is made of a list of, so that a damaged number ends in a message."""
+
 ROPE: Final = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -158,12 +161,14 @@ class Layout:
         return found
 
     def read(self, config: Mapping[str, Any], where: str) -> Architecture:
-        """Return the dense model that ``config``, of a ``config.json``, describes; ``where`` it stands.
+        """Return the model that ``config``, of a ``config.json``, describes; ``where`` it stands.
+
+        Where an expert has a width of its own and the shared one another, the quotient is the granularity; else it is 1.
 
         Raises:
             ConfigError: it has no counterpart here, or something is missing.
         """
-        said = {key: value for key, value in {**self.silent, **config}.items() if value is not None}
+        said = {key: value for key, value in {**self.silent, **_as_older(config, self)}.items() if value is not None}
         problems = [
             f"{where}: {key} = {said[key]!r} has no counterpart here; it would have to be "
             f"{' or '.join(repr(value) for value in values)}."
@@ -175,10 +180,11 @@ class Layout:
         if isinstance(width, int) and isinstance(heads, int) and heads > 0:
             said.setdefault("head_dim", width // heads)
         ours: dict[str, Any] = {}
-        for name, theirs in {**KEYS, "d_ff": "intermediate_size"}.items():
+        numbers = self.expert_keys or {"width": "intermediate_size"}
+        for name, theirs in {**KEYS, **numbers}.items():
             ours[name] = said.get(theirs)
             kind = {"norm_eps": float, "tie_embeddings": bool}.get(name, int)
-            if type(ours[name]) is not kind or (kind is not bool and ours[name] <= 0):
+            if type(ours[name]) is not kind or (kind is not bool and not 0 < ours[name] <= MOST.get(name, 1 << 31)):
                 problems.append(f"{where}: {theirs} = {ours[name]!r} is no {kind.__name__} that a model could have.")
         try:
             theta, scaling = _rope(said, where)
@@ -188,8 +194,14 @@ class Layout:
         if problems:
             raise ConfigError(*problems)
         normed = self.qk_norm_key is None or said.get(self.qk_norm_key, False)
+        experts, width = None, ours["width"]
+        if self.router is not None:
+            experts = self._experts(ours, where)
+            width *= experts.granularity
         return Architecture(
-            **ours,
+            **{name: ours[name] for name in KEYS},
+            d_ff=width,
+            experts=experts,
             rope_theta=theta,
             rope_scaling=scaling,
             qk_norm=self.qk_norm[-1] if normed else None,
@@ -197,9 +209,35 @@ class Layout:
             sliding_window=window,
         )
 
+    def _experts(self, ours: Mapping[str, Any], where: str) -> ExpertLayers:
+        """Return what ``ours``, the numbers of :attr:`expert_keys` among them, says of experts."""
+        assert self.router is not None
+        slices, rest = ours.get("num_shared", 1), 0
+        if "shared_width" in ours:
+            slices, rest = divmod(ours["shared_width"], ours["width"])
+        number, top_k = ours["num_experts"], ours["top_k"]
+        if top_k > number:
+            raise ConfigError(
+                f"{where}: {self.expert_keys['top_k']} = {top_k} is more than there are experts, {number}."
+            )
+        if rest or not slices or number % slices or top_k % slices:
+            key = self.expert_keys["shared_width" if "shared_width" in ours else "num_shared"]
+            raise ConfigError(
+                f"{where}: {key}: the shared expert has to be as wide as a number of experts that divides {number} (those that "
+                f"there are) and {top_k} (those of a token)."
+            )
+        return ExpertLayers(
+            num_experts=number,
+            top_k=top_k,
+            granularity=slices,
+            router=self.router,
+            shared_expert=bool(self.shared),
+            temperatures=(1.0,) * ours["num_layers"],
+        )
+
     def _window(self, said: Mapping[str, Any], where: str) -> int | None:
         window: int | None = said.get("sliding_window")
-        if self.window == "never" or (self.window == "layers" and not said.get("use_sliding_window", False)):
+        if self.window == "never" or (self.name.startswith("qwen") and not said.get("use_sliding_window", False)):
             return None
         if self.window == "all" or window is None:
             return window
@@ -270,6 +308,16 @@ class Layout:
             yield Piece(theirs, shape, f"ffn.dense.{name}" if experts.shared_expert else None, scale=scale)
 
 
+def _as_older(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """Return ``config`` with the names that transformers before its version 5 wrote, too."""
+    found, rope, experts = dict(config), config.get("rope_parameters"), layout.expert_keys.get("num_experts")
+    if experts is not None and "num_local_experts" in config:
+        found.setdefault(experts, config["num_local_experts"])
+    if isinstance(rope, Mapping) and "partial_rotary_factor" in rope:
+        found["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    return found
+
+
 def _whole(ours: str, *shape: int) -> Piece:
     return Piece(BLOCK[ours], shape, ours)
 
@@ -281,7 +329,7 @@ def _rope(said: Mapping[str, Any], where: str) -> tuple[float, dict[str, Any] | 
         raise ConfigError(f"{where}: rope_scaling = {given!r} is no mapping.")
     theta = given.get("rope_theta", said.get("rope_theta", 10_000.0))
     kind = given.get("rope_type", given.get("type", "default"))
-    share = given.get("partial_rotary_factor", said.get("partial_rotary_factor", 1.0))
+    share = said.get("partial_rotary_factor", 1.0)
     if share != 1.0:
         raise ConfigError(f"{where}: partial_rotary_factor = {share} has no counterpart here: all channels turn.")
     if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0:
@@ -353,6 +401,10 @@ MIXTRAL = Layout(
     name="mixtral",
     class_name="MixtralForCausalLM",
     fixed=_DENSE | {"router_jitter_noise": (0.0,)},
+    silent={
+        **{"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "max_position_embeddings": 131072},
+        **{"num_key_value_heads": 8, "rope_theta": 1e6},
+    },
     window="all",
     router="softmax",
     expert_keys=_EXPERT_KEYS | {"num_experts": "num_local_experts", "width": "intermediate_size"},
@@ -363,6 +415,10 @@ QWEN3_MOE = Layout(
     name="qwen3_moe",
     class_name="Qwen3MoeForCausalLM",
     fixed=_DENSE | {"norm_topk_prob": (True,), "decoder_sparse_step": (1,), "mlp_only_layers": ([],)},
+    silent={
+        **{"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 32768},
+        **{"num_key_value_heads": 4, "norm_topk_prob": False},
+    },
     bias="attention_bias",
     output_bias=True,
     qk_norm=("head",),
@@ -375,6 +431,10 @@ OLMOE = Layout(
     name="olmoe",
     class_name="OlmoeForCausalLM",
     fixed=_DENSE | {"norm_topk_prob": (True,), "clip_qkv": (None,)},
+    silent={
+        **{"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "max_position_embeddings": 4096},
+        **{"norm_topk_prob": False},
+    },
     bias="attention_bias",
     output_bias=True,
     qk_norm=("all",),
@@ -387,6 +447,10 @@ QWEN2_MOE = Layout(
     name="qwen2_moe",
     class_name="Qwen2MoeForCausalLM",
     fixed=_DENSE | {"norm_topk_prob": (True,), "decoder_sparse_step": (1,), "mlp_only_layers": ([],)},
+    silent={
+        **{"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 32768},
+        **{"num_key_value_heads": 16, "norm_topk_prob": False, "qkv_bias": True, "max_window_layers": 28},
+    },
     bias="qkv_bias",
     window="layers",
     router="softmax",
@@ -404,7 +468,11 @@ GLM4_MOE = Layout(
     class_name="Glm4MoeForCausalLM",
     fixed=_DENSE
     | {"norm_topk_prob": (True,), "first_k_dense_replace": (0,), "partial_rotary_factor": (1.0,), "n_group": (1,)}
-    | {"topk_group": (1,), "routed_scaling_factor": (1.0,), "num_nextn_predict_layers": (0,)},
+    | {"topk_group": (1,), "routed_scaling_factor": (1.0,), "num_nextn_predict_layers": (0, 1)},
+    silent={
+        **{"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "max_position_embeddings": 131072},
+        **{"num_key_value_heads": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "partial_rotary_factor": 0.5},
+    },
     bias="attention_bias",
     qk_norm=(None, "head"),
     qk_norm_key="use_qk_norm",
@@ -422,9 +490,6 @@ LAYOUTS: Final = {
     layout.name: layout for layout in (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, OLMOE, QWEN2_MOE, GLM4_MOE)
 }
 """All of them; of those that hold a model, the first is chosen."""
-
-IMPORTED: Final = tuple(name for name, layout in LAYOUTS.items() if layout.router is None)
-"""Those that are read."""
 
 
 def layout_for(model: Architecture, asked: str = "auto") -> Layout:

@@ -13,12 +13,13 @@ from typing import Any, ClassVar, Final, NamedTuple
 from apt_model.errors import ConfigError, nearest
 from apt_model.files import STRICT, from_json, open_regular, read_regular, sha256
 from apt_model.layouts.architecture import Architecture
-from apt_model.layouts.families import IMPORTED, LAYOUTS, Layout, Piece
+from apt_model.layouts.families import LAYOUTS, Layout, Piece
 
 CONFIG: Final = "config.json"
 GENERATION: Final = "generation_config.json"
 INDEX: Final = "model.safetensors.index.json"
 WEIGHTS: Final = "model.safetensors"
+ADAPTER: Final = "adapter_config.json"
 SEALS: Final = "apt_launch.json"
 """With size and checksum of every file of a folder that was written here."""
 
@@ -81,9 +82,13 @@ class WeightsFolder:
         try:
             return json.loads(read_regular(path))
         except FileNotFoundError:
-            raise ConfigError(
-                f"{self.key}: {self.path} has no {name}. Name a folder as transformers saves it."
-            ) from None
+            remedy = "Name a folder as transformers saves it."
+            if (self.path / ADAPTER).exists():
+                remedy = (
+                    "It is an adapter, which goes with another model. Let peft merge both: "
+                    "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(OTHER)."
+                )
+            raise ConfigError(f"{self.key}: {self.path} has no {name}. {remedy}") from None
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{self.key}: {path} is no JSON: {error}.") from None
 
@@ -107,9 +112,9 @@ class WeightsFolder:
             ConfigError: one that is not read here.
         """
         name = str(self.config.get("model_type"))
-        if name not in IMPORTED:
+        if name not in LAYOUTS:
             raise ConfigError(
-                f"{self.key}: {self.path / CONFIG}: model_type = {name!r} has no counterpart here. {nearest(name, IMPORTED)}"
+                f"{self.key}: {self.path / CONFIG}: model_type = {name!r} has no counterpart here. {nearest(name, LAYOUTS)}"
             )
         return LAYOUTS[name]
 
@@ -139,10 +144,13 @@ class WeightsFolder:
             files = [WEIGHTS]
         for name in files:
             if Path(name).name != name or not (self.path / name).is_file():
-                raise ConfigError(
-                    f"{self.key}: {self.path} has no file {name!r}. Weights are read from safetensors; others transformers "
-                    "converts: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER)."
+                remedy = (
+                    f"{INDEX} names it: fetch the folder again."
+                    if files != [WEIGHTS]
+                    else "Weights are read from safetensors; others transformers converts: "
+                    "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER)."
                 )
+                raise ConfigError(f"{self.key}: {self.path} has no file {name!r}. {remedy}")
         return [self.path / name for name in files]
 
     @cached_property
@@ -188,7 +196,8 @@ class WeightsFolder:
                     or len(about["data_offsets"]) != 2
                 ):
                     raise ValueError("its header has other things than lengths")
-                str(about["dtype"])
+                if not isinstance(about["dtype"], str):
+                    raise ValueError("its header has no names for kinds of numbers")
         except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{self.key}: {file} is no file of safetensors, or damaged: {error}.") from None
         return header, 8 + length
@@ -200,7 +209,14 @@ class WeightsFolder:
         Raises:
             ConfigError: something is missing, too much or of another shape.
         """
-        pieces = list(self.layout.tensors(self.architecture))
+        model = self.architecture
+        parts = model.num_layers * (model.experts.num_experts if model.experts else 1)
+        if parts > len(self.stored):  # before a list of them is made
+            raise ConfigError(
+                f"{self.key}: {self.path} has {len(self.stored)} tensors, which are too few for what {CONFIG} says of layers and "
+                "experts."
+            )
+        pieces = list(self.layout.tensors(model))
         wanted, problems = {piece.theirs: piece for piece in pieces}, []
         for name, piece in wanted.items():
             if name not in self.stored:
@@ -212,7 +228,7 @@ class WeightsFolder:
                     f"{self.key}: {name} is of {self.stored[name].kind}; read are {', '.join(BYTES)}. Quantised weights have "
                     "to be dequantised first."
                 )
-        left_out = ("lm_head.weight",) if self.architecture.tie_embeddings else ()
+        left_out = ("lm_head.weight",) if model.tie_embeddings else ()
         for name in self.stored:
             if name not in wanted and name not in left_out and not name.endswith(UNUSED):
                 problems.append(f"{self.key}: the tensor {name!r} has no counterpart here.")

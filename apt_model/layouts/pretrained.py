@@ -18,14 +18,18 @@ class PretrainedGPT(GPT):
         path, revision: see :func:`~apt_model.layouts.source.locate`.
         weights: the folder's :attr:`~WeightsFolder.fingerprint`, when the run was planned.
         max_seq_len: the longest text that the model is meant for.
+        sparse: whether the folder's feed-forward layers are experts, so that those here are enabled before its weights come.
         sizes: see :class:`GPT`.
     """
 
-    def __init__(self, *, path: str, revision: str | None, weights: str, max_seq_len: int, **sizes: Any) -> None:
+    def __init__(
+        self, *, path: str, revision: str | None, weights: str, max_seq_len: int, sparse: bool = False, **sizes: Any
+    ) -> None:
         super().__init__(**sizes)
         self.path = path
         self.revision = revision
         self.weights = weights
+        self.sparse = sparse
 
     def load_pretrained(self) -> None:
         """Take up the folder's weights.
@@ -39,4 +43,7 @@ class PretrainedGPT(GPT):
                 f"model.path: the files in {folder.path} are not those that the run was planned with (model.weights). Start "
                 "from a config that names model.path alone."
             )
+        if self.sparse:
+            self.enable_moe(True)
+            self.take_lineage()
         read_weights(folder, self)

@@ -33,4 +33,4 @@ def read_weights(folder: WeightsFolder, model: nn.Module) -> None:
                 raise ConfigError(f"{folder.key}: {piece.theirs} has no counterpart here, unless it is zero.")
             continue
         target = own[piece.ours] if piece.part is None else own[piece.ours][piece.part]
-        target.copy_(tensor)
+        target.copy_(tensor if piece.scale == 1.0 else tensor.double() / piece.scale)

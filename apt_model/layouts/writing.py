@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from apt_model.data.tokenizer import END
+from apt_model.errors import ConfigError
 from apt_model.files import sha256, write_atomic, write_json
 from apt_model.layouts.families import Layout, Piece
 from apt_model.layouts.folder import INDEX, SEALS, WEIGHTS
@@ -22,7 +24,12 @@ DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 def write_weights(
     folder: Path, layout: Layout, pieces: Sequence[Piece], state: Mapping[str, Tensor], dtype: str, shard_bytes: int
 ) -> None:
-    """Write the tensors of ``layout``, made of our ``state``, in files of about ``shard_bytes``, with an index if several."""
+    """Write the tensors of ``layout``, made of our ``state``, in files of about ``shard_bytes``, with an index if several.
+
+    Raises:
+        OSError: a file could not be written.
+        ConfigError: there are numbers that ``dtype`` has no room for.
+    """
     shards: list[list[Piece]] = [[]]
     sizes = [0]
     for piece in pieces:
@@ -37,8 +44,11 @@ def write_weights(
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     names = [WEIGHTS] if len(shards) == 1 else names
     for name, shard in zip(names, shards, strict=True):
-        made = {piece.theirs: _made(piece, state).to(_kind(layout, piece, dtype)) for piece in shard}
-        save_file(made, folder / name, metadata={"format": "pt"})
+        made = {piece.theirs: _in_kind(_made(piece, state), _kind(layout, piece, dtype), piece) for piece in shard}
+        try:
+            save_file(made, folder / name, metadata={"format": "pt"})
+        except SafetensorError as error:  # what the system said, without its number
+            raise OSError(str(error)) from None
     if len(shards) > 1:
         places = {piece.theirs: name for name, shard in zip(names, shards, strict=True) for piece in shard}
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(places.items()))})
@@ -49,6 +59,21 @@ def _kind(layout: Layout, piece: Piece, dtype: str) -> torch.dtype:
     if layout.router_bias is not None and piece.theirs.endswith(layout.router_bias):
         return torch.float32
     return DTYPES[dtype]
+
+
+def _in_kind(tensor: Tensor, kind: torch.dtype, piece: Piece) -> Tensor:
+    """Return the tensor in ``kind``.
+
+    Raises:
+        ConfigError: there are numbers that are not finite there, and were here.
+    """
+    found = tensor.to(kind)
+    if tensor.numel() and not torch.stack(found.aminmax()).isfinite().all():
+        if torch.stack(tensor.aminmax()).isfinite().all():
+            largest = tensor.abs().max().item()
+            raise ConfigError(f"--dtype: {piece.theirs} has {largest:g}, which {kind} has no room for. Choose bf16.")
+        raise ConfigError(f"RUN: {piece.ours} has numbers that are not finite. Choose an earlier --checkpoint.")
+    return found
 
 
 def _made(piece: Piece, state: Mapping[str, Tensor]) -> Tensor:

@@ -29,6 +29,13 @@ OPTIONS = [
 """Those that need no more words; tests/config/test_own.py has classes of one's own, tests/integrations the other."""
 
 
+def test_experts_of_a_pretrained_model_need_one(composed: Composed) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^moe=pretrained: only model=pretrained brings experts. Choose moe=experts.$"
+    ):
+        composed("moe=pretrained")
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes_and_is_right(composed: Composed, option: str) -> None:
     group, name = option.split("=")

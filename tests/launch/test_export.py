@@ -98,9 +98,12 @@ def test_the_checkpoint_can_be_chosen(place: Path) -> None:
         said = json.loads(manifest.read_text())
         losses[said["step"]] = said["loss"]
     best = min(losses, key=losses.__getitem__)
+    (place / ".as_best.partial.1").mkdir()  # as one that was killed leaves
     for which, step in (("best", best), ("4", 4), ("newest", 8)):
         done = run("apt_launch.export", "dense", "--to", f"as_{which}", "--checkpoint", which, cwd=place)
         assert f"as_{which}: step {step} as llama" in done.stdout
+        assert ("left by an export that did not end" in done.stderr) == (which == "best")
+    (place / ".as_best.partial.1").rmdir()
 
 
 def test_a_run_that_begins_with_a_folder_goes_through_the_curriculum_resumes_and_leaves(place: Path) -> None:
@@ -130,10 +133,20 @@ def test_a_run_that_begins_with_a_folder_goes_through_the_curriculum_resumes_and
     kept = place / "upcycled" / "tokenizer.json"
     run("apt_launch.export", "upcycled", "--to", "experts", cwd=place)
     few = ("--json", "--max-batches", "2", "data=text", "data.path=text.txt")
-    theirs = json.loads(run("apt_launch.evaluate", "experts", *few, cwd=place).stdout)
+    loaded = run("apt_launch.evaluate", "experts", *few, cwd=place)
+    assert loaded.stderr == "", "no progress of a library's"
+    theirs = json.loads(loaded.stdout)
     ours = json.loads(run("apt_launch.evaluate", "upcycled", *few, f"data.tokenizer={kept}", cwd=place).stdout)
     assert theirs["loss"] == pytest.approx(ours["loss"], abs=1e-5)
     assert (theirs["tokens"], theirs["bits_per_byte"]) == (ours["tokens"], pytest.approx(ours["bits_per_byte"]))
+    begin = ("model=pretrained", "model.path=experts", "model.seq_len=16", "data=text", "data.path=text.txt")
+    rest = [one for one in REST if not one.startswith("moe.")]
+    on = (*rest, *begin, "moe=pretrained", "schedule=none", "optimizer.lr=1e-12", "trainer.max_epochs=1")
+    refused = run_module("apt_launch", *on, "hydra.run.dir=never", cwd=place)
+    assert "has experts, and the curriculum begins without. Set schedule.enable_moe_at_epoch=0." in refused.stderr
+    run("apt_launch", *on, "schedule.enable_moe_at_epoch=0", "hydra.run.dir=on", cwd=place)
+    again = [row["val/loss"] for row in read_rows(place / "on" / "metrics.jsonl") if "val/loss" in row]
+    assert again[0] == pytest.approx(rows[-1]["val/loss"], abs=1e-5), "experts go on as they ended"
     checkpoint = next((place / "upcycled" / "checkpoints").iterdir())
     model, _, _ = restored(checkpoint, torch.device("cpu"))
     assert model.moe_layers[0].granularity == 2
@@ -148,6 +161,7 @@ def test_a_run_that_begins_with_a_folder_goes_through_the_curriculum_resumes_and
         (["model.path=nowhere"], "model.path: there is no folder 'nowhere'"),
         (["model.path=text.txt"], "model.path: there is no folder 'text.txt'"),
         (["model.dropout=2"], "model.dropout: 2 is not valid"),
+        (["moe=pretrained"], "moe=pretrained: the model in base has no experts. Choose moe=experts."),
     ],
 )
 def test_a_config_that_contradicts_the_folder_is_refused(place: Path, overrides: list[str], told: str) -> None:

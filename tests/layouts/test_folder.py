@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from apt_model.errors import ConfigError
 from apt_model.gpt import GPT
 from apt_model.layers.moe import MoE
 from apt_model.layouts.architecture import Architecture
-from apt_model.layouts.families import LLAMA, QWEN3
-from apt_model.layouts.folder import SEALS, WEIGHTS, WeightsFolder
+from apt_model.layouts.families import LAYOUTS, LLAMA, QWEN3
+from apt_model.layouts.folder import INDEX, SEALS, WEIGHTS, WeightsFolder
 from apt_model.layouts.reading import read_weights
 from apt_model.layouts.source import locate
 from apt_model.layouts.writing import seal, write_weights
@@ -74,6 +75,20 @@ def another_config(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
 
 
+def a_header(text: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text.encode())
+
+    return change
+
+
+def an_index(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+
+    return change
+
+
 def nothing(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
 
@@ -125,14 +140,25 @@ def config(**changes: Any) -> Callable[[Path], None]:
         (tensors(model__norm__weight=torch.ones(8, dtype=torch.int8)), "model.norm.weight is of I8"),
         (tensors(model__norm__weight=torch.full((8,), torch.nan)), "model.norm.weight has numbers that are not finite"),
         (tensors(model__layers__0__mlp__up_proj__bias=torch.ones(12)), "'model.layers.0.mlp.up_proj.bias' has no"),
+        (
+            a_header('{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}'),
+            "or damaged: its header has no names",
+        ),
+        (an_index("model-00002-of-00002.safetensors"), "has no file 'model-00002-.* names it: fetch the folder again"),
+        (an_index("../weights/model.safetensors"), "has no file '../weights/model.safetensors'"),
         (config(model_type="lama"), "model_type = 'lama' has no counterpart here. Did you mean 'llama'"),
-        (config(model_type="gpt2"), "model_type = 'gpt2' has no counterpart here. Valid names: llama, mistral"),
+        (
+            config(model_type="gpt2"),
+            "model_type = 'gpt2' has no counterpart here. Valid names: glm4_moe, llama, mistral",
+        ),
         (config(hidden_act="gelu"), "hidden_act = 'gelu' has no counterpart here"),
         (config(mlp_bias=True), "mlp_bias = True has no counterpart"),
         (config(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "of the type 'yarn' has no counterpart here"),
         (config(rope_scaling={"type": "linear"}), "rope_scaling.factor = None is no number"),
         (config(quantization_config={"bits": 4}), "quantization_config"),
         (config(hidden_size="8"), "hidden_size = '8' is no int"),
+        (config(num_hidden_layers=10**9), "num_hidden_layers = 1000000000 is no int that a model could have"),
+        (config(num_hidden_layers=10**4), "has 11 tensors, which are too few for what config.json says of layers"),
         (config(num_hidden_layers=2), "has no tensor 'model.layers.1.input_layernorm.weight'"),
     ],
 )
@@ -173,3 +199,68 @@ def test_a_place_that_is_none_is_told_with_what_could_be_meant(tmp_path: Path) -
         locate(str(tmp_path / "model.gguf"))
     with pytest.raises(ConfigError, match="cannot be fetched from the Hugging Face hub"):
         locate("nobody/nothing")  # the tests' environment asks no network
+
+
+def test_experts_that_have_no_counterpart_are_refused_by_name() -> None:
+    said = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 9,
+    }
+    said |= {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 4, "norm_topk_prob": True}
+    said |= {"shared_expert_intermediate_size": 12}
+    found = LAYOUTS["qwen2_moe"].read(said, "here")
+    assert found.experts is not None
+    assert (found.d_ff, found.experts.granularity, found.experts.shared_expert) == (12, 3, True)
+    for changes, told in (
+        ({"norm_topk_prob": None}, "norm_topk_prob = False has no counterpart here; it would have to be True"),
+        ({"num_experts": None}, "num_experts = None is no int"),
+        ({"num_experts_per_tok": 7}, "num_experts_per_tok = 7 is more than there are experts, 6"),
+        (
+            {"shared_expert_intermediate_size": 10},
+            "shared_expert_intermediate_size: the shared expert has to be as wide as",
+        ),
+        ({"shared_expert_intermediate_size": 16}, r"divides 6 \(those that there are\) and 3"),
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\] has no counterpart"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            LAYOUTS["qwen2_moe"].read(
+                {key: value for key, value in (said | changes).items() if value is not None}, "here"
+            )
+    for changes, told in (
+        ({}, "first_k_dense_replace = 1 has no counterpart here"),
+        ({"first_k_dense_replace": 0}, "partial_rotary_factor = 0.5 has no counterpart here"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            LAYOUTS["glm4_moe"].read(said | {"n_routed_experts": 6} | changes, "here")
+
+
+def test_an_adapter_is_told_from_a_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"has no config.json. It is an adapter, .*merge_and_unload"):
+        WeightsFolder(tmp_path).config  # noqa: B018
+
+
+def test_numbers_that_16_bits_have_no_room_for_are_refused(tmp_path: Path) -> None:
+    described, state = Architecture.of(SIZES), model().state_dict()
+    state["norm.weight"][3] = 70_000.0
+    pieces = list(LLAMA.tensors(described))
+    write_weights(tmp_path, LLAMA, pieces, state, "bf16", 1 << 20)
+    with pytest.raises(ConfigError, match=r"--dtype: model.norm.weight has 70000, which torch.float16 has no room for"):
+        write_weights(tmp_path, LLAMA, pieces, state, "fp16", 1 << 20)
+    state["norm.weight"][3] = torch.nan
+    with pytest.raises(ConfigError, match=r"RUN: norm.weight has numbers that are not finite"):
+        write_weights(tmp_path, LLAMA, pieces, state, "fp32", 1 << 20)
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    described, state = Architecture.of(SIZES), model().state_dict()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_weights(tmp_path, LLAMA, list(LLAMA.tensors(described)), state, "fp32", 1 << 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

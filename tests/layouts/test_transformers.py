@@ -170,6 +170,8 @@ THEIRS = {
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
     **{"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None},
 }
+NORMALISED = {"norm_topk_prob": True}
+GLM = {"moe_intermediate_size": 12, "first_k_dense_replace": 0, "partial_rotary_factor": 1.0, "head_dim": 4}
 IN: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, tied": ("LlamaConfig", {"rms_norm_eps": 1e-5, "tie_word_embeddings": True}),
     "llama, scaled": ("LlamaConfig", {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}}),
@@ -179,6 +181,27 @@ IN: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen2 with windows": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}),
     "qwen3": ("Qwen3Config", {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "sliding_window": 5}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        NORMALISED | {"num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 12, "head_dim": 8},
+    ),
+    "olmoe": ("OlmoeConfig", NORMALISED | {"num_experts": 4, "num_experts_per_tok": 1, "tie_word_embeddings": True}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        NORMALISED
+        | {
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 24,
+        },
+    ),
+    "glm4_moe": ("Glm4MoeConfig", GLM | {"n_routed_experts": 4, "num_experts_per_tok": 2, "use_qk_norm": True}),
+    "glm4_moe, wider shared experts": (
+        "Glm4MoeConfig",
+        GLM | {"n_routed_experts": 6, "num_experts_per_tok": 3, "n_shared_experts": 3, "attention_bias": True},
+    ),
 }
 
 
@@ -199,8 +222,13 @@ def save(name: str, options: dict[str, Any], folder: Path, tokenizer: str, dtype
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for path, parameter in model.named_parameters():
-            if not path.endswith("o_proj.bias"):
+            if not path.endswith(("o_proj.bias", "shared_expert_gate.weight")):
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
+        for path, parameter in (*model.named_parameters(), *model.named_buffers()):
+            if path.endswith("shared_expert_gate.weight"):
+                parameter.zero_()
+            elif path.endswith("e_score_correction_bias"):
+                parameter.normal_(std=0.1)
     model = model.to(dtype)
     model.save_pretrained(folder, max_shard_size="30KB")
     (folder / "tokenizer.json").write_text(tokenizer)
@@ -212,7 +240,16 @@ def pretrained(composed: Callable[..., RunConfig], text_file: Path) -> Callable[
     """Compose a very small run that begins with a folder."""
     rest = [override for override in SMALL if not override.startswith("model.")]
     text = ("data=text", f"data.path={text_file}", "model=pretrained", "model.seq_len=32")
-    return lambda folder, *more: composed(*rest, *text, f"model.path={folder}", *more)
+    sparse = ("moe=pretrained", "schedule=none", "schedule.enable_moe_at_epoch=0")
+
+    def compose(folder: Path, *more: str) -> RunConfig:
+        if LAYOUTS[json.loads((folder / "config.json").read_text())["model_type"]].router is not None:
+            return composed(
+                *(one for one in rest if not one.startswith("moe.")), *text, f"model.path={folder}", *sparse
+            )
+        return composed(*rest, *text, f"model.path={folder}", *more)
+
+    return compose
 
 
 def imported(config: RunConfig) -> GPT:
@@ -241,31 +278,37 @@ def test_a_round_trip_is_bitwise(
     config = pretrained(tmp_path / "in")
     there = json.loads((tmp_path / "in" / "config.json").read_text())
     ours = imported(config)
-    assert write(tmp_path / "out", ours, Architecture.of(config.values["model"]), there["model_type"], "bf16")
+    described = Architecture.of(config.values["model"], ExpertLayers.of(ours))
+    assert write(tmp_path / "out", ours, described, there["model_type"], "bf16")
     before, after = tensors(tmp_path / "in"), tensors(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    in_full = {name for name, tensor in after.items() if tensor.dtype == torch.float32}
+    assert all(name.endswith("e_score_correction_bias") for name in in_full)
     back = json.loads((tmp_path / "out" / "config.json").read_text())
     for key in ("max_position_embeddings", "rms_norm_eps", "vocab_size", "tie_word_embeddings", "num_key_value_heads"):
         assert back[key] == there[key]
     assert WeightsFolder(tmp_path / "out").architecture == WeightsFolder(tmp_path / "in").architecture
 
 
-@pytest.mark.parametrize("name", ["LlamaConfig", "MistralConfig", "Qwen2Config", "Qwen3Config"])
+@pytest.mark.parametrize("name", dict.fromkeys(name for name, _ in IN.values()))
 def test_what_a_config_does_not_say_is_what_transformers_takes_for_it(name: str) -> None:
     import transformers
 
     kind = getattr(transformers, name)
     said = {key: THEIRS[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
     said["intermediate_size"] = 24
+    if LAYOUTS[kind.model_type].router is not None:  # what has to be said
+        said |= GLM if name.startswith("Glm") else NORMALISED
+        said |= {"num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 12}
+        said[LAYOUTS[kind.model_type].expert_keys["num_experts"]] = 4
     theirs, ours = kind(**said), LAYOUTS[kind.model_type].read(said, "here")
     assert ours.max_seq_len == theirs.max_position_embeddings
     assert ours.num_kv_heads == theirs.num_key_value_heads
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or 4)
     assert (ours.norm_eps, ours.tie_embeddings) == (theirs.rms_norm_eps, theirs.tie_word_embeddings)
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
-    assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+    assert ours.sliding_window == (getattr(theirs, "sliding_window", None) or None)
 
 
 def test_the_switch_to_experts_leaves_a_pretrained_models_logits(

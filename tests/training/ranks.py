@@ -35,6 +35,7 @@ class Ranks:
         resume: Path | None = None,
         overflow: Any = None,
         backend: str | None = None,
+        dtype: str = "float32",
         small: Sequence[str] = SMALL,
     ) -> Rows:
         """Train on ``world`` ranks into ``out``; return the rows of the first.
@@ -44,6 +45,7 @@ class Ranks:
             overflow: a rank, a step and a parameter: gradients are scaled as in fp16, and what that rank holds of the
                 parameter's gradient overflows there.
             backend: what compiles graphs, if anything does; None: torch's default.
+            dtype: of parameters.
             small: overrides that come first.
 
         Raises:
@@ -58,6 +60,7 @@ class Ranks:
             resume=str(resume) if resume else None,
             overflow=overflow,
             backend=backend,
+            dtype=dtype,
         )
         codes = self.server.answer()
         assert not any(codes), "\n".join(path.read_text() for path in sorted(out.glob("error.*")))
@@ -135,6 +138,7 @@ def _train(rank: int, job: dict[str, Any], config: RunConfig) -> None:
 
     out = Path(job["out"])
     rows: Rows = []
+    torch.set_default_dtype(getattr(torch, job["dtype"]))
     if job["backend"] is not None:
         torch.compile = partial(torch.compile, backend=job["backend"])
     with process_group():

@@ -213,6 +213,22 @@ def test_experts_grow_in_shards_and_their_checkpoint_continues_in_others(
     assert state(tmp_path / "rest")["optimizer"]["blocks.1.ffn.experts.up"]["exp_avg"].shape == (8, 32, 16)
 
 
+def test_experts_grow_on_replicas_as_in_one_process_but_for_rounding(
+    group: Ranks, data: tuple[str, str], tmp_path: Path
+) -> None:
+    """In float32 rounding may send a token to the other of two copies, and Adam moves each by a gradient of its own."""
+    given = (*data, *PLAIN, "trainer.max_epochs=3", "schedule=none", "schedule.enable_moe_at_epoch=1")
+    given += ("+schedule.events.more={grow: moe, to: 8, at: 2ep}",)
+    for world in (1, 2):
+        group.train(world, tmp_path / str(world), *given, dtype="float64")
+    one, two = (state(tmp_path / str(world))["model"] for world in (1, 2))
+    assert one["blocks.0.ffn.experts.up"].shape[0] == 8
+    for name, weight in one.items():
+        assert torch.allclose(two[name], weight, rtol=0, atol=1e-12), name
+    replicas = [torch.load(tmp_path / "2" / f"plain.{rank}", weights_only=True) for rank in (0, 1)]
+    assert all(torch.equal(replicas[0][name], replicas[1][name]) for name in replicas[0])
+
+
 def test_attention_of_pretrained_models_trains_in_shards(group: Ranks, data: tuple[str, str], tmp_path: Path) -> None:
     like_qwen = ("model.num_kv_heads=1", "model.qk_norm=head", "model.tie_embeddings=false", "model.qkv_bias=true")
     given = (*data, *PLAIN, *like_qwen, "model.sliding_window=8", "schedule=none", "trainer.max_epochs=2")
