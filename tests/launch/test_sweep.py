@@ -396,7 +396,7 @@ def test_wandb_shows_the_sweep_as_a_group_and_of_each_job_all_rows(start: Start,
 @pytest.mark.parametrize("name", ["route_temp", "moe_capacity", "align_weight", "vote_threshold", "all_anneals"])
 def test_every_kept_sweep_runs_with_the_tiny_profile(start: Start, sweep: Path, name: str) -> None:
     tiny = ("profile=tiny_debug", "schedule=gpt5_moe", "trainer.max_epochs=6", "trainer.max_batches_per_epoch=1")
-    process = start(f"+sweeps={name}", *tiny)
+    process = start(f"+sweeps={name}", *tiny, "trainer.checkpoint_every_epochs=6")
     output, _ = process.communicate()
     assert process.returncode == 0, output
     jobs = states(sweep)

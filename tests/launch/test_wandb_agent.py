@@ -10,7 +10,7 @@ import pytest
 
 from apt_launch.values import from_yaml, to_yaml
 from tests.conftest import SMALL
-from tests.forks import HANGS, REPOSITORY, environment
+from tests.forks import ADDRESS, HANGS, PYTHON, REPOSITORY, address, environment
 from tests.wandb_server import WandbServer, serving
 
 
@@ -29,12 +29,16 @@ def test_wandbs_agent_runs_the_kept_sweep_and_sees_its_metric(text_file: Path, t
         }
         for number, end in enumerate((0.6, 0.8))
     ]
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").symlink_to(REPOSITORY / "tests/forked_python.py")  # what the agent runs is forked
     server = WandbServer(sweep=to_yaml(sweep), commands=[*runs, {"type": "exit"}])
     with serving(server):
         env = environment() | {
             "WANDB_BASE_URL": server.url,
             "WANDB_API_KEY": "x" * 40,
-            "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+            "PATH": f"{tmp_path}/bin:{Path(sys.executable).parent}:/usr/bin:/bin",
+            ADDRESS: address(),
+            PYTHON: sys.executable,
         }
         agent = [sys.executable, "-m", "wandb", "agent", "--count", "2", "tester/apt-launch/sweep"]
         told = subprocess.run(agent, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=HANGS, check=False)
