@@ -19,6 +19,9 @@ from apt_launch.config.load import parse
 from apt_launch.lease import read_holder
 from apt_launch.planning import gather
 from apt_launch.runs.train import train
+from apt_launch.sweep.control.send import prepare
+from apt_launch.sweep.jobs.state import transition
+from apt_launch.sweep.jobs.trunk import needed
 from apt_launch.sweep.plan.plan import Plan
 from apt_launch.sweep.plan.tree import longest_path, outline, saving, tree_lines
 from apt_launch.values import from_yaml, read_frozen, to_yaml
@@ -172,6 +175,17 @@ def test_a_plan_keeps_its_tree_and_refuses_one_that_means_nothing(base: list[str
         (tmp_path / "plan.yaml").write_text(to_yaml(kept))
         with pytest.raises(ConfigError, match=r"plan\.yaml: .*Restore it from a copy"):
             Plan.read(tmp_path)
+
+
+def test_nobody_keeps_anything_for_a_job_that_is_sent_without_its_trunk(base: list[str], tmp_path: Path) -> None:
+    plan = gather([*base, ENDS[0], "launch.share=true"])
+    plan.write(tmp_path)
+    prepare(plan, tmp_path, plan.jobs)
+    assert not shared(tmp_path)
+    transition(folder(tmp_path, 0), "dropped")
+    prepare(plan, tmp_path, plan.jobs[1:])
+    assert shared(tmp_path) == [0]
+    assert not needed(tmp_path, plan.awaited(plan.jobs[0]))
 
 
 def test_a_dry_run_shows_the_tree(base: list[str], sweep: Path) -> None:

@@ -14,7 +14,7 @@ from apt_launch.sweep.backends.base import Backend
 from apt_launch.sweep.control.follow import follow, say
 from apt_launch.sweep.control.ledger import Ledger
 from apt_launch.sweep.control.rungs import described, rule_of, write_rule
-from apt_launch.sweep.jobs.trunk import GRAFT, trunk
+from apt_launch.sweep.jobs.trunk import GRAFT, has_begun, trunk
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
 from apt_launch.sweep.plan.tree import outline, saved
@@ -183,11 +183,14 @@ def prepare(plan: Plan, folder: Path, jobs: Sequence[Job]) -> list[str]:
         }
         if plan.program is not None:
             about["program"] = asdict(plan.program)
-        if job.fork is not None and _comes(plan, folder, job.fork, sent):
+        comes = job.fork is not None and _comes(plan, folder, job.fork, sent)
+        if job.fork is not None and comes:
             about["fork"] = asdict(job.fork)
         write_json(own / "job.json", about | _awaited(plan, job))
         if job.fork is not None and not application.has_checkpoint(own):
             (own / GRAFT).unlink(missing_ok=True)
+            if not comes:  # nobody keeps anything for it
+                has_begun(application, own, job.fork, 0)
     for job in plan.jobs:  # others begin with what it has kept: those that are new, too
         if job.folder not in sent and (forks := _awaited(plan, job)):
             path = folder / job.folder / "job.json"
