@@ -21,18 +21,18 @@ def converted(file: Path) -> Path:
     Raises:
         ConfigError: libraries are missing, or transformers cannot read the file.
     """
-    missing = [name for name in ("transformers", "gguf") if find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"{KEY}: {file} is read by transformers with the package gguf, and {' and '.join(missing)} cannot be found. Run: "
-            "pip install 'apt-launch[hf]' gguf"
-        )
     about = file.stat()
     name = hashlib.sha256(json.dumps([str(file.absolute()), about.st_size, about.st_mtime_ns]).encode()).hexdigest()[
         :32
     ]
     folder = in_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache", KEY) / "apt_launch" / f"gguf-{name}"
     if not folder.exists():
+        missing = [name for name in ("transformers", "gguf") if find_spec(name) is None]
+        if missing:
+            raise ConfigError(
+                f"{KEY}: {file} is read by transformers with the package gguf, and {' and '.join(missing)} cannot be found. Run: "
+                "pip install 'apt-launch[hf]' gguf"
+            )
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
