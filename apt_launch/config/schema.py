@@ -115,6 +115,7 @@ class MoEConfig(Group):
     balance_loss_weight: NotNegative
     z_loss_weight: NotNegative
     bias_update_rate: NotNegative
+    balance_scope: Literal["global", "micro"] = "micro"  # what runs of earlier versions had
     jitter: BelowOne
     shared_expert: Annotated[bool, Role.FIXED]
 
@@ -464,6 +465,7 @@ NEW: Final[dict[str, Any]] = {"loss": {"_target_": None}, "callbacks": {}}
 
 NEW_KEYS: Final[dict[str, Any]] = {
     **{"trainer.init_from": None, "trainer.ema": None, "data.bos": None},
+    "moe.balance_scope": "micro",
     **{"model.num_kv_heads": None, "model.head_dim": None, "model.tie_embeddings": True},
     **{"model.rope_theta": 10000.0, "model.rope_scaling": None, "model.norm_eps": None},
     **{"model.qk_norm": None, "model.qkv_bias": False, "model.sliding_window": None},

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from apt_model.data import Corpus, Sampler
 from apt_model.data.batches import Batches
 from apt_model.errors import CheckpointError, ConfigError, HorizonError, TrainingError
+from apt_model.layers import balance
+from apt_model.layers.counted import IGNORED
 from apt_model.schedule import Anneal, Change, Clock, ScheduleRunner
 from apt_model.schedule.targets import OF_OPTIMIZER
 from apt_model.training.callbacks import Callback, Callbacks, Named
@@ -159,6 +161,7 @@ class BaseTrainer(ScheduleDriver):
         self.batches_done = 0  # of this epoch
         self.updates_done = 0  # of this epoch, skipped ones not counted
         self.updates_skipped = 0  # of this epoch
+        self._weights: Tensor | None = None  # of the batches of an update; None: they count alike
         self.rows = 0
         self.seconds = 0.0
         self._saved_at = 0.0  # of these seconds
@@ -285,6 +288,38 @@ class BaseTrainer(ScheduleDriver):
         """The learning rate at the clock."""
         return self.base_lr * (self._lr_factor(self.clock) if self._lr_factor else 1.0)
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether batches of an update have to know of each other before the first."""
+        over_update = any(
+            layer.enabled and layer.balance_scope == "global" and "balance_loss_weight" in layer.expected
+            for layer in self.moe_layers
+        )
+        return self.train_batches.masked or (over_update and self.accumulate > 1)
+
+    def look_ahead(self, batches: Sequence[Batch]) -> None:
+        """Learn of this rank's share of an update's batches how much each counts, and each expert's load; all ranks call it."""
+        self._weights = None
+        if not self.looks_ahead:
+            return
+        if self.train_batches.masked:
+            counts = torch.stack([(targets != IGNORED).sum() for _, targets in batches]).double()
+            mean = self.over_ranks(counts.sum()) / (len(batches) * self.ranks.world)
+            self._weights = (counts / mean.clamp(min=1e-9)).float()
+        if len(batches) > 1:
+            self._count_loads(batches)
+
+    @torch.no_grad()
+    def _count_loads(self, batches: Sequence[Batch]) -> None:
+        """Have layers count slots of a whole update, whose forward passes will draw the same random numbers again."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), compiling() if self.compiled else nullcontext():
+            for tokens, targets in batches:
+                with self._autocast():
+                    self.forward(self.model, tokens, targets, with_metrics=False)
+        self.engine.rest()
+        balance.settle_loads(self.moe_layers)
+
     def loss_of(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of a batch, 0-dim, to go backward from; tokens and targets: (batch, seq).
 
@@ -296,11 +331,14 @@ class BaseTrainer(ScheduleDriver):
             output = self.forward(self.engine.forward, tokens, targets, with_metrics=self.meter.with_metrics)
         assert output.language_loss is not None
         loss: Tensor = output.language_loss + output.auxiliary_loss
+        weight = None if self._weights is None else self._weights[self.meter.num_batches]
+        if weight is not None:
+            loss = loss * weight
         if not loss.requires_grad:
             raise TrainingError(
                 f"every parameter is frozen at {self.clock}: there is nothing to train. See schedule.events."
             )
-        self.meter.add_batch(output)
+        self.meter.add_batch(output, weight)
         self.count(samples=len(tokens) * self.ranks.world, tokens=tokens.numel() * self.ranks.world)
         return loss
 

@@ -154,6 +154,15 @@ def average_buffers(model: nn.Module) -> None:
         buffer.copy_(mean.view_as(buffer))
 
 
+def sum_of(values: Tensor) -> Tensor:
+    """Return the sum of ``values`` over ranks, which all call it."""
+    if Ranks.of_group().world == 1:
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total
+
+
 def _mean(values: Tensor) -> Tensor:
     """Replace ``values`` by their means over ranks, in place."""
     dist.all_reduce(values)

@@ -62,12 +62,20 @@ class Meter:
         self.has_row, self.with_metrics, self.in_full = has_row, with_metrics, in_full
         self._began = time.perf_counter()
 
-    def add_batch(self, output: Output) -> None:
-        """Record a forward pass."""
+    def add_batch(self, output: Output, weight: Tensor | None = None) -> None:
+        """Record a forward pass.
+
+        Args:
+            weight: 0-dim; how much it counts, 1 in the mean over an update; None: as much as the others.
+        """
         assert output.language_loss is not None
-        self._losses.append(output.language_loss.detach())
-        self._auxiliary.append(output.auxiliary_loss.detach())
-        self._metrics.append(output.metrics)
+        loss, auxiliary, metrics = output.language_loss.detach(), output.auxiliary_loss.detach(), output.metrics
+        if weight is not None:
+            loss, auxiliary = loss * weight, auxiliary * weight
+            metrics = {name: value * weight for name, value in metrics.items()}
+        self._losses.append(loss)
+        self._auxiliary.append(auxiliary)
+        self._metrics.append(metrics)
         if output.routing is not None:
             self._routing.append(output.routing)
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from apt_model.errors import ConfigError
 from apt_model.gpt import GPT, Output
+from apt_model.layers.balance import complete
+from apt_model.layers.counted import IGNORED, counted_positions
 from apt_model.layers.in_place import MoEInPlace, layers_in_place, moe_layers
 from apt_model.layers.metrics import METRICS
 from apt_model.layers.moe import Lineage, MoE
@@ -147,9 +149,10 @@ class Forward:
             more = {"with_hidden": True} if self._wants_hidden else {}
             output: Output = run(tokens, targets, with_metrics=with_metrics, **more)
         else:
+            counted = counted_positions(targets) if self.layers else None
             for layer in self.layers:
-                layer.with_metrics = with_metrics
-                if self.model.training:
+                layer.with_metrics, layer.counted = with_metrics, counted
+                if self.model.training and not layer.driven:
                     layer.balance()
             output = self._output(self._run(run, tokens, targets, with_metrics), targets)
             output = self._with_reports(output)
@@ -184,7 +187,7 @@ class Forward:
             states = values.get("hidden_states")
             hidden = values.get("hidden") if states is None else states[-1]
         if not isinstance(loss, Tensor) and isinstance(logits, Tensor) and logits.dim() == 3:
-            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             raise ConfigError(
                 f"model: {type(self.model).__name__} returned {_described(found)}. The loop takes a loss (a tensor of one "
@@ -194,9 +197,10 @@ class Forward:
 
     def _with_reports(self, output: Output) -> Output:
         """Add what layers of experts have to say."""
-        reports = [report for layer in self.layers if (report := layer.take_report()) is not None]
-        if not reports:
+        given = [(layer, report) for layer in self.layers if (report := layer.take_report()) is not None]
+        if not given:
             return output
+        reports = complete([layer for layer, _ in given], [report for _, report in given])
         auxiliary = output.auxiliary_loss + torch.stack([report.loss for report in reports]).mean()
         sums = [report.sums for report in reports if report.sums is not None]
         if not sums:
