@@ -1,15 +1,18 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from apt_launch.config.run_config import RunConfig
 from apt_launch.runs.build import build_trainer
+from apt_model.data.batches import Batches
 from apt_model.errors import CallbackError, ConfigError, HorizonError, Interrupted, NonFiniteError
+from apt_model.layers.counted import IGNORED
 from apt_model.schedule import Clock
 from apt_model.training.callbacks import Callback
 from apt_model.training.checkpoint import Checkpoints, newest_intact
@@ -139,6 +142,78 @@ def test_accumulating_batches_equals_one_larger_batch(small: Small) -> None:
     two.trainer.fit()
     for name, weight in one.weights().items():
         assert torch.allclose(weight, two.weights()[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+def test_experts_are_balanced_over_the_batches_of_an_update_as_over_one_larger_batch(small: Small, router: str) -> None:
+    given = (*ROUTED, "trainer.grad_clip=null", "moe.balance_scope=global", f"moe.router={router}")
+    given += ("moe.balance_loss_weight=1", "moe.upcycling=noise", "moe.bias_update_rate=0.05", "trainer.max_epochs=3")
+    larger = ("trainer.batch_size=4", "trainer.max_batches_per_epoch=2")
+    shares = ("trainer.batch_size=2", "trainer.max_batches_per_epoch=4", "trainer.accumulate=2")
+    runs = []
+    for more in (larger, shares, (*larger, "moe.balance_scope=micro")):
+        runs.append(Run(small(*given, *more)))
+        runs[-1].trainer.fit()
+    one, two, micro = runs
+    for name in ("train/loss", "train/auxiliary_loss", "moe/balance_loss", "moe/layer_01/balance_loss"):
+        assert two.rows[0][name] == pytest.approx(one.rows[0][name], rel=1e-5), name
+    for name, weight in one.weights().items():
+        assert torch.allclose(weight, two.weights()[name], atol=2e-5), name
+        assert torch.allclose(weight, micro.weights()[name], atol=2e-5), (
+            "of one batch there is nothing else to balance over"
+        )
+    if router == "sigmoid":
+        bias = two.weights()["blocks.0.ffn.router.bias"]
+        assert torch.allclose(bias, (bias / 0.05).round() * 0.05), "so many whole steps"
+        assert bias.abs().max() <= 0.05 * 6 + 1e-6, "one an update at the most"
+
+
+class Masked(Batches):
+    """Leaves out some targets, of each sequence another number."""
+
+    masked = True
+
+    def epoch(self, epoch: int, **where: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for tokens, targets in super().epoch(epoch, **where):
+            left_out = torch.arange(tokens.shape[1]) < tokens[:, :1] % 13
+            yield tokens, targets.masked_fill(left_out, IGNORED)
+
+
+def test_each_target_counts_the_same_however_many_its_batch_has(small: Small) -> None:
+    runs = []
+    given = (*ROUTED, "moe.balance_scope=global", "moe.balance_loss_weight=1", "trainer.grad_clip=null")
+    for more in (
+        ("trainer.batch_size=4", "trainer.max_batches_per_epoch=2"),
+        ("trainer.batch_size=1", "trainer.max_batches_per_epoch=8", "trainer.accumulate=4"),
+    ):
+        run = Run(small(*given, *more, "trainer.log_every=1"))
+        run.trainer.train_batches = Masked(run.trainer.train_batches.tokens, run.trainer.train_batches.sampler)
+        run.trainer.fit()
+        runs.append(run)
+    one, many = runs
+    whole, parts = ([row for row in run.rows if "train/loss" in row] for run in runs)
+    for name in (
+        "train/loss",
+        "train/auxiliary_loss",
+        "train/grad_norm",
+        "moe/balance_loss",
+        "moe/load_entropy",
+        "tokens",
+    ):
+        assert [row[name] for row in parts] == pytest.approx([row[name] for row in whole], rel=1e-4), name
+    for name, weight in one.weights().items():
+        assert torch.allclose(weight, many.weights()[name], atol=2e-5), name
+
+
+def test_slots_of_an_update_are_those_that_its_batches_then_have(small: Small) -> None:
+    draws = ("moe.jitter=0.3", "model.dropout=0.2", "trainer.accumulate=2", "trainer.max_epochs=1")
+    trainer = Run(small(*ROUTED, "moe.balance_scope=global", *draws, "trainer.activation_checkpointing=true")).trainer
+    trainer.fit()
+    counts = torch.stack(trainer.meter._routing).sum(dim=0)[:, -4:]  # of the last update
+    for layer, found in zip(trainer.model.moe_layers, counts, strict=True):
+        assert found.sum() == 2 * 2 * 2 * 16, "two batches of two sequences of 16 tokens, at two experts each"
+        assert torch.equal(layer.load * found.sum(), found)
+        assert torch.equal(layer.counts.float(), found), "a pass that is computed again is not counted again"
 
 
 ROUTED = ("schedule=none", "schedule.enable_moe_at_epoch=0", "trainer.max_epochs=2", "moe.capacity_factor=null")
