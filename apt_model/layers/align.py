@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apt_model.layers.counted import IGNORED, Counted, mean_over
+from apt_model.layers.counted import IGNORED, Counted
 from apt_model.schedule.targets import NOT_NEGATIVE, Domain
 
 
@@ -108,14 +108,16 @@ class BiStateAlignment(nn.Module):
         stable = F.normalize(stable.detach().float(), dim=-1)
         similarity = torch.einsum("itr,jtr->tij", fluid, stable)  # (seq, batch, batch)
         own = torch.arange(fluid.shape[0], device=fluid.device).expand(fluid.shape[1], -1)
-        matching = similarity.diagonal(dim1=1, dim2=2)  # (seq, batch)
         scores = similarity / self.tau
-        if counted is None:
-            return F.cross_entropy(scores.flatten(0, 1), own.flatten()), matching.mean()
-        here = counted._replace(mask=counted.mask.t())
-        scores = scores.masked_fill(
-            ~here.mask.unsqueeze(1), -1e9
-        )  # finite: where no sequence counts there are no others
-        own = own.masked_fill(~here.mask, IGNORED)
+        if counted is not None:
+            here = counted.mask.t()  # (seq, batch)
+            scores = scores.masked_fill(
+                ~here.unsqueeze(1), -1e9
+            )  # finite: where no sequence counts there are no others
+            own = own.masked_fill(~here, IGNORED)
+            similarity = similarity.masked_fill(~here.unsqueeze(1), 0.0)
         loss = F.cross_entropy(scores.flatten(0, 1), own.flatten(), ignore_index=IGNORED)
-        return loss.where(here.mask.any(), 0.0), mean_over(here, matching)
+        agreement = similarity.diagonal(dim1=1, dim2=2).mean()
+        if counted is not None:
+            loss, agreement = loss.where(here.any(), 0.0), agreement * counted.scale
+        return loss, agreement
