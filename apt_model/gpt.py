@@ -19,9 +19,10 @@ from apt_model.layers.feed_forward import FeedForward
 from apt_model.layers.metrics import METRICS
 from apt_model.layers.moe import Lineage, MoE, MoEReport
 from apt_model.layers.norm import RMSNorm
+from apt_model.layers.router import z_loss
 from apt_model.layers.tally import layer_metrics, model_metrics
 from apt_model.layers.voter import EntropyVoter
-from apt_model.schedule.targets import BELOW_ONE, Domain, matching
+from apt_model.schedule.targets import BELOW_ONE, NOT_NEGATIVE, Domain, matching
 
 
 class Output(NamedTuple):
@@ -81,6 +82,7 @@ class GPT(nn.Module):
         ffn: a name of :data:`apt_model.layers.feed_forward.FFN`.
         dropout: share of the channels that attention and feed-forward layers drop in training.
         label_smoothing: share of the target that training spreads over all tokens (arXiv:1512.00567).
+        z_loss_weight: weight of the mean squared logsumexp of the logits, in training (z-loss; PaLM, arXiv:2204.02311).
         loss_chunk: tokens whose logits are held at once while the loss is computed; None: all. Costs one more product with
             the embedding, and spares most of what a large vocabulary needs.
         num_kv_heads, head_dim, rope_theta, rope_scaling, qk_norm, qkv_bias, sliding_window: see :class:`SelfAttention`.
@@ -91,8 +93,9 @@ class GPT(nn.Module):
         voter: builds the voter.
     """
 
-    scheduled: ClassVar[dict[str, Domain]] = {"label_smoothing": BELOW_ONE}
+    scheduled: ClassVar[dict[str, Domain]] = {"label_smoothing": BELOW_ONE, "z_loss_weight": NOT_NEGATIVE}
     label_smoothing: Tensor
+    z_loss_weight: Tensor
 
     def __init__(
         self,
@@ -107,6 +110,7 @@ class GPT(nn.Module):
         ffn: str = "swiglu",
         dropout: float = 0.0,
         label_smoothing: float = 0.0,
+        z_loss_weight: float = 0.0,
         loss_chunk: int | None = None,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
@@ -126,7 +130,9 @@ class GPT(nn.Module):
         self.loss_chunk = loss_chunk
         self.activation_checkpointing = False  # whether the backward pass computes blocks again instead of keeping them
         self.register_buffer("label_smoothing", torch.tensor(float(label_smoothing)), persistent=False)
-        self.expected = {"label_smoothing"} if label_smoothing else set[str]()
+        self.register_buffer("z_loss_weight", torch.tensor(float(z_loss_weight)), persistent=False)
+        given = {"label_smoothing": label_smoothing, "z_loss_weight": z_loss_weight}
+        self.expected = {name for name, value in given.items() if value}
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.blocks = nn.ModuleList(
             Block(
@@ -191,18 +197,21 @@ class GPT(nn.Module):
                     layer.balance()
         counted = None if targets is None else counted_positions(targets)
         hidden, reports, alignment = self._hidden(tokens, with_metrics=with_metrics, counted=counted)
-        logits = loss = None
+        logits = loss = z = None
         if targets is None:
             logits, votes = self.voter(hidden, self.head(hidden), self.head)
         elif self.loss_chunk is None:
-            logits, loss, votes = self._predict(hidden, targets, counted)
+            logits, loss, z, votes = self._predict(hidden, targets, counted)
         else:
-            loss, votes = self._loss_in_chunks(
+            loss, z, votes = self._loss_in_chunks(
                 hidden.flatten(0, 1), targets.flatten(), self.loss_chunk, None if counted is None else counted.flat()
             )
         auxiliary = torch.zeros((), device=hidden.device)
         metrics = dict(votes)
         routing = None
+        if z is not None:
+            auxiliary = auxiliary + self.z_loss_weight * z
+            metrics["head/z_loss"] = z.detach()
         if reports:
             reports = complete([layer for layer in self.moe_layers if layer.enabled], reports)
             auxiliary = auxiliary + torch.stack([report.loss for report in reports]).mean()
@@ -251,16 +260,24 @@ class GPT(nn.Module):
 
     def _predict(
         self, hidden: Tensor, targets: Tensor, counted: Counted | None = None
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return logits (..., vocab_size), their mean loss, and the voter's metrics; hidden: (..., d_model), targets: (...)."""
+    ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
+        """Return logits (..., vocab_size), their mean loss and z-loss, and the voter's metrics.
+
+        Args:
+            hidden: (..., d_model).
+            targets: (...).
+        """
         logits, votes = self.voter(hidden, self.head(hidden), self.head, counted)
-        return logits, self._loss(logits.float().flatten(0, -2), targets.flatten(), counted), votes
+        flat = logits.float().flatten(0, -2)
+        counted = None if counted is None else counted.flat()
+        z = z_loss(flat, counted) if self.training and "z_loss_weight" in self.expected else None
+        return logits, self._loss(flat, targets.flatten(), counted), z, votes
 
     def _loss_in_chunks(
         self, hidden: Tensor, targets: Tensor, chunk: int, counted: Counted | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """Do what :meth:`_predict` does, a few tokens at a time; the backward pass computes their logits again."""
-        losses, votes = [], []
+        losses, zs, votes = [], [], []
         of_chunk: Counted | None
         share: float | Tensor
         for number, (some, wanted) in enumerate(
@@ -271,16 +288,17 @@ class GPT(nn.Module):
                 of_chunk = Counted.of(counted.mask[number * chunk : number * chunk + len(wanted)])
                 share = of_chunk.mask.sum() / counted.mask.sum().clamp(min=1)
             given = (some, wanted, of_chunk)
-            loss, metrics = checkpoint(lambda *given: self._predict(*given)[1:], *given, use_reentrant=False)
+            loss, z, metrics = checkpoint(lambda *given: self._predict(*given)[1:], *given, use_reentrant=False)
             losses.append(loss * share)
+            zs += [] if z is None else [z * share]
             votes.append({name: value * share for name, value in metrics.items()})
-        return torch.stack(losses).sum(), {name: torch.stack([v[name] for v in votes]).sum() for name in votes[0]}
+        z = torch.stack(zs).sum() if zs else None
+        return torch.stack(losses).sum(), z, {name: torch.stack([v[name] for v in votes]).sum() for name in votes[0]}
 
     def _loss(self, logits: Tensor, targets: Tensor, counted: Counted | None) -> Tensor:
         """Return the mean cross-entropy of ``logits`` (tokens, vocab_size); smoothed in training where that was asked for."""
         loss = F.cross_entropy(logits, targets, ignore_index=IGNORED)
         if counted is not None:
-            counted = counted.flat()
             loss = loss.where(counted.mask.any(), 0.0)
         if not (self.training and "label_smoothing" in self.expected):
             return loss

@@ -63,6 +63,7 @@ def run_once(
     """
     from apt_model.training.checkpoint import Checkpoints
     from apt_model.training.distributed import barrier
+    from apt_model.training.profiling import Profile
     from apt_model.training.watchdogs import CollapseWatch, SpikeWatch, Watchdog
 
     began = time.time()
@@ -71,6 +72,8 @@ def run_once(
     minutes = config.trainer.stall_minutes
     watchdog = Watchdog(folder.log, stall_seconds=60 * minutes if minutes else None)
     drill = Drill(folder.path, config)
+    wanted = config.trainer.profile
+    profiles = [Profile(folder.path / "profile", at=wanted.at, steps=wanted.steps)] if wanted else []
     checkpoints = Checkpoints(
         folder.checkpoints,
         keep_last=config.trainer.keep_last,
@@ -83,7 +86,7 @@ def run_once(
     )
     trainer = build_trainer(  # before anything is written: what it refuses leaves the folder as it was
         config,
-        callbacks=[progress_callback(), SpikeWatch(), CollapseWatch(), watchdog, *drill.callbacks],
+        callbacks=[progress_callback(), SpikeWatch(), CollapseWatch(), watchdog, *profiles, *drill.callbacks],
         checkpoints=checkpoints,
         resume=resume.checkpoint if resume else None,
         leave_out=left_out,

@@ -30,16 +30,20 @@ from apt_model.training.meter import Meter, Row
 from apt_model.training.optimizer import groups_for, named_state
 from apt_model.training.options import CheckpointOptions, ComputeOptions, LoopOptions, NonFinitePolicy
 from apt_model.training.parallel import engine
+from apt_model.training.qk_clip import QKClip
 from apt_model.training.randomness import random_state
 from apt_model.training.saved_state import read_state
 from apt_model.training.schedule_driver import ScheduleDriver, bind, restore_weights
-from apt_model.training.sharding import clip_gradients, gathered_state
-from apt_model.training.subject import Forward, Loss, recompute_blocks
+from apt_model.training.sharding import clip_gradients, gathered_state, gradient_norm
+from apt_model.training.subject import Forward, Loss, parameter_parts, recompute_blocks
 from apt_model.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]
+
+OF_PARTS = ("moe/layer_", "train/grad_norm/")
+"""Metrics that are computed for rows in full, as is the cosine of experts, by how their names begin."""
 
 
 class BaseTrainer(ScheduleDriver):
@@ -123,6 +127,7 @@ class BaseTrainer(ScheduleDriver):
                 f"{self.ranks.world}."
             )
         self.model = model.to(self.device).train()
+        self.qk_clip = None if loop.qk_clip is None else QKClip(self.model, loop.qk_clip)
         recompute_blocks(self.model, compute.activation_checkpointing)
         self.forward = Forward(self.model, loss)
         self.engine = engine(
@@ -268,7 +273,7 @@ class BaseTrainer(ScheduleDriver):
         self.meter.begin_update(
             has_row=has_row,
             with_metrics=has_row or any(name.startswith("moe/") for name in watched),
-            in_full=regular or any(name.startswith("moe/layer_") or name == "moe/expert_cosine" for name in watched),
+            in_full=regular or any(name.startswith(OF_PARTS) or name == "moe/expert_cosine" for name in watched),
         )
         return changes
 
@@ -351,6 +356,8 @@ class BaseTrainer(ScheduleDriver):
         Raises:
             NonFiniteError: it is not finite and nothing would skip the update, or the loss is not.
         """
+        if self.meter.in_full:
+            self.meter.add_part_norms({part: gradient_norm(of) for part, of in parameter_parts(self.model).items()})
         norm = clip_gradients(self.model.parameters(), self.loop.largest_norm)
         self.meter.add_norm(self.clock, norm, scaled=scaled)
         if self.meter.reads_every_update:
@@ -368,11 +375,15 @@ class BaseTrainer(ScheduleDriver):
     def end_update(self, metrics: Mapping[str, float] | None = None) -> None:
         """Count an update that has happened, log it where it is due, and advance the clock."""
         row: Row = {}
+        if self.qk_clip is not None:
+            self.qk_clip()
         if self.average is not None:
             self.average.update()
         if self.meter.has_row or self.meter.reads_every_update:
             self.meter.read()
             row = self.meter.numbers() | {"lr": self.lr} | self.meter.model_metrics()
+            if self.qk_clip is not None:
+                row["train/max_attention_logit"] = self.qk_clip.largest.item()
         self.meter.add_work(tokens=self.tokens, seconds=self._take_time())
         self.updates_done += 1
         if self.meter.has_row:
@@ -384,6 +395,8 @@ class BaseTrainer(ScheduleDriver):
     def skip_update(self) -> None:
         """Record an update that was skipped; the clock stays."""
         self._take_time()
+        if self.qk_clip is not None:
+            self.qk_clip.forget()
         self.updates_skipped += 1
         super().skip_update()
 

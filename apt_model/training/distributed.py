@@ -163,6 +163,15 @@ def sum_of(values: Tensor) -> Tensor:
     return total
 
 
+def largest_of(values: Tensor) -> Tensor:
+    """Return the largest of ``values`` over ranks, which all call it."""
+    if Ranks.of_group().world == 1:
+        return values
+    found = values.clone()
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found
+
+
 def _mean(values: Tensor) -> Tensor:
     """Replace ``values`` by their means over ranks, in place."""
     dist.all_reduce(values)

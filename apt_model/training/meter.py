@@ -52,6 +52,7 @@ class Meter:
         self._auxiliary: list[Tensor] = []
         self._metrics: list[dict[str, Tensor]] = []
         self._routing: list[Tensor] = []
+        self._part_norms: Mapping[str, Tensor] = {}
         self._pending: list[PendingUpdate] = []
         self._numbers: Row = {}  # of the last update that was read
         self._tokens, self._seconds = 0, 0.0  # since the last row
@@ -59,6 +60,7 @@ class Meter:
     def begin_update(self, *, has_row: bool, with_metrics: bool, in_full: bool) -> None:
         """Forget the batches of the update before; see the attributes for what is wanted of this one."""
         self._losses, self._auxiliary, self._metrics, self._routing = [], [], [], []
+        self._part_norms = {}
         self.has_row, self.with_metrics, self.in_full = has_row, with_metrics, in_full
         self._began = time.perf_counter()
 
@@ -93,6 +95,10 @@ class Meter:
         losses, auxiliary = torch.stack(self._losses).mean(), torch.stack(self._auxiliary).mean()
         self.last_loss = losses
         self._pending.append(PendingUpdate(clock, losses, auxiliary, norm, scaled))
+
+    def add_part_norms(self, norms: Mapping[str, Tensor]) -> None:
+        """Record the norms of the gradients of the model's parts, 0-dim each."""
+        self._part_norms = norms
 
     def read(self) -> None:
         """Read the numbers of updates that were made since the last call, all at once.
@@ -130,6 +136,7 @@ class Meter:
         names = self._metrics[-1]
         means = {name: torch.stack([metrics[name] for metrics in self._metrics]).mean() for name in names}
         row = {name: value.item() for name, value in self._mean(means).items()}
+        row |= {f"train/grad_norm/{part}": norm.item() for part, norm in self._part_norms.items()}
         if not self._routing:
             return row
         sums = torch.stack(self._routing).sum(dim=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +12,15 @@ from torch import Tensor, nn
 
 from apt_model.errors import ConfigError
 from apt_model.gpt import GPT, Output
+from apt_model.layers.align import BiStateAlignment
+from apt_model.layers.attention import SelfAttention
 from apt_model.layers.balance import complete
 from apt_model.layers.counted import IGNORED, counted_positions
+from apt_model.layers.feed_forward import Experts, FeedForward
 from apt_model.layers.in_place import MoEInPlace, layers_in_place, moe_layers
 from apt_model.layers.metrics import METRICS
 from apt_model.layers.moe import Lineage, MoE
+from apt_model.layers.router import Router
 from apt_model.layers.tally import layer_metrics, model_metrics
 from apt_model.schedule.targets import matching
 
@@ -90,6 +94,30 @@ def take_lineage(model: nn.Module) -> list[Lineage]:
         lineage += layer.lineage
         layer.lineage = []
     return lineage
+
+
+PARTS: Final[dict[type[nn.Module], str]] = {
+    SelfAttention: "attention",
+    Experts: "experts",
+    Router: "router",
+    FeedForward: "feed_forward",
+    nn.Embedding: "embedding",
+    BiStateAlignment: "align",
+}
+"""Parts of a model whose gradients are reported by themselves, by the modules that hold their parameters."""
+
+
+def parameter_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Return the parameters of ``model`` by part: :data:`PARTS`, and ``other``, such as norms and a head of its own."""
+    part_of: dict[nn.Parameter, str] = {}
+    for module in model.modules():
+        for kind, part in PARTS.items():
+            if isinstance(module, kind):
+                part_of |= dict.fromkeys(module.parameters(), part)
+    found: dict[str, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        found.setdefault(part_of.get(parameter, "other"), []).append(parameter)
+    return found
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
