@@ -228,6 +228,23 @@ def test_auxiliary_losses_are_the_layers_mean_and_the_alignment() -> None:
 
 
 @pytest.mark.parametrize("loss_chunk", [None, 7])
+def test_the_z_loss_is_the_mean_squared_logsumexp_in_training_alone(loss_chunk: int | None) -> None:
+    gpt, plain = model(loss_chunk=loss_chunk, z_loss_weight=0.5), model()
+    tokens, targets = torch.randint(0, 50, (2, 2, 20))
+    targets[1, 5:] = IGNORED
+    output, reference = gpt(tokens, targets), plain(tokens, targets)
+    z = reference.logits.logsumexp(dim=-1).square()[targets != IGNORED].mean()
+    assert output.metrics["head/z_loss"].item() == pytest.approx(z.item(), rel=1e-5)
+    assert output.auxiliary_loss.item() == pytest.approx(0.5 * z.item(), rel=1e-5)
+    assert output.language_loss.item() == pytest.approx(reference.language_loss.item(), rel=1e-6)
+    (output.language_loss + output.auxiliary_loss).backward()
+    (reference.language_loss + 0.5 * z).backward()
+    for one, other in zip(gpt.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(one.grad, other.grad, atol=1e-6)
+    assert gpt.eval()(tokens, targets).auxiliary_loss == 0.0
+
+
+@pytest.mark.parametrize("loss_chunk", [None, 7])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_padding_is_part_of_no_loss_and_no_metric(loss_chunk: int | None, smoothing: float) -> None:
     gpt = model(moe={"capacity_factor": None, "router": "sigmoid"}, loss_chunk=loss_chunk, label_smoothing=smoothing)

@@ -294,7 +294,7 @@ class TrainerConfig(Group):
     keep_best: Annotated[int, Field(ge=0), Role.PROCESS]
     keep_every: Annotated[Positive | None, Role.PROCESS]
     on_nonfinite: Literal["stop", "skip", "rollback"]
-    profile: Annotated[ProfileConfig | None, Role.NEUTRAL] = None
+    profile: Annotated[ProfileConfig | None, Role.PROCESS] = None
     stall_minutes: Annotated[PositiveNumber | None, Role.PROCESS]
     keep_freed_memory: Annotated[bool, Role.PROCESS]
     onednn_products: Annotated[bool, Role.PROCESS, Reach.ALL]

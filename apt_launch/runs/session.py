@@ -25,6 +25,7 @@ from apt_launch.runs.forks import NO_FORKS, Forks
 from apt_launch.runs.projections import project
 from apt_launch.runs.provenance import provenance
 from apt_launch.runs.stop import StopRequest
+from apt_launch.runs.utilisation import with_utilisation
 from apt_launch.tracking.deliver import Membership
 from apt_launch.tracking.projection import Tracking
 from apt_model.data.tokenizer import read_tokenizer
@@ -155,7 +156,7 @@ class Session:
         if self.config.corpus.tokenizer_file is not None:  # what the weights mean without the corpus
             write_atomic(folder.tokenizer, read_tokenizer(self.config.corpus.tokenizer_file))
         self.tracking = Tracking(Record(folder.metrics, keep_rows=keep_rows))
-        trainer.log = self.tracking.log
+        trainer.log = with_utilisation(self.tracking.log, self.config, trainer)
         checkpoints.before = self.tracking.record.sync
 
     def start(self, member: Membership | None) -> None:

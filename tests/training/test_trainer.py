@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +18,7 @@ from apt_model.layers.counted import IGNORED
 from apt_model.schedule import Clock
 from apt_model.training.callbacks import Callback
 from apt_model.training.checkpoint import Checkpoints, newest_intact
+from apt_model.training.profiling import Profile
 from apt_model.training.trainer import Trainer
 
 Small = Callable[..., RunConfig]
@@ -575,3 +578,66 @@ def test_the_curriculum_trains_on_cuda(small: Small, precision: str) -> None:
     run = Run(small("trainer.device=cuda", f"trainer.precision={precision}"))
     run.trainer.fit()
     assert run.rows[-1]["val/loss"] < run.rows[0]["train/loss"]
+
+
+def test_norms_of_parts_make_the_norm_of_the_gradient(small: Small) -> None:
+    run = Run(small("schedule=none", "schedule.enable_moe_at_epoch=1", "trainer.log_every=1", "trainer.max_epochs=2"))
+    run.trainer.fit()
+    rows = [{k.rpartition("/")[2]: v for k, v in row.items() if "grad_norm/" in k} for row in run.rows]
+    begun, last = rows[0], next(row for row in reversed(rows) if row)
+    assert begun.keys() == {"attention", "feed_forward", "embedding", "other"}
+    assert last.keys() == {"attention", "experts", "router", "embedding", "other"}
+    for parts, row in zip(rows, run.rows, strict=True):
+        if parts:
+            assert sum(norm**2 for norm in parts.values()) ** 0.5 == pytest.approx(row["train/grad_norm"], rel=1e-5)
+
+
+def test_logits_of_attention_stay_below_the_limit_through_a_resume(small: Small, tmp_path: Path) -> None:
+    given = (
+        "schedule=none",
+        "trainer.qk_clip=0.002",
+        "trainer.log_every=1",
+        "trainer.max_epochs=2",
+        "trainer.accumulate=2",
+    )
+    config = small(*given, "optimizer.lr=0.01")
+    whole = Run(config)
+    whole.trainer.fit()
+    before = Run(config, checkpoints=Checkpoints(tmp_path))
+    before.trainer.stop_requested = lambda: before.trainer.clock.step >= 2
+    with pytest.raises(Interrupted):
+        before.trainer.fit()
+    checkpoint, _ = newest_intact(tmp_path)
+    after = Run(config, resume=checkpoint)
+    after.trainer.fit()
+    assert before.told() + after.told() == whole.told()
+    free = Run(small(*given, "optimizer.lr=0.01", "trainer.qk_clip=1e9"))
+    free.trainer.fit()
+    found = [[row["train/max_attention_logit"] for row in run.rows if "train/loss" in row] for run in (whole, free)]
+    assert found[0][0] == found[1][0] > 0.002, "the first update begins with equal weights"
+    assert found[0][-1] < found[1][-1]
+
+
+@pytest.mark.parametrize("stop", [None, 2])
+def test_a_trace_of_some_updates_changes_nothing_and_goes_on_after_a_resume(
+    small: Small, tmp_path: Path, stop: int | None
+) -> None:
+    config = small("schedule=none", "trainer.max_epochs=1")
+    plain = Run(config)
+    plain.trainer.fit()
+    traced = Run(config, callbacks=[Profile(tmp_path / "a", at=1, steps=2)], checkpoints=Checkpoints(tmp_path / "c"))
+    told = []
+    if stop is not None:
+        traced.trainer.stop_requested = lambda: traced.trainer.clock.step >= stop
+        with pytest.raises(Interrupted):
+            traced.trainer.fit()
+        told = traced.told()
+        checkpoint, _ = newest_intact(tmp_path / "c")
+        traced = Run(config, callbacks=[Profile(tmp_path / "a", at=1, steps=2)], resume=checkpoint)
+    traced.trainer.fit()
+    assert told + traced.told() == plain.told()
+    files = {path.name: json.loads(gzip.decompress(path.read_bytes())) for path in (tmp_path / "a").iterdir()}
+    steps = [1] if stop is None else [1, 2]
+    assert sorted(files) == [f"step-{step:08d}.json.gz" for step in steps]
+    for trace in files.values():
+        assert any("embedding" in event.get("name", "") for event in trace["traceEvents"])
