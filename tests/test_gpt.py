@@ -197,6 +197,7 @@ LAYERS = ("moe/layer_00", "moe/layer_01", "moe/layer_02")
 
 
 def test_activations_that_are_computed_again_are_reported_once_and_move_no_bias_twice() -> None:
+    torch.manual_seed(7)  # with other tokens the second move may undo the first
     tokens, targets = torch.randint(0, 50, (2, 2, 20))
     found = []
     for again in (False, True):
