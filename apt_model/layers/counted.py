@@ -6,6 +6,8 @@ from typing import Final, NamedTuple
 
 from torch import Tensor
 
+from apt_model.layers.backend import eager_on_cpu
+
 IGNORED: Final = -100
 """The target of a position that counts nowhere, as torch's losses and transformers have it."""
 
@@ -27,9 +29,12 @@ class Counted(NamedTuple):
 
 
 def counted_positions(targets: Tensor) -> Counted | None:
-    """Return which positions count; None: all do, which on the CPU is looked up. Elsewhere that would wait for the device."""
+    """Return which positions count; None: all do, which is looked up on the CPU.
+
+    Elsewhere that would wait for the device, and in a graph break it.
+    """
     mask = targets != IGNORED
-    if targets.device.type == "cpu" and bool(mask.all()):
+    if eager_on_cpu(targets) and bool(mask.all()):
         return None
     return Counted.of(mask)
 
