@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apt_launch.escapes import escape_logs
-from apt_launch.rows import enabled
+from apt_launch.rows import phase_of
 from apt_launch.sweep.application import Awaited, JobContext, JobSpec, Resources, Result
 from apt_launch.sweep.jobs.trunk import needed
 from apt_launch.values import from_yaml
@@ -140,7 +140,7 @@ class Trainer:
 
     def phase(self, row: Mapping[str, float]) -> str:
         """Return the modules that are enabled, as the curriculum's phase."""
-        return "+".join(enabled(row)) or "dense"
+        return phase_of(row)
 
     def shared_updates(self, a: JobSpec, b: JobSpec) -> int:
         """Return the number of first updates of ``a`` that are those of ``b``."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from apt_launch.record import Row
 
@@ -43,6 +43,60 @@ def first_enabled(rows: Sequence[Row]) -> dict[str, Row]:
         for part in enabled(row):
             found.setdefault(part, row)
     return found
+
+
+def phase_of(row: Mapping[str, float]) -> str:
+    """Return the parts that ``row`` says are enabled, as the name of a phase."""
+    return "+".join(enabled(row)) or "dense"
+
+
+class Speed(NamedTuple):
+    """How fast a phase was trained."""
+
+    tokens_per_second: float
+    mfu: float | None  # model FLOPs utilisation, where the rows have it
+
+
+class Speeds:
+    """How fast each phase of a run was, by its rows in their order.
+
+    A phase's first row tells of the updates before it, too, and of what was compiled for it: it counts where there is no other.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[float]] = {}  # by phase: tokens, seconds, seconds with a utilisation, those times it
+        self._first: dict[str, list[float]] = {}
+        self._before: tuple[str, float] = ("", 0.0)
+
+    def add(self, row: Mapping[str, float]) -> None:
+        """Take up a row; those without a speed say nothing."""
+        speed, tokens = row.get("tokens_per_second"), row.get("tokens")
+        if not (is_number(speed) and is_number(tokens) and speed and tokens):
+            return
+        phase, (before, begin) = phase_of(row), self._before
+        self._before = (phase, tokens)
+        seconds, mfu = max(0.0, tokens - begin) / speed, row.get("mfu")
+        found = [tokens - begin, seconds, *((seconds, seconds * mfu) if mfu is not None else (0.0, 0.0))]
+        if phase != before:
+            self._first.setdefault(phase, found)
+            return
+        sums = self._sums.setdefault(phase, [0.0] * 4)
+        self._sums[phase] = [one + other for one, other in zip(sums, found, strict=True)]
+
+    def by_phase(self) -> dict[str, Speed]:
+        """Return what is known, in the order of the phases."""
+        sums = {phase: self._sums.get(phase, first) for phase, first in self._first.items()}
+        return {
+            phase: Speed(tokens / seconds, with_mfu / known if known else None)
+            for phase, (tokens, seconds, known, with_mfu) in sums.items()
+            if seconds > 0
+        }
+
+
+def as_speed(speed: Speed) -> str:
+    """Return a speed as text."""
+    mfu = "" if speed.mfu is None else f" ({speed.mfu:.1%} MFU)"
+    return f"{speed.tokens_per_second:,.0f} tokens/s{mfu}"
 
 
 def rank(value: float, direction: str) -> float:

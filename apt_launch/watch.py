@@ -18,7 +18,7 @@ from apt_launch.config.ending import ending
 from apt_launch.escapes import console as new_console
 from apt_launch.lease import INTERVAL, read_holder
 from apt_launch.record import RecordReader, Row
-from apt_launch.rows import enabled
+from apt_launch.rows import as_speed, phase_of
 from apt_launch.runs.folder import RunFolder
 from apt_launch.secrets import keep_private
 from apt_launch.sweep.control.follow import collected_interrupts, say
@@ -200,6 +200,9 @@ def frame(folder: Path, moment: Moment, width: int, height: int) -> RenderableTy
     runner = moment.runner
     lines = [Text(f"run {folder}: {moment.state}, {_phase(runner.last)}", style="bold"), Text(_where(moment))]
     lines.append(Text(_losses(runner)))
+    speeds = runner.speeds.by_phase()
+    if len(speeds) > 1 or any(speed.mfu is not None for speed in speeds.values()):
+        lines.append(Text("; ".join(f"{phase} {as_speed(speed)}" for phase, speed in speeds.items())))
     if runner.curves:
         total = moment.total or runner.last.get("tokens") or 1.0
         lines += map(Text, curves(runner, total, max(8, min(72, width - 36))))
@@ -209,7 +212,7 @@ def frame(folder: Path, moment: Moment, width: int, height: int) -> RenderableTy
 
 
 def _phase(row: Row) -> str:
-    return "+".join(enabled(row)) or "dense"
+    return phase_of(row)
 
 
 def _where(moment: Moment) -> str:

@@ -13,13 +13,16 @@ from torch.utils.checkpoint import checkpoint
 
 from apt_model.layers.align import AlignReport, BiStateAlignment, StableSum
 from apt_model.layers.attention import KeyValues, QKNorm, SelfAttention
+from apt_model.layers.balance import complete
+from apt_model.layers.counted import IGNORED, Counted, counted_positions, mean_over
 from apt_model.layers.feed_forward import FeedForward
 from apt_model.layers.metrics import METRICS
 from apt_model.layers.moe import Lineage, MoE, MoEReport
 from apt_model.layers.norm import RMSNorm
+from apt_model.layers.router import z_loss
 from apt_model.layers.tally import layer_metrics, model_metrics
 from apt_model.layers.voter import EntropyVoter
-from apt_model.schedule.targets import BELOW_ONE, Domain, matching
+from apt_model.schedule.targets import BELOW_ONE, NOT_NEGATIVE, Domain, matching
 
 
 class Output(NamedTuple):
@@ -57,11 +60,15 @@ class Block(nn.Module):
         self.ffn = ffn
 
     def forward(
-        self, x: Tensor, seen: KeyValues | None = None, with_metrics: bool = True
+        self,
+        x: Tensor,
+        seen: KeyValues | None = None,
+        with_metrics: bool = True,
+        counted: Counted | None = None,
     ) -> tuple[Tensor, MoEReport | None]:
-        """Map (batch, seq, d_model) to the same shape; ``seen``: of the positions before; ``with_metrics``: see :class:`MoE`."""
+        """Map (batch, seq, d_model) to the same shape; ``seen``: of the positions before; the others: see :class:`MoE`."""
         x = x + self.attention(self.attention_norm(x), seen)
-        y, report = self.ffn(self.ffn_norm(x), with_metrics)
+        y, report = self.ffn(self.ffn_norm(x), with_metrics, counted)
         return x + y, report
 
 
@@ -75,6 +82,7 @@ class GPT(nn.Module):
         ffn: a name of :data:`apt_model.layers.feed_forward.FFN`.
         dropout: share of the channels that attention and feed-forward layers drop in training.
         label_smoothing: share of the target that training spreads over all tokens (arXiv:1512.00567).
+        z_loss_weight: weight of the mean squared logsumexp of the logits, in training (z-loss; PaLM, arXiv:2204.02311).
         loss_chunk: tokens whose logits are held at once while the loss is computed; None: all. Costs one more product with
             the embedding, and spares most of what a large vocabulary needs.
         num_kv_heads, head_dim, rope_theta, rope_scaling, qk_norm, qkv_bias, sliding_window: see :class:`SelfAttention`.
@@ -85,8 +93,9 @@ class GPT(nn.Module):
         voter: builds the voter.
     """
 
-    scheduled: ClassVar[dict[str, Domain]] = {"label_smoothing": BELOW_ONE}
+    scheduled: ClassVar[dict[str, Domain]] = {"label_smoothing": BELOW_ONE, "z_loss_weight": NOT_NEGATIVE}
     label_smoothing: Tensor
+    z_loss_weight: Tensor
 
     def __init__(
         self,
@@ -101,6 +110,7 @@ class GPT(nn.Module):
         ffn: str = "swiglu",
         dropout: float = 0.0,
         label_smoothing: float = 0.0,
+        z_loss_weight: float = 0.0,
         loss_chunk: int | None = None,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
@@ -120,7 +130,9 @@ class GPT(nn.Module):
         self.loss_chunk = loss_chunk
         self.activation_checkpointing = False  # whether the backward pass computes blocks again instead of keeping them
         self.register_buffer("label_smoothing", torch.tensor(float(label_smoothing)), persistent=False)
-        self.expected = {"label_smoothing"} if label_smoothing else set[str]()
+        self.register_buffer("z_loss_weight", torch.tensor(float(z_loss_weight)), persistent=False)
+        given = {"label_smoothing": label_smoothing, "z_loss_weight": z_loss_weight}
+        self.expected = {name for name, value in given.items() if value}
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.blocks = nn.ModuleList(
             Block(
@@ -174,25 +186,34 @@ class GPT(nn.Module):
 
         Args:
             tokens: (batch, seq) int64, seq <= seq_len.
-            targets: the same shape: the token that follows each.
+            targets: the same shape: the token that follows each; positions whose target is
+                :data:`~apt_model.layers.counted.IGNORED` are part of no loss and no metric.
             with_metrics: whether to return metrics of routing, which cost time; compiled, that is a graph more.
             with_hidden: whether to return the hidden states, too.
         """
         if self.training:
             for layer in self.moe_layers:
-                layer.balance()
-        hidden, reports, alignment = self._hidden(tokens, with_metrics=with_metrics)
-        logits = loss = None
+                if not layer.driven:
+                    layer.balance()
+        counted = None if targets is None else counted_positions(targets)
+        hidden, reports, alignment = self._hidden(tokens, with_metrics=with_metrics, counted=counted)
+        logits = loss = z = None
         if targets is None:
             logits, votes = self.voter(hidden, self.head(hidden), self.head)
         elif self.loss_chunk is None:
-            logits, loss, votes = self._predict(hidden, targets)
+            logits, loss, z, votes = self._predict(hidden, targets, counted)
         else:
-            loss, votes = self._loss_in_chunks(hidden.flatten(0, 1), targets.flatten(), self.loss_chunk)
+            loss, z, votes = self._loss_in_chunks(
+                hidden.flatten(0, 1), targets.flatten(), self.loss_chunk, None if counted is None else counted.flat()
+            )
         auxiliary = torch.zeros((), device=hidden.device)
         metrics = dict(votes)
         routing = None
+        if z is not None:
+            auxiliary = auxiliary + self.z_loss_weight * z
+            metrics["head/z_loss"] = z.detach()
         if reports:
+            reports = complete([layer for layer in self.moe_layers if layer.enabled], reports)
             auxiliary = auxiliary + torch.stack([report.loss for report in reports]).mean()
         if reports and with_metrics:
             routing = torch.stack([report.sums for report in reports if report.sums is not None])
@@ -204,19 +225,23 @@ class GPT(nn.Module):
         return Output(logits, loss, auxiliary, metrics, routing, hidden if with_hidden else None)
 
     def _hidden(
-        self, tokens: Tensor, cache: Cache | None = None, with_metrics: bool = False
+        self,
+        tokens: Tensor,
+        cache: Cache | None = None,
+        with_metrics: bool = False,
+        counted: Counted | None = None,
     ) -> tuple[Tensor, list[MoEReport], AlignReport | None]:
         """Return what :meth:`head` turns into logits, (batch, seq, d_model), and the reports of layers."""
         hidden = self.embedding(tokens)
         reports = []
         for block, seen in zip(self.blocks, cache.blocks if cache else [None] * len(self.blocks), strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                hidden, report = checkpoint(block, hidden, seen, with_metrics, use_reentrant=False)
+                hidden, report = checkpoint(block, hidden, seen, with_metrics, counted, use_reentrant=False)
             else:
-                hidden, report = block(hidden, seen, with_metrics)
+                hidden, report = block(hidden, seen, with_metrics, counted)
             if report is not None:
                 reports.append(report)
-        hidden, alignment = self.align(hidden, cache.align if cache else None)
+        hidden, alignment = self.align(hidden, cache.align if cache else None, counted)
         return self.norm(hidden), reports, alignment
 
     def new_cache(self) -> Cache:
@@ -233,27 +258,51 @@ class GPT(nn.Module):
         logits, votes = self.voter(hidden, self.head(hidden), self.head)
         return logits[:, 0].float(), votes
 
-    def _predict(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return logits (..., vocab_size), their mean loss, and the voter's metrics; hidden: (..., d_model), targets: (...)."""
-        logits, votes = self.voter(hidden, self.head(hidden), self.head)
-        return logits, self._loss(logits.float().flatten(0, -2), targets.flatten()), votes
+    def _predict(
+        self, hidden: Tensor, targets: Tensor, counted: Counted | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
+        """Return logits (..., vocab_size), their mean loss and z-loss, and the voter's metrics.
 
-    def _loss_in_chunks(self, hidden: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, dict[str, Tensor]]:
+        Args:
+            hidden: (..., d_model).
+            targets: (...).
+        """
+        logits, votes = self.voter(hidden, self.head(hidden), self.head, counted)
+        flat = logits.float().flatten(0, -2)
+        counted = None if counted is None else counted.flat()
+        z = z_loss(flat, counted) if self.training and "z_loss_weight" in self.expected else None
+        return logits, self._loss(flat, targets.flatten(), counted), z, votes
+
+    def _loss_in_chunks(
+        self, hidden: Tensor, targets: Tensor, chunk: int, counted: Counted | None = None
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """Do what :meth:`_predict` does, a few tokens at a time; the backward pass computes their logits again."""
-        losses, votes = [], []
-        for some, wanted in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True):
-            loss, metrics = checkpoint(lambda *given: self._predict(*given)[1:], some, wanted, use_reentrant=False)
-            share = len(wanted) / len(targets)
+        losses, zs, votes = [], [], []
+        of_chunk: Counted | None
+        share: float | Tensor
+        for number, (some, wanted) in enumerate(
+            zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
+        ):
+            of_chunk, share = None, len(wanted) / len(targets)
+            if counted is not None:
+                of_chunk = Counted.of(counted.mask[number * chunk : number * chunk + len(wanted)])
+                share = of_chunk.mask.sum() / counted.mask.sum().clamp(min=1)
+            given = (some, wanted, of_chunk)
+            loss, z, metrics = checkpoint(lambda *given: self._predict(*given)[1:], *given, use_reentrant=False)
             losses.append(loss * share)
+            zs += [] if z is None else [z * share]
             votes.append({name: value * share for name, value in metrics.items()})
-        return torch.stack(losses).sum(), {name: torch.stack([v[name] for v in votes]).sum() for name in votes[0]}
+        z = torch.stack(zs).sum() if zs else None
+        return torch.stack(losses).sum(), z, {name: torch.stack([v[name] for v in votes]).sum() for name in votes[0]}
 
-    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, logits: Tensor, targets: Tensor, counted: Counted | None) -> Tensor:
         """Return the mean cross-entropy of ``logits`` (tokens, vocab_size); smoothed in training where that was asked for."""
-        loss = F.cross_entropy(logits, targets)
+        loss = F.cross_entropy(logits, targets, ignore_index=IGNORED)
+        if counted is not None:
+            loss = loss.where(counted.mask.any(), 0.0)
         if not (self.training and "label_smoothing" in self.expected):
             return loss
-        spread = -logits.log_softmax(dim=-1).mean()
+        spread = -mean_over(counted, logits.log_softmax(dim=-1))
         return (1.0 - self.label_smoothing) * loss + self.label_smoothing * spread
 
     @property

@@ -66,8 +66,16 @@ ROOMS: dict[str, tuple[str, ...] | None] = {
     ),
     "apt_launch.tracking": (*BASE, *GROUND),
     "apt_launch.config": (*BASE, *GROUND, *MODEL, "apt_launch.sweep.options"),
-    "apt_launch.runs": (*BASE, *GROUND, *MODEL, "apt_launch.config", "apt_launch.tracking"),
-    "apt_launch.preview": (*BASE, *GROUND, *MODEL, "apt_launch.config", "apt_launch.sweep.plan"),
+    "apt_launch.runs": (
+        *(*BASE, *GROUND, *MODEL, "apt_launch.config", "apt_launch.tracking"),
+        *("apt_launch.preview.sizes", "apt_launch.preview.gpus"),
+    ),
+    "apt_launch.preview.sizes": (*BASE, *GROUND, *MODEL, "apt_launch.config"),
+    "apt_launch.preview.gpus": (*BASE, *GROUND, *MODEL, "apt_launch.config", "apt_launch.preview.sizes"),
+    "apt_launch.preview": (
+        *(*BASE, *GROUND, *MODEL, "apt_launch.config", "apt_launch.sweep.plan"),
+        *("apt_launch.preview.sizes", "apt_launch.preview.gpus"),
+    ),
     "apt_launch.cli": (*BASE, *GROUND, "apt_model.schedule", "apt_launch.config"),
     "apt_launch.preview.__main__": None,
     "apt_launch": None,

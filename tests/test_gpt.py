@@ -7,8 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from apt_model.gpt import GPT
+from apt_model.gpt import GPT, Output
 from apt_model.layers import scheduled
+from apt_model.layers.counted import IGNORED, Counted
 from apt_model.layers.moe import MoE
 from apt_model.layers.tally import METRICS, routing_metrics
 from apt_model.schedule.targets import matching
@@ -196,6 +197,7 @@ LAYERS = ("moe/layer_00", "moe/layer_01", "moe/layer_02")
 
 
 def test_activations_that_are_computed_again_are_reported_once_and_move_no_bias_twice() -> None:
+    torch.manual_seed(7)  # with other tokens the second move may undo the first
     tokens, targets = torch.randint(0, 50, (2, 2, 20))
     found = []
     for again in (False, True):
@@ -224,6 +226,73 @@ def test_auxiliary_losses_are_the_layers_mean_and_the_alignment() -> None:
     output = gpt(torch.randint(0, 50, (2, 20)))
     expected = output.metrics["moe/balance_loss"] + 2.0 * output.metrics["align/loss"]
     assert torch.allclose(output.auxiliary_loss, expected)
+
+
+@pytest.mark.parametrize("loss_chunk", [None, 7])
+def test_the_z_loss_is_the_mean_squared_logsumexp_in_training_alone(loss_chunk: int | None) -> None:
+    gpt, plain = model(loss_chunk=loss_chunk, z_loss_weight=0.5), model()
+    tokens, targets = torch.randint(0, 50, (2, 2, 20))
+    targets[1, 5:] = IGNORED
+    output, reference = gpt(tokens, targets), plain(tokens, targets)
+    z = reference.logits.logsumexp(dim=-1).square()[targets != IGNORED].mean()
+    assert output.metrics["head/z_loss"].item() == pytest.approx(z.item(), rel=1e-5)
+    assert output.auxiliary_loss.item() == pytest.approx(0.5 * z.item(), rel=1e-5)
+    assert output.language_loss.item() == pytest.approx(reference.language_loss.item(), rel=1e-6)
+    (output.language_loss + output.auxiliary_loss).backward()
+    (reference.language_loss + 0.5 * z).backward()
+    for one, other in zip(gpt.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(one.grad, other.grad, atol=1e-6)
+    assert gpt.eval()(tokens, targets).auxiliary_loss == 0.0
+
+
+@pytest.mark.parametrize("loss_chunk", [None, 7])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_padding_is_part_of_no_loss_and_no_metric(loss_chunk: int | None, smoothing: float) -> None:
+    gpt = model(moe={"capacity_factor": None, "router": "sigmoid"}, loss_chunk=loss_chunk, label_smoothing=smoothing)
+    for switch in gpt.switches().values():
+        switch(True)
+    gpt.voter.dropout = 0.0
+    put(gpt, "voter.threshold", 3.9)
+    for layer in gpt.moe_layers:
+        torch.nn.init.normal_(layer.router.weight)
+    tokens, targets = torch.randint(0, 50, (2, 3, 20))
+    padded = targets.clone()
+    padded[:, 12:] = IGNORED  # every sequence after its 12th position
+    padded[2] = IGNORED  # a sequence of padding alone
+    short, long = gpt(tokens[:2, :12], targets[:2, :12]), gpt(tokens, padded)
+    assert long.language_loss.item() == pytest.approx(short.language_loss.item(), rel=1e-5)
+    assert long.auxiliary_loss.item() == pytest.approx(short.auxiliary_loss.item(), rel=1e-5)
+    assert long.metrics.keys() == short.metrics.keys() >= {"align/loss", "align/agreement", "voter/voted_fraction"}
+    for name, value in short.metrics.items():
+        assert long.metrics[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
+    assert torch.allclose(long.routing, short.routing, rtol=1e-4, atol=1e-3)
+    assert all(torch.isfinite(p.grad).all() for p in gradients(gpt, long))
+    nothing = gpt(tokens, torch.full_like(targets, IGNORED))
+    assert nothing.language_loss.item() == nothing.auxiliary_loss.item() == 0.0
+    assert all(p.grad is None or not p.grad.any() for p in gradients(gpt, nothing))
+
+
+def gradients(gpt: GPT, output: Output) -> list[torch.nn.Parameter]:
+    gpt.zero_grad()
+    (output.language_loss + output.auxiliary_loss).backward()
+    return [p for p in gpt.parameters() if p.grad is not None]
+
+
+def test_a_mask_under_which_all_positions_count_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, targets = torch.randint(0, 50, (2, 2, 20))
+    found = []
+    for mask in (None, Counted.of(torch.ones(2, 20, dtype=torch.bool))):  # the second, as on a GPU
+        gpt = model(label_smoothing=0.1)
+        for switch in gpt.switches().values():
+            switch(True)
+        monkeypatch.setattr("apt_model.gpt.counted_positions", lambda targets, mask=mask: mask)
+        torch.manual_seed(1)
+        found.append(gpt(tokens, targets))
+    one, other = found
+    assert torch.equal(one.language_loss, other.language_loss)
+    assert torch.equal(one.auxiliary_loss, other.auxiliary_loss)
+    assert torch.equal(one.routing, other.routing)
+    assert one.metrics == other.metrics
 
 
 @pytest.mark.parametrize("ffn", ["swiglu", "gelu", "relu2"])

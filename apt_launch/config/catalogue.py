@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from apt_launch.config.instantiate import GPTS
 from apt_model.errors import ConfigError, cause_of
 from apt_model.layers.metrics import EXPERT_COSINE, METRICS
 from apt_model.schedule.targets import BELOW_ONE, MODULES, NOT_NEGATIVE, OF_EXPERTS, OF_OPTIMIZER, Domain
+
+PARTS: Final = ("attention", "feed_forward", "experts", "router", "embedding", "align", "other")
+"""Parts of this project's model whose gradients have metrics of their own."""
 
 
 def modules(values: Mapping[str, Any]) -> tuple[str, ...]:
@@ -65,16 +68,18 @@ def _asked(wanted: str) -> _Found:
         with torch.device("meta"):
             model = build_model(json.loads(wanted))
             targets, names = scheduled.targets(model), dict.fromkeys(subject.freezable(model))
-            switches = subject.switches(model)
+            switches, parts = subject.switches(model), set(subject.parameter_parts(model))
             for switch in switches.values():  # some parts are there only once they are enabled
                 switch(True)
             names |= dict.fromkeys(subject.freezable(model))
+            parts |= subject.parameter_parts(model).keys()
     except ConfigError:
         raise
     except Exception as error:  # of somebody else's code, which may raise anything
         target = json.loads(wanted)["model"]["_target_"]
         raise ConfigError(f"model: {target} cannot be built on the meta device: {cause_of(error)}") from error
     found = {"train/loss", "train/auxiliary_loss", "train/grad_norm", "lr", "val/loss", *getattr(model, "metrics", ())}
+    found |= {f"train/grad_norm/{part}" for part in parts}
     if layers := len(moe_layers(model)):
         places = ["moe", *(f"moe/layer_{number:02}" for number in range(layers))]
         found |= {f"{place}/{name}" for place in places for name in (*METRICS, EXPERT_COSINE)}
@@ -101,6 +106,11 @@ def metrics(values: Mapping[str, Any]) -> frozenset[str]:
         "align/loss",
         "align/agreement",
     }
+    found |= {f"train/grad_norm/{part}" for part in PARTS}
+    if values["model"].get("z_loss_weight"):
+        found.add("head/z_loss")
+    if values["trainer"].get("qk_clip") is not None:
+        found.add("train/max_attention_logit")
     layers = ["moe", *(f"moe/layer_{layer:02}" for layer in range(values["model"]["num_layers"]))]
     return frozenset(found | {f"{layer}/{name}" for layer in layers for name in (*METRICS, EXPERT_COSINE)})
 
@@ -109,7 +119,7 @@ def targets(values: Mapping[str, Any]) -> dict[str, Domain]:
     """Return what anneals can write, by path, with its domain; ``values`` is a run's config."""
     if not _is_gpt(values):
         return {**_of_model(values).targets, **OF_OPTIMIZER}
-    found = {"label_smoothing": BELOW_ONE}
+    found = {"label_smoothing": BELOW_ONE, "z_loss_weight": NOT_NEGATIVE}
     for layer in range(values["model"]["num_layers"]):
         found[f"blocks.{layer}.attention.dropout"] = BELOW_ONE
         found[f"blocks.{layer}.ffn.dropout"] = BELOW_ONE

@@ -57,6 +57,7 @@ def check_together(values: Mapping[str, Any], groups: Mapping[str, Any], launch:
         except ConfigError as error:
             problems += error.problems
     problems += _trainer_problems(groups["trainer"], drill=launch.drill)
+    problems += _clip_problems(groups["trainer"], model)
     if launch.stop.rungs and not problems and launch.stop.metric not in (known := catalogue.metrics(values)):
         problems.append(
             f"launch.stop.metric: no job records {launch.stop.metric!r}. {nearest(launch.stop.metric, known)}"
@@ -173,6 +174,22 @@ def _sharing_problems(groups: Mapping[str, Any], ranks: int) -> list[str]:
     return problems
 
 
+def _clip_problems(trainer: schema.TrainerConfig, model: schema.Group) -> list[str]:
+    """Return why attention's logits could not be limited."""
+    if trainer.qk_clip is None:
+        return []
+    if not isinstance(model, schema.GPTConfig):
+        return [
+            "trainer.qk_clip: it scales the attention of model=gpt and model=pretrained only. Set trainer.qk_clip=null."
+        ]
+    if model.qk_norm is not None:
+        return [
+            f"trainer.qk_clip: with model.qk_norm={model.qk_norm} logits do not depend on how large weights are. Set one of the "
+            "two to null."
+        ]
+    return []
+
+
 def _trainer_problems(trainer: schema.TrainerConfig, *, drill: bool) -> list[str]:
     """Return what the chosen trainer was asked for and cannot do."""
     problems = []
@@ -263,6 +280,13 @@ def check_curriculum(values: Mapping[str, Any], groups: Mapping[str, Any], horiz
             )
         if lr_schedule.target is not None:
             problems.append("trainer.lr_schedule.target: it always is the learning rate's factor. Set it to null.")
+    profile = groups["trainer"].profile
+    if profile is not None and profile.at + profile.steps > horizon.steps:
+        problems.append(
+            f"trainer.profile: updates {profile.at} to {profile.at + profile.steps - 1} are not all of this run, which has "
+            f"{horizon.steps}, from 0 on. Set trainer.profile.at to {max(0, horizon.steps - profile.steps)} or less"
+            f"{'' if profile.steps <= horizon.steps else f', and trainer.profile.steps to {horizon.steps} or less'}."
+        )
     program = None
     try:
         program = Program(groups["schedule"], horizon, modules=catalogue.modules(values))

@@ -77,6 +77,7 @@ class GPTConfig(Group):
     dropout: BelowOne
     label_smoothing: BelowOne
     loss_chunk: Positive | None
+    z_loss_weight: NotNegative = 0.0
     num_kv_heads: Positive | None = None
     head_dim: Positive | None = None
     tie_embeddings: bool = True
@@ -116,6 +117,7 @@ class MoEConfig(Group):
     balance_loss_weight: NotNegative
     z_loss_weight: NotNegative
     bias_update_rate: NotNegative
+    balance_scope: Literal["global", "micro"] = "micro"  # what runs of earlier versions had
     jitter: BelowOne
     shared_expert: Annotated[bool, Role.FIXED]
 
@@ -259,6 +261,13 @@ class MuonConfig(Group):
     eps: PositiveNumber
 
 
+class ProfileConfig(Strict):
+    """``trainer.profile``."""
+
+    at: Annotated[int, Field(ge=0)]
+    steps: Positive
+
+
 class TrainerConfig(Group):
     """``trainer=default``."""
 
@@ -273,6 +282,7 @@ class TrainerConfig(Group):
     compile: bool = False
     activation_checkpointing: Annotated[bool, Role.NEUTRAL, Reach.ALL] = False
     grad_clip: PositiveNumber | None
+    qk_clip: PositiveNumber | None = None
     lr_schedule: Annotated[Anneal | None, Reach.SCHEDULED]
     ema: BetweenZeroAndOne | None = None  # runs of earlier versions have no such key, nor the next
     init_from: Annotated[Text | None, Role.FIXED] = None
@@ -285,6 +295,7 @@ class TrainerConfig(Group):
     keep_best: Annotated[int, Field(ge=0), Role.PROCESS]
     keep_every: Annotated[Positive | None, Role.PROCESS]
     on_nonfinite: Literal["stop", "skip", "rollback"]
+    profile: Annotated[ProfileConfig | None, Role.PROCESS] = None
     stall_minutes: Annotated[PositiveNumber | None, Role.PROCESS]
     keep_freed_memory: Annotated[bool, Role.PROCESS]
     onednn_products: Annotated[bool, Role.PROCESS, Reach.ALL]
@@ -465,6 +476,7 @@ NEW: Final[dict[str, Any]] = {"loss": {"_target_": None}, "callbacks": {}}
 
 NEW_KEYS: Final[dict[str, Any]] = {
     **{"trainer.init_from": None, "trainer.ema": None, "data.bos": None},
+    **{"moe.balance_scope": "micro", "model.z_loss_weight": 0.0, "trainer.qk_clip": None},
     **{"model.num_kv_heads": None, "model.head_dim": None, "model.tie_embeddings": True},
     **{"model.rope_theta": 10000.0, "model.rope_scaling": None, "model.norm_eps": None},
     **{"model.qk_norm": None, "model.qkv_bias": False, "model.sliding_window": None, "model.sparse": False},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -44,6 +45,22 @@ GPUS: Final[dict[str, Gpu]] = {
     "rtx4090": Gpu(165.2, 24, "NVIDIA Ada GPU architecture white paper, RTX 4090: 330.3 with sparsity"),
 }
 """Kinds that :func:`cost` knows."""
+
+_CALLED: Final = {
+    r"A100\b.*": "a100",  # all of one peak
+    r"H100( 80GB HBM3)?": "h100",  # not PCIe and NVL, which are slower
+    r"H200": "h200",
+    r"B200": "b200",
+    r"L40S": "l40s",
+    r"RTX 4090": "rtx4090",
+}
+"""How torch names kinds, without the maker's name."""
+
+
+def kind_of(name: str) -> str | None:
+    """Return the kind in :data:`GPUS` of a device that torch calls ``name``; None: its peak is not known."""
+    short = name.removeprefix("NVIDIA ").removeprefix("GeForce ")
+    return next((kind for pattern, kind in _CALLED.items() if re.fullmatch(pattern, short)), None)
 
 
 @dataclass(frozen=True, kw_only=True)

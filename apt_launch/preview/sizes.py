@@ -100,7 +100,8 @@ class Saved:
     - experts: 4 d + 8 E + k (c d + 4 c f / g + 8 d + 40) with a granularity of g; on the CPU k (2 c d + 4 c f / g + 48); a
       shared expert 4 c f (+ 2 c d under autocast) more; jitter 4 d more (and c d beside a shared expert in fp32)
     - alignment: 2 c d + 4 B + 40 rank
-    - head and loss: c d + 4 v + 16; 4 v more with label smoothing; c d alone where the loss is computed in chunks
+    - head and loss: c d + 4 v + 16; 4 v more with label smoothing, and with a z-loss under autocast; c d alone where
+      the loss is computed in chunks
     - the voter: votes (8 v + 4 d + c d) + 4 v, if every position votes: the most that can happen
     - dropout: d for each layer that has it
 
@@ -279,6 +280,8 @@ def _token(model: GPT, *, batch: int, length: int, compute: int, on_gpu: bool) -
     predicted = Saved(2 * d * vocabulary, 4 * vocabulary + 16)
     if "label_smoothing" in model.expected:
         predicted += Saved(0, 4 * vocabulary)
+    if "z_loss_weight" in model.expected:
+        predicted += Saved(0, (4 * vocabulary if compute < FP32 else 0) + 8)
     if model.voter.enabled:
         votes = model.voter.num_votes
         saved = votes * (8 * vocabulary + 4 * d + compute * d) + 4 * vocabulary

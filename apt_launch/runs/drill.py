@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 LENGTH = 8
 """Updates that are compared."""
 
-NOT_COMPARED = ("time", "tokens_per_second")
+NOT_COMPARED = ("time", "tokens_per_second", "mfu")
 
 
 class Drilled(Interrupted):

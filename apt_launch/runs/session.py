@@ -25,6 +25,7 @@ from apt_launch.runs.forks import NO_FORKS, Forks
 from apt_launch.runs.projections import project
 from apt_launch.runs.provenance import provenance
 from apt_launch.runs.stop import StopRequest
+from apt_launch.runs.utilisation import with_utilisation
 from apt_launch.tracking.deliver import Membership
 from apt_launch.tracking.projection import Tracking
 from apt_model.data.tokenizer import read_tokenizer
@@ -63,6 +64,7 @@ def run_once(
     """
     from apt_model.training.checkpoint import Checkpoints
     from apt_model.training.distributed import barrier
+    from apt_model.training.profiling import Profile
     from apt_model.training.watchdogs import CollapseWatch, SpikeWatch, Watchdog
 
     began = time.time()
@@ -71,6 +73,8 @@ def run_once(
     minutes = config.trainer.stall_minutes
     watchdog = Watchdog(folder.log, stall_seconds=60 * minutes if minutes else None)
     drill = Drill(folder.path, config)
+    wanted = config.trainer.profile
+    profiles = [Profile(folder.path / "profile", at=wanted.at, steps=wanted.steps)] if wanted else []
     checkpoints = Checkpoints(
         folder.checkpoints,
         keep_last=config.trainer.keep_last,
@@ -83,7 +87,7 @@ def run_once(
     )
     trainer = build_trainer(  # before anything is written: what it refuses leaves the folder as it was
         config,
-        callbacks=[progress_callback(), SpikeWatch(), CollapseWatch(), watchdog, *drill.callbacks],
+        callbacks=[progress_callback(), SpikeWatch(), CollapseWatch(), watchdog, *profiles, *drill.callbacks],
         checkpoints=checkpoints,
         resume=resume.checkpoint if resume else None,
         leave_out=left_out,
@@ -152,7 +156,7 @@ class Session:
         if self.config.corpus.tokenizer_file is not None:  # what the weights mean without the corpus
             write_atomic(folder.tokenizer, read_tokenizer(self.config.corpus.tokenizer_file))
         self.tracking = Tracking(Record(folder.metrics, keep_rows=keep_rows))
-        trainer.log = self.tracking.log
+        trainer.log = with_utilisation(self.tracking.log, self.config, trainer)
         checkpoints.before = self.tracking.record.sync
 
     def start(self, member: Membership | None) -> None:

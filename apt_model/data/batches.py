@@ -14,6 +14,9 @@ from apt_model.data.tokens import Tokens
 class Batches:
     """Tokens, in memory or memory-mapped, served by a :class:`Sampler`."""
 
+    masked: bool = False
+    """Whether some targets may be -100, positions that count nowhere: batches then count by how many others they have."""
+
     def __init__(self, tokens: Tokens, sampler: Sampler) -> None:
         self.tokens = tokens
         self.sampler = sampler

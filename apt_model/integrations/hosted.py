@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,10 @@ class HostedTrainer(BaseTrainer):
         changes = super().begin_update()
         if changes:
             self.engine.settle()
+        if self.looks_ahead:  # the libraries hand out one batch after another
+            coming = self.train_batches.epoch(self.clock.epoch, start=self.batches_done, device=self.device)
+            share = self.ranks.share
+            self.look_ahead([(share(x), share(y)) for x, y in itertools.islice(coming, self.accumulate)])
         return changes
 
     def clip(self, *, scaled: bool) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apt_model.layers.counted import IGNORED, Counted
 from apt_model.schedule.targets import NOT_NEGATIVE, Domain
 
 
@@ -78,11 +79,14 @@ class BiStateAlignment(nn.Module):
         if self.back is not None:
             nn.init.zeros_(self.back.weight)
 
-    def forward(self, hidden: Tensor, seen: StableSum | None = None) -> tuple[Tensor, AlignReport | None]:
+    def forward(
+        self, hidden: Tensor, seen: StableSum | None = None, counted: Counted | None = None
+    ) -> tuple[Tensor, AlignReport | None]:
         """Map ``hidden`` (batch, seq, d_model) to the same shape; a report when enabled.
 
         Args:
             seen: of the positions before those of ``hidden``, which are added; None: there are none.
+            counted: positions (batch, seq) that the loss asks, and compares with; None: all.
         """
         if self.down is None or self.back is None:
             return hidden, None
@@ -94,15 +98,26 @@ class BiStateAlignment(nn.Module):
         stable = self.down((total / positions).to(hidden.dtype))
         fluid = self.down(hidden)
         mixed = self.back(self.alpha * stable + (1.0 - self.alpha) * fluid)
-        loss, agreement = self.alignment_loss(fluid, stable)
+        loss, agreement = self.alignment_loss(fluid, stable, counted)
         metrics = {"align/loss": loss.detach(), "align/agreement": agreement.detach()}
         return hidden + self.beta * mixed, AlignReport(self.weight * loss, metrics)
 
-    def alignment_loss(self, fluid: Tensor, stable: Tensor) -> tuple[Tensor, Tensor]:
+    def alignment_loss(self, fluid: Tensor, stable: Tensor, counted: Counted | None = None) -> tuple[Tensor, Tensor]:
         """Return the loss and the mean cosine similarity of matching states; both states: (batch, seq, rank)."""
         fluid = F.normalize(fluid.float(), dim=-1)
         stable = F.normalize(stable.detach().float(), dim=-1)
         similarity = torch.einsum("itr,jtr->tij", fluid, stable)  # (seq, batch, batch)
         own = torch.arange(fluid.shape[0], device=fluid.device).expand(fluid.shape[1], -1)
-        loss = F.cross_entropy((similarity / self.tau).flatten(0, 1), own.flatten())
-        return loss, similarity.diagonal(dim1=1, dim2=2).mean()
+        scores = similarity / self.tau
+        if counted is not None:
+            here = counted.mask.t()  # (seq, batch)
+            scores = scores.masked_fill(
+                ~here.unsqueeze(1), -1e9
+            )  # finite: where no sequence counts there are no others
+            own = own.masked_fill(~here, IGNORED)
+            similarity = similarity.masked_fill(~here.unsqueeze(1), 0.0)
+        loss = F.cross_entropy(scores.flatten(0, 1), own.flatten(), ignore_index=IGNORED)
+        agreement = similarity.diagonal(dim1=1, dim2=2).mean()
+        if counted is not None:
+            loss, agreement = loss.where(here.any(), 0.0), agreement * counted.scale
+        return loss, agreement

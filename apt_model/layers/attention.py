@@ -176,6 +176,22 @@ class KeyValues:
         return self._key[:, :, : here.stop], self._value[:, :, : here.stop]
 
 
+@torch.no_grad()
+def largest_logits(query: Tensor, key: Tensor, window: int | None = None) -> Tensor:
+    """Return each head's largest logit of causal attention, (heads,) float32, a group of queries at a time.
+
+    Shapes are those of :func:`sdpa`.
+    """
+    key = _for_each_query_head(query, key)[0] if query.shape[1] != key.shape[1] else key
+    unseen, first = _unseen(query, key, window), key.shape[-2] - query.shape[-2]
+    found = []
+    for begin in range(0, query.shape[-2], QUERIES):
+        here, seen = slice(begin, begin + QUERIES), slice(0, first + begin + QUERIES)
+        logits = query[:, :, here] @ key[:, :, seen].transpose(-2, -1)
+        found.append(logits.float().masked_fill(unseen[here, seen], -math.inf).amax(dim=(0, 2, 3)))
+    return torch.stack(found).amax(dim=0) / math.sqrt(query.shape[-1])
+
+
 class SelfAttention(nn.Module):
     """Multi-head causal self-attention. Source: arXiv:1706.03762.
 
@@ -193,6 +209,7 @@ class SelfAttention(nn.Module):
 
     scheduled: ClassVar[dict[str, Domain]] = {"dropout": BELOW_ONE}
     dropout: Tensor
+    largest: Tensor | None  # (heads,) float32: logits since they were last forgotten, where somebody watches them
     q_norm: RMSNorm
     k_norm: RMSNorm
 
@@ -226,6 +243,7 @@ class SelfAttention(nn.Module):
         if qkv_bias:
             nn.init.zeros_(self.qkv.bias)
         self.out = nn.Linear(num_heads * self.head_dim, d_model, bias=False)
+        self.register_buffer("largest", None, persistent=False)
         self.qk_norm = qk_norm
         if qk_norm is not None:
             for name, heads in (("q_norm", num_heads), ("k_norm", self.num_kv_heads)):
@@ -240,11 +258,28 @@ class SelfAttention(nn.Module):
         query, key, value = self._heads(self.qkv(x), seen.length if seen else 0)
         if seen:
             key, value = seen.append(key, value, room=self.rotate.cos.shape[0])
+        if self.training and self.largest is not None:
+            self.largest.copy_(torch.maximum(self.largest, largest_logits(query, key, self.window)))
         mixed = self.attend(query, key, value, self.window)
         output: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         if self.training and "dropout" in self.expected:
             return dropout(output, self.dropout)
         return output
+
+    def watch_logits(self) -> None:
+        """Note each head's largest logit in training from now on, in ``largest``; that takes about half of attention's work."""
+        self.largest = torch.full((self.num_heads,), -math.inf, device=self.qkv.weight.device)
+
+    def scales(self, factors: Tensor) -> Tensor:
+        """Return what rows of ``qkv`` are to be multiplied with, so that logits of each head are multiplied by ``factors``.
+
+        Queries and keys take equal parts; keys that several heads share stay, and those heads' queries take all.
+        """
+        shared = self.num_kv_heads != self.num_heads
+        query = factors if shared else factors.sqrt()
+        key = torch.ones_like(factors[: self.num_kv_heads]) if shared else query
+        rows = torch.cat((query, key, torch.ones_like(key)))
+        return rows.repeat_interleave(self.head_dim)
 
     def _heads(self, qkv: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, (batch, heads or kv_heads, seq, head_dim), of ``qkv`` (batch, seq, channels)."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt_model.errors import ConfigError
+from apt_model.layers.counted import Counted
 from apt_model.layers.feed_forward import BIASES, FeedForward
 from apt_model.layers.moe import MoE, MoEReport
 
@@ -18,11 +19,12 @@ class MoEInPlace(MoE):
     """A :class:`MoE` that returns its output alone, so that it stands where a feed-forward layer stood."""
 
     with_metrics = True
+    counted: Counted | None = None
     report: MoEReport | None = None
 
     def forward(self, x: Tensor, *unused: Any) -> Tensor:  # type: ignore[override]
         """Map (batch, seq, d_model) to the same shape; :meth:`take_report` has the rest."""
-        output, self.report = super().forward(x, self.with_metrics)
+        output, self.report = super().forward(x, self.with_metrics, self.counted)
         return output
 
     def take_report(self) -> MoEReport | None:

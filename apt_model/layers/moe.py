@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from apt_model.errors import ConfigError
 from apt_model.layers import cpu_experts
 from apt_model.layers.backend import computing_dtype, eager_on_cpu
+from apt_model.layers.counted import Counted
 from apt_model.layers.feed_forward import Experts, FeedForward, as_dense, as_experts
 from apt_model.layers.router import (
     Dispatch,
@@ -20,8 +21,10 @@ from apt_model.layers.router import (
     Scoring,
     balance_loss,
     expert_capacity,
+    mean_by_expert,
     plan_dispatch,
     resized,
+    slots_by_expert,
     z_loss,
 )
 from apt_model.layers.scheduled import dropout
@@ -30,6 +33,7 @@ from apt_model.layers.upcycling import Upcycling, make_different
 from apt_model.schedule.targets import BELOW_ONE, OF_EXPERTS, Domain
 
 Overflow = Literal["reroute", "drop"]
+BalanceScope = Literal["global", "micro"]
 
 
 class Lineage(NamedTuple):
@@ -46,6 +50,8 @@ class MoEReport(NamedTuple):
 
     loss: Tensor
     sums: Tensor | None
+    counts: Tensor  # (num_experts,) int64: slots of tokens that count which wanted each expert, dropped ones included
+    shares: Tensor | None  # (num_experts,): mean probabilities, where the loss lacks the balance of the whole update
 
 
 class MoE(nn.Module):
@@ -76,6 +82,8 @@ class MoE(nn.Module):
         router: how logits become scores, ``softmax`` or ``sigmoid``.
         balance_loss_weight, z_loss_weight: weights of the auxiliary losses.
         bias_update_rate: step of the ``sigmoid`` router's balancing bias, at each :meth:`balance`.
+        balance_scope: what the balance loss counts slots of: ``micro``, the forward pass of a rank, or ``global``, the whole
+            update; see :mod:`apt_model.layers.balance`.
         jitter: in training the router sees its input times random numbers from 1 - jitter to 1 + jitter.
         shared_expert: the dense layer stays and serves every token, half of the output; experts give the other half.
         dropout: share of the output's channels that training drops.
@@ -110,6 +118,7 @@ class MoE(nn.Module):
         balance_loss_weight: float = 0.01,
         z_loss_weight: float = 0.001,
         bias_update_rate: float = 0.001,
+        balance_scope: BalanceScope = "micro",
         jitter: float = 0.0,
         shared_expert: bool = False,
         dropout: float = 0.0,
@@ -124,12 +133,20 @@ class MoE(nn.Module):
         self.overflow: Overflow = overflow
         self.scoring: Scoring = router
         self.bias_update_rate = bias_update_rate
+        self.balance_scope: BalanceScope = balance_scope
+        self.driven = False  # whether somebody says where an update begins and ends; else each forward pass is one
+        self.counts: Tensor | None = None  # (num_experts,) int64: of the update so far, as in a report, on this rank
+        self.load: Tensor | None = (
+            None  # (num_experts,): shares of all slots of the update, where they are known before
+        )
+        self.over_ranks: Callable[[Tensor], Tensor] | None = None  # returns a tensor's sum over ranks
         self.shared_expert = shared_expert
         self.dense: FeedForward | None = dense
         self.router: Router | None = None
         self.experts: Experts | None = None
         self.lineage: list[Lineage] = []
-        self.expected = {name for name, value in (("jitter", jitter), ("dropout", dropout)) if value}
+        given = {"jitter": jitter, "dropout": dropout, "balance_loss_weight": balance_loss_weight}
+        self.expected = {name for name, value in given.items() if value}
         for name, value in (
             ("temperature", temperature),
             ("capacity_factor", capacity_factor or 1.0),
@@ -232,18 +249,30 @@ class MoE(nn.Module):
         self.experts = self.router = None
 
     def balance(self) -> None:
-        """Move the ``sigmoid`` router's bias by what the last forward pass in training had too much or too little of."""
+        """Move the ``sigmoid`` router's bias by what the last update, or forward pass in training, had too much or little of."""
         if self.router is not None and self.scoring == "sigmoid":
             self.router.balance()
 
-    def forward(self, x: Tensor, with_metrics: bool = True) -> tuple[Tensor, MoEReport | None]:
-        """Map ``x`` (batch, seq, d_model) to the same shape; a report when experts are enabled, with sums if ``with_metrics``."""
-        output, report = self._forward(x, with_metrics)
+    def plan_balance(self, counts: Tensor) -> None:
+        """Note how :meth:`balance` will move the bias, by the slots of an update that wanted each expert."""
+        if self.router is not None and self.scoring == "sigmoid":
+            self.router.plan_balance(counts, self.bias_update_rate)
+
+    def forward(
+        self, x: Tensor, with_metrics: bool = True, counted: Counted | None = None
+    ) -> tuple[Tensor, MoEReport | None]:
+        """Map ``x`` (batch, seq, d_model) to the same shape.
+
+        Args:
+            with_metrics: whether the report, which there is where experts are enabled, has sums.
+            counted: positions (batch, seq) that losses and metrics are of; None: all.
+        """
+        output, report = self._forward(x, with_metrics, counted)
         if self.training and "dropout" in self.expected:
             output = dropout(output, self.dropout)
         return output, report
 
-    def _forward(self, x: Tensor, with_metrics: bool) -> tuple[Tensor, MoEReport | None]:
+    def _forward(self, x: Tensor, with_metrics: bool, counted: Counted | None) -> tuple[Tensor, MoEReport | None]:
         if self.experts is None or self.router is None:
             assert self.dense is not None
             return self.dense(x), None
@@ -257,9 +286,11 @@ class MoE(nn.Module):
         if self.shared_expert:
             assert self.dense is not None
             output = (output + self.dense(x)) / 2
-        if self.training and self.scoring == "sigmoid":
-            self.router.plan_balance(dispatch.counts, self.bias_update_rate)
-        return output, self._report(routing, dispatch, x.shape[0] if with_metrics else None)
+        counted = None if counted is None else counted.flat()
+        counts = slots_by_expert(routing, dispatch, counted)
+        if self.training:
+            self.plan_balance(counts)
+        return output, self._report(routing, dispatch, counts, counted, x.shape[0] if with_metrics else None)
 
     def _capacity(self, tokens: int) -> Tensor | None:
         """Return the slots that an expert takes of a forward pass on so many tokens, 0-dim; None: no limit."""
@@ -290,13 +321,34 @@ class MoE(nn.Module):
         mixed = torch.zeros(rows.shape, dtype=weights.dtype, device=rows.device)
         return mixed.index_add(0, token, slots.to(weights.dtype) * weights).to(slots.dtype)
 
-    def _report(self, routing: Routing, dispatch: Dispatch, num_sequences: int | None) -> MoEReport:
+    def _report(
+        self,
+        routing: Routing,
+        dispatch: Dispatch,
+        counts: Tensor,
+        counted: Counted | None,
+        num_sequences: int | None,
+    ) -> MoEReport:
         """Return the loss, and the sums where ``num_sequences`` says how many sequences they are of."""
-        balance = balance_loss(routing.probabilities, dispatch.counts, self.top_k)
-        z, sums = z_loss(routing.logits), None
+        shares = sums = None
+        if (
+            self.training and self.balance_scope == "global"
+        ):  # the loads come later: a pass computed again has no part in it
+            shares, balance = mean_by_expert(routing.probabilities, counted), torch.zeros((), device=counts.device)
+        else:
+            balance = balance_loss(routing.probabilities, counts, self.top_k, counted)
+        z = z_loss(routing.logits, counted)
         if num_sequences is not None:
-            sums = tally(routing, dispatch, num_sequences=num_sequences, balance=balance, z=z)
-        return MoEReport(self.balance_loss_weight * balance + self.z_loss_weight * z, sums)
+            sums = tally(
+                routing,
+                dispatch,
+                num_sequences=num_sequences,
+                balance=balance,
+                z=z,
+                counts=counts,
+                counted=counted,
+            )
+        return MoEReport(self.balance_loss_weight * balance + self.z_loss_weight * z, sums, counts, shares)
 
 
 def _as_it_is(value: Tensor) -> Tensor:

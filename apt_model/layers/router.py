@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apt_model.layers.counted import Counted, mean_over
+
 Scoring = Literal["softmax", "sigmoid"]
 
 
@@ -143,7 +145,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def balance(self) -> None:
-        """Move the bias as the last forward pass in training planned it, once."""
+        """Move the bias as it was planned, once."""
         self.bias += self.bias_step
         self.bias_step.zero_()
 
@@ -227,7 +229,15 @@ def _edges(ordered: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return F.pad(ends[:-1], (1, 0)), ends
 
 
-def balance_loss(probabilities: Tensor, counts: Tensor, top_k: int) -> Tensor:
+def slots_by_expert(routing: Routing, dispatch: Dispatch, counted: Counted | None) -> Tensor:
+    """Return the slots of tokens that count which wanted each expert, (num_experts,) int64."""
+    if counted is None:
+        return dispatch.counts
+    of_slots = counted.mask.unsqueeze(1).expand_as(routing.experts).long()
+    return torch.zeros_like(dispatch.counts).scatter_add(0, routing.experts.flatten(), of_slots.flatten())
+
+
+def balance_loss(probabilities: Tensor, counts: Tensor, top_k: int, counted: Counted | None = None) -> Tensor:
     """Return E / (k T^2) x sum over experts of (slots that wanted it x its sum of probabilities): 1.0 when balanced.
 
     Source: Switch, arXiv:2101.03961, for top-k.
@@ -235,11 +245,23 @@ def balance_loss(probabilities: Tensor, counts: Tensor, top_k: int) -> Tensor:
     Args:
         probabilities: (tokens, num_experts).
         counts: (num_experts,) slots that wanted each expert, dropped ones included.
+        counted: the tokens that count, of which ``counts`` are; None: all.
     """
     tokens, num_experts = probabilities.shape
-    return num_experts / (top_k * tokens**2) * (counts * probabilities.sum(dim=0)).sum()
+    factor: Tensor | float = num_experts / (top_k * tokens**2)
+    if counted is not None:
+        factor = factor * counted.scale.square()
+        probabilities = probabilities.where(counted.mask.unsqueeze(1), 0.0)
+    return factor * (counts * probabilities.sum(dim=0)).sum()
 
 
-def z_loss(logits: Tensor) -> Tensor:
-    """Return the mean squared logsumexp of ``logits`` (tokens, num_experts). Source: ST-MoE, arXiv:2202.08906."""
-    return logits.logsumexp(dim=-1).square().mean()
+def mean_by_expert(probabilities: Tensor, counted: Counted | None) -> Tensor:
+    """Return the mean probability of each expert, (num_experts,), over the tokens of ``probabilities`` that count."""
+    if counted is None:
+        return probabilities.mean(dim=0)
+    return probabilities.where(counted.mask.unsqueeze(1), 0.0).mean(dim=0) * counted.scale
+
+
+def z_loss(logits: Tensor, counted: Counted | None = None) -> Tensor:
+    """Return the mean squared logsumexp of ``logits`` (tokens, choices). Source: ST-MoE, arXiv:2202.08906."""
+    return mean_over(counted, logits.logsumexp(dim=-1).square())

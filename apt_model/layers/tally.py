@@ -9,32 +9,52 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from apt_model.layers.counted import Counted, mean_over
 from apt_model.layers.metrics import EXPERT_COSINE, MEANS, METRICS
 from apt_model.layers.router import Dispatch, Routing
 
 
 @torch.no_grad()
-def tally(routing: Routing, dispatch: Dispatch, *, num_sequences: int, balance: Tensor, z: Tensor) -> Tensor:
+def tally(
+    routing: Routing,
+    dispatch: Dispatch,
+    *,
+    num_sequences: int,
+    balance: Tensor,
+    z: Tensor,
+    counts: Tensor,
+    counted: Counted | None = None,
+) -> Tensor:
     """Return a layer's sums, (len(MEANS) + 1 + num_experts,) float32.
 
     They are :data:`MEANS` and the mean entropy of a sequence's load, times the number of slots (a token at one of its
-    experts), and the slots that wanted each expert, dropped ones included.
+    experts), and the slots that wanted each expert, dropped ones included: ``counts``. Tokens that do not count are in none.
     """
     p, kept = routing.probabilities, dispatch.kept
     wanted = routing.experts.view(num_sequences, -1)
     of_sequences = torch.zeros(num_sequences, p.shape[1], device=p.device)
-    of_sequences = of_sequences.scatter_add(1, wanted, torch.ones_like(wanted, dtype=of_sequences.dtype))
+    slots: Tensor | int = kept.numel()
+    if counted is None:
+        of_sequences = of_sequences.scatter_add(1, wanted, torch.ones_like(wanted, dtype=of_sequences.dtype))
+        of_a_sequence = entropy(of_sequences / wanted.shape[1]).mean()
+    else:
+        ones = counted.mask.unsqueeze(1).expand_as(kept).reshape(wanted.shape).to(of_sequences.dtype)
+        of_sequences = of_sequences.scatter_add(1, wanted, ones)
+        slots = counts.sum()
+        own = of_sequences.sum(dim=1)  # a sequence's slots
+        share = own / (slots / num_sequences).clamp(min=1e-9)  # 1.0 where each has as many
+        of_a_sequence = (entropy(of_sequences / own.clamp(min=1.0).unsqueeze(1)) * share).mean()
     means = [
         balance,
         z,
-        entropy(p).mean(),
-        p.amax(dim=-1).mean(),
-        1.0 - kept.float().mean(),
-        1.0 - kept.any(dim=-1).float().mean(),
-        entropy(of_sequences / wanted.shape[1]).mean(),
+        mean_over(counted, entropy(p)),
+        mean_over(counted, p.amax(dim=-1)),
+        1.0 - mean_over(counted, kept.float()),
+        1.0 - mean_over(counted, kept.any(dim=-1).float()),
+        of_a_sequence,
     ]
-    weighted = kept.numel() * torch.stack([mean.detach().float() for mean in means])
-    return torch.cat((weighted, dispatch.counts.float()))
+    weighted = slots * torch.stack([mean.detach().float() for mean in means])
+    return torch.cat((weighted, counts.float()))
 
 
 def entropy(p: Tensor) -> Tensor:
@@ -45,7 +65,7 @@ def entropy(p: Tensor) -> Tensor:
 def layer_metrics(sums: Tensor) -> Tensor:
     """Return :data:`METRICS` of each layer, (num_layers, len(METRICS)); ``sums``: (num_layers, ...) of :func:`tally`."""
     weighted, counts = sums[:, : len(MEANS) + 1], sums[:, len(MEANS) + 1 :]
-    slots = counts.sum(dim=1, keepdim=True)
+    slots = counts.sum(dim=1, keepdim=True).clamp(min=1.0)  # none, where no token counts
     load, means = counts / slots, weighted / slots
     of_load = entropy(load)
     of_loads = (

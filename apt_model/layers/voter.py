@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt_model.layers.backend import eager_on_cpu
+from apt_model.layers.counted import Counted, mean_over
 from apt_model.schedule.targets import NOT_NEGATIVE, Domain
 
 
@@ -44,23 +45,28 @@ class EntropyVoter(nn.Module):
         self.enabled = on
 
     def forward(
-        self, hidden: Tensor, logits: Tensor, head: Callable[[Tensor], Tensor]
+        self,
+        hidden: Tensor,
+        logits: Tensor,
+        head: Callable[[Tensor], Tensor],
+        counted: Counted | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return logits with uncertain positions voted on, and metrics (detached, 0-dim).
 
         Args:
             hidden: (batch, seq, d_model), what ``head`` turns into logits.
             logits: (batch, seq, vocab_size) = head(hidden).
+            counted: positions (batch, seq) that metrics are of; None: all.
         """
         if not (self.enabled or self.watched):
             return logits, {}
         with torch.no_grad():
             uncertainty = entropy(logits)
             uncertain = uncertainty > self.threshold
-            metrics = {"voter/entropy": uncertainty.mean()}
+            metrics = {"voter/entropy": mean_over(counted, uncertainty)}
         if not self.enabled:
             return logits, metrics
-        metrics["voter/voted_fraction"] = uncertain.float().mean()
+        metrics["voter/voted_fraction"] = mean_over(counted, uncertain.float())
         if not eager_on_cpu(hidden):
             # shapes that depend on the data would have the host wait for the device, or break the graph: all positions vote
             return torch.where(uncertain.unsqueeze(-1), self._votes(hidden, head), logits.float()), metrics

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from apt_model.data import Corpus, Sampler
 from apt_model.data.batches import Batches
 from apt_model.errors import CheckpointError, ConfigError, HorizonError, TrainingError
+from apt_model.layers import balance
+from apt_model.layers.counted import IGNORED
 from apt_model.schedule import Anneal, Change, Clock, ScheduleRunner
 from apt_model.schedule.targets import OF_OPTIMIZER
 from apt_model.training.callbacks import Callback, Callbacks, Named
@@ -28,16 +30,20 @@ from apt_model.training.meter import Meter, Row
 from apt_model.training.optimizer import groups_for, named_state
 from apt_model.training.options import CheckpointOptions, ComputeOptions, LoopOptions, NonFinitePolicy
 from apt_model.training.parallel import engine
+from apt_model.training.qk_clip import QKClip
 from apt_model.training.randomness import random_state
 from apt_model.training.saved_state import read_state
 from apt_model.training.schedule_driver import ScheduleDriver, bind, restore_weights
-from apt_model.training.sharding import clip_gradients, gathered_state
-from apt_model.training.subject import Forward, Loss, recompute_blocks
+from apt_model.training.sharding import clip_gradients, gathered_state, gradient_norm
+from apt_model.training.subject import Forward, Loss, parameter_parts, recompute_blocks
 from apt_model.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]
+
+OF_PARTS = ("moe/layer_", "train/grad_norm/")
+"""Metrics that are computed for rows in full, as is the cosine of experts, by how their names begin."""
 
 
 class BaseTrainer(ScheduleDriver):
@@ -121,6 +127,7 @@ class BaseTrainer(ScheduleDriver):
                 f"{self.ranks.world}."
             )
         self.model = model.to(self.device).train()
+        self.qk_clip = None if loop.qk_clip is None else QKClip(self.model, loop.qk_clip)
         recompute_blocks(self.model, compute.activation_checkpointing)
         self.forward = Forward(self.model, loss)
         self.engine = engine(
@@ -159,6 +166,7 @@ class BaseTrainer(ScheduleDriver):
         self.batches_done = 0  # of this epoch
         self.updates_done = 0  # of this epoch, skipped ones not counted
         self.updates_skipped = 0  # of this epoch
+        self._weights: Tensor | None = None  # of the batches of an update; None: they count alike
         self.rows = 0
         self.seconds = 0.0
         self._saved_at = 0.0  # of these seconds
@@ -265,7 +273,7 @@ class BaseTrainer(ScheduleDriver):
         self.meter.begin_update(
             has_row=has_row,
             with_metrics=has_row or any(name.startswith("moe/") for name in watched),
-            in_full=regular or any(name.startswith("moe/layer_") or name == "moe/expert_cosine" for name in watched),
+            in_full=regular or any(name.startswith(OF_PARTS) or name == "moe/expert_cosine" for name in watched),
         )
         return changes
 
@@ -285,6 +293,38 @@ class BaseTrainer(ScheduleDriver):
         """The learning rate at the clock."""
         return self.base_lr * (self._lr_factor(self.clock) if self._lr_factor else 1.0)
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether batches of an update have to know of each other before the first."""
+        over_update = any(
+            layer.enabled and layer.balance_scope == "global" and "balance_loss_weight" in layer.expected
+            for layer in self.moe_layers
+        )
+        return self.train_batches.masked or (over_update and self.accumulate > 1)
+
+    def look_ahead(self, batches: Sequence[Batch]) -> None:
+        """Learn of this rank's share of an update's batches how much each counts, and each expert's load; all ranks call it."""
+        self._weights = None
+        if not self.looks_ahead:
+            return
+        if self.train_batches.masked:
+            counts = torch.stack([(targets != IGNORED).sum() for _, targets in batches]).double()
+            mean = self.over_ranks(counts.sum()) / (len(batches) * self.ranks.world)
+            self._weights = (counts / mean.clamp(min=1e-9)).float()
+        if len(batches) > 1:
+            self._count_loads(batches)
+
+    @torch.no_grad()
+    def _count_loads(self, batches: Sequence[Batch]) -> None:
+        """Have layers count slots of a whole update, whose forward passes will draw the same random numbers again."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), compiling() if self.compiled else nullcontext():
+            for tokens, targets in batches:
+                with self._autocast():
+                    self.forward(self.model, tokens, targets, with_metrics=False)
+        self.engine.rest()
+        balance.settle_loads(self.moe_layers)
+
     def loss_of(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of a batch, 0-dim, to go backward from; tokens and targets: (batch, seq).
 
@@ -296,11 +336,14 @@ class BaseTrainer(ScheduleDriver):
             output = self.forward(self.engine.forward, tokens, targets, with_metrics=self.meter.with_metrics)
         assert output.language_loss is not None
         loss: Tensor = output.language_loss + output.auxiliary_loss
+        weight = None if self._weights is None else self._weights[self.meter.num_batches]
+        if weight is not None:
+            loss = loss * weight
         if not loss.requires_grad:
             raise TrainingError(
                 f"every parameter is frozen at {self.clock}: there is nothing to train. See schedule.events."
             )
-        self.meter.add_batch(output)
+        self.meter.add_batch(output, weight)
         self.count(samples=len(tokens) * self.ranks.world, tokens=tokens.numel() * self.ranks.world)
         return loss
 
@@ -313,6 +356,8 @@ class BaseTrainer(ScheduleDriver):
         Raises:
             NonFiniteError: it is not finite and nothing would skip the update, or the loss is not.
         """
+        if self.meter.in_full:
+            self.meter.add_part_norms({part: gradient_norm(of) for part, of in parameter_parts(self.model).items()})
         norm = clip_gradients(self.model.parameters(), self.loop.largest_norm)
         self.meter.add_norm(self.clock, norm, scaled=scaled)
         if self.meter.reads_every_update:
@@ -330,11 +375,15 @@ class BaseTrainer(ScheduleDriver):
     def end_update(self, metrics: Mapping[str, float] | None = None) -> None:
         """Count an update that has happened, log it where it is due, and advance the clock."""
         row: Row = {}
+        if self.qk_clip is not None:
+            self.qk_clip()
         if self.average is not None:
             self.average.update()
         if self.meter.has_row or self.meter.reads_every_update:
             self.meter.read()
             row = self.meter.numbers() | {"lr": self.lr} | self.meter.model_metrics()
+            if self.qk_clip is not None:
+                row["train/max_attention_logit"] = self.qk_clip.largest.item()
         self.meter.add_work(tokens=self.tokens, seconds=self._take_time())
         self.updates_done += 1
         if self.meter.has_row:
@@ -346,6 +395,8 @@ class BaseTrainer(ScheduleDriver):
     def skip_update(self) -> None:
         """Record an update that was skipped; the clock stays."""
         self._take_time()
+        if self.qk_clip is not None:
+            self.qk_clip.forget()
         self.updates_skipped += 1
         super().skip_update()
 

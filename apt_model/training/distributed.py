@@ -154,6 +154,24 @@ def average_buffers(model: nn.Module) -> None:
         buffer.copy_(mean.view_as(buffer))
 
 
+def sum_of(values: Tensor) -> Tensor:
+    """Return the sum of ``values`` over ranks, which all call it."""
+    if Ranks.of_group().world == 1:
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def largest_of(values: Tensor) -> Tensor:
+    """Return the largest of ``values`` over ranks, which all call it."""
+    if Ranks.of_group().world == 1:
+        return values
+    found = values.clone()
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found
+
+
 def _mean(values: Tensor) -> Tensor:
     """Replace ``values`` by their means over ranks, in place."""
     dist.all_reduce(values)

@@ -52,6 +52,7 @@ class Meter:
         self._auxiliary: list[Tensor] = []
         self._metrics: list[dict[str, Tensor]] = []
         self._routing: list[Tensor] = []
+        self._part_norms: Mapping[str, Tensor] = {}
         self._pending: list[PendingUpdate] = []
         self._numbers: Row = {}  # of the last update that was read
         self._tokens, self._seconds = 0, 0.0  # since the last row
@@ -59,15 +60,24 @@ class Meter:
     def begin_update(self, *, has_row: bool, with_metrics: bool, in_full: bool) -> None:
         """Forget the batches of the update before; see the attributes for what is wanted of this one."""
         self._losses, self._auxiliary, self._metrics, self._routing = [], [], [], []
+        self._part_norms = {}
         self.has_row, self.with_metrics, self.in_full = has_row, with_metrics, in_full
         self._began = time.perf_counter()
 
-    def add_batch(self, output: Output) -> None:
-        """Record a forward pass."""
+    def add_batch(self, output: Output, weight: Tensor | None = None) -> None:
+        """Record a forward pass.
+
+        Args:
+            weight: 0-dim; how much it counts, 1 in the mean over an update; None: as much as the others.
+        """
         assert output.language_loss is not None
-        self._losses.append(output.language_loss.detach())
-        self._auxiliary.append(output.auxiliary_loss.detach())
-        self._metrics.append(output.metrics)
+        loss, auxiliary, metrics = output.language_loss.detach(), output.auxiliary_loss.detach(), output.metrics
+        if weight is not None:
+            loss, auxiliary = loss * weight, auxiliary * weight
+            metrics = {name: value * weight for name, value in metrics.items()}
+        self._losses.append(loss)
+        self._auxiliary.append(auxiliary)
+        self._metrics.append(metrics)
         if output.routing is not None:
             self._routing.append(output.routing)
 
@@ -85,6 +95,10 @@ class Meter:
         losses, auxiliary = torch.stack(self._losses).mean(), torch.stack(self._auxiliary).mean()
         self.last_loss = losses
         self._pending.append(PendingUpdate(clock, losses, auxiliary, norm, scaled))
+
+    def add_part_norms(self, norms: Mapping[str, Tensor]) -> None:
+        """Record the norms of the gradients of the model's parts, 0-dim each."""
+        self._part_norms = norms
 
     def read(self) -> None:
         """Read the numbers of updates that were made since the last call, all at once.
@@ -122,6 +136,7 @@ class Meter:
         names = self._metrics[-1]
         means = {name: torch.stack([metrics[name] for metrics in self._metrics]).mean() for name in names}
         row = {name: value.item() for name, value in self._mean(means).items()}
+        row |= {f"train/grad_norm/{part}": norm.item() for part, norm in self._part_norms.items()}
         if not self._routing:
             return row
         sums = torch.stack(self._routing).sum(dim=0)

@@ -24,6 +24,7 @@ class LoopOptions:
         max_batches_per_epoch: None: all that the corpus gives.
         accumulate: batches an update.
         grad_clip: largest norm of the gradient; None: no limit.
+        qk_clip: largest logit of an attention head, see :class:`apt_model.training.qk_clip.QKClip`; None: no limit.
         weight_decay: of matrices; vectors do not decay.
         log_every: updates between rows.
         validation_batches: batches of the validation split, the same each time; None: all.
@@ -38,6 +39,7 @@ class LoopOptions:
     max_batches_per_epoch: int | None = None
     accumulate: int = 1
     grad_clip: float | None = 1.0
+    qk_clip: float | None = None
     weight_decay: float = 0.0
     log_every: int = 10
     validation_batches: int | None = None

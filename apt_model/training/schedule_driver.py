@@ -5,20 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from apt_model.errors import ConfigError
-from apt_model.layers import scheduled
+from apt_model.layers import balance, scheduled
 from apt_model.layers.in_place import layers_in_place, moe_layers
+from apt_model.layers.moe import MoE
 from apt_model.layers.voter import EntropyVoter
 from apt_model.schedule import Change, Clock, ScheduleRunner
 from apt_model.schedule.program import Subject, grown_to
 from apt_model.schedule.targets import Domain
 from apt_model.training import subject
+from apt_model.training.distributed import sum_of
 from apt_model.training.optimizer import follow_model
 from apt_model.training.sharding import shared_as
 
@@ -127,6 +129,7 @@ class ScheduleDriver:
     schedule: ScheduleRunner
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    over_ranks: Callable[[Tensor], Tensor] = staticmethod(sum_of)  # of counts of one update
 
     def __init__(self, schedule: ScheduleRunner) -> None:
         self.schedule = schedule
@@ -140,6 +143,7 @@ class ScheduleDriver:
     def connect(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Take up a model and its optimizer; parameters that it leaves out now stay out."""
         self.model = model
+        self.__dict__.pop("moe_layers", None)  # of a model before
         self.optimizer = optimizer
         self._note_left_out()
 
@@ -170,7 +174,13 @@ class ScheduleDriver:
         changes = self.schedule.apply(self.clock)
         if changes:
             self.follow()
+        balance.begin_update(self.moe_layers, self.over_ranks)
         return changes
+
+    @cached_property
+    def moe_layers(self) -> list[MoE]:
+        """The model's layers that are, or may become, mixtures of experts."""
+        return moe_layers(self.model) if hasattr(self, "model") else []
 
     def follow(self) -> None:
         """Give the optimizer the parameters that the model has now, if the model says where they came from."""
@@ -185,12 +195,14 @@ class ScheduleDriver:
 
     def end_update(self, metrics: Mapping[str, float]) -> None:
         """Show latches the update's metrics, and advance the clock."""
+        balance.end_update(self.moe_layers)
         self.schedule.observe(metrics)
         self.clock = self.clock.after_update(samples=self.samples, tokens=self.tokens)
         self.happened = False
 
     def skip_update(self) -> None:
         """Forget the current update: the weights are those from before."""
+        balance.skip_update(self.moe_layers)
         self._begun = None
 
     def state_dict(self) -> dict[str, Any]:

@@ -48,17 +48,32 @@ def gathered_state(state: Any, *, keep: bool) -> Any:
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     """Scale gradients down to a norm of ``limit``; return the norm over all ranks before, 0-dim."""
+    by_mesh = _by_mesh(parameters)
+    norm = _norm(by_mesh)
+    for members in by_mesh.values():
+        nn.utils.clip_grads_with_norm_(members, limit, norm)
+    return norm
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return the norm of gradients over all ranks, 0-dim."""
+    return _norm(_by_mesh(parameters))
+
+
+def _by_mesh(parameters: Iterable[nn.Parameter]) -> dict[Any, list[nn.Parameter]]:
+    """Return the parameters that have a gradient, by the ranks that share each."""
     by_mesh: dict[Any, list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
             by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return by_mesh
+
+
+def _norm(by_mesh: Mapping[Any, list[nn.Parameter]]) -> Tensor:
     if not by_mesh:
         return torch.zeros(())
     norms = [
         full_tensor(nn.utils.get_total_norm([p.grad for p in members if p.grad is not None]))
         for members in by_mesh.values()
     ]
-    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-    for members in by_mesh.values():
-        nn.utils.clip_grads_with_norm_(members, limit, norm)
-    return norm
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))

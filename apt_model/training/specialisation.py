@@ -32,12 +32,14 @@ class SourceLoads:
         self.begins = begins
         self.counts: list[Tensor | None] = [None] * len(layers)  # (num_sources, num_experts) int64
         self._of_tokens: Tensor | None = None
+        self._counted: Tensor | None = None
 
     @contextmanager
-    def counting(self, number: int, tokens: Tensor) -> Iterator[None]:
-        """Count a forward pass on ``tokens`` (batch, seq), the batch of that number."""
+    def counting(self, number: int, tokens: Tensor, counted: Tensor | None = None) -> Iterator[None]:
+        """Count a forward pass on ``tokens`` (batch, seq), the batch of that number, where ``counted`` is true; None: all."""
         of_tokens = self.sources.of(self.begins[number], tokens.shape[1])
         self._of_tokens = torch.from_numpy(of_tokens).flatten().to(tokens.device)
+        self._counted = None if counted is None else counted.flatten()
         hooks = [
             layer.router.register_forward_hook(
                 lambda router, given, routing, number=number: self._count(number, routing)
@@ -56,7 +58,10 @@ class SourceLoads:
         experts = self.layers[number].num_experts
         slots = self._of_tokens.unsqueeze(1) * experts + routing.experts
         found = torch.zeros(len(self.sources.names) * experts, dtype=torch.int64, device=slots.device)
-        found = found.scatter_add(0, slots.flatten(), torch.ones_like(slots).flatten()).view(-1, experts)
+        ones = torch.ones_like(slots)
+        if self._counted is not None:
+            ones = ones * self._counted.unsqueeze(1)
+        found = found.scatter_add(0, slots.flatten(), ones.flatten()).view(-1, experts)
         before = self.counts[number]
         self.counts[number] = found if before is None else before + found
 

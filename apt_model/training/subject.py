@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,15 @@ from torch import Tensor, nn
 
 from apt_model.errors import ConfigError
 from apt_model.gpt import GPT, Output
+from apt_model.layers.align import BiStateAlignment
+from apt_model.layers.attention import SelfAttention
+from apt_model.layers.balance import complete
+from apt_model.layers.counted import IGNORED, counted_positions
+from apt_model.layers.feed_forward import Experts, FeedForward
 from apt_model.layers.in_place import MoEInPlace, layers_in_place, moe_layers
 from apt_model.layers.metrics import METRICS
 from apt_model.layers.moe import Lineage, MoE
+from apt_model.layers.router import Router
 from apt_model.layers.tally import layer_metrics, model_metrics
 from apt_model.schedule.targets import matching
 
@@ -90,6 +96,30 @@ def take_lineage(model: nn.Module) -> list[Lineage]:
     return lineage
 
 
+PARTS: Final[dict[type[nn.Module], str]] = {
+    SelfAttention: "attention",
+    Experts: "experts",
+    Router: "router",
+    FeedForward: "feed_forward",
+    nn.Embedding: "embedding",
+    BiStateAlignment: "align",
+}
+"""Parts of a model whose gradients are reported by themselves, by the modules that hold their parameters."""
+
+
+def parameter_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Return the parameters of ``model`` by part: :data:`PARTS`, and ``other``, such as norms and a head of its own."""
+    part_of: dict[nn.Parameter, str] = {}
+    for module in model.modules():
+        for kind, part in PARTS.items():
+            if isinstance(module, kind):
+                part_of |= dict.fromkeys(module.parameters(), part)
+    found: dict[str, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        found.setdefault(part_of.get(parameter, "other"), []).append(parameter)
+    return found
+
+
 def blocks(model: nn.Module) -> list[nn.Module]:
     """Return the parts of ``model`` that are compiled, recomputed or sharded one by one.
 
@@ -147,9 +177,10 @@ class Forward:
             more = {"with_hidden": True} if self._wants_hidden else {}
             output: Output = run(tokens, targets, with_metrics=with_metrics, **more)
         else:
+            counted = counted_positions(targets) if self.layers else None
             for layer in self.layers:
-                layer.with_metrics = with_metrics
-                if self.model.training:
+                layer.with_metrics, layer.counted = with_metrics, counted
+                if self.model.training and not layer.driven:
                     layer.balance()
             output = self._output(self._run(run, tokens, targets, with_metrics), targets)
             output = self._with_reports(output)
@@ -184,7 +215,7 @@ class Forward:
             states = values.get("hidden_states")
             hidden = values.get("hidden") if states is None else states[-1]
         if not isinstance(loss, Tensor) and isinstance(logits, Tensor) and logits.dim() == 3:
-            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             raise ConfigError(
                 f"model: {type(self.model).__name__} returned {_described(found)}. The loop takes a loss (a tensor of one "
@@ -194,9 +225,10 @@ class Forward:
 
     def _with_reports(self, output: Output) -> Output:
         """Add what layers of experts have to say."""
-        reports = [report for layer in self.layers if (report := layer.take_report()) is not None]
-        if not reports:
+        given = [(layer, report) for layer in self.layers if (report := layer.take_report()) is not None]
+        if not given:
             return output
+        reports = complete([layer for layer, _ in given], [report for _, report in given])
         auxiliary = output.auxiliary_loss + torch.stack([report.loss for report in reports]).mean()
         sums = [report.sums for report in reports if report.sums is not None]
         if not sums:

@@ -29,9 +29,9 @@ class Trainer(BaseTrainer):
     """Trains a model through its curriculum: one loop, read from top to bottom. Arguments: see :class:`BaseTrainer`.
 
     In a process group every rank takes an equal share of each batch, and the gradient is the mean of theirs, however they
-    share the model (:mod:`apt_model.training.parallel`); ``batch_size`` and the clock count the whole. Balance losses and
-    capacities are those of a rank's share, as is usual. Every rank validates on all batches, so that the loss is the one of
-    a single process; the first rank alone writes.
+    share the model (:mod:`apt_model.training.parallel`); ``batch_size`` and the clock count the whole. Capacities are those
+    of a rank's share, as is usual, and so are balance losses unless the ``balance_scope`` of a layer is ``global``. Every
+    rank validates on all batches, so that the loss is the one of a single process; the first rank alone writes.
     """
 
     can_resume: ClassVar[bool] = True
@@ -93,6 +93,7 @@ class Trainer(BaseTrainer):
         Raises:
             NonFiniteError: the loss or the gradient is not finite; the weights are those before the update.
         """
+        self.look_ahead(batches)
         for number, (tokens, targets) in enumerate(batches, start=1):
             with self.engine.batch(last=number == len(batches)):
                 loss = self.scaler.scale(self.loss_of(tokens, targets) / len(batches))

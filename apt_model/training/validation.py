@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from apt_model.data.batches import Batches
+from apt_model.layers.counted import IGNORED
 from apt_model.layers.in_place import moe_layers
 from apt_model.training.compiling import eagerly
 from apt_model.training.specialisation import SourceLoads
@@ -50,16 +51,19 @@ class Validation:
     def __call__(self) -> dict[str, float]:
         """Return ``val/loss``, the mean over batches, and where the text has several sources how different they are."""
         self.model.eval()
-        losses = []
+        losses, weights = [], []
         loads = self._loads_by_source()
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), eagerly() if self.compiled else nullcontext():
             torch.manual_seed(self.seed)  # draws that training does not miss
             for number, (tokens, targets) in enumerate(self.batches.epoch(0, device=self.device)):
-                with self.autocast(), loads.counting(number, tokens) if loads else nullcontext():
+                counts = targets != IGNORED
+                weights.append(counts.sum().double())
+                with self.autocast(), loads.counting(number, tokens, counts) if loads else nullcontext():
                     losses.append(self._loss(tokens, targets))
         self.model.train()
-        loss = torch.stack(losses).mean().item()
+        weight = torch.stack(weights)
+        loss = (torch.stack(losses) * (weight / weight.mean().clamp(min=1e-9)).float()).mean().item()
         return {"val/loss": loss} | (loads.metrics() if loads else {})
 
     def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:

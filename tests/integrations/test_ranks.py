@@ -53,6 +53,7 @@ RUN = (
     "trainer.accumulate=2",
     "trainer.max_batches_per_epoch=5",
     "trainer.log_every=1",
+    "moe.balance_scope=global",
 )
 
 

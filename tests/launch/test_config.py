@@ -173,6 +173,14 @@ def test_keys_in_yaml_equal_parameters_of_the_class(target: tuple[str, type[sche
         (["model.ffn=swigl"], r"^model\.ffn: .*'swiglu'"),
         (["trainer.device=gpu"], r"^trainer\.device: 'gpu' is not valid"),
         (["model.d_model=130"], r"^model\.d_model = 130 does not give 4 heads .*multiple of 8"),
+        (
+            ["trainer.qk_clip=100", "model.qk_norm=head"],
+            r"^trainer\.qk_clip: with model\.qk_norm=head .* Set one of the two to",
+        ),
+        (
+            ["trainer.profile={at: 254, steps: 3}"],
+            r"^trainer\.profile: updates 254 to 256 are not all of this run, which has 256, from 0 on\. Set .* to 253 or less\.",
+        ),
         (["moe.top_k=9"], r"^moe\.top_k = 9 is more than moe\.num_experts = 8"),
         (["moe.granularity=5"], r"^.*moe\.granularity = 5 does not divide model\.d_ff = 384"),
         (["moe.granularity=2", "moe.top_k=3"], r"^moe\.top_k = 3 does not reach whole copies .*moe\.top_k=6"),

@@ -160,7 +160,7 @@ def test_the_catalogue_is_what_the_model_has(small: Callable[..., RunConfig]) ->
     from apt_model.schedule.targets import OF_OPTIMIZER
 
     config = small(
-        "schedule.enable_voter_at_epoch=1", "schedule.enable_align_at_epoch=0", "schedule.enable_moe_at_epoch=0"
+        "schedule.enable_voter_at_epoch=1", "schedule.enable_align_at_epoch=0", "schedule.enable_moe_at_epoch=1"
     )
     trainer = build_trainer(config, log=lambda row: rows.append(row))
     rows: list[dict[str, float]] = []

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from apt_model.layers.attention import QUERIES, ROWS, KeyValues, SelfAttention, eager, sdpa
+from apt_model.layers.attention import QUERIES, ROWS, KeyValues, SelfAttention, eager, largest_logits, sdpa
 from apt_model.layers.backend import onednn_products
 from apt_model.layers.rotary import RotaryEmbedding, frequencies
+from apt_model.training.qk_clip import QKClip
 
 
 def test_the_fused_kernel_equals_attention_written_out() -> None:
@@ -171,3 +172,49 @@ def test_gradients_of_a_rotation_by_differences() -> None:
     rotate = RotaryEmbedding(head_dim=4, seq_len=8).double()
     qkv = torch.randn(2, 3, 3, 2, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda given: rotate(given, 2), (qkv,))
+
+
+@pytest.mark.parametrize("shared", [None, 2])
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_largest_logit_of_each_head_is_that_of_attention_written_out(
+    shared: int | None, window: int | None
+) -> None:
+    torch.manual_seed(0)
+    length = QUERIES + 9  # more than one group of queries
+    query, key = torch.randn(2, 4, length, 6), torch.randn(2, shared or 4, length, 6)
+    keys = key.repeat_interleave(4 // (shared or 4), dim=1)
+    logits = query @ keys.transpose(-2, -1) / math.sqrt(6)
+    ago = torch.arange(length).unsqueeze(1) - torch.arange(length)
+    seen = (ago >= 0) & (ago < (window or length))
+    expected = logits.masked_fill(~seen, -math.inf).flatten(2).amax(dim=(0, 2))
+    assert torch.allclose(largest_logits(query, key, window), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [None, 2])
+def test_logits_above_the_limit_come_down_to_it_and_other_heads_stay(shared: int | None) -> None:
+    torch.manual_seed(0)
+    layer = SelfAttention(d_model=16, num_heads=4, seq_len=12, num_kv_heads=shared, qkv_bias=True)
+    torch.nn.init.normal_(layer.qkv.weight)
+    torch.nn.init.normal_(layer.qkv.bias)
+    x = torch.randn(2, 12, 16)
+    layer.watch_logits()
+    layer(x)
+    before, limit = layer.largest.clone(), layer.largest.sort().values[1].item() + 1e-4  # two heads are above
+    weight = layer.qkv.weight.detach().clone()
+    clip = QKClip(layer, limit)  # which forgets what it has not seen
+    layer(x)
+    clip()
+    assert clip.largest == before.max()
+    layer(x)
+    assert torch.allclose(layer.largest, before.clamp(max=limit), rtol=1e-5)
+    rows = layer.qkv.weight.detach().view(-1, layer.head_dim, 16)
+    stayed = [bool(torch.equal(now, then)) for now, then in zip(rows, weight.view_as(rows), strict=True)]
+    above = (before > limit).tolist()
+    heads = shared or 4
+    assert stayed[:4] == [not one for one in above]
+    assert stayed[4 : 4 + heads] == ([True] * heads if shared else stayed[:4]), "keys that heads share stay"
+    assert all(stayed[4 + heads :]), "values stay"
+    assert layer.largest.isfinite().all()
+    clip.forget()
+    layer.eval()(x)
+    assert not layer.largest.isfinite().any(), "evaluation is not watched"

@@ -24,7 +24,8 @@ PLAIN = (
     "model.loss_chunk=24",
     "moe.capacity_factor=null",
     "schedule.moe_capacity=null",
-    "moe.balance_loss_weight=0",
+    "moe.balance_scope=global",
+    "moe.balance_loss_weight=0.1",
     "align.weight=0",
     "schedule.align_weight=null",
     "voter.dropout=0",
@@ -84,9 +85,12 @@ def alone_once(group: Ranks, data: tuple[str, str], tmp_path_factory: pytest.Tem
     return out, group.train(1, out, *data, *PLAIN, *FROZEN, ONCE)
 
 
+MORE = ("moe/balance_loss", "train/auxiliary_loss", "train/max_attention_logit", "train/grad_norm/attention")
+
+
 def same(found: Rows, expected: Rows) -> None:
     """Compare what does not depend on how a batch is shared."""
-    for name in ("step", "tokens", "train/loss", "train/grad_norm", "val/loss", "lr", "moe/router_entropy"):
+    for name in ("step", "tokens", "train/loss", "train/grad_norm", "val/loss", "lr", "moe/router_entropy", *MORE):
         one, other = ([row[name] for row in rows if name in row] for rows in (expected, found))
         assert other == pytest.approx(one, rel=1e-4), name
 
@@ -183,6 +187,7 @@ def test_experts_that_go_off_again_are_folded_in_shards_too(
     group: Ranks, data: tuple[str, str], tmp_path: Path
 ) -> None:
     given = (*data, *PLAIN, "trainer.max_epochs=4", "schedule=none", "moe.shared_expert=true", "trainer.accumulate=2")
+    given += ("trainer.qk_clip=0.01", "model.z_loss_weight=0.01")
     events = ("+schedule.events.a={enable: moe, at: 1ep}", "+schedule.events.b={disable: moe, at: 2ep}")
     rows = [
         group.train(
@@ -191,6 +196,7 @@ def test_experts_that_go_off_again_are_folded_in_shards_too(
         for world, engine in ((1, ()), (2, ENGINES["2 replicas"][1]), (2, ENGINES["2 shards, experts over 2"][1]))
     ]
     assert [row["schedule/moe_enabled"] for row in rows[0] if "train/loss" in row] == [0, 0, 1, 1, 0, 0, 0, 0]
+    assert rows[0][0]["train/max_attention_logit"] > 0.01
     same(rows[1], rows[0])
     same(rows[2], rows[0])
 

@@ -1,18 +1,24 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import gzip
+import json
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from apt_launch.config.run_config import RunConfig
 from apt_launch.runs.build import build_trainer
+from apt_model.data.batches import Batches
 from apt_model.errors import CallbackError, ConfigError, HorizonError, Interrupted, NonFiniteError
+from apt_model.layers.counted import IGNORED
 from apt_model.schedule import Clock
 from apt_model.training.callbacks import Callback
 from apt_model.training.checkpoint import Checkpoints, newest_intact
+from apt_model.training.profiling import Profile
 from apt_model.training.trainer import Trainer
 
 Small = Callable[..., RunConfig]
@@ -139,6 +145,78 @@ def test_accumulating_batches_equals_one_larger_batch(small: Small) -> None:
     two.trainer.fit()
     for name, weight in one.weights().items():
         assert torch.allclose(weight, two.weights()[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+def test_experts_are_balanced_over_the_batches_of_an_update_as_over_one_larger_batch(small: Small, router: str) -> None:
+    given = (*ROUTED, "trainer.grad_clip=null", "moe.balance_scope=global", f"moe.router={router}")
+    given += ("moe.balance_loss_weight=1", "moe.upcycling=noise", "moe.bias_update_rate=0.05", "trainer.max_epochs=3")
+    larger = ("trainer.batch_size=4", "trainer.max_batches_per_epoch=2")
+    shares = ("trainer.batch_size=2", "trainer.max_batches_per_epoch=4", "trainer.accumulate=2")
+    runs = []
+    for more in (larger, shares, (*larger, "moe.balance_scope=micro")):
+        runs.append(Run(small(*given, *more)))
+        runs[-1].trainer.fit()
+    one, two, micro = runs
+    for name in ("train/loss", "train/auxiliary_loss", "moe/balance_loss", "moe/layer_01/balance_loss"):
+        assert two.rows[0][name] == pytest.approx(one.rows[0][name], rel=1e-5), name
+    for name, weight in one.weights().items():
+        assert torch.allclose(weight, two.weights()[name], atol=2e-5), name
+        assert torch.allclose(weight, micro.weights()[name], atol=2e-5), (
+            "of one batch there is nothing else to balance over"
+        )
+    if router == "sigmoid":
+        bias = two.weights()["blocks.0.ffn.router.bias"]
+        assert torch.allclose(bias, (bias / 0.05).round() * 0.05), "so many whole steps"
+        assert bias.abs().max() <= 0.05 * 6 + 1e-6, "one an update at the most"
+
+
+class Masked(Batches):
+    """Leaves out some targets, of each sequence another number."""
+
+    masked = True
+
+    def epoch(self, epoch: int, **where: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for tokens, targets in super().epoch(epoch, **where):
+            left_out = torch.arange(tokens.shape[1]) < tokens[:, :1] % 13
+            yield tokens, targets.masked_fill(left_out, IGNORED)
+
+
+def test_each_target_counts_the_same_however_many_its_batch_has(small: Small) -> None:
+    runs = []
+    given = (*ROUTED, "moe.balance_scope=global", "moe.balance_loss_weight=1", "trainer.grad_clip=null")
+    for more in (
+        ("trainer.batch_size=4", "trainer.max_batches_per_epoch=2"),
+        ("trainer.batch_size=1", "trainer.max_batches_per_epoch=8", "trainer.accumulate=4"),
+    ):
+        run = Run(small(*given, *more, "trainer.log_every=1"))
+        run.trainer.train_batches = Masked(run.trainer.train_batches.tokens, run.trainer.train_batches.sampler)
+        run.trainer.fit()
+        runs.append(run)
+    one, many = runs
+    whole, parts = ([row for row in run.rows if "train/loss" in row] for run in runs)
+    for name in (
+        "train/loss",
+        "train/auxiliary_loss",
+        "train/grad_norm",
+        "moe/balance_loss",
+        "moe/load_entropy",
+        "tokens",
+    ):
+        assert [row[name] for row in parts] == pytest.approx([row[name] for row in whole], rel=1e-4), name
+    for name, weight in one.weights().items():
+        assert torch.allclose(weight, many.weights()[name], atol=2e-5), name
+
+
+def test_slots_of_an_update_are_those_that_its_batches_then_have(small: Small) -> None:
+    draws = ("moe.jitter=0.3", "model.dropout=0.2", "trainer.accumulate=2", "trainer.max_epochs=1")
+    trainer = Run(small(*ROUTED, "moe.balance_scope=global", *draws, "trainer.activation_checkpointing=true")).trainer
+    trainer.fit()
+    counts = torch.stack(trainer.meter._routing).sum(dim=0)[:, -4:]  # of the last update
+    for layer, found in zip(trainer.model.moe_layers, counts, strict=True):
+        assert found.sum() == 2 * 2 * 2 * 16, "two batches of two sequences of 16 tokens, at two experts each"
+        assert torch.equal(layer.load * found.sum(), found)
+        assert torch.equal(layer.counts.float(), found), "a pass that is computed again is not counted again"
 
 
 ROUTED = ("schedule=none", "schedule.enable_moe_at_epoch=0", "trainer.max_epochs=2", "moe.capacity_factor=null")
@@ -508,3 +586,66 @@ def test_the_curriculum_trains_on_cuda(small: Small, precision: str) -> None:
     run = Run(small("trainer.device=cuda", f"trainer.precision={precision}"))
     run.trainer.fit()
     assert run.rows[-1]["val/loss"] < run.rows[0]["train/loss"]
+
+
+def test_norms_of_parts_make_the_norm_of_the_gradient(small: Small) -> None:
+    run = Run(small("schedule=none", "schedule.enable_moe_at_epoch=1", "trainer.log_every=1", "trainer.max_epochs=2"))
+    run.trainer.fit()
+    rows = [{k.rpartition("/")[2]: v for k, v in row.items() if "grad_norm/" in k} for row in run.rows]
+    begun, last = rows[0], next(row for row in reversed(rows) if row)
+    assert begun.keys() == {"attention", "feed_forward", "embedding", "other"}
+    assert last.keys() == {"attention", "experts", "router", "embedding", "other"}
+    for parts, row in zip(rows, run.rows, strict=True):
+        if parts:
+            assert sum(norm**2 for norm in parts.values()) ** 0.5 == pytest.approx(row["train/grad_norm"], rel=1e-5)
+
+
+def test_logits_of_attention_stay_below_the_limit_through_a_resume(small: Small, tmp_path: Path) -> None:
+    given = (
+        "schedule=none",
+        "trainer.qk_clip=0.002",
+        "trainer.log_every=1",
+        "trainer.max_epochs=2",
+        "trainer.accumulate=2",
+    )
+    config = small(*given, "optimizer.lr=0.01")
+    whole = Run(config)
+    whole.trainer.fit()
+    before = Run(config, checkpoints=Checkpoints(tmp_path))
+    before.trainer.stop_requested = lambda: before.trainer.clock.step >= 2
+    with pytest.raises(Interrupted):
+        before.trainer.fit()
+    checkpoint, _ = newest_intact(tmp_path)
+    after = Run(config, resume=checkpoint)
+    after.trainer.fit()
+    assert before.told() + after.told() == whole.told()
+    free = Run(small(*given, "optimizer.lr=0.01", "trainer.qk_clip=1e9"))
+    free.trainer.fit()
+    found = [[row["train/max_attention_logit"] for row in run.rows if "train/loss" in row] for run in (whole, free)]
+    assert found[0][0] == found[1][0] > 0.002, "the first update begins with equal weights"
+    assert found[0][-1] < found[1][-1]
+
+
+@pytest.mark.parametrize("stop", [None, 2])
+def test_a_trace_of_some_updates_changes_nothing_and_goes_on_after_a_resume(
+    small: Small, tmp_path: Path, stop: int | None
+) -> None:
+    config = small("schedule=none", "trainer.max_epochs=1")
+    plain = Run(config)
+    plain.trainer.fit()
+    traced = Run(config, callbacks=[Profile(tmp_path / "a", at=1, steps=2)], checkpoints=Checkpoints(tmp_path / "c"))
+    told = []
+    if stop is not None:
+        traced.trainer.stop_requested = lambda: traced.trainer.clock.step >= stop
+        with pytest.raises(Interrupted):
+            traced.trainer.fit()
+        told = traced.told()
+        checkpoint, _ = newest_intact(tmp_path / "c")
+        traced = Run(config, callbacks=[Profile(tmp_path / "a", at=1, steps=2)], resume=checkpoint)
+    traced.trainer.fit()
+    assert told + traced.told() == plain.told()
+    files = {path.name: json.loads(gzip.decompress(path.read_bytes())) for path in (tmp_path / "a").iterdir()}
+    steps = [1] if stop is None else [1, 2]
+    assert sorted(files) == [f"step-{step:08d}.json.gz" for step in steps]
+    for trace in files.values():
+        assert any("embedding" in event.get("name", "") for event in trace["traceEvents"])

@@ -6,10 +6,12 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, Final
 
 from apt_launch.escapes import cell, markdown, visible
 from apt_launch.record import Row
+from apt_launch.rows import Speed, Speeds
 from apt_launch.sweep.plan.jobs import short_key
 from apt_launch.sweep.plan.tree import is_shared, saving
 from apt_launch.sweep.report.findings import Estimate, Findings, Source, Texts, Trial, find, headline
@@ -140,6 +142,9 @@ def as_markdown(findings: Findings, pictures: Sequence[str]) -> str:
     parts += [
         f"| {' | '.join(markdown(shown(c, h)) for c, h in zip(line, heads, strict=True))} |" for line in lines(findings)
     ]
+    if speeds := speed_table(findings):
+        parts += ["", f"## {SPEEDS}", "", "| phase | tokens/s | MFU |", "|---|---|---|"]
+        parts += [f"| {' | '.join(map(markdown, row))} |" for row in speeds]
     if findings.has_groups and findings.values:
         heads, rows = group_table(findings)
         parts += [
@@ -153,6 +158,26 @@ def as_markdown(findings: Findings, pictures: Sequence[str]) -> str:
     parts += ["", markdown(note_on_groups(findings)), ""]
     parts += [f"![{name}]({name}.png)\n" for name in pictures]
     return visible("\n".join(parts))
+
+
+SPEEDS: Final = "Speed by phase, the mean of all jobs"
+
+
+def speed_table(findings: Findings) -> list[list[str]]:
+    """Return a line a phase: its name, tokens a second, and the share of the GPUs' peak where that is known."""
+    found: dict[str, list[Speed]] = {}
+    for trial in findings.trials:
+        speeds = Speeds()
+        for row in trial.rows:
+            speeds.add(row)
+        for phase, speed in speeds.by_phase().items():
+            found.setdefault(phase, []).append(speed)
+    table = []
+    for phase, each in found.items():
+        utilisations = [speed.mfu for speed in each if speed.mfu is not None]
+        mfu = f"{fmean(utilisations):.1%}" if utilisations else ""
+        table.append([phase, f"{fmean(speed.tokens_per_second for speed in each):,.0f}", mfu])
+    return table
 
 
 def note_on_jobs(findings: Findings) -> str:
@@ -239,6 +264,8 @@ def as_page(findings: Findings, drawn: Mapping[str, str]) -> str:
         pictures=[(titles[name], svg) for name, svg in drawn.items()],
         groups=group_table(findings) if findings.has_groups and findings.values else None,
         title_of_groups=title_of_groups(findings),
+        speeds=speed_table(findings),
+        title_of_speeds=SPEEDS,
         note=note_on_groups(findings),
         note_on_jobs=note_on_jobs(findings),
         heads=[(head, "text" if head == "cause" else kinds.get(head, "")) for head in heads],

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from apt_launch.commands import command
 from apt_launch.record import RecordReader, Row
-from apt_launch.rows import enabled, is_number, is_scheduled_value
+from apt_launch.rows import Speeds, enabled, is_number, is_scheduled_value
 from apt_launch.sweep.control.ledger import Ledger, Status, damaged_rows
 from apt_launch.sweep.jobs.state import WAITING
 from apt_launch.sweep.plan.plan import Plan
@@ -83,6 +83,7 @@ class Runner:
     compared: list[Row] = field(default_factory=list)  # of each row with the metric, what is compared
     curves: dict[str, Curve] = field(default_factory=dict)
     switches: dict[str, float] = field(default_factory=dict)  # where each part was enabled, in tokens
+    speeds: Speeds = field(default_factory=Speeds)  # by phase
     facts: dict[str, Any] = field(default_factory=dict)  # what viewers have of it, beside curves
 
     def read(self, reading: int, until: float) -> bool:
@@ -101,7 +102,7 @@ class Runner:
 
     def _forget(self, reading: int) -> None:
         self.began = self.changed = reading
-        self.last, self.compared, self.curves, self.switches = {}, [], {}, {}
+        self.last, self.compared, self.curves, self.switches, self.speeds = {}, [], {}, {}, Speeds()
 
     def _take(self, reading: int, row: Row) -> None:
         if self.axis != "tokens":
@@ -111,6 +112,7 @@ class Runner:
             return
         self.changed = reading
         self.last |= row
+        self.speeds.add(row)
         if METRIC in row:
             self.compared.append({"tokens": row["tokens"], self.metric: row[METRIC]})
         for name, value in row.items():
