@@ -463,7 +463,7 @@ NEW: Final[dict[str, Any]] = {"loss": {"_target_": None}, "callbacks": {}}
 """What configs of earlier versions do not have; at these values it is no part of a run's identity either."""
 
 NEW_KEYS: Final[dict[str, Any]] = {
-    **{"trainer.init_from": None, "trainer.ema": None, "data.bos": None},
+    **{"trainer.init_from": None, "trainer.ema": None, "data.bos": None, "trainer.lr_schedule.cooldown": 0},
     **{"model.num_kv_heads": None, "model.head_dim": None, "model.tie_embeddings": True},
     **{"model.rope_theta": 10000.0, "model.rope_scaling": None, "model.norm_eps": None},
     **{"model.qk_norm": None, "model.qkv_bias": False, "model.sliding_window": None},
