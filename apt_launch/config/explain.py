@@ -9,7 +9,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from apt_launch.config.menu import CONF, groups
+from apt_launch.config.menu import CONF, groups, options_below
 from apt_launch.config.schema import all_keys
 from apt_launch.values import flatten
 from apt_model.errors import CheckpointError, ConfigError, nearest
@@ -45,6 +45,11 @@ def explained(error: Exception) -> ConfigError:
         inner = re.search(r"full_key: (\S+)", str(error.__cause__))
         if inner and inner.group(1) != key and key in known:  # a whole mapping, of which it has no entries
             return ConfigError(f"{key}: its entries are added one by one: +{inner.group(1)}=...")
+        if choices := options_below(key):
+            return ConfigError(
+                f"{key}: only {', '.join(choices)} list this key. Choose one of them, or write ++ before it, which sets it "
+                f"with each: ++{key}=..."
+            )
         if key in known:
             return ConfigError(f"{key}: conf/ does not list this key. Write + before it to add it: +{key}=...")
         return ConfigError(f"{key}: unknown key. {nearest(key, [*known, *groups()] if '/' in key else known)}")

@@ -43,7 +43,8 @@ class Anneal(Strict):
 
     Indices count in ``by`` from the begin of the window (``from`` to ``until``, or ``over`` a length; the whole run unless
     said otherwise), whose last update has the last value. ``warmup`` ramps from 0 to ``start`` first, ``cooldown`` from
-    ``end`` to 0 last. An ``inverse_sqrt`` without ``end`` goes by its ``warmup``, however long the run is. Lengths are counts of ``by``, times in other units, or shares of the window (``10%``).
+    ``end`` to 0 last; an ``inverse_sqrt`` without ``end`` goes by its warmup, however long the run is. Lengths are counts of
+    ``by``, times in other units, or shares of the window (``10%``).
     """
 
     target: Pattern | None = None  # what it writes: a path, or a pattern with *; only below anneals

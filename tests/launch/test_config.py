@@ -36,6 +36,29 @@ def test_every_option_composes_and_is_right(composed: Composed, option: str) -> 
     assert composed(option, *more).values[group] is not None, name
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),  # the factor at updates 5 and 10, and at the last one; 256 of them, the warmup is 13
+    [
+        ("cosine", [5 / 13, 10 / 13, 0.1]),
+        ("linear", [5 / 13, 10 / 13, 0.0]),
+        ("wsd", [5 / 13, 10 / 13, 0.0]),
+        ("inverse_sqrt", [5 / 13, 10 / 13, (13 / 255) ** 0.5]),
+    ],
+)
+def test_learning_rates_have_shapes_by_name(composed: Composed, name: str, expected: list[float]) -> None:
+    config = composed(f"trainer/lr={name}")
+    factors = [config.course.lr(config.horizon.clock_at(step)) / config.optimizer.lr for step in (5, 10, 255)]
+    assert factors == pytest.approx(expected)
+    tokens = composed(f"trainer/lr={name}", "trainer.lr_schedule.warmup=41ktok")  # of 16 x 256 = 4096: 11 updates
+    assert tokens.course.lr(config.horizon.clock_at(5)) == pytest.approx(5 / 11 * config.optimizer.lr)
+    assert (config.identity == composed().identity) is (name == "cosine")
+
+
+def test_a_shape_by_name_wins_over_a_profile(composed: Composed) -> None:
+    config = composed("profile=tiny_debug", "trainer/lr=wsd", "trainer.lr_schedule.cooldown=1ep")
+    assert (config.trainer.lr_schedule.end, config.trainer.lr_schedule.cooldown) == (1.0, "1ep")
+
+
 def test_every_data_option_composes_and_is_right(composed: Composed, text_file: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "' + "some words " * 2000 + '"}\n')
@@ -193,6 +216,13 @@ def test_keys_in_yaml_equal_parameters_of_the_class(target: tuple[str, type[sche
             r"^trainer\.lr_schedule\.typ: unknown key\. Did you mean 'trainer\.lr_schedule\.type'",
         ),
         (["+trainer.lr_schedule.from=moe.enabled"], r"^trainer\.lr_schedule: it cannot wait for an event"),
+        (
+            ["trainer.lr_schedule.cooldown=3"],
+            r"^trainer\.lr_schedule\.cooldown: only trainer/lr=cosine, .*trainer/lr=wsd list this key\..* \+\+trainer",
+        ),
+        (["trainer/lr=wds"], r"^trainer/lr: there is no option 'wds'\. Did you mean 'wsd'"),
+        (["trainer/l=wsd"], r"^trainer/l: unknown key\. Did you mean 'trainer/lr'"),
+        (["trainer/lr=wsd", "trainer.lr_schedule.cooldwn=1"], r"cooldwn: unknown key\. Did you mean '.*cooldown'"),
         (
             [
                 "schedule.enable_moe_at_epoch=null",
