@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from apt_model.layers.align import AlignReport, BiStateAlignment, StableSum
 from apt_model.layers.attention import KeyValues, QKNorm, SelfAttention
+from apt_model.layers.documents import Documents
 from apt_model.layers.feed_forward import FeedForward
 from apt_model.layers.metrics import METRICS
 from apt_model.layers.moe import Lineage, MoE, MoEReport
@@ -57,9 +58,9 @@ class Block(nn.Module):
         self.ffn = ffn
 
     def forward(
-        self, x: Tensor, seen: KeyValues | None = None, with_metrics: bool = True
+        self, x: Tensor, seen: KeyValues | Documents | None = None, with_metrics: bool = True
     ) -> tuple[Tensor, MoEReport | None]:
-        """Map (batch, seq, d_model) to the same shape; ``seen``: of the positions before; ``with_metrics``: see :class:`MoE`."""
+        """Map (batch, seq, d_model) to the same shape; ``seen``: see :class:`SelfAttention`; ``with_metrics``: :class:`MoE`."""
         x = x + self.attention(self.attention_norm(x), seen)
         y, report = self.ffn(self.ffn_norm(x), with_metrics)
         return x + y, report
@@ -168,20 +169,30 @@ class GPT(nn.Module):
         return (self.embedding if self.unembedding is None else self.unembedding).weight
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, *, with_metrics: bool = True, with_hidden: bool = False
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        documents: Tensor | None = None,
+        with_metrics: bool = True,
+        with_hidden: bool = False,
     ) -> Output:
         """Predict the next token at every position.
 
         Args:
             tokens: (batch, seq) int64, seq <= seq_len.
             targets: the same shape: the token that follows each.
+            documents: (batch, seq) integers, equal and side by side where tokens are of one document: others are not seen, and
+                each begins at position 0; None: a sequence is one document.
             with_metrics: whether to return metrics of routing, which cost time; compiled, that is a graph more.
             with_hidden: whether to return the hidden states, too.
         """
         if self.training:
             for layer in self.moe_layers:
                 layer.balance()
-        hidden, reports, alignment = self._hidden(tokens, with_metrics=with_metrics)
+        hidden, reports, alignment = self._hidden(
+            tokens, with_metrics=with_metrics, documents=None if documents is None else Documents(documents)
+        )
         logits = loss = None
         if targets is None:
             logits, votes = self.voter(hidden, self.head(hidden), self.head)
@@ -204,19 +215,23 @@ class GPT(nn.Module):
         return Output(logits, loss, auxiliary, metrics, routing, hidden if with_hidden else None)
 
     def _hidden(
-        self, tokens: Tensor, cache: Cache | None = None, with_metrics: bool = False
+        self,
+        tokens: Tensor,
+        cache: Cache | None = None,
+        with_metrics: bool = False,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, list[MoEReport], AlignReport | None]:
         """Return what :meth:`head` turns into logits, (batch, seq, d_model), and the reports of layers."""
         hidden = self.embedding(tokens)
         reports = []
-        for block, seen in zip(self.blocks, cache.blocks if cache else [None] * len(self.blocks), strict=True):
+        for block, seen in zip(self.blocks, cache.blocks if cache else [documents] * len(self.blocks), strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 hidden, report = checkpoint(block, hidden, seen, with_metrics, use_reentrant=False)
             else:
                 hidden, report = block(hidden, seen, with_metrics)
             if report is not None:
                 reports.append(report)
-        hidden, alignment = self.align(hidden, cache.align if cache else None)
+        hidden, alignment = self.align(hidden, cache.align if cache else documents)
         return self.norm(hidden), reports, alignment
 
     def new_cache(self) -> Cache:

@@ -65,7 +65,7 @@ GROWS = "+schedule.events.more={{grow: moe, to: 8, at: {}ep}}"
         # runs of other lengths, until the shorter cools down, or to its end
         ([*WSD, "trainer.max_epochs=4"], WSD, 12),
         ([*WSD, "trainer.lr_schedule.warmup=1ep", "trainer.max_epochs=4"], WSD, 12),
-        ([*WSD, "trainer.lr_schedule.warmup=2"], WSD, 2),
+        ([*WSD, "trainer.lr_schedule.warmup=2"], WSD, 1),
         ([*ROOT, "trainer.max_epochs=4"], ROOT, 16),
         (["schedule=none", "trainer/lr=cosine"], ["schedule=none", "trainer/lr=linear"], 2),  # to the peak
         # runs of other lengths, at a constant rate
