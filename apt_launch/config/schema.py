@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field
 
 from apt_launch.sweep.options import LaunchConfig as LaunchConfig
 from apt_launch.sweep.options import LocalLauncherConfig, NotNegative, SlurmLauncherConfig, Text
+from apt_model.data.borders import Pack
 from apt_model.schedule import Anneal, Curriculum
 from apt_model.schedule.fields import Positive, PositiveNumber, Strict
 from apt_model.schedule.prefix import Reach
@@ -154,6 +155,7 @@ class _DocumentsConfig(Group):
 
     role = Role.FIXED
 
+    pack: Pack | None = None
     tokenizer: Text | None = None
     bos: bool | None = None
     cache: Annotated[Text | None, Role.NEUTRAL] = None
@@ -208,6 +210,7 @@ class ShardsConfig(Group):
 
     path: Text
     verify: Annotated[bool, Role.NEUTRAL]
+    pack: Pack | None = None
 
 
 class AdamWConfig(Group):
@@ -369,6 +372,8 @@ class OwnDataConfig(Own):
 
     role = Role.FIXED
 
+    pack: Pack | None = None
+
 
 class OwnOptimizerConfig(Own):
     """``optimizer=own``, ``sgd`` and others of torch's."""
@@ -463,7 +468,8 @@ NEW: Final[dict[str, Any]] = {"loss": {"_target_": None}, "callbacks": {}}
 """What configs of earlier versions do not have; at these values it is no part of a run's identity either."""
 
 NEW_KEYS: Final[dict[str, Any]] = {
-    **{"trainer.init_from": None, "trainer.ema": None, "data.bos": None, "trainer.lr_schedule.cooldown": 0},
+    **{"trainer.init_from": None, "trainer.ema": None, "data.bos": None, "data.pack": None},
+    "trainer.lr_schedule.cooldown": 0,
     **{"model.num_kv_heads": None, "model.head_dim": None, "model.tie_embeddings": True},
     **{"model.rope_theta": 10000.0, "model.rope_scaling": None, "model.norm_eps": None},
     **{"model.qk_norm": None, "model.qkv_bias": False, "model.sliding_window": None},

@@ -7,16 +7,23 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from apt_model.data.borders import Borders
 from apt_model.data.sampler import Sampler
 from apt_model.data.tokens import Tokens
 
 
 class Batches:
-    """Tokens, in memory or memory-mapped, served by a :class:`Sampler`."""
+    """Tokens, in memory or memory-mapped, served by a :class:`Sampler`.
 
-    def __init__(self, tokens: Tokens, sampler: Sampler) -> None:
+    Args:
+        borders: of documents that do not see each other: the first token of one is no target; None: all are.
+    """
+
+    def __init__(self, tokens: Tokens, sampler: Sampler, borders: Borders | None = None) -> None:
         self.tokens = tokens
         self.sampler = sampler
+        self.borders = borders
+        self.masked = borders is not None
 
     def __len__(self) -> int:
         return self.sampler.num_batches
@@ -35,4 +42,4 @@ class Batches:
                 window = window.pin_memory().to(device, non_blocking=True)
             else:
                 window = window.to(device)
-            yield window[:, :-1], window[:, 1:]
+            yield window[:, :-1], window[:, 1:] if self.borders is None else self.borders.targets(window)
