@@ -182,7 +182,8 @@ class Forward:
                 more["use_cache"] = False
             return run(input_ids=tokens, **more)
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        takes_both = "targets" in self._takes or sum(one.kind in positional for one in self._takes.values()) > 1
+        given = [one for name, one in self._takes.items() if name != "documents"]
+        takes_both = "targets" in self._takes or sum(one.kind in positional for one in given) > 1
         takes_both = takes_both or any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in self._takes.values())
         return run(tokens, targets, **more) if takes_both else run(tokens, **more)
 
