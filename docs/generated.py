@@ -255,8 +255,18 @@ def _nested(path: Path) -> str:
     """Return what an option of a group within a group sets: an anneal, below the key that it names."""
     name = f"{path.parent.relative_to(CONF).as_posix()}={path.stem}"
     key = path.read_text(encoding="utf-8").partition("# @package ")[2].partition("\n")[0]
-    below = path.relative_to(CONF).as_posix()
-    return f"### {name}\n\n`{name}`, below `{key}`. {introduction(path)}\n\n{_plain(below, Anneal, f'{key}.')}"
+    meanings = comments(Anneal)
+    rows = [
+        (
+            f"{key}.{inner}",
+            given.value,
+            domain(field.annotation, list(field.metadata)),
+            given.meaning or meanings[inner],
+        )
+        for inner, given in written(path).items()
+        if (field := _field(Anneal, inner)) is not None
+    ]
+    return f"### {name}\n\n`{name}`, below `{key}`. {introduction(path)}\n\n{_table(rows)}"
 
 
 def _top_rows() -> Iterator[tuple[str, str, str, str]]:

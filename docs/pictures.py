@@ -33,7 +33,7 @@ def shown() -> dict[str, Anneal]:
 
 def _listed(section: str) -> dict[str, Any]:
     page = (DOCS / "schedule.md").read_text(encoding="utf-8")
-    block = re.search(rf"## {section}\n.*?```yaml\n(.*?)```", page, flags=re.DOTALL)
+    block = re.search(rf"## {section}\n.*?```(?:yaml|text)\n(.*?)```", page, flags=re.DOTALL)
     assert block is not None
     listed: dict[str, Any] = yaml.safe_load(block.group(1))
     return listed
