@@ -392,6 +392,7 @@ def _serve(path: str, *more: str) -> None:
     for name in ("apt_model.training.trainer", "apt_model.layouts.pretrained", *more):
         importlib.import_module(name)
     import gc
+    import weakref
 
     from apt_launch.config.load import composed
     from apt_launch.config.schedule_plot import draw_schedule, sheets
@@ -401,6 +402,8 @@ def _serve(path: str, *more: str) -> None:
     config = composed(["schedule=gpt5_moe", "logger=none"])
     with tempfile.TemporaryDirectory() as folder:  # fonts and much else are looked for at the first use
         draw_schedule(sheets({"": config.program}), Path(folder, "schedule.png"))
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False  # torch takes its operators apart one by one, a tenth of a second; a child just ends
     gc.collect()
     gc.freeze()  # what is shared with children is never touched again
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

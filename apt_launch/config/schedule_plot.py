@@ -88,15 +88,24 @@ def draw_schedule(drawn: Sequence[Sheet], path: Path) -> None:
 
 
 def _draw(drawn: Sequence[Sheet], path: Path) -> None:
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
     names = list(dict.fromkeys(name for sheet in drawn for name in sheet.values))
     longest = max(sheet.num_steps for sheet in drawn)
     modules = list(drawn[0].stretches)
     switches_height = 0.28 * max(1, len(modules)) * len(drawn)
     height = 0.85 + 1.5 * len(names) + switches_height
     figure = new_figure(9, height)
+    grid = {"color": "#b0b0b0", "alpha": 0.3, "linewidth": 0.8}
     ratios = [1.2] * len(names) + [switches_height]
-    axes = figure.subplots(len(names) + 1, 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": ratios})[:, 0]
+    axes = figure.subplots(len(names) + 1, 1, squeeze=False, gridspec_kw={"height_ratios": ratios})[:, 0]
     figure.subplots_adjust(left=0.08, right=0.98, top=1 - 0.35 / height, bottom=0.5 / height, hspace=0.35)
+    # a tick is five objects to matplotlib: those of the curves' steps would be half of the picture's time
+    ticks = [
+        tick
+        for tick in MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=True).tick_values(0, longest)
+        if tick <= longest
+    ]
     for axis, name in zip(axes, names, strict=False):
         for number, sheet in enumerate(drawn):
             if name not in sheet.values:
@@ -113,7 +122,11 @@ def _draw(drawn: Sequence[Sheet], path: Path) -> None:
         # with a height of its own: matplotlib would look for one, which takes a third of the time
         axis.set_title(plain(name), loc="left", fontsize=10, y=1.0)
         axis.margins(x=0, y=0.2)
-        axis.grid(alpha=0.3)
+        axis.set_xlim(0, longest)
+        axis.xaxis.set_major_locator(NullLocator())
+        axis.yaxis.set_major_locator(MaxNLocator(3))
+        axis.vlines(ticks, 0, 1, transform=axis.get_xaxis_transform(), **grid)
+        axis.grid(**grid)
     if len(drawn) > 1 and names:
         axes[0].legend(fontsize=8, loc="lower left")
 
@@ -128,5 +141,6 @@ def _draw(drawn: Sequence[Sheet], path: Path) -> None:
     switches.set_yticks(range(len(rows)), [plain(module) for module, _ in rows])
     switches.set_ylim(-0.6, max(1, len(rows)) - 0.4)
     switches.set_xlim(0, longest)
+    switches.set_xticks(ticks)
     switches.set_xlabel(f"step ({'; '.join(dict.fromkeys(plain(sheet.horizon) for sheet in drawn))})")
     figure.savefig(path, dpi=100, pil_kwargs={"compress_level": 1})
