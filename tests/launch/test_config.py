@@ -220,6 +220,11 @@ def test_keys_in_yaml_equal_parameters_of_the_class(target: tuple[str, type[sche
             ["trainer.lr_schedule.cooldown=3"],
             r"^trainer\.lr_schedule\.cooldown: only trainer/lr=cosine, .*trainer/lr=wsd list this key\..* \+\+trainer",
         ),
+        (["data.pack=documents"], r"^data\.pack: 'documents' is not one of the choices\. Did you mean 'document'"),
+        (
+            ["data.pack=document", "model=transformers", "model.config={model_type: llama}", "model.vocab_size=256"],
+            r"data\.pack: a model of transformers takes no documents, so that those of one sequence would see each other",
+        ),
         (["trainer/lr=wds"], r"^trainer/lr: there is no option 'wds'\. Did you mean 'wsd'"),
         (["trainer/l=wsd"], r"^trainer/l: unknown key\. Did you mean 'trainer/lr'"),
         (["trainer/lr=wsd", "trainer.lr_schedule.cooldwn=1"], r"cooldwn: unknown key\. Did you mean '.*cooldown'"),
@@ -386,3 +391,4 @@ def test_keys_that_came_later_leave_the_identities_of_earlier_runs_as_they_were(
     assert composed("data=stdlib").identity[:8] == "c8e6f60d"  # as on 2026-11-28, before they came
     assert composed("data=stdlib", "schedule=none").identity[:8] == "9d0ec8c0"
     assert composed("data=stdlib", "model.qkv_bias=true").identity[:8] != "c8e6f60d"
+    assert composed("data=stdlib", "data.pack=document").identity[:8] != "c8e6f60d"
