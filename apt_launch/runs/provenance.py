@@ -42,13 +42,13 @@ def provenance(folder: Path) -> dict[str, Any]:
 
 @functools.cache
 def packages() -> dict[str, str]:
-    """Return the version of each package that is installed."""
-    found = {}
+    """Return the version of each package that is installed; of one that is there twice, that which is imported: the first."""
+    found: dict[str, str] = {}
     for installed in distributions():
         # the description, most of the file, is left out: parsing it would take a second
         text = installed.read_text("METADATA") or installed.read_text("PKG-INFO") or ""
         headers = Parser().parsestr(text.partition("\n\n")[0], headersonly=True)
-        found[headers["Name"]] = headers["Version"]
+        found.setdefault(headers["Name"], headers["Version"])
     return {name: version for name, version in sorted(found.items()) if name}
 
 

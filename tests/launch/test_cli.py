@@ -19,6 +19,7 @@ import torch
 from omegaconf import OmegaConf
 
 from apt_launch.record import read_rows
+from apt_launch.runs.provenance import packages
 from apt_model.layers.backend import onednn_products
 from apt_model.training.checkpoint import load, newest_intact
 from tests.conftest import SMALL, until, wandb_records, wandb_rows
@@ -49,6 +50,15 @@ def test_who_multiplies_changes_a_result_by_its_last_digits_only(cli: Cli, text_
     assert summary["val/loss"] == pytest.approx(same["val/loss"], rel=1e-3)
     with onednn_products() as there:
         assert there == (ours != theirs)
+
+
+def test_of_a_package_that_is_there_twice_the_one_that_is_imported_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torch-99.1.dist-info").mkdir()
+    (tmp_path / "torch-99.1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 99.1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert packages()["torch"] == "99.1"
 
 
 def test_a_run_leaves_a_whole_folder_and_wandb_has_every_row(cli: Cli, text_file: Path, tmp_path: Path) -> None:

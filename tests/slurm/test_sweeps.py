@@ -160,10 +160,17 @@ def test_an_array_of_eight_loses_only_the_job_that_fails_and_the_one_that_dies(s
 
 @pytest.mark.slow
 def test_a_time_limit_makes_a_checkpoint_and_another_attempt(sweep: Sweep) -> None:
-    limit = ("launch.time_limit_minutes=1", "hydra.launcher.signal_delay_s=15")  # SLURM may be 30 s early
     sweep.hold()
-    sweep.send("seed=0", *LONG, *limit)
-    sweep.let_go_again(0)
+    sweep.send("seed=0", *LONG, "launch.time_limit_minutes=60", "hydra.launcher.signal_delay_s=15")
+    until(lambda: sweep.holds(0), "the job to hold")
+    # the limit comes to the job, however long that took to hold; in minutes, and SLURM may be 30 s early
+    job = sweep.written(0)["job_id"]
+    elapsed = sweep.cluster.run("squeue", "-h", "-j", job, "-o", "%M").stdout.strip().split(":")
+    limit = int(elapsed[-2]) + (1 if int(elapsed[-1]) < 15 else 2)
+    sweep.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
+    until(lambda: sweep.written(0)["restarts"], "another attempt")
+    sweep.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    sweep.holding.let_go()
     sweep.finishes_whole(0)
     assert "SIGUSR2" in sweep.log(0)
 
