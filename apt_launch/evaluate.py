@@ -27,6 +27,8 @@ from apt_launch.generate import restored
 from apt_launch.runs.folder import find_checkpoint
 from apt_launch.secrets import keep_private
 from apt_launch.values import read_frozen
+from apt_model.counted import IGNORED
+from apt_model.data.borders import Borders
 from apt_model.data.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 from apt_model.errors import CheckpointError, ConfigError
 from apt_model.files import read_regular
@@ -155,6 +157,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         batch_size=arguments.batch_size,
         limit=arguments.max_batches,
         device=device,
+        borders=corpus.borders,
     )
     found = {"checkpoint": str(checkpoint), "split": arguments.split, **measured}
     if arguments.json:
@@ -196,9 +199,19 @@ def _of_weights(
 
 
 def measure(
-    model: Any, tokens: Any, tokenizer: Any, *, seq_len: int, batch_size: int, limit: int | None, device: Any
+    model: Any,
+    tokens: Any,
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    batch_size: int,
+    limit: int | None,
+    device: Any,
+    borders: Borders | None = None,
 ) -> dict[str, Any]:
     """Return loss (nats a token), perplexity, bits a byte, the number of tokens, and the loss of each source by name.
+
+    Where documents do not see each other, as ``borders`` says, the first token of one is not counted.
 
     Raises:
         ConfigError: there is less than one sequence, or the model gives no logits.
@@ -218,7 +231,7 @@ def measure(
         num_tokens=len(tokens), seq_len=seq_len, batch_size=min(batch_size, max(1, windows)), seed=0, name="text"
     )
     begins = np.arange(sampler.num_windows, dtype=np.int64) * seq_len
-    forward, in_bytes = Forward(model), isinstance(tokenizer, ByteTokenizer)
+    forward, in_bytes = Forward(model, borders=borders), isinstance(tokenizer, ByteTokenizer)
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
     total, number, size = 0.0, 0, 0
@@ -226,7 +239,9 @@ def measure(
         for start in list(range(0, len(begins), batch_size))[:limit]:
             here = begins[start : start + batch_size]
             window = torch.from_numpy(tokens.windows(here, seq_len + 1)).to(device)
-            given, targets = window[:, :-1], window[:, 1:]
+            given = window[:, :-1]
+            targets = window[:, 1:] if borders is None else borders.targets(window)
+            counted = (targets != IGNORED).cpu().numpy()
             logits = forward(model, given, targets, with_metrics=False).logits
             if logits is None:
                 raise ConfigError(
@@ -239,12 +254,16 @@ def measure(
                 .numpy()
             )
             total += float(losses.sum())
-            number += losses.size
-            size += losses.size if in_bytes else sum(len(tokenizer.decode(row).encode()) for row in targets.tolist())
+            number += int(counted.sum())
+            size += (
+                int(counted.sum())
+                if in_bytes
+                else sum(len(tokenizer.decode([t for t in row if t != IGNORED]).encode()) for row in targets.tolist())
+            )
             if tokens.sources is not None:
                 sources = tokens.sources.of(here + 1, seq_len).flatten()
                 for place, name in enumerate(tokens.sources.names):
-                    mine = losses[sources == place]
+                    mine = losses[(sources == place) & counted.flatten()]
                     sums[name] = sums.get(name, 0.0) + float(mine.sum())
                     counts[name] = counts.get(name, 0) + mine.size
     loss = total / number

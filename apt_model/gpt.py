@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from apt_model.counted import IGNORED, Counted, counted_positions, mean_over
 from apt_model.layers.align import AlignReport, BiStateAlignment, StableSum
 from apt_model.layers.attention import KeyValues, QKNorm, SelfAttention
 from apt_model.layers.balance import complete
-from apt_model.layers.counted import IGNORED, Counted, counted_positions, mean_over
+from apt_model.layers.documents import Documents
 from apt_model.layers.feed_forward import FeedForward
 from apt_model.layers.metrics import METRICS
 from apt_model.layers.moe import Lineage, MoE, MoEReport
@@ -62,11 +63,11 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        seen: KeyValues | None = None,
+        seen: KeyValues | Documents | None = None,
         with_metrics: bool = True,
         counted: Counted | None = None,
     ) -> tuple[Tensor, MoEReport | None]:
-        """Map (batch, seq, d_model) to the same shape; ``seen``: of the positions before; the others: see :class:`MoE`."""
+        """Map (batch, seq, d_model) to the same shape; ``seen``: see :class:`SelfAttention`; the others: see :class:`MoE`."""
         x = x + self.attention(self.attention_norm(x), seen)
         y, report = self.ffn(self.ffn_norm(x), with_metrics, counted)
         return x + y, report
@@ -180,14 +181,22 @@ class GPT(nn.Module):
         return (self.embedding if self.unembedding is None else self.unembedding).weight
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, *, with_metrics: bool = True, with_hidden: bool = False
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        documents: Tensor | None = None,
+        with_metrics: bool = True,
+        with_hidden: bool = False,
     ) -> Output:
         """Predict the next token at every position.
 
         Args:
             tokens: (batch, seq) int64, seq <= seq_len.
             targets: the same shape: the token that follows each; positions whose target is
-                :data:`~apt_model.layers.counted.IGNORED` are part of no loss and no metric.
+                :data:`~apt_model.counted.IGNORED` are part of no loss and no metric.
+            documents: (batch, seq) integers, equal and side by side where tokens are of one document: others are not seen, and
+                each begins at position 0; None: a sequence is one document.
             with_metrics: whether to return metrics of routing, which cost time; compiled, that is a graph more.
             with_hidden: whether to return the hidden states, too.
         """
@@ -196,7 +205,12 @@ class GPT(nn.Module):
                 if not layer.driven:
                     layer.balance()
         counted = None if targets is None else counted_positions(targets)
-        hidden, reports, alignment = self._hidden(tokens, with_metrics=with_metrics, counted=counted)
+        hidden, reports, alignment = self._hidden(
+            tokens,
+            with_metrics=with_metrics,
+            counted=counted,
+            documents=None if documents is None else Documents(documents),
+        )
         logits = loss = z = None
         if targets is None:
             logits, votes = self.voter(hidden, self.head(hidden), self.head)
@@ -230,18 +244,19 @@ class GPT(nn.Module):
         cache: Cache | None = None,
         with_metrics: bool = False,
         counted: Counted | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, list[MoEReport], AlignReport | None]:
         """Return what :meth:`head` turns into logits, (batch, seq, d_model), and the reports of layers."""
         hidden = self.embedding(tokens)
         reports = []
-        for block, seen in zip(self.blocks, cache.blocks if cache else [None] * len(self.blocks), strict=True):
+        for block, seen in zip(self.blocks, cache.blocks if cache else [documents] * len(self.blocks), strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 hidden, report = checkpoint(block, hidden, seen, with_metrics, counted, use_reentrant=False)
             else:
                 hidden, report = block(hidden, seen, with_metrics, counted)
             if report is not None:
                 reports.append(report)
-        hidden, alignment = self.align(hidden, cache.align if cache else None, counted)
+        hidden, alignment = self.align(hidden, cache.align if cache else documents, counted)
         return self.norm(hidden), reports, alignment
 
     def new_cache(self) -> Cache:

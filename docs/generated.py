@@ -226,6 +226,8 @@ def config_page() -> str:
                 continue
             parts.append(f"### {group}={option.name}\n\n{names} {text}\n\n{_table(_rows(group, option))}")
             first = first or option
+        for path in sorted((CONF / group).glob("*/*.yaml")):
+            parts.append(_nested(path))
     for model in GRAMMAR:
         text = {
             Anneal: "A value that moves; [with pictures](../schedule.md#shapes). Below `schedule.anneals`, by name, "
@@ -247,6 +249,24 @@ def config_page() -> str:
         f"## hydra/sweeper\n\n### hydra/sweeper=plan\n\n{introduction(CONF / path)}\n\n{_plain(path, None, 'hydra.sweeper.')}"
     )
     return "\n".join(parts)
+
+
+def _nested(path: Path) -> str:
+    """Return what an option of a group within a group sets: an anneal, below the key that it names."""
+    name = f"{path.parent.relative_to(CONF).as_posix()}={path.stem}"
+    key = path.read_text(encoding="utf-8").partition("# @package ")[2].partition("\n")[0]
+    meanings = comments(Anneal)
+    rows = [
+        (
+            f"{key}.{inner}",
+            given.value,
+            domain(field.annotation, list(field.metadata)),
+            given.meaning or meanings[inner],
+        )
+        for inner, given in written(path).items()
+        if (field := _field(Anneal, inner)) is not None
+    ]
+    return f"### {name}\n\n`{name}`, below `{key}`. {introduction(path)}\n\n{_table(rows)}"
 
 
 def _top_rows() -> Iterator[tuple[str, str, str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -25,11 +26,17 @@ SVG = """\
 
 
 def shown() -> dict[str, Anneal]:
-    """Return the anneals of the page's list of shapes, by name."""
+    """Return the anneals of the page's list of shapes, and of learning rates, by name."""
+    rates = {name: Anneal.model_validate(rate) for name, rate in _listed("Learning rates by name").items()}
+    return dict(Curriculum.read(_listed("Shapes")).anneals) | rates
+
+
+def _listed(section: str) -> dict[str, Any]:
     page = (DOCS / "schedule.md").read_text(encoding="utf-8")
-    block = re.search(r"## Shapes\n.*?```yaml\n(.*?)```", page, flags=re.DOTALL)
+    block = re.search(rf"## {section}\n.*?```(?:yaml|text)\n(.*?)```", page, flags=re.DOTALL)
     assert block is not None
-    return dict(Curriculum.read(yaml.safe_load(block.group(1))).anneals)
+    listed: dict[str, Any] = yaml.safe_load(block.group(1))
+    return listed
 
 
 def picture(name: str, anneal: Anneal) -> str:

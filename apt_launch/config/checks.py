@@ -9,9 +9,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from apt_launch.config import catalogue, schema
+from apt_launch.config import catalogue, own, schema
 from apt_launch.config.corpus import build_corpus
 from apt_launch.config.schema import EXTRAS, HFConfig, LaunchConfig
+from apt_model.data.borders import takes_no_documents
 from apt_model.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def check_together(values: Mapping[str, Any], groups: Mapping[str, Any], launch:
             if size is not None:
                 problems += _vocabulary_problems(corpus, size)
             problems += _bound_problems(corpus, groups["trainer"].batch_size, model.seq_len)
+            problems += _packing_problems(corpus, values, model)
         except ConfigError as error:
             problems += error.problems
     problems += _trainer_problems(groups["trainer"], drill=launch.drill)
@@ -236,6 +238,21 @@ def _bound_problems(corpus: Corpus, batch_size: int, seq_len: int) -> list[str]:
         f"data.max_tokens = {most} is less than one batch: trainer.batch_size {batch_size} x model.seq_len {seq_len} + 1 = "
         f"{needed}. Raise it, or set one of them lower."
     ]
+
+
+def _packing_problems(corpus: Corpus, values: Mapping[str, Any], model: schema.Group) -> list[str]:
+    """Say why documents of a sequence could not be kept apart; of a function's model nobody knows yet."""
+    if corpus.borders is None or isinstance(model, schema.GPTConfig):
+        return []
+    target = str(values["model"]["_target_"])
+    name = target.rpartition(".")[2]
+    if not isinstance(model, schema.TransformersConfig):
+        forward = getattr(own.find(target, "model._target_"), "forward", None)
+        if forward is None or "documents" in own.parameters(forward):
+            return []
+    else:
+        name = "a model of transformers"
+    return [takes_no_documents(name)]
 
 
 def missing_libraries(groups: Mapping[str, Any]) -> list[str]:

@@ -31,7 +31,7 @@ def build_corpus(values: Mapping[str, Any]) -> Corpus:
     from apt_model.data.own import OwnCorpus
 
     make = factory(values)
-    return OwnCorpus(make, str(target).rpartition(".")[2])
+    return OwnCorpus(make, str(target).rpartition(".")[2], values.get("pack"))
 
 
 def plan_horizon(values: Mapping[str, Any], groups: Mapping[str, Any], corpus: Corpus, counts: Counts) -> Horizon:

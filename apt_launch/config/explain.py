@@ -9,7 +9,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from apt_launch.config.menu import CONF
+from apt_launch.config.menu import CONF, groups, options_below
 from apt_launch.config.schema import all_keys
 from apt_launch.values import flatten
 from apt_model.errors import CheckpointError, ConfigError, nearest
@@ -32,7 +32,7 @@ def explained(error: Exception) -> ConfigError:
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1).split("@")[0]
         if "No match in the defaults list" in text:
-            return ConfigError(f"{key}: there is no such group here. {nearest(key, all_keys())}")
+            return ConfigError(f"{key}: there is no such group here. {nearest(key, [*all_keys(), *groups()])}")
         cause = str(error.__cause__ or "").splitlines()
         if cause and "not in struct" not in cause[0]:
             return ConfigError(f"{key}: {cause[0]}")
@@ -45,9 +45,14 @@ def explained(error: Exception) -> ConfigError:
         inner = re.search(r"full_key: (\S+)", str(error.__cause__))
         if inner and inner.group(1) != key and key in known:  # a whole mapping, of which it has no entries
             return ConfigError(f"{key}: its entries are added one by one: +{inner.group(1)}=...")
+        if choices := options_below(key):
+            return ConfigError(
+                f"{key}: only {', '.join(choices)} list this key. Choose one of them, or write ++ before it, which sets it "
+                f"with each: ++{key}=..."
+            )
         if key in known:
             return ConfigError(f"{key}: conf/ does not list this key. Write + before it to add it: +{key}=...")
-        return ConfigError(f"{key}: unknown key. {nearest(key, known)}")
+        return ConfigError(f"{key}: unknown key. {nearest(key, [*known, *groups()] if '/' in key else known)}")
     while not text.strip() and error.__cause__ is not None:  # Hydra wraps what OmegaConf says in an error without words
         error = error.__cause__  # type: ignore[assignment]
         text = ": ".join(filter(None, (getattr(error, "full_key", None), (str(error).splitlines() or [""])[0])))

@@ -78,13 +78,31 @@ def keys(chosen: Mapping[str, str] | None = None) -> dict[str, Key]:
     for name, group in groups().items():
         path = CONF / name / f"{chosen.get(name, group.default)}.yaml"
         if path.exists() and name.partition("/")[0] not in ("sweeps", "profile"):
-            found |= {f"{name.replace('/', '.')}.{key}": entry for key, entry in _keys_of(path).items()}
+            found |= {
+                f"{_package(path) or name.replace('/', '.')}.{key}": entry for key, entry in _keys_of(path).items()
+            }
     found = {key: entry for key, entry in found.items() if not HIDDEN.search(key)}
     by_leaf = {key.rpartition(".")[2]: entry.choices for key, entry in found.items() if entry.choices}
     return {
         key: Key(entry.value, entry.choices or by_leaf.get(key.rpartition(".")[2], ())) if key.count(".") > 1 else entry
         for key, entry in found.items()
     }
+
+
+def _package(path: Path) -> str | None:
+    """Return below which key a file's keys stand, where that is not the name of its group."""
+    return _lines(path)[0].partition("# @package ")[2] or None
+
+
+def options_below(key: str) -> list[str]:
+    """Return the options of groups within groups that list the dotted ``key``, as ``trainer/lr=wsd``."""
+    found = [(name, option) for name, group in groups().items() if "/" in name for option in group.options]
+    files = [(f"{name}={option}", CONF / name / f"{option}.yaml") for name, option in found]
+    return [
+        shown
+        for shown, path in files
+        if (package := _package(path)) and key in {f"{package}.{below}" for below in _keys_of(path)}
+    ]
 
 
 def _set_by_profile(profile: str | None) -> dict[str, str]:

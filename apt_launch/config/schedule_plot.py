@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,10 @@ from apt_launch.drawing import Drawing, new_figure
 from apt_launch.escapes import label as plain
 
 if TYPE_CHECKING:  # the process that draws needs none of it
-    from apt_model.schedule import Program
+    from apt_model.schedule import Clock, Program
+
+Rates = Mapping[str, "Callable[[Clock], float]"]
+"""The learning rate at a clock, by label."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,12 @@ class Sheet:
     notes: dict[str, str]  # modules: what is written beside
 
 
-def sheets(programs: Mapping[str, Program]) -> list[Sheet]:
-    """Evaluate ``programs``, by label, with the functions that training calls."""
-    return [_sheet(label, program) for label, program in programs.items()]
+def sheets(programs: Mapping[str, Program], rates: Rates | None = None) -> list[Sheet]:
+    """Evaluate ``programs``, by label, with the functions that training calls; ``rates`` are drawn as ``lr``."""
+    return [_sheet(label, program, (rates or {}).get(label)) for label, program in programs.items()]
 
 
-def _sheet(label: str, program: Program) -> Sheet:
+def _sheet(label: str, program: Program, rate: Callable[[Clock], float] | None) -> Sheet:
     from apt_model.schedule.timeline import series
 
     steps, states = series(program)
@@ -45,12 +48,15 @@ def _sheet(label: str, program: Program) -> Sheet:
         )
         if any(subject.name == module for subject in program.latches):
             notes[module] = "when its metric says so"
+    values = {name: [float(state[name]) for state in states] for name in program.curriculum.all_anneals}
+    if rate is not None:
+        values["lr"] = [rate(horizon.clock_at(step)) for step in steps]
     return Sheet(
         label=label,
         horizon=str(horizon),
         num_steps=horizon.steps,
         steps=steps,
-        values={name: [float(state[name]) for state in states] for name in program.curriculum.all_anneals},
+        values=values,
         stretches={
             m: _stretches(steps, [bool(state[f"{m}_enabled"]) for state in states], horizon.steps)
             for m in program.modules

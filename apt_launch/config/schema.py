@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field
 
 from apt_launch.sweep.options import LaunchConfig as LaunchConfig
 from apt_launch.sweep.options import LocalLauncherConfig, NotNegative, SlurmLauncherConfig, Text
+from apt_model.data.borders import Pack
 from apt_model.schedule import Anneal, Curriculum
 from apt_model.schedule.fields import Positive, PositiveNumber, Strict
 from apt_model.schedule.prefix import Reach
@@ -157,6 +158,7 @@ class _DocumentsConfig(Group):
 
     role = Role.FIXED
 
+    pack: Pack | None = None
     tokenizer: Text | None = None
     bos: bool | None = None
     cache: Annotated[Text | None, Role.NEUTRAL] = None
@@ -211,6 +213,7 @@ class ShardsConfig(Group):
 
     path: Text
     verify: Annotated[bool, Role.NEUTRAL]
+    pack: Pack | None = None
 
 
 class AdamWConfig(Group):
@@ -381,6 +384,8 @@ class OwnDataConfig(Own):
 
     role = Role.FIXED
 
+    pack: Pack | None = None
+
 
 class OwnOptimizerConfig(Own):
     """``optimizer=own``, ``sgd`` and others of torch's."""
@@ -475,8 +480,9 @@ NEW: Final[dict[str, Any]] = {"loss": {"_target_": None}, "callbacks": {}}
 """What configs of earlier versions do not have; at these values it is no part of a run's identity either."""
 
 NEW_KEYS: Final[dict[str, Any]] = {
-    **{"trainer.init_from": None, "trainer.ema": None, "data.bos": None},
+    **{"trainer.init_from": None, "trainer.ema": None, "data.bos": None, "data.pack": None},
     **{"moe.balance_scope": "micro", "model.z_loss_weight": 0.0, "trainer.qk_clip": None},
+    "trainer.lr_schedule.cooldown": 0,
     **{"model.num_kv_heads": None, "model.head_dim": None, "model.tie_embeddings": True},
     **{"model.rope_theta": 10000.0, "model.rope_scaling": None, "model.norm_eps": None},
     **{"model.qk_norm": None, "model.qkv_bias": False, "model.sliding_window": None, "model.sparse": False},

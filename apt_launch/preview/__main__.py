@@ -39,7 +39,7 @@ def _preview(arguments: argparse.Namespace, overrides: list[str], painter: Paint
     from apt_launch.escapes import console
     from apt_launch.planning import gather
     from apt_launch.preview.page import page
-    from apt_launch.preview.terminal import MOST_OVERLAID, config_of, show
+    from apt_launch.preview.terminal import MOST_OVERLAID, config_of, moves, show
     from apt_model.files import refuse_place, write_atomic
 
     plan = gather(with_profile_file(overrides), arguments.config_dir, multirun=arguments.multirun)
@@ -49,9 +49,10 @@ def _preview(arguments: argparse.Namespace, overrides: list[str], painter: Paint
     tables = _size_tables(jobs, arguments)
     folder.mkdir(parents=True, exist_ok=True)
     programs = {job.label if len(jobs) > 1 else "": config_of(job).program for job in jobs}
-    painter.draw(sheets(programs), folder / "preview.png")
+    rates = {label: config_of(job).course.lr for label, job in zip(programs, jobs, strict=False) if moves(job)}
+    painter.draw(sheets(programs, rates), folder / "preview.png")
     show(plan, console())
-    write_atomic(folder / "preview.html", page(programs, plan))
+    write_atomic(folder / "preview.html", page(programs, plan, rates))
     painter.wait()
     for label, table in tables:
         console().print(*([f"\n{label}"] if label else []), table)
@@ -66,8 +67,8 @@ def _size_tables(jobs: Sequence[Job], arguments: argparse.Namespace) -> list[tup
     """
     if not (arguments.sizes or arguments.gpu is not None or arguments.gpus is not None):
         return []
-    from apt_launch.preview.gpus import table
-    from apt_launch.preview.sizes import sizes
+    from apt_launch.config.gpus import table
+    from apt_launch.config.sizes import sizes
     from apt_launch.preview.terminal import config_of
 
     num_gpus = 1 if arguments.gpus is None else arguments.gpus

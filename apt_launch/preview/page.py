@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from apt_launch.config.schedule_plot import Sheet, sheets
+from apt_launch.config.schedule_plot import Rates, Sheet, sheets
 from apt_launch.escapes import visible
 from apt_launch.sweep.plan.plan import Plan
 from apt_launch.sweep.plan.tree import is_shared, saving, tree
@@ -26,13 +26,14 @@ svg text { font: 11px system-ui, sans-serif; fill: currentColor; }
 """
 
 
-def page(programs: Mapping[str, Program], plan: Plan | None = None) -> str:
+def page(programs: Mapping[str, Program], plan: Plan | None = None, rates: Rates | None = None) -> str:
     """Return one HTML page with the curves and timelines of all ``programs``; it needs nothing from outside.
 
     Args:
         plan: of a sweep, whose tree is drawn if its jobs share first updates.
+        rates: see :func:`sheets`.
     """
-    drawn = sheets(programs)
+    drawn = sheets(programs, rates)
     names = dict.fromkeys(name for sheet in drawn for name in sheet.values)
     parts = [
         "<!doctype html><html lang=en><head><meta charset=utf-8>"

@@ -37,7 +37,8 @@ def show(plan: Plan, console: Console) -> None:
         program = config_of(job).program
         title = job.label or f"{job.identity[:8]}: {program.horizon}"
         console.print(_timeline_table(program, title, console.width))
-        for line in _sparklines(program, width=max(20, min(72, console.width - 36))):
+        width = max(20, min(72, console.width - 36))
+        for line in [*_sparklines(program, width), *(_rate(config_of(job), width) if moves(job) else [])]:
             console.print(line, highlight=False)
         for note in program.notes():
             console.print(f"note: {note}", highlight=False, soft_wrap=True)
@@ -117,6 +118,19 @@ def _sparklines(program: Program, width: int) -> list[str]:
         numbers = [float(value) for value in values[:-1]] + [float(states[-1][name])]
         lines.append(f"{name:>20} {numbers[0]:>7.4g} {blocks(numbers)} {numbers[-1]:.4g}")
     return lines
+
+
+def moves(job: Job) -> bool:
+    """Return whether the learning rate of a job has a schedule of its own."""
+    return config_of(job).trainer.lr_schedule is not None
+
+
+def _rate(config: RunConfig, width: int) -> list[str]:
+    """Return a line for the learning rate."""
+    horizon, last = config.horizon, config.horizon.steps - 1
+    steps = [column * horizon.steps // width for column in range(width - 1)] + [last]
+    values = [config.course.lr(horizon.clock_at(step)) for step in steps]
+    return [f"{'lr':>20} {values[0]:>7.4g} {blocks(values)} {values[-1]:.3g}"]
 
 
 def _last_at(steps: list[int], step: int) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from apt_launch.config.gpus import GPUS, kind_of
 from apt_launch.config.run_config import RunConfig
 from apt_launch.config.schema import GPTConfig
-from apt_launch.preview.gpus import GPUS, kind_of
-from apt_launch.preview.sizes import Phase, sizes
+from apt_launch.config.sizes import Phase, sizes
 from apt_launch.record import Row
 from apt_launch.rows import enabled, phase_of
 

@@ -7,19 +7,26 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from apt_model.data.borders import Borders
 from apt_model.data.sampler import Sampler
 from apt_model.data.tokens import Tokens
 
 
 class Batches:
-    """Tokens, in memory or memory-mapped, served by a :class:`Sampler`."""
+    """Tokens, in memory or memory-mapped, served by a :class:`Sampler`.
 
-    masked: bool = False
+    Args:
+        borders: of documents that do not see each other: the first token of one is no target; None: all are.
+    """
+
+    masked: bool
     """Whether some targets may be -100, positions that count nowhere: batches then count by how many others they have."""
 
-    def __init__(self, tokens: Tokens, sampler: Sampler) -> None:
+    def __init__(self, tokens: Tokens, sampler: Sampler, borders: Borders | None = None) -> None:
         self.tokens = tokens
         self.sampler = sampler
+        self.borders = borders
+        self.masked = borders is not None
 
     def __len__(self) -> int:
         return self.sampler.num_batches
@@ -38,4 +45,4 @@ class Batches:
                 window = window.pin_memory().to(device, non_blocking=True)
             else:
                 window = window.to(device)
-            yield window[:, :-1], window[:, 1:]
+            yield window[:, :-1], window[:, 1:] if self.borders is None else self.borders.targets(window)

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from apt_model.data.borders import Borders, Pack
 from apt_model.data.corpus import Corpus, Document, Split
 from apt_model.data.shard_writer import write
 from apt_model.data.shards import MANIFEST, Shards
@@ -38,11 +39,20 @@ class DocumentCorpus(Corpus):
         tokenizer: a ``tokenizer.json``, or a folder that holds one; None: a token is a byte of UTF-8.
         bos: whether each document begins with the token that the tokenizer puts before texts.
         cache: folder for shards; None: ``apt_launch`` in the user's cache folder.
+        pack: see :data:`apt_model.data.borders.Pack`.
     """
 
     max_tokens: int | None = None  # of a split
 
-    def __init__(self, *, tokenizer: str | None = None, bos: bool | None = None, cache: str | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        tokenizer: str | None = None,
+        bos: bool | None = None,
+        cache: str | None = None,
+        pack: Pack | None = None,
+    ) -> None:
+        self.pack = pack
         self.bos = bool(bos)
         self._tokenizer_file = find_tokenizer(in_home(tokenizer, "data.tokenizer")) if tokenizer else None
         caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -210,7 +220,7 @@ class StdlibCorpus(_Files):
 
     Args:
         val_fraction: share of the files that validates, between 0 and 1.
-        tokenizer: see :class:`DocumentCorpus`, as for ``bos`` and ``cache``.
+        tokenizer: see :class:`DocumentCorpus`, as for ``bos``, ``cache`` and ``pack``.
     """
 
     def __init__(
@@ -221,8 +231,9 @@ class StdlibCorpus(_Files):
         tokenizer: str | None = None,
         bos: bool | None = None,
         cache: str | None = None,
+        pack: Pack | None = None,
     ) -> None:
-        super().__init__(tokenizer=tokenizer, bos=bos, cache=cache)
+        super().__init__(tokenizer=tokenizer, bos=bos, cache=cache, pack=pack)
         self.val_fraction = val_fraction
         self.seed = seed
 
@@ -266,7 +277,7 @@ class TextCorpus(_Files):
 
     Args:
         val_fraction: share of the files, or of the file, that validates, between 0 and 1.
-        tokenizer: see :class:`DocumentCorpus`, as for ``bos`` and ``cache``.
+        tokenizer: see :class:`DocumentCorpus`, as for ``bos``, ``cache`` and ``pack``.
     """
 
     def __init__(
@@ -279,8 +290,9 @@ class TextCorpus(_Files):
         tokenizer: str | None = None,
         bos: bool | None = None,
         cache: str | None = None,
+        pack: Pack | None = None,
     ) -> None:
-        super().__init__(tokenizer=tokenizer, bos=bos, cache=cache)
+        super().__init__(tokenizer=tokenizer, bos=bos, cache=cache, pack=pack)
         self.path = in_home(path, "data.path")
         self.suffix = suffix
         self.val_fraction = val_fraction
@@ -357,7 +369,7 @@ class JsonlCorpus(ByteCorpus):
 
     Args:
         source_key: holds where the document comes from; None: unknown.
-        tokenizer: see :class:`DocumentCorpus`, as for ``bos`` and ``cache``.
+        tokenizer: see :class:`DocumentCorpus`, as for ``bos``, ``cache`` and ``pack``.
     """
 
     def __init__(
@@ -370,8 +382,9 @@ class JsonlCorpus(ByteCorpus):
         tokenizer: str | None = None,
         bos: bool | None = None,
         cache: str | None = None,
+        pack: Pack | None = None,
     ) -> None:
-        super().__init__(tokenizer=tokenizer, bos=bos, cache=cache)
+        super().__init__(tokenizer=tokenizer, bos=bos, cache=cache, pack=pack)
         self.paths: dict[Split, Path] = {
             "train": in_home(train_path, "data.train_path"),
             "val": in_home(val_path, "data.val_path"),
@@ -410,9 +423,11 @@ class ShardsCorpus(Corpus):
 
     Args:
         verify: compare checksums before a run; False: sizes only.
+        pack: see :data:`apt_model.data.borders.Pack`.
     """
 
-    def __init__(self, *, path: str, verify: bool = True) -> None:
+    def __init__(self, *, path: str, verify: bool = True, pack: Pack | None = None) -> None:
+        self.pack = pack
         self.path = in_home(path, "data.path")
         self.verify = verify
 
@@ -439,6 +454,9 @@ class ShardsCorpus(Corpus):
     def tokenizer_file(self) -> Path | None:
         """The file of ``tokenizer``; None: tokens are bytes."""
         return self.shards.tokenizer_file
+
+    def _borders(self) -> Borders:
+        return Borders(self.shards.manifest.end)
 
     def count(self, split: Split) -> int:
         """Return the number of tokens of ``split``, from the manifest."""

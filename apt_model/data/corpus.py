@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+from apt_model.data.borders import Borders, Pack
 from apt_model.data.tokenizer import Tokenizer
 from apt_model.data.tokens import Tokens
 
@@ -29,6 +30,7 @@ class Corpus(ABC):
     """Text in two splits, as the tokens of ``tokenizer``."""
 
     on_progress: OnProgress = staticmethod(lambda split, done, tokens: None)
+    pack: Pack | None = None
 
     @property
     @abstractmethod
@@ -60,6 +62,18 @@ class Corpus(ABC):
         Raises:
             ConfigError: as :meth:`count`, or a file is not UTF-8.
         """
+
+    @property
+    def borders(self) -> Borders | None:
+        """What marks documents that do not see each other; None: they do.
+
+        Raises:
+            ConfigError: nothing is known to mark them.
+        """
+        return None if self.pack is None else self._borders()
+
+    def _borders(self) -> Borders:
+        return Borders(self.tokenizer.end)
 
     def check(self) -> None:  # noqa: B027 - most have nothing to check
         """Make sure that what training will read is what was once written; needs no torch.

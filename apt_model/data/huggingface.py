@@ -10,6 +10,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+from apt_model.data.borders import Pack
 from apt_model.data.corpora import DocumentCorpus, Keys, stats
 from apt_model.data.corpus import Document, Split, share
 from apt_model.errors import ConfigError, nearest
@@ -60,8 +61,9 @@ class HFCorpus(DocumentCorpus):
         tokenizer: str | None = None,
         bos: bool | None = None,
         cache: str | None = None,
+        pack: Pack | None = None,
     ) -> None:
-        super().__init__(tokenizer=tokenizer, bos=bos, cache=cache)
+        super().__init__(tokenizer=tokenizer, bos=bos, cache=cache, pack=pack)
         if streaming and max_documents is None and max_tokens is None:
             raise ConfigError(
                 "data.streaming: how much of a stream a run takes has to be known before it starts. Set data.max_tokens or "

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from apt_model.data.borders import Borders, Pack
 from apt_model.data.corpus import Corpus, Split
 from apt_model.data.tokenizer import ByteTokenizer, Tokenizer, find_tokenizer, load_tokenizer
 from apt_model.data.tokens import Tokens
@@ -27,13 +28,16 @@ class OwnCorpus(Corpus):
     takes ``split`` itself, the rows of that split. Rows are sequences of ``model.seq_len`` + 1 tokens, and are shuffled whole.
 
     The object may have ``check()``, called before a run; ``vocab_size``; and ``tokenizer_file``, a tokenizer.json that says
-    what the tokens mean.
+    what the tokens mean. What marks documents, for ``pack``, its ``document_end`` and ``document_begin`` say, tokens or None,
+    also on a class or function that takes ``split``; else the tokenizer.
 
     Args:
         name: of what is made, for errors.
+        pack: see :data:`apt_model.data.borders.Pack`.
     """
 
-    def __init__(self, make: Callable[..., Any], name: str) -> None:
+    def __init__(self, make: Callable[..., Any], name: str, pack: Pack | None = None) -> None:
+        self.pack = pack
         self._make = make
         self._name = name
         self._tokens: dict[str, Tokens] = {}
@@ -81,6 +85,18 @@ class OwnCorpus(Corpus):
         """The file of ``tokenizer``; None: tokens are bytes, as far as anybody knows."""
         said = getattr(self._source, "tokenizer_file", None)
         return None if said is None else find_tokenizer(in_home(said, "data.tokenizer_file"))
+
+    def _borders(self) -> Borders:
+        says = getattr(self._make, "func", self._make) if self._by_split else self._source
+        end, begin = (getattr(says, name, None) for name in ("document_end", "document_begin"))
+        if end is not None or begin is not None:
+            return Borders(end, begin)
+        if self.tokenizer_file is None:
+            raise ConfigError(
+                f"data.pack: nobody knows where documents end in the tokens of {self._name}. Give it document_end, the token "
+                "that follows each, or document_begin, or tokenizer_file; or set data.pack=null."
+            )
+        return Borders(self.tokenizer.end, self.tokenizer.begin)
 
     def count(self, split: Split) -> int:
         """Return the number of tokens of ``split``."""

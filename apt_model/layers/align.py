@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apt_model.layers.counted import IGNORED, Counted
+from apt_model.counted import IGNORED, Counted
+from apt_model.layers.documents import Documents, sums_within
 from apt_model.schedule.targets import NOT_NEGATIVE, Domain
 
 
@@ -80,19 +81,23 @@ class BiStateAlignment(nn.Module):
             nn.init.zeros_(self.back.weight)
 
     def forward(
-        self, hidden: Tensor, seen: StableSum | None = None, counted: Counted | None = None
+        self, hidden: Tensor, seen: StableSum | Documents | None = None, counted: Counted | None = None
     ) -> tuple[Tensor, AlignReport | None]:
         """Map ``hidden`` (batch, seq, d_model) to the same shape; a report when enabled.
 
         Args:
-            seen: of the positions before those of ``hidden``, which are added; None: there are none.
+            seen: of the positions before those of ``hidden``, which are added; or documents, whose stable states are each its
+                own; None: there is neither.
             counted: positions (batch, seq) that the loss asks, and compares with; None: all.
         """
         if self.down is None or self.back is None:
             return hidden, None
         positions = torch.arange(1, hidden.shape[1] + 1, device=hidden.device).unsqueeze(1)
-        total = hidden.float().cumsum(dim=1)
-        if seen:
+        if isinstance(seen, Documents):
+            total, positions = sums_within(seen, hidden), (seen.positions + 1).unsqueeze(2)
+        else:
+            total = hidden.float().cumsum(dim=1)
+        if isinstance(seen, StableSum):
             total, positions = total + seen.total, positions + seen.length
             seen.total, seen.length = total[:, -1:], seen.length + hidden.shape[1]
         stable = self.down((total / positions).to(hidden.dtype))

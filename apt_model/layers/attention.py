@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from apt_model.layers.backend import eager_on_cpu, mkl_products, onednn_multiplies
+from apt_model.layers.documents import Documents
+from apt_model.layers.documents import attention as within_documents
 from apt_model.layers.norm import RMSNorm
 from apt_model.layers.rotary import RotaryEmbedding
 from apt_model.layers.scheduled import dropout
@@ -35,7 +37,7 @@ QKNorm = Literal["head", "all"]
 """What is normalised of queries, and of keys, before they are rotated: each head's channels, or those of all heads at once."""
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor, window: int | None = None) -> Tensor:
+def sdpa(query: Tensor, key: Tensor, value: Tensor, window: int | None = None, numbers: Tensor | None = None) -> Tensor:
     """Causal attention through torch's fused kernels.
 
     Args:
@@ -43,12 +45,14 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, window: int | None = None) -
         key, value: (batch, kv_heads, keys, head_dim), keys >= seq: the last query is at the position of the last key; as many
             heads of queries in a row as there are to each share one of them.
         window: a position sees so many, itself counted; None: all before it.
+        numbers: (batch, seq): a position sees those of its own number; None: all.
 
     Returns:
         The shape of ``query``.
     """
     grouped = query.shape[1] != key.shape[1]
-    if query.shape[-2] == key.shape[-2] and (window is None or window >= key.shape[-2]):
+    unmasked = numbers is None and (window is None or window >= key.shape[-2])
+    if query.shape[-2] == key.shape[-2] and unmasked:
         if KERNELS and eager_on_cpu(query) and torch.is_grad_enabled() and _products_are_fast(query.dtype):
             output: Tensor = _OnCPU.apply(query, key, value)  # type: ignore[no-untyped-call]
             return output
@@ -59,7 +63,7 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, window: int | None = None) -
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     if grouped:
         key, value = _for_each_query_head(query, key, value)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=~_unseen(query, key, window))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=~_unseen(query, key, window, numbers))
 
 
 def _for_each_query_head(query: Tensor, *shared: Tensor) -> tuple[Tensor, ...]:
@@ -139,22 +143,28 @@ def _attention_backward(
         by_k[:, seen].baddbmm_(by_scores.transpose(1, 2), q_here, beta=beta, alpha=scale)
 
 
-def eager(query: Tensor, key: Tensor, value: Tensor, window: int | None = None) -> Tensor:
+def eager(
+    query: Tensor, key: Tensor, value: Tensor, window: int | None = None, numbers: Tensor | None = None
+) -> Tensor:
     """Causal attention written out, quadratic in memory: the reference for :func:`sdpa`, with its shapes."""
     key, value = _for_each_query_head(query, key, value) if query.shape[1] != key.shape[1] else (key, value)
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
-    return scores.masked_fill(_unseen(query, key, window), -math.inf).softmax(dim=-1) @ value
+    return scores.masked_fill(_unseen(query, key, window, numbers), -math.inf).softmax(dim=-1) @ value
 
 
-def _unseen(query: Tensor, key: Tensor, window: int | None = None) -> Tensor:
-    """Return (seq, keys): whether a key comes after a query, or before its ``window``."""
+def _unseen(query: Tensor, key: Tensor, window: int | None = None, numbers: Tensor | None = None) -> Tensor:
+    """Return (seq, keys): whether a key comes after a query, or before its ``window``.
+
+    With ``numbers``, (batch, 1, seq, keys): or is of another document.
+    """
     queries, keys = query.shape[-2], key.shape[-2]
     every = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
     unseen = every.triu(1 + keys - queries)
-    return unseen if window is None else unseen | every.tril(keys - queries - window)
+    unseen = unseen if window is None else unseen | every.tril(keys - queries - window)
+    return unseen if numbers is None else unseen | (numbers.unsqueeze(2) != numbers.unsqueeze(1)).unsqueeze(1)
 
 
-ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor, int | None], Tensor]] = {"sdpa": sdpa, "eager": eager}
+ATTENTION: dict[str, Callable[..., Tensor]] = {"sdpa": sdpa, "eager": eager}
 
 
 class KeyValues:
@@ -177,18 +187,18 @@ class KeyValues:
 
 
 @torch.no_grad()
-def largest_logits(query: Tensor, key: Tensor, window: int | None = None) -> Tensor:
+def largest_logits(query: Tensor, key: Tensor, window: int | None = None, numbers: Tensor | None = None) -> Tensor:
     """Return each head's largest logit of causal attention, (heads,) float32, a group of queries at a time.
 
-    Shapes are those of :func:`sdpa`.
+    Shapes are those of :func:`sdpa`; ``numbers``, (batch, seq): of documents that do not see each other.
     """
     key = _for_each_query_head(query, key)[0] if query.shape[1] != key.shape[1] else key
-    unseen, first = _unseen(query, key, window), key.shape[-2] - query.shape[-2]
+    unseen, first = _unseen(query, key, window, numbers), key.shape[-2] - query.shape[-2]
     found = []
     for begin in range(0, query.shape[-2], QUERIES):
         here, seen = slice(begin, begin + QUERIES), slice(0, first + begin + QUERIES)
         logits = query[:, :, here] @ key[:, :, seen].transpose(-2, -1)
-        found.append(logits.float().masked_fill(unseen[here, seen], -math.inf).amax(dim=(0, 2, 3)))
+        found.append(logits.float().masked_fill(unseen[..., here, seen], -math.inf).amax(dim=(0, 2, 3)))
     return torch.stack(found).amax(dim=0) / math.sqrt(query.shape[-1])
 
 
@@ -249,18 +259,23 @@ class SelfAttention(nn.Module):
             for name, heads in (("q_norm", num_heads), ("k_norm", self.num_kv_heads)):
                 setattr(self, name, RMSNorm(self.head_dim * (heads if qk_norm == "all" else 1), norm_eps))
 
-    def forward(self, x: Tensor, seen: KeyValues | None = None) -> Tensor:
+    def forward(self, x: Tensor, seen: KeyValues | Documents | None = None) -> Tensor:
         """Map (batch, seq, d_model) to the same shape; position t sees positions 0 to t.
 
         Args:
-            seen: of the positions before those of ``x``, which are added; None: there are none.
+            seen: of the positions before those of ``x``, which are added; or documents, of which a position sees its own, and
+                each of which begins at position 0; None: there is neither.
         """
-        query, key, value = self._heads(self.qkv(x), seen.length if seen else 0)
-        if seen:
-            key, value = seen.append(key, value, room=self.rotate.cos.shape[0])
-        if self.training and self.largest is not None:
-            self.largest.copy_(torch.maximum(self.largest, largest_logits(query, key, self.window)))
-        mixed = self.attend(query, key, value, self.window)
+        if isinstance(seen, Documents):
+            query, key, value = self._heads(self.qkv(x), seen.positions)
+            self._note_largest(query, key, seen.numbers)
+            mixed = within_documents(self.attend, query, key, value, self.window, seen)
+        else:
+            query, key, value = self._heads(self.qkv(x), seen.length if seen else 0)
+            if seen:
+                key, value = seen.append(key, value, room=self.rotate.cos.shape[0])
+            self._note_largest(query, key)
+            mixed = self.attend(query, key, value, self.window)
         output: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         if self.training and "dropout" in self.expected:
             return dropout(output, self.dropout)
@@ -269,6 +284,10 @@ class SelfAttention(nn.Module):
     def watch_logits(self) -> None:
         """Note each head's largest logit in training from now on, in ``largest``; that takes about half of attention's work."""
         self.largest = torch.full((self.num_heads,), -math.inf, device=self.qkv.weight.device)
+
+    def _note_largest(self, query: Tensor, key: Tensor, numbers: Tensor | None = None) -> None:
+        if self.training and self.largest is not None:
+            self.largest.copy_(torch.maximum(self.largest, largest_logits(query, key, self.window, numbers)))
 
     def scales(self, factors: Tensor) -> Tensor:
         """Return what rows of ``qkv`` are to be multiplied with, so that logits of each head are multiplied by ``factors``.
@@ -281,7 +300,7 @@ class SelfAttention(nn.Module):
         rows = torch.cat((query, key, torch.ones_like(key)))
         return rows.repeat_interleave(self.head_dim)
 
-    def _heads(self, qkv: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, qkv: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, (batch, heads or kv_heads, seq, head_dim), of ``qkv`` (batch, seq, channels)."""
         (batch, length, _), heads, shared = qkv.shape, self.num_heads, self.num_kv_heads
         if self.qk_norm is None and heads == shared:

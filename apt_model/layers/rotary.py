@@ -50,12 +50,12 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)  # (seq_len, head_dim / 2)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def forward(self, qkv: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, qkv: Tensor, start: int | Tensor = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Rotate queries and keys.
 
         Args:
             qkv: (batch, seq, 3, heads, head_dim).
-            start: the first position; the last < seq_len.
+            start: the first position, or all of them (batch, seq); the last < seq_len.
 
         Returns:
             Queries, keys and values, each (batch, heads, seq, head_dim).
@@ -68,18 +68,18 @@ class RotaryEmbedding(nn.Module):
             query, key, value = _Turn.apply(qkv, torch.cat((cos, cos), dim=-1), sin)  # type: ignore[no-untyped-call]
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
-    def turn(self, x: Tensor, start: int = 0) -> Tensor:
-        """Rotate ``x`` (batch, seq, heads, head_dim), whose first position is ``start``."""
+    def turn(self, x: Tensor, start: int | Tensor = 0) -> Tensor:
+        """Rotate ``x`` (batch, seq, heads, head_dim), whose first position, or all (batch, seq), are ``start``."""
         cos, sin = self._angles(x, start)
         if torch.compiler.is_compiling():
             return _turned(x, cos, sin)
         turned: Tensor = _TurnAll.apply(x, torch.cat((cos, cos), dim=-1), sin)  # type: ignore[no-untyped-call]
         return turned
 
-    def _angles(self, x: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines at the positions of ``x`` (batch, seq, ...): (seq, 1, head_dim / 2) each."""
-        here = slice(start, start + x.shape[1])
-        return self.cos[here].to(x.dtype)[:, None], self.sin[here].to(x.dtype)[:, None]
+    def _angles(self, x: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines at the positions of ``x`` (batch, seq, ...): (seq or batch, seq, 1, head_dim / 2) each."""
+        here = start if isinstance(start, Tensor) else slice(start, start + x.shape[1])
+        return self.cos[here].to(x.dtype).unsqueeze(-2), self.sin[here].to(x.dtype).unsqueeze(-2)
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

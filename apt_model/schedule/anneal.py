@@ -11,7 +11,7 @@ from pydantic import Field
 
 from apt_model.errors import ConfigError
 from apt_model.schedule.clock import Clock, Horizon, Unit
-from apt_model.schedule.curves import SAME_SIGN, SHAPES, Curve, Piece, Shape, linear, polynomial, stairs
+from apt_model.schedule.curves import SAME_SIGN, SHAPES, Curve, Piece, Shape, linear, polynomial, root_of_time, stairs
 from apt_model.schedule.fields import Length, Number, Pattern, Positive, PositiveNumber, Span, Strict, span
 from apt_model.schedule.targets import Domain
 from apt_model.schedule.times import Time
@@ -43,12 +43,13 @@ class Anneal(Strict):
 
     Indices count in ``by`` from the begin of the window (``from`` to ``until``, or ``over`` a length; the whole run unless
     said otherwise), whose last update has the last value. ``warmup`` ramps from 0 to ``start`` first, ``cooldown`` from
-    ``end`` to 0 last. Lengths are counts of ``by``, times in other units, or shares of the window (``10%``).
+    ``end`` to 0 last; an ``inverse_sqrt`` without ``end`` goes by its warmup, however long the run is. Lengths are counts of
+    ``by``, times in other units, or shares of the window (``10%``).
     """
 
     target: Pattern | None = None  # what it writes: a path, or a pattern with *; only below anneals
     start: Number | None = None  # the first value
-    end: Number | None = None  # the last value
+    end: Number | None = None  # the last value; inverse_sqrt after a warmup needs none: start x sqrt(warmup / index)
     by: Unit = "epoch"  # what the value moves with
     type: ShapeName = "linear"  # shape from start to end, and between points
     warmup: Span = 0  # from 0 to start over this length first
@@ -68,9 +69,10 @@ class Anneal(Strict):
         """Return what is missing or does not go together, before any run is known."""
         problems = []
         ways = [name for name in ("end", "points", "segments") if getattr(self, name) is not None]
-        if len(ways) != 1:
+        if len(ways) != 1 and not (not ways and self._goes_by_warmup):
             problems.append(
                 f"{key}.end: missing. Give it a value, for instance on the command line: {key}.end=..."
+                + (f" Or give {key}.warmup: it goes as start x sqrt(warmup / index)." * (self.type == "inverse_sqrt"))
                 if not ways
                 else f"{key}: {' and '.join(ways)} each say where the value goes; give one of them."
             )
@@ -101,6 +103,11 @@ class Anneal(Strict):
                 f"are {self.start:g} and {self.end:g}."
             )
         return problems
+
+    @property
+    def _goes_by_warmup(self) -> bool:
+        """Whether the warmup says where the value goes, and not an end."""
+        return self.type == "inverse_sqrt" and self.end is None and Time.parse(self.warmup, by=self.by).amount > 0
 
     def anchors(self) -> list[str]:
         """Return the events that the window waits for."""
@@ -162,10 +169,15 @@ class Anneal(Strict):
 
     def _start_to_end(self, begin: float, length: float, last: float, horizon: Horizon) -> list[Piece]:
         assert self.start is not None
-        assert self.end is not None
         up = begin + float(self.length(self.warmup, length, horizon))
         down = last - float(self.length(self.cooldown, length, horizon))
         pieces = [Piece(begin, up, 0.0, self.start, linear)] if up > begin else []
+        if self._goes_by_warmup:
+            over = max(up - begin, 1.0)  # a share of a short window may be no index at all
+            end = root_of_time((down - up) / over, self.start, 0.0)
+            pieces.append(Piece(up, down, self.start, end, root_of_time, over))
+            return [*pieces, Piece(down, last, end, 0.0, linear)] if down < last else pieces
+        assert self.end is not None
         if self.type == "one_cycle":
             assert self.peak is not None
             top = up + float(self.length(self.peak_at, length, horizon))

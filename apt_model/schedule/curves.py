@@ -37,6 +37,11 @@ def inverse_sqrt(t: float, start: float, end: float) -> float:
     return start / math.sqrt(1.0 + (ratio - 1.0) * t)
 
 
+def root_of_time(t: float, start: float, end: float) -> float:
+    """Start / sqrt(1 + t), wherever that leads: with t in lengths of the warmup, the rate of arXiv:1706.03762."""
+    return start / math.sqrt(1.0 + t)
+
+
 def polynomial(power: float) -> Shape:
     """The way left shrinks as (1 - t)^power: power 1 is linear, above 1 fast first."""
     return lambda t, start, end: linear(1.0 - (1.0 - t) ** power, start, end)
@@ -61,13 +66,17 @@ SAME_SIGN = ("exponential", "inverse_sqrt")
 
 
 class Piece(NamedTuple):
-    """From ``start`` at index ``begin`` to ``end`` at index ``finish``, in ``shape``."""
+    """From ``start`` at index ``begin`` to ``end`` at index ``finish``, in ``shape``.
+
+    ``shape`` is asked in parts of ``over``; None: of the piece's length.
+    """
 
     begin: float
     finish: float
     start: float
     end: float
     shape: Shape
+    over: float | None = None
 
 
 class Curve:
@@ -88,10 +97,10 @@ class Curve:
 
 
 def _single(piece: Piece) -> Callable[[float], float]:
-    begin, finish, start, end, shape = piece
+    begin, finish, start, end, shape, over = piece
     if start == end:  # exactly, whatever shape and length round to: runs that keep one value are then equal
         return lambda index: end
-    length = finish - begin
+    length = finish - begin if over is None else over
 
     def at(index: float) -> float:
         if index >= finish:

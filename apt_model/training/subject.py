@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apt_model.counted import IGNORED, counted_positions
+from apt_model.data.borders import Borders, takes_no_documents
 from apt_model.errors import ConfigError
 from apt_model.gpt import GPT, Output
 from apt_model.layers.align import BiStateAlignment
 from apt_model.layers.attention import SelfAttention
 from apt_model.layers.balance import complete
-from apt_model.layers.counted import IGNORED, counted_positions
 from apt_model.layers.feed_forward import Experts, FeedForward
 from apt_model.layers.in_place import MoEInPlace, layers_in_place, moe_layers
 from apt_model.layers.metrics import METRICS
@@ -160,21 +161,30 @@ class Forward:
 
     Args:
         loss: takes the place of the model's own; see :data:`Loss`.
+        borders: of documents that do not see each other; the model is given their numbers, as ``documents``.
+
+    Raises:
+        ConfigError: it takes none.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss | None = None) -> None:
+    def __init__(self, model: nn.Module, loss: Loss | None = None, borders: Borders | None = None) -> None:
         self.model = model
         self.loss = loss
         self.layers: list[MoEInPlace] = layers_in_place(model)
         self._takes = {} if isinstance(model, GPT) else dict(inspect.signature(model.forward).parameters)
         self._wants_hidden = loss is not None and _takes_hidden(loss)
+        self.borders = borders
+        if borders is not None and not isinstance(model, GPT) and "documents" not in self._takes:
+            raise ConfigError(takes_no_documents(type(model).__name__))
 
     def __call__(
         self, run: Callable[..., Any], tokens: Tensor, targets: Tensor, *, with_metrics: bool = True
     ) -> Output:
         """Return what ``run``, the model or what wraps it, gives for (batch, seq) of each."""
+        documents = {} if self.borders is None else {"documents": self.borders.numbers(tokens)}
         if isinstance(self.model, GPT):
-            more = {"with_hidden": True} if self._wants_hidden else {}
+            more: dict[str, Any] = {"with_hidden": True} if self._wants_hidden else {}
+            more |= documents
             output: Output = run(tokens, targets, with_metrics=with_metrics, **more)
         else:
             counted = counted_positions(targets) if self.layers else None
@@ -182,12 +192,20 @@ class Forward:
                 layer.with_metrics, layer.counted = with_metrics, counted
                 if self.model.training and not layer.driven:
                     layer.balance()
-            output = self._output(self._run(run, tokens, targets, with_metrics), targets)
+            output = self._output(self._run(run, tokens, targets, with_metrics, documents), targets)
             output = self._with_reports(output)
         return output if self.loss is None else self._with_loss(output, targets)
 
-    def _run(self, run: Callable[..., Any], tokens: Tensor, targets: Tensor, with_metrics: bool) -> Any:
-        more = {"with_metrics": with_metrics} if "with_metrics" in self._takes else {}
+    def _run(
+        self,
+        run: Callable[..., Any],
+        tokens: Tensor,
+        targets: Tensor,
+        with_metrics: bool,
+        documents: Mapping[str, Tensor],
+    ) -> Any:
+        more: dict[str, Any] = {"with_metrics": with_metrics} if "with_metrics" in self._takes else {}
+        more |= documents
         if self._wants_hidden and "output_hidden_states" in self._takes:
             more["output_hidden_states"] = True
         if "input_ids" in self._takes:  # labels stay here: those libraries shift them once more
@@ -195,7 +213,8 @@ class Forward:
                 more["use_cache"] = False
             return run(input_ids=tokens, **more)
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        takes_both = "targets" in self._takes or sum(one.kind in positional for one in self._takes.values()) > 1
+        given = [one for name, one in self._takes.items() if name != "documents"]
+        takes_both = "targets" in self._takes or sum(one.kind in positional for one in given) > 1
         takes_both = takes_both or any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in self._takes.values())
         return run(tokens, targets, **more) if takes_both else run(tokens, **more)
 

@@ -13,7 +13,7 @@ speed over that of the plain loop in the same round.
 
 On a GPU the model is as large as GPT-2's smallest (768, 12 layers, 12 heads, sequence 1024, batch 16, a vocabulary of 50304 of
 which bytes use 256), and the plain loop and ours take part under torch.compile, too. Told besides are the FLOPs that
-apt_launch.preview.sizes counts, MFU, their share of the card's dense bf16 peak (of apt_launch.preview.gpus, by the name, or
+apt_launch.config.sizes counts, MFU, their share of the card's dense bf16 peak (of apt_launch.config.gpus, by the name, or
 --peak-tflops), the most memory that an update takes beside what the preview reckons, and how often the host waits for the device
 in an update without a row.
 """
@@ -35,9 +35,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from apt_launch.config.gpus import GPUS
 from apt_launch.config.load import composed
-from apt_launch.preview.gpus import GPUS
-from apt_launch.preview.sizes import Phase, sizes
+from apt_launch.config.sizes import Phase, sizes
 from apt_launch.runs.build import build_trainer
 from apt_model.layers.backend import onednn_products
 from apt_model.training.memory import keep_freed_memory

@@ -43,6 +43,29 @@ def test_every_option_composes_and_is_right(composed: Composed, option: str) -> 
     assert composed(option, *more).values[group] is not None, name
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),  # the factor at updates 5 and 10, and at the last one; 256 of them, the warmup is 13
+    [
+        ("cosine", [5 / 13, 10 / 13, 0.1]),
+        ("linear", [5 / 13, 10 / 13, 0.0]),
+        ("wsd", [5 / 13, 10 / 13, 0.0]),
+        ("inverse_sqrt", [5 / 13, 10 / 13, (13 / 255) ** 0.5]),
+    ],
+)
+def test_learning_rates_have_shapes_by_name(composed: Composed, name: str, expected: list[float]) -> None:
+    config = composed(f"trainer/lr={name}")
+    factors = [config.course.lr(config.horizon.clock_at(step)) / config.optimizer.lr for step in (5, 10, 255)]
+    assert factors == pytest.approx(expected)
+    tokens = composed(f"trainer/lr={name}", "trainer.lr_schedule.warmup=41ktok")  # of 16 x 256 = 4096: 11 updates
+    assert tokens.course.lr(config.horizon.clock_at(5)) == pytest.approx(5 / 11 * config.optimizer.lr)
+    assert (config.identity == composed().identity) is (name == "cosine")
+
+
+def test_a_shape_by_name_wins_over_a_profile(composed: Composed) -> None:
+    config = composed("profile=tiny_debug", "trainer/lr=wsd", "trainer.lr_schedule.cooldown=1ep")
+    assert (config.trainer.lr_schedule.end, config.trainer.lr_schedule.cooldown) == (1.0, "1ep")
+
+
 def test_every_data_option_composes_and_is_right(composed: Composed, text_file: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "' + "some words " * 2000 + '"}\n')
@@ -209,6 +232,18 @@ def test_keys_in_yaml_equal_parameters_of_the_class(target: tuple[str, type[sche
         ),
         (["+trainer.lr_schedule.from=moe.enabled"], r"^trainer\.lr_schedule: it cannot wait for an event"),
         (
+            ["trainer.lr_schedule.cooldown=3"],
+            r"^trainer\.lr_schedule\.cooldown: only trainer/lr=cosine, .*trainer/lr=wsd list this key\..* \+\+trainer",
+        ),
+        (["data.pack=documents"], r"^data\.pack: 'documents' is not one of the choices\. Did you mean 'document'"),
+        (
+            ["data.pack=document", "model=transformers", "model.config={model_type: llama}", "model.vocab_size=256"],
+            r"data\.pack: a model of transformers takes no documents, so that those of one sequence would see each other",
+        ),
+        (["trainer/lr=wds"], r"^trainer/lr: there is no option 'wds'\. Did you mean 'wsd'"),
+        (["trainer/l=wsd"], r"^trainer/l: unknown key\. Did you mean 'trainer/lr'"),
+        (["trainer/lr=wsd", "trainer.lr_schedule.cooldwn=1"], r"cooldwn: unknown key\. Did you mean '.*cooldown'"),
+        (
             [
                 "schedule.enable_moe_at_epoch=null",
                 "+schedule.events.x={enable: moe, when: {metric: moe/max_load, above: 2}}",
@@ -371,3 +406,4 @@ def test_keys_that_came_later_leave_the_identities_of_earlier_runs_as_they_were(
     assert composed("data=stdlib").identity[:8] == "c8e6f60d"  # as on 2026-11-28, before they came
     assert composed("data=stdlib", "schedule=none").identity[:8] == "9d0ec8c0"
     assert composed("data=stdlib", "model.qkv_bias=true").identity[:8] != "c8e6f60d"
+    assert composed("data=stdlib", "data.pack=document").identity[:8] != "c8e6f60d"

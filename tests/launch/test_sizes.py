@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
+from apt_launch.config.gpus import GPUS, cost, device_bytes, table
 from apt_launch.config.instantiate import build_model
 from apt_launch.config.run_config import RunConfig
-from apt_launch.preview.gpus import GPUS, cost, device_bytes, table
-from apt_launch.preview.sizes import sizes
+from apt_launch.config.sizes import sizes
 from apt_model.errors import ConfigError
 from apt_model.gpt import GPT
 from apt_model.layers import scheduled

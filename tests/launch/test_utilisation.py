@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
+from apt_launch.config.gpus import GPUS, kind_of
 from apt_launch.config.run_config import RunConfig
-from apt_launch.preview.gpus import GPUS, kind_of
-from apt_launch.preview.sizes import sizes
+from apt_launch.config.sizes import sizes
 from apt_launch.rows import Speeds, as_speed
 from apt_launch.runs.utilisation import logging_utilisation
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from apt_model.errors import ConfigError
 from apt_model.schedule import Anneal, Horizon
 from apt_model.schedule.anneal import Segment, ShapeName
 from apt_model.schedule.curves import SHAPES
@@ -31,6 +32,8 @@ def test_a_linear_anneal_over_five_indices_has_the_values_worked_out_by_hand() -
         ({"type": "exponential", "start": 1.0, "end": 16.0}, [1.0, 2.0, 4.0, 8.0, 16.0]),
         ({"type": "sqrt", "start": 0.0, "end": 2.0}, [0.0, 1.0, 2 * 0.5**0.5, 3**0.5, 2.0]),
         ({"type": "inverse_sqrt", "start": 1.0, "end": 0.5}, [1.0, 1.75**-0.5, 2.5**-0.5, 3.25**-0.5, 0.5]),
+        ({"type": "inverse_sqrt", "start": 2.0, "warmup": 1}, [0.0, 2.0, 2 * 2**-0.5, 2 * 3**-0.5, 1.0]),
+        ({"type": "inverse_sqrt", "start": 2.0, "warmup": 1, "cooldown": 2}, [0.0, 2.0, 2**0.5, 2**-0.5, 0.0]),
         ({"type": "polynomial", "power": 2, "start": 1.0, "end": 0.0}, [1.0, 0.5625, 0.25, 0.0625, 0.0]),
         ({"type": "step", "steps": 1, "start": 1.0, "end": 0.0}, [1.0, 1.0, 0.0, 0.0, 0.0]),
         ({"type": "step", "steps": 3, "start": 3.0, "end": 0.0}, [3.0, 2.0, 1.0, 0.0, 0.0]),
@@ -61,6 +64,13 @@ def test_every_shape_has_the_values_worked_out_by_hand(spec: dict, expected: lis
 )
 def test_segments_are_joined_and_repeated(spec: dict, expected: list[float]) -> None:
     assert values(8, **({"start": 0.0} | spec)) == pytest.approx(expected)
+
+
+def test_an_inverse_sqrt_without_an_end_has_the_same_bits_however_long_the_run_is() -> None:
+    short, long = (values(length, type="inverse_sqrt", start=0.7, warmup=3, by="step") for length in (20, 77))
+    assert short == long[:20]
+    with pytest.raises(ConfigError, match=r"^x\.end: missing\. .* Or give x\.warmup: it goes as start x sqrt"):
+        raise ConfigError(*Anneal.model_validate({"type": "inverse_sqrt", "start": 0.7}).contradictions("x"))
 
 
 def test_a_range_of_one_point_has_the_end_value() -> None:

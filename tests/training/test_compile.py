@@ -108,6 +108,22 @@ ANNEALS = {
 }
 
 
+def test_other_documents_in_a_sequence_need_no_other_graph(any_backend: None) -> None:
+    eager, model = gpt(num_layers=2), gpt(num_layers=2)
+    model.compile_parts()
+    tokens = torch.randint(0, 32, (3, 4, 16), generator=torch.Generator().manual_seed(1))
+    batches = [(some, (some[:, :-1] < limit).cumsum(1)) for some, limit in zip(tokens, (4, 16, 0), strict=True)]
+    for number, (some, documents) in enumerate(batches):
+        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+            sums = []
+            for one in (eager, model):
+                output = one(some[:, :-1], some[:, 1:], documents=documents)
+                output.language_loss.backward()
+                sums.append([output.language_loss.item(), *(p.grad.abs().sum().item() for p in one.parameters())])
+                one.zero_grad()
+            assert sums[1] == pytest.approx(sums[0], rel=1e-4)
+
+
 def test_anneals_of_many_steps_add_no_graph_and_give_the_values_of_eager() -> None:
     on = {"enable_moe_at_step": 0, "enable_align_at_step": 0}
     eager, model = gpt(), gpt()

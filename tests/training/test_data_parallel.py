@@ -71,6 +71,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return "data=text", f"data.path={path}"
 
 
+def test_ranks_keep_documents_apart_as_one_process_does(group: Ranks, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"  # of 8 tokens, two a sequence
+    path.write_text("".join(f'{{"text": "{i:03} {i * i % 997:03}"}}\n' for i in range(400)))
+    data = ("data=jsonl", f"data.train_path={path}", f"data.val_path={path}")
+    packed = (*data, "data.pack=document", *PLAIN, "model.loss_chunk=null", "schedule=none", "trainer.max_epochs=1")
+    rows = group.train(1, tmp_path / "alone", *packed)
+    shards = group.train(2, tmp_path / "shards", *packed, "trainer.parallel=fsdp")
+    for name in ("train/loss", "train/grad_norm", "val/loss"):
+        one, other = ([row[name] for row in found if name in row] for found in (rows, shards))
+        assert other == pytest.approx(one, rel=1e-4), name
+    plain = group.train(1, tmp_path / "plain", *packed, "data.pack=null")
+    assert plain[0]["train/loss"] != pytest.approx(rows[0]["train/loss"], rel=1e-4)
+
+
 @pytest.fixture(scope="module")
 def alone(group: Ranks, data: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Rows]:
     """One process, through the whole curriculum."""

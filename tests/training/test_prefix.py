@@ -26,6 +26,8 @@ def shared(whole: RunConfig, fork: RunConfig) -> int:
 
 CONSTANT = ("schedule=none", "trainer.lr_schedule=null")
 FLAT = ("schedule=none", *(f"trainer.lr_schedule.{key}" for key in ("warmup=0", "start=1", "end=1", "by=step")))
+WSD = ("schedule=none", "trainer/lr=wsd", "trainer.lr_schedule.warmup=4", "trainer.lr_schedule.cooldown=4")
+ROOT = ("schedule=none", "trainer/lr=inverse_sqrt", "trainer.lr_schedule.warmup=4")
 LATCHED = (
     "+schedule.events.x={enable: voter, when: {metric: train/loss, below: 1, not_before: 4st}}",
     "schedule.enable_voter_at_epoch=null",
@@ -61,6 +63,12 @@ GROWS = "+schedule.events.more={{grow: moe, to: 8, at: {}ep}}"
         ([], ["schedule.enable_moe_at_epoch=null", "schedule.route_temp=null"], 8),
         # 24 updates at one rate, and a cooldown to 0 over the last eight
         (FLAT, [*FLAT, "+trainer.lr_schedule.cooldown=8"], 16),
+        # runs of other lengths, until the shorter cools down, or to its end
+        ([*WSD, "trainer.max_epochs=4"], WSD, 12),
+        ([*WSD, "trainer.lr_schedule.warmup=1ep", "trainer.max_epochs=4"], WSD, 12),
+        ([*WSD, "trainer.lr_schedule.warmup=2"], WSD, 1),
+        ([*ROOT, "trainer.max_epochs=4"], ROOT, 16),
+        (["schedule=none", "trainer/lr=cosine"], ["schedule=none", "trainer/lr=linear"], 2),  # to the peak
         # runs of other lengths, at a constant rate
         (
             ["schedule=none", "trainer.lr_schedule=null"],

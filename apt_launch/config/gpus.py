@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from apt_launch.config.run_config import RunConfig
-from apt_launch.preview.sizes import FP32, Phase, sizes
+from apt_launch.config.sizes import FP32, Phase, sizes
 from apt_model.errors import ConfigError, nearest
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What a run needs, phase by phase: parameters, memory and arithmetic. What that is on GPUs: :mod:`apt_launch.preview.gpus`.
+"""What a run needs, phase by phase: parameters, memory and arithmetic. What that is on GPUs: :mod:`apt_launch.config.gpus`.
 
 The model is built on torch's meta device, by the functions that training builds it with, so that a model of any size
 is counted in seconds and in no memory.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:  # who names the target loads no torch for it
+    from torch import Tensor
 
 from apt_model.layers.backend import eager_on_cpu
 
