@@ -27,11 +27,11 @@ from apt_launch.generate import restored
 from apt_launch.runs.folder import find_checkpoint
 from apt_launch.secrets import keep_private
 from apt_launch.values import read_frozen
-from apt_model.counted import IGNORED
 from apt_model.data.borders import Borders
 from apt_model.data.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 from apt_model.errors import CheckpointError, ConfigError
 from apt_model.files import read_regular
+from apt_model.ignored import IGNORED
 from apt_model.layouts.folder import CONFIG, WeightsFolder
 from apt_model.training.checkpoint import Checkpoints, name_of, read_manifest
 

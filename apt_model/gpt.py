@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from apt_model.counted import IGNORED, Counted, counted_positions, mean_over
+from apt_model.ignored import IGNORED
 from apt_model.layers.align import AlignReport, BiStateAlignment, StableSum
 from apt_model.layers.attention import KeyValues, QKNorm, SelfAttention
 from apt_model.layers.balance import complete
+from apt_model.layers.counted import Counted, counted_positions, mean_over
 from apt_model.layers.documents import Documents
 from apt_model.layers.feed_forward import FeedForward
 from apt_model.layers.metrics import METRICS
@@ -194,7 +195,7 @@ class GPT(nn.Module):
         Args:
             tokens: (batch, seq) int64, seq <= seq_len.
             targets: the same shape: the token that follows each; positions whose target is
-                :data:`~apt_model.counted.IGNORED` are part of no loss and no metric.
+                :data:`~apt_model.ignored.IGNORED` are part of no loss and no metric.
             documents: (batch, seq) integers, equal and side by side where tokens are of one document: others are not seen, and
                 each begins at position 0; None: a sequence is one document.
             with_metrics: whether to return metrics of routing, which cost time; compiled, that is a graph more.

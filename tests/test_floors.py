@@ -15,7 +15,7 @@ from tests.forks import HANGS
 
 ROOT = Path(__file__).parent.parent
 
-BASE = ("apt_model.errors", "apt_model.files", "apt_model.limits")
+BASE = ("apt_model.errors", "apt_model.files", "apt_model.limits", "apt_model.ignored")
 GROUND = tuple(
     f"apt_launch.{name}"
     for name in (
@@ -34,17 +34,15 @@ ROOMS: dict[str, tuple[str, ...] | None] = {
     "apt_model": (),
     "apt_model.errors": (),
     "apt_model.limits": (),
-    "apt_model.counted": (),
+    "apt_model.ignored": (),
     "apt_model.files": ("apt_model.errors",),
     "apt_model.schedule": BASE,
-    "apt_model.layers": (*BASE, "apt_model.counted", "apt_model.schedule"),
-    "apt_model.gpt": (*BASE, "apt_model.counted", "apt_model.schedule", "apt_model.layers"),
+    "apt_model.layers": (*BASE, "apt_model.schedule"),
+    "apt_model.gpt": (*BASE, "apt_model.schedule", "apt_model.layers"),
     "apt_model.generation": (*BASE, "apt_model.layers", "apt_model.gpt"),
-    "apt_model.data": (*BASE, "apt_model.counted"),
+    "apt_model.data": BASE,
     "apt_model.layouts": (*BASE, "apt_model.gpt", "apt_model.data"),
-    "apt_model.training": (
-        *(*BASE, "apt_model.counted", "apt_model.schedule", "apt_model.layers", "apt_model.gpt", "apt_model.data"),
-    ),
+    "apt_model.training": (*BASE, "apt_model.schedule", "apt_model.layers", "apt_model.gpt", "apt_model.data"),
     "apt_model.integrations": (*BASE, *MODEL),
     **dict.fromkeys(GROUND, (*BASE, *GROUND)),
     "apt_launch.sweep.options": BASE,

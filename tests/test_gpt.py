@@ -7,9 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from apt_model.counted import IGNORED, Counted
 from apt_model.gpt import GPT, Output
+from apt_model.ignored import IGNORED
 from apt_model.layers import scheduled
+from apt_model.layers.counted import Counted
 from apt_model.layers.moe import MoE
 from apt_model.layers.tally import METRICS, routing_metrics
 from apt_model.schedule.targets import matching

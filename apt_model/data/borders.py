@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from apt_model.counted import IGNORED
+from apt_model.ignored import IGNORED
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apt_model.counted import IGNORED, Counted
+from apt_model.ignored import IGNORED
+from apt_model.layers.counted import Counted
 from apt_model.layers.documents import Documents, sums_within
 from apt_model.schedule.targets import NOT_NEGATIVE, Domain
 

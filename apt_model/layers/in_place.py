@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apt_model.counted import Counted
 from apt_model.errors import ConfigError
+from apt_model.layers.counted import Counted
 from apt_model.layers.feed_forward import BIASES, FeedForward
 from apt_model.layers.moe import MoE, MoEReport
 

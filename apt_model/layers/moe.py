@@ -9,10 +9,10 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from apt_model.counted import Counted
 from apt_model.errors import ConfigError
 from apt_model.layers import cpu_experts
 from apt_model.layers.backend import computing_dtype, eager_on_cpu
+from apt_model.layers.counted import Counted
 from apt_model.layers.feed_forward import Experts, FeedForward, as_dense, as_experts
 from apt_model.layers.router import (
     Dispatch,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apt_model.counted import Counted, mean_over
+from apt_model.layers.counted import Counted, mean_over
 
 Scoring = Literal["softmax", "sigmoid"]
 

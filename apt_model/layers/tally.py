@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apt_model.counted import Counted, mean_over
+from apt_model.layers.counted import Counted, mean_over
 from apt_model.layers.metrics import EXPERT_COSINE, MEANS, METRICS
 from apt_model.layers.router import Dispatch, Routing
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apt_model.counted import Counted, mean_over
 from apt_model.layers.backend import eager_on_cpu
+from apt_model.layers.counted import Counted, mean_over
 from apt_model.schedule.targets import NOT_NEGATIVE, Domain
 
 

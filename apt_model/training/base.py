@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from apt_model.counted import IGNORED
 from apt_model.data import Corpus, Sampler
 from apt_model.data.batches import Batches
 from apt_model.errors import CheckpointError, ConfigError, HorizonError, TrainingError
+from apt_model.ignored import IGNORED
 from apt_model.layers import balance
 from apt_model.layers.documents import Documents
 from apt_model.schedule import Anneal, Change, Clock, ScheduleRunner

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apt_model.counted import IGNORED, counted_positions
 from apt_model.data.borders import Borders, takes_no_documents
 from apt_model.errors import ConfigError
 from apt_model.gpt import GPT, Output
+from apt_model.ignored import IGNORED
 from apt_model.layers.align import BiStateAlignment
 from apt_model.layers.attention import SelfAttention
 from apt_model.layers.balance import complete
+from apt_model.layers.counted import counted_positions
 from apt_model.layers.feed_forward import Experts, FeedForward
 from apt_model.layers.in_place import MoEInPlace, layers_in_place, moe_layers
 from apt_model.layers.metrics import METRICS

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt_model.counted import IGNORED
 from apt_model.data.batches import Batches
+from apt_model.ignored import IGNORED
 from apt_model.layers.in_place import moe_layers
 from apt_model.training.compiling import eagerly
 from apt_model.training.specialisation import SourceLoads

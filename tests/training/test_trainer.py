@@ -12,9 +12,9 @@ import torch
 
 from apt_launch.config.run_config import RunConfig
 from apt_launch.runs.build import build_trainer
-from apt_model.counted import IGNORED
 from apt_model.data.batches import Batches
 from apt_model.errors import CallbackError, ConfigError, HorizonError, Interrupted, NonFiniteError
+from apt_model.ignored import IGNORED
 from apt_model.schedule import Clock
 from apt_model.training.callbacks import Callback
 from apt_model.training.checkpoint import Checkpoints, newest_intact

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:  # who names the target loads no torch for it
-    from torch import Tensor
+from torch import Tensor
 
+from apt_model.ignored import IGNORED
 from apt_model.layers.backend import eager_on_cpu
-
-IGNORED: Final = -100
-"""The target of a position that counts nowhere, as torch's losses and transformers have it."""
 
 
 class Counted(NamedTuple):
