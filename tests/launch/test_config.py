@@ -348,6 +348,7 @@ ROLES = {
     "trainer.batch_size": "fixed",
     "trainer.accumulate": "fixed",
     "trainer.parallel": "neutral",
+    "trainer.profile": "process",
     "trainer.expert_parallel": "neutral",
     "trainer.activation_checkpointing": "neutral",
     "trainer.init_from": "fixed",

@@ -303,7 +303,7 @@ def test_a_browser_shows_the_page_and_asks_nobody_for_anything(planned: Sweep, b
     for section in ("Losses over tokens", "Schedules", "Final val/loss by what was swept", "Mean over seeds", "Jobs"):
         assert f"<h2>{section}</h2>" in dom
     assert dom.count("<svg") == 4
-    assert dom.count("<tr") == 7 + 3
+    assert dom.count("<tr") == 7 + 3 + 3  # jobs, means over seeds, speeds of two phases
 
 
 def test_reporting_loads_no_torch(planned: Sweep) -> None:

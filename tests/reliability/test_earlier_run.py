@@ -49,7 +49,9 @@ def test_a_run_of_an_earlier_version_continues_is_delivered_and_generates(forks:
     after = read_rows(earlier / "metrics.jsonl")
     kept = [row for row in before if row["step"] < 12]
     assert after[: len(kept)] == kept
-    assert [set(row) for row in after] == [set(row) for row in before]
+    # norms by part are of later versions
+    named = [{name for name in row if not name.startswith("train/grad_norm/")} for row in after]
+    assert named == [set(row) for row in before]
     for row, expected in zip(after[len(kept) :], before[len(kept) :], strict=True):
         for name, value in expected.items():
             if name in ("train/loss", "val/loss"):  # other processors round otherwise

@@ -386,7 +386,9 @@ def test_no_state_is_written_into_a_job_whose_folder_is_a_link(tmp_path: Path) -
 def test_a_job_looks_for_links_before_it_writes(tmp_path: Path, forks: Forks) -> None:
     victim, job = tmp_path / "victim", tmp_path / PLAN.jobs[0].folder
     PLAN.write(tmp_path)
-    prepare(PLAN, tmp_path, PLAN.jobs[:1])
+    job.mkdir()
+    (job / "job.json").write_text(json.dumps(FILES["job.json"][0]))
+    (job / "config.yaml").write_text("seed: 0\n")
     transition(job, "submitted", job_id="worker-0")
     (job / "train.log").symlink_to(victim)
     code = f"from pathlib import Path; from apt_launch.sweep.jobs.process import perform; perform(Path({str(job)!r}))"

@@ -94,7 +94,7 @@ def test_keys_that_reach_every_update_are_these() -> None:
         *(f"trainer.{key}" for key in ("max_batches_per_epoch", "batch_size", "accumulate", "precision", "device")),
         *(f"trainer.{key}" for key in ("compile", "grad_clip", "validation_batches", "on_nonfinite", "parallel")),
         *(f"trainer.{key}" for key in ("expert_parallel", "activation_checkpointing", "onednn_products", "log_every")),
-        *("trainer.ema", "trainer.init_from"),
+        *("trainer.ema", "trainer.init_from", "trainer.qk_clip"),
     }
     assert reach_of("optimizer.weight_decay") is reach_of("model.d_ff") is reach_of("nobody.knows") is Reach.ALL
     assert reach_of("optimizer.lr") is Reach.SCHEDULED

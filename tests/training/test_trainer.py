@@ -174,7 +174,9 @@ def test_experts_are_balanced_over_the_batches_of_an_update_as_over_one_larger_b
 class Masked(Batches):
     """Leaves out some targets, of each sequence another number."""
 
-    masked = True
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.masked = True
 
     def epoch(self, epoch: int, **where: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for tokens, targets in super().epoch(epoch, **where):

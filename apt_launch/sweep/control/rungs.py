@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from apt_launch.sweep.application import Application, JobSpec, load
+from apt_launch.sweep.application import Application, JobSpec
 from apt_launch.sweep.jobs.halving import RULE, Rule, Setting
 from apt_launch.sweep.options import StopConfig, share_of, updates_of
 from apt_launch.sweep.plan.jobs import Job
@@ -46,10 +46,13 @@ def rungs(stop: StopConfig, steps: int, shared: int) -> tuple[int, ...]:
     return tuple(sorted(place for place in places if place < steps or not steps))
 
 
-def write_rule(plan: Plan, folder: Path, jobs: Sequence[Job]) -> list[str]:
-    """Write what ``jobs``, which are about to be sent, have to know of the rule of their sweep; return lines for the user."""
-    application = load(plan.application, plan.program)
-    rule = rule_of(plan, application, _spec(plan, jobs[0], application).stop) if jobs else None
+def rule_for(plan: Plan, application: Application, jobs: Sequence[Job]) -> Rule | None:
+    """Return what ``jobs``, which are about to be sent, have to know of the rule of their sweep."""
+    return rule_of(plan, application, _spec(plan, jobs[0], application).stop) if jobs else None
+
+
+def write_rule(folder: Path, rule: Rule | None) -> list[str]:
+    """Write the rule for who follows it; return lines for the user."""
     if rule is None:
         (folder / RULE).unlink(missing_ok=True)
         return []

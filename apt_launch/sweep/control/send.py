@@ -13,7 +13,7 @@ from apt_launch.sweep.application import Fork, load
 from apt_launch.sweep.backends.base import Backend
 from apt_launch.sweep.control.follow import follow, say
 from apt_launch.sweep.control.ledger import Ledger
-from apt_launch.sweep.control.rungs import described, rule_of, write_rule
+from apt_launch.sweep.control.rungs import described, rule_for, rule_of, write_rule
 from apt_launch.sweep.jobs.trunk import GRAFT, has_begun, trunk
 from apt_launch.sweep.plan.jobs import Job
 from apt_launch.sweep.plan.plan import Plan
@@ -166,6 +166,7 @@ def prepare(plan: Plan, folder: Path, jobs: Sequence[Job]) -> list[str]:
         refuse_link(own)
         refuse_links(own, f"job {job.number}")
     application = load(plan.application, plan.program)
+    rule = rule_for(plan, application, jobs)
     sent = {job.folder for job in jobs}
     for job in jobs:
         own = folder / job.folder
@@ -196,7 +197,7 @@ def prepare(plan: Plan, folder: Path, jobs: Sequence[Job]) -> list[str]:
             path = folder / job.folder / "job.json"
             if path.exists():
                 write_json(path, json.loads(read_regular(path)) | forks)
-    return write_rule(plan, folder, jobs)
+    return write_rule(folder, rule)
 
 
 def _awaited(plan: Plan, job: Job) -> dict[str, Any]:
