@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import importlib
 import inspect
 import io
@@ -202,6 +203,7 @@ def _field(schema: type[BaseModel], name: str) -> FieldInfo | None:
 # --- pages -------------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def config_page() -> str:
     """Return the reference of every key."""
     parts = [
