@@ -27,7 +27,7 @@ from apt_launch.generate import restored
 from apt_launch.runs.folder import find_checkpoint
 from apt_launch.secrets import keep_private
 from apt_launch.values import read_frozen
-from apt_model.data.borders import Borders
+from apt_model.data.borders import Borders, split_windows
 from apt_model.data.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 from apt_model.errors import CheckpointError, ConfigError
 from apt_model.files import read_regular
@@ -239,8 +239,7 @@ def measure(
         for start in list(range(0, len(begins), batch_size))[:limit]:
             here = begins[start : start + batch_size]
             window = torch.from_numpy(tokens.windows(here, seq_len + 1)).to(device)
-            given = window[:, :-1]
-            targets = window[:, 1:] if borders is None else borders.targets(window)
+            given, targets = split_windows(window, borders)
             counted = (targets != IGNORED).cpu().numpy()
             logits = forward(model, given, targets, with_metrics=False).logits
             if logits is None:
@@ -254,12 +253,13 @@ def measure(
                 .numpy()
             )
             total += float(losses.sum())
-            number += int(counted.sum())
-            size += (
-                int(counted.sum())
-                if in_bytes
-                else sum(len(tokenizer.decode([t for t in row if t != IGNORED]).encode()) for row in targets.tolist())
-            )
+            in_batch = int(counted.sum())
+            number += in_batch
+            if in_bytes:
+                size += in_batch
+            else:
+                rows = ([token for token in row if token != IGNORED] for row in targets.tolist())
+                size += sum(len(tokenizer.decode(row).encode()) for row in rows)
             if tokens.sources is not None:
                 sources = tokens.sources.of(here + 1, seq_len).flatten()
                 for place, name in enumerate(tokens.sources.names):

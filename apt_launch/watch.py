@@ -17,7 +17,7 @@ from apt_launch.commands import command
 from apt_launch.config.ending import ending
 from apt_launch.escapes import console as new_console
 from apt_launch.lease import INTERVAL, read_holder
-from apt_launch.record import RecordReader, Row
+from apt_launch.record import RecordReader
 from apt_launch.rows import as_speed, phase_of
 from apt_launch.runs.folder import RunFolder
 from apt_launch.secrets import keep_private
@@ -170,7 +170,7 @@ def _line_by_line(live: RunWatch) -> Moment:
     before = ""
     with collected_interrupts() as interrupts:
         for moment in _moments(live, interrupts):
-            phase = f"{moment.state}, {_phase(moment.runner.last)}"
+            phase = f"{moment.state}, {phase_of(moment.runner.last)}"
             compared = moment.runner.compared
             now = f"{phase}{len(compared)}"
             if now != before and moment.runner.last:
@@ -198,7 +198,7 @@ def frame(folder: Path, moment: Moment, width: int, height: int) -> RenderableTy
     from rich.text import Text
 
     runner = moment.runner
-    lines = [Text(f"run {folder}: {moment.state}, {_phase(runner.last)}", style="bold"), Text(_where(moment))]
+    lines = [Text(f"run {folder}: {moment.state}, {phase_of(runner.last)}", style="bold"), Text(_where(moment))]
     lines.append(Text(_losses(runner)))
     speeds = runner.speeds.by_phase()
     if len(speeds) > 1 or any(speed.mfu is not None for speed in speeds.values()):
@@ -209,10 +209,6 @@ def frame(folder: Path, moment: Moment, width: int, height: int) -> RenderableTy
     for text in lines:
         text.no_wrap, text.overflow = True, "ellipsis"
     return Group(*lines[: max(3, height)])
-
-
-def _phase(row: Row) -> str:
-    return phase_of(row)
 
 
 def _where(moment: Moment) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from apt_model.data.borders import Borders
+from apt_model.data.borders import Borders, split_windows
 from apt_model.data.sampler import Sampler
 from apt_model.data.tokens import Tokens
 
@@ -45,4 +45,4 @@ class Batches:
                 window = window.pin_memory().to(device, non_blocking=True)
             else:
                 window = window.to(device)
-            yield window[:, :-1], window[:, 1:] if self.borders is None else self.borders.targets(window)
+            yield split_windows(window, self.borders)

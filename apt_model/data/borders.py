@@ -38,6 +38,11 @@ class Borders(NamedTuple):
         return window[:, 1:].masked_fill(self.begins(window)[:, 1:], IGNORED)
 
 
+def split_windows(windows: Tensor, borders: Borders | None) -> tuple[Tensor, Tensor]:
+    """Return tokens and the targets that follow them, (batch, seq) each, of ``windows`` (batch, seq + 1)."""
+    return windows[:, :-1], windows[:, 1:] if borders is None else borders.targets(windows)
+
+
 def takes_no_documents(name: str) -> str:
     """Return the message for a model that cannot keep documents of a sequence apart."""
     return (

@@ -117,9 +117,8 @@ class BiStateAlignment(nn.Module):
         scores = similarity / self.tau
         if counted is not None:
             here = counted.mask.t()  # (seq, batch)
-            scores = scores.masked_fill(
-                ~here.unsqueeze(1), -1e9
-            )  # finite: where no sequence counts there are no others
+            # finite: where no sequence counts there are no others
+            scores = scores.masked_fill(~here.unsqueeze(1), -1e9)
             own = own.masked_fill(~here, IGNORED)
             similarity = similarity.masked_fill(~here.unsqueeze(1), 0.0)
         loss = F.cross_entropy(scores.flatten(0, 1), own.flatten(), ignore_index=IGNORED)

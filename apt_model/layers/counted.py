@@ -37,12 +37,16 @@ def counted_positions(targets: Tensor) -> Counted | None:
     return Counted.of(mask)
 
 
-def mean_over(counted: Counted | None, values: Tensor) -> Tensor:
+def mean_over(counted: Counted | None, values: Tensor, dim: int | None = None) -> Tensor:
     """Return the mean of ``values`` (positions, ...) over the positions that count, 0 where there are none.
 
     Where all count it is ``values.mean()`` to the bit.
+
+    Args:
+        dim: the one of positions, if only over that; None: over all.
     """
-    if counted is None:
-        return values.mean()
-    mask = counted.mask.view(*counted.mask.shape, *[1] * (values.dim() - counted.mask.dim()))
-    return values.where(mask, 0.0).mean() * counted.scale
+    if counted is not None:
+        mask = counted.mask.view(*counted.mask.shape, *[1] * (values.dim() - counted.mask.dim()))
+        values = values.where(mask, 0.0)
+    mean = values.mean() if dim is None else values.mean(dim=dim)
+    return mean if counted is None else mean * counted.scale

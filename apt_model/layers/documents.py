@@ -144,11 +144,12 @@ def _in_groups(
         return attend(query, key, value, window)
     sizes = [group.number * group.length for group in layout.groups]
     parts = []
-    taken = [torch.split(_Taken.apply(_flat(x), layout), sizes) for x in (query, key, value)]  # type: ignore[no-untyped-call]
+    there, back = layout.taken, layout.back
+    taken = [torch.split(_Moved.apply(_flat(x), there, back, None), sizes) for x in (query, key, value)]  # type: ignore[no-untyped-call]
     for group, *some in zip(layout.groups, *taken, strict=True):
         of_group = (x.view(*group, *x.shape[1:]).transpose(1, 2) for x in some)
         parts.append(attend(*of_group, window).transpose(1, 2).flatten(0, 1))
-    mixed: Tensor = _Returned.apply(torch.cat(parts), layout)  # type: ignore[no-untyped-call]
+    mixed: Tensor = _Moved.apply(torch.cat(parts), back, there, layout.fill)  # type: ignore[no-untyped-call]
     return _in_sequences(mixed, documents)
 
 
@@ -162,29 +163,16 @@ def _in_sequences(x: Tensor, documents: Documents) -> Tensor:
     return x.view(*documents.numbers.shape, *x.shape[1:]).transpose(1, 2)
 
 
-class _Taken(torch.autograd.Function):
-    """Positions in the order of a layout; gradients go back by what is there once, and those of fillings are 0."""
+class _Moved(torch.autograd.Function):
+    """Rows of ``x`` in the order of ``there``; gradients come by ``back``, where each is found again, and are 0 at ``fill``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout) -> Tensor:
-        ctx.layout = layout
-        return x.index_select(0, layout.taken)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.index_select(0, ctx.layout.back), None
-
-
-class _Returned(torch.autograd.Function):
-    """Positions in their own order again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout) -> Tensor:
-        ctx.layout = layout
-        return x.index_select(0, layout.back)
+    def forward(ctx: Any, x: Tensor, there: Tensor, back: Tensor, fill: Tensor | None) -> Tensor:
+        ctx.back, ctx.fill = back, fill
+        return x.index_select(0, there)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.index_select(0, ctx.layout.taken).index_fill_(0, ctx.layout.fill, 0), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        found = grad.index_select(0, ctx.back)
+        return found if ctx.fill is None else found.index_fill_(0, ctx.fill, 0), None, None, None

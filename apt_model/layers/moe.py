@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from apt_model.errors import ConfigError
 from apt_model.layers import cpu_experts
 from apt_model.layers.backend import computing_dtype, eager_on_cpu
-from apt_model.layers.counted import Counted
+from apt_model.layers.counted import Counted, mean_over
 from apt_model.layers.feed_forward import Experts, FeedForward, as_dense, as_experts
 from apt_model.layers.router import (
     Dispatch,
@@ -21,7 +21,6 @@ from apt_model.layers.router import (
     Scoring,
     balance_loss,
     expert_capacity,
-    mean_by_expert,
     plan_dispatch,
     resized,
     slots_by_expert,
@@ -136,9 +135,7 @@ class MoE(nn.Module):
         self.balance_scope: BalanceScope = balance_scope
         self.driven = False  # whether somebody says where an update begins and ends; else each forward pass is one
         self.counts: Tensor | None = None  # (num_experts,) int64: of the update so far, as in a report, on this rank
-        self.load: Tensor | None = (
-            None  # (num_experts,): shares of all slots of the update, where they are known before
-        )
+        self.load: Tensor | None = None  # (num_experts,): shares of all of the update's slots, if they are known before
         self.over_ranks: Callable[[Tensor], Tensor] | None = None  # returns a tensor's sum over ranks
         self.shared_expert = shared_expert
         self.dense: FeedForward | None = dense
@@ -331,10 +328,9 @@ class MoE(nn.Module):
     ) -> MoEReport:
         """Return the loss, and the sums where ``num_sequences`` says how many sequences they are of."""
         shares = sums = None
-        if (
-            self.training and self.balance_scope == "global"
-        ):  # the loads come later: a pass computed again has no part in it
-            shares, balance = mean_by_expert(routing.probabilities, counted), torch.zeros((), device=counts.device)
+        if self.training and self.balance_scope == "global":
+            # the loads come later: a pass that is computed again has no part in them
+            shares, balance = mean_over(counted, routing.probabilities, dim=0), torch.zeros((), device=counts.device)
         else:
             balance = balance_loss(routing.probabilities, counts, self.top_k, counted)
         z = z_loss(routing.logits, counted)

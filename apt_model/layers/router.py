@@ -255,13 +255,6 @@ def balance_loss(probabilities: Tensor, counts: Tensor, top_k: int, counted: Cou
     return factor * (counts * probabilities.sum(dim=0)).sum()
 
 
-def mean_by_expert(probabilities: Tensor, counted: Counted | None) -> Tensor:
-    """Return the mean probability of each expert, (num_experts,), over the tokens of ``probabilities`` that count."""
-    if counted is None:
-        return probabilities.mean(dim=0)
-    return probabilities.where(counted.mask.unsqueeze(1), 0.0).mean(dim=0) * counted.scale
-
-
 def z_loss(logits: Tensor, counted: Counted | None = None) -> Tensor:
     """Return the mean squared logsumexp of ``logits`` (tokens, choices). Source: ST-MoE, arXiv:2202.08906."""
     return mean_over(counted, logits.logsumexp(dim=-1).square())

@@ -156,19 +156,19 @@ def average_buffers(model: nn.Module) -> None:
 
 def sum_of(values: Tensor) -> Tensor:
     """Return the sum of ``values`` over ranks, which all call it."""
-    if Ranks.of_group().world == 1:
-        return values
-    total = values.clone()
-    dist.all_reduce(total)
-    return total
+    return _reduced(values)
 
 
 def largest_of(values: Tensor) -> Tensor:
     """Return the largest of ``values`` over ranks, which all call it."""
+    return _reduced(values, largest=True)
+
+
+def _reduced(values: Tensor, *, largest: bool = False) -> Tensor:
     if Ranks.of_group().world == 1:
         return values
     found = values.clone()
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
     return found
 
 

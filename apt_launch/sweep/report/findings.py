@@ -9,11 +9,12 @@ from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from apt_launch.record import Row, read_rows
-from apt_launch.rows import first_enabled, is_number, is_scheduled_value, rank
+from apt_launch.rows import Speed, Speeds, first_enabled, is_number, is_scheduled_value, rank
 from apt_launch.sweep.application import load
 from apt_launch.sweep.jobs.trunk import Graft, graft_of
 from apt_launch.sweep.plan.jobs import SEEDS, Job, in_short, key_and_value, short_key
@@ -185,6 +186,18 @@ class Findings:
     def rank(self, value: float) -> float:
         """Return what is less for a better value; what is not a number is worst."""
         return rank(value, self.direction)
+
+    @cached_property
+    def speeds(self) -> dict[str, list[Speed]]:
+        """How fast each phase was, in each job that had it."""
+        found: dict[str, list[Speed]] = {}
+        for trial in self.trials:
+            speeds = Speeds()
+            for row in trial.rows:
+                speeds.add(row)
+            for phase, speed in speeds.by_phase().items():
+                found.setdefault(phase, []).append(speed)
+        return found
 
     @property
     def best(self) -> Trial | None:

@@ -11,7 +11,6 @@ from typing import Any, Final
 
 from apt_launch.escapes import cell, markdown, visible
 from apt_launch.record import Row
-from apt_launch.rows import Speed, Speeds
 from apt_launch.sweep.plan.jobs import short_key
 from apt_launch.sweep.plan.tree import is_shared, saving
 from apt_launch.sweep.report.findings import Estimate, Findings, Source, Texts, Trial, find, headline
@@ -165,15 +164,8 @@ SPEEDS: Final = "Speed by phase, the mean of all jobs"
 
 def speed_table(findings: Findings) -> list[list[str]]:
     """Return a line a phase: its name, tokens a second, and the share of the GPUs' peak where that is known."""
-    found: dict[str, list[Speed]] = {}
-    for trial in findings.trials:
-        speeds = Speeds()
-        for row in trial.rows:
-            speeds.add(row)
-        for phase, speed in speeds.by_phase().items():
-            found.setdefault(phase, []).append(speed)
     table = []
-    for phase, each in found.items():
+    for phase, each in findings.speeds.items():
         utilisations = [speed.mfu for speed in each if speed.mfu is not None]
         mfu = f"{fmean(utilisations):.1%}" if utilisations else ""
         table.append([phase, f"{fmean(speed.tokens_per_second for speed in each):,.0f}", mfu])
