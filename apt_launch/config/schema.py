@@ -133,6 +133,7 @@ class BiStateConfig(Group):
     beta: Share
     tau: PositiveNumber
     weight: NotNegative
+    trains: Literal["projection", "all"] = "all"  # what runs of earlier versions had
 
 
 class VoterConfig(Group):
@@ -143,6 +144,7 @@ class VoterConfig(Group):
     threshold: NotNegative
     num_votes: Positive
     dropout: BelowOne
+    draws: Literal["opposite", "independent"] = "independent"  # what runs of earlier versions had
 
 
 class ScheduleConfig(Group, Curriculum):
@@ -482,6 +484,7 @@ NEW: Final[dict[str, Any]] = {"loss": {"_target_": None}, "callbacks": {}}
 NEW_KEYS: Final[dict[str, Any]] = {
     **{"trainer.init_from": None, "trainer.ema": None, "data.bos": None, "data.pack": None},
     **{"moe.balance_scope": "micro", "model.z_loss_weight": 0.0, "trainer.qk_clip": None},
+    **{"align.trains": "all", "voter.draws": "independent"},
     "trainer.lr_schedule.cooldown": 0,
     **{"model.num_kv_heads": None, "model.head_dim": None, "model.tie_embeddings": True},
     **{"model.rope_theta": 10000.0, "model.rope_scaling": None, "model.norm_eps": None},

@@ -283,9 +283,9 @@ def _token(model: GPT, *, batch: int, length: int, compute: int, on_gpu: bool) -
     if "z_loss_weight" in model.expected:
         predicted += Saved(0, (4 * vocabulary if compute < FP32 else 0) + 8)
     if model.voter.enabled:
-        votes = model.voter.num_votes
-        saved = votes * (8 * vocabulary + 4 * d + compute * d) + 4 * vocabulary
-        predicted += Saved(2 * d * vocabulary * votes, saved)
+        voter = model.voter
+        saved = voter.num_votes * 8 * vocabulary + voter.head_passes * (4 * d + compute * d) + 4 * vocabulary
+        predicted += Saved(2 * d * vocabulary * voter.head_passes, saved)
     total += Saved(predicted.flops, compute * d)
     if model.loss_chunk is None:
         return total + Saved(0, predicted.saved), Saved(0, 0), block_again

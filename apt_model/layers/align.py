@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,9 @@ class BiStateAlignment(nn.Module):
 
     The loss asks each position's fluid state to find its own stable state among those of the batch's other sequences at
     the same position: cross-entropy of cosine similarities over ``tau`` (InfoNCE, arXiv:1807.03748), 0 for a batch of
-    one. The stable side gets no gradient (SimSiam, arXiv:2011.10566).
+    one. The stable side gets no gradient (SimSiam, arXiv:2011.10566). ``trains`` says what the loss trains: ``projection``,
+    the way into the subspace, which learns where the two states agree and leaves the hidden state to the other losses; or
+    ``all``, the layers below as well, which make the hidden state agree and predict worse for it (docs/study.md).
 
     Off, there are no parameters. ``weight``, 0-dim, is the loss's weight.
     """
@@ -56,6 +58,7 @@ class BiStateAlignment(nn.Module):
         beta: float = 0.2,
         tau: float = 0.15,
         weight: float = 0.1,
+        trains: Literal["projection", "all"] = "all",  # what runs of earlier versions had
     ) -> None:
         super().__init__()
         self.d_model = d_model
@@ -63,6 +66,7 @@ class BiStateAlignment(nn.Module):
         self.alpha = alpha
         self.beta = beta
         self.tau = tau
+        self.trains = trains
         self.down: nn.Linear | None = None
         self.back: nn.Linear | None = None
         self.register_buffer("weight", torch.tensor(float(weight)), persistent=False)
@@ -104,7 +108,8 @@ class BiStateAlignment(nn.Module):
         stable = self.down((total / positions).to(hidden.dtype))
         fluid = self.down(hidden)
         mixed = self.back(self.alpha * stable + (1.0 - self.alpha) * fluid)
-        loss, agreement = self.alignment_loss(fluid, stable, counted)
+        asked = fluid if self.trains == "all" else self.down(hidden.detach())
+        loss, agreement = self.alignment_loss(asked, stable, counted)
         metrics = {"align/loss": loss.detach(), "align/agreement": agreement.detach()}
         return hidden + self.beta * mixed, AlignReport(self.weight * loss, metrics)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Iterator
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +27,27 @@ class EntropyVoter(nn.Module):
     A position is uncertain when the entropy of its prediction, in nats, exceeds ``threshold`` (0-dim). Other positions
     keep their logits to the bit. Sources: Monte Carlo dropout arXiv:1506.02142, multi-sample dropout arXiv:1905.09788,
     votes by sampling arXiv:2203.11171.
+
+    ``draws`` says how votes differ. ``opposite``: they come in pairs, in which dropout moves the hidden state by as much to
+    either side, and one of an odd number is the prediction itself: what dropout does on the average is out of their mean
+    (antithetic variates, Hammersley and Morton 1956). ``independent``: each has its own dropout.
     """
 
     scheduled: ClassVar[dict[str, Domain]] = {"threshold": NOT_NEGATIVE}
     threshold: Tensor
 
-    def __init__(self, *, threshold: float = 2.2, num_votes: int = 3, dropout: float = 0.1) -> None:
+    def __init__(
+        self,
+        *,
+        threshold: float = 2.2,
+        num_votes: int = 3,
+        dropout: float = 0.1,
+        draws: Literal["opposite", "independent"] = "independent",  # what runs of earlier versions had
+    ) -> None:
         super().__init__()
         self.num_votes = num_votes
         self.dropout = dropout
+        self.draws = draws
         self.enabled = False
         self.watched = False  # whether the entropy is asked for also while the voter is disabled
         self.register_buffer("threshold", torch.tensor(float(threshold)), persistent=False)
@@ -69,11 +81,28 @@ class EntropyVoter(nn.Module):
         metrics["voter/voted_fraction"] = mean_over(counted, uncertain.float())
         if not eager_on_cpu(hidden):
             # shapes that depend on the data would have the host wait for the device, or break the graph: all positions vote
-            return torch.where(uncertain.unsqueeze(-1), self._votes(hidden, head), logits.float()), metrics
-        votes = self._votes(hidden[uncertain], head)
+            return torch.where(uncertain.unsqueeze(-1), self._votes(hidden, logits, head), logits.float()), metrics
+        votes = self._votes(hidden[uncertain], logits[uncertain], head)
         return logits.float().masked_scatter(uncertain.unsqueeze(-1), votes), metrics
 
-    def _votes(self, hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+    @property
+    def head_passes(self) -> int:
+        """How often the head maps hidden states for the votes; a vote that is the prediction takes none."""
+        return self.num_votes - (self.num_votes % 2 if self.draws == "opposite" else 0)
+
+    def _votes(self, hidden: Tensor, logits: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the log of the votes' mean probability, (..., vocab_size) for hidden states (..., d_model)."""
-        votes = [head(F.dropout(hidden, self.dropout)).float().log_softmax(dim=-1) for _ in range(self.num_votes)]
+        drawn = [head(state) for state in self._drawn(hidden)]
+        votes = [
+            vote.float().log_softmax(dim=-1) for vote in (drawn if len(drawn) == self.num_votes else [logits, *drawn])
+        ]
         return torch.stack(votes).logsumexp(dim=0) - math.log(self.num_votes)
+
+    def _drawn(self, hidden: Tensor) -> Iterator[Tensor]:
+        """Yield ``head_passes`` hidden states under dropout."""
+        if self.draws == "independent":
+            yield from (F.dropout(hidden, self.dropout) for _ in range(self.num_votes))
+            return
+        for _ in range(self.num_votes // 2):
+            dropped = F.dropout(hidden, self.dropout)
+            yield from (dropped, 2 * hidden - dropped)

@@ -404,7 +404,8 @@ def test_identity_is_that_of_the_result(composed: Composed) -> None:
 def test_keys_that_came_later_leave_the_identities_of_earlier_runs_as_they_were(
     composed: Callable[..., RunConfig],
 ) -> None:
-    assert composed("data=stdlib").identity[:8] == "c8e6f60d"  # as on 2026-11-28, before they came
-    assert composed("data=stdlib", "schedule=none").identity[:8] == "9d0ec8c0"
-    assert composed("data=stdlib", "model.qkv_bias=true").identity[:8] != "c8e6f60d"
-    assert composed("data=stdlib", "data.pack=document").identity[:8] != "c8e6f60d"
+    earlier = ("data=stdlib", "align.trains=all", "voter.draws=independent")  # what was meant by nothing
+    assert composed(*earlier).identity[:8] == "c8e6f60d"  # as on 2026-11-28, before they came
+    assert composed(*earlier, "schedule=none").identity[:8] == "9d0ec8c0"
+    for key in ("model.qkv_bias=true", "data.pack=document", "align.trains=projection", "voter.draws=opposite"):
+        assert composed(*earlier, key).identity[:8] != "c8e6f60d"

@@ -149,7 +149,7 @@ def test_the_full_profile_is_counted_by_hand_and_in_seconds(full: Callable[..., 
     assert last.parameters == outside + layers * (attention + router + experts * one) + align == 10_968_098_304
     assert last.active == outside + layers * (attention + router + 2 * one) + align == 436_200_960
     assert last.casts == 2 * (last.parameters - layers * router - outside)  # the head's is made for each chunk
-    products = layers * (attention + router + 2 * one) + (1 + 3) * vocabulary * d  # head and three votes
+    products = layers * (attention + router + 2 * one) + (1 + 2) * vocabulary * d  # head, and two of three votes
     alignment = 6 * 16 * d + 2 * 32 * 16
     assert last.forward_flops == 2 * products + layers * 4 * length * d + alignment
     assert last.training_flops == 3 * last.forward_flops

@@ -78,3 +78,22 @@ def test_the_stable_side_gets_no_gradient_and_the_weight_scales_the_loss() -> No
     align.weight.fill_(0.3)
     report = align(x)[1]
     assert torch.allclose(report.loss, 0.3 * report.metrics["align/loss"])
+
+
+def test_the_loss_trains_the_way_into_the_subspace_alone_or_the_layers_below_too() -> None:
+    found = {}
+    for trains in ("projection", "all"):
+        align = module(trains=trains)
+        x = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        hidden, report = align(x)
+        report.loss.backward(retain_graph=True)
+        found[trains] = (report.loss.item(), align.down.weight.grad.clone(), x.grad)
+        assert align.back.weight.grad is None
+        x.grad = None
+        hidden.sum().backward()
+        assert x.grad is not None  # what is predicted from the hidden state trains it in any case
+    (loss, way, below), (other_loss, other_way, other_below) = found.values()
+    assert loss == other_loss
+    assert torch.equal(way, other_way)
+    assert below is None
+    assert other_below.abs().sum() > 0

@@ -81,3 +81,31 @@ def test_gradients_flow_through_votes() -> None:
     voted[..., 0].sum().backward()
     assert torch.isfinite(hidden.grad).all()
     assert hidden.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("num_votes", [2, 3, 5])
+def test_opposite_votes_move_to_either_side_of_the_prediction_which_is_one_of_an_odd_number(num_votes: int) -> None:
+    torch.manual_seed(0)
+    hidden, asked = torch.randn(2, 4, 8), []
+
+    def watched(h: torch.Tensor) -> torch.Tensor:
+        asked.append(h)
+        return head(h)
+
+    voting = voter(threshold=0.0, num_votes=num_votes, dropout=0.3, draws="opposite")
+    voted, _ = voting(hidden, head(hidden), watched)
+    assert len(asked) == voting.head_passes == num_votes - num_votes % 2
+    for one, other in zip(asked[::2], asked[1::2], strict=True):
+        dropped = one.reshape(-1, 8)
+        assert ((dropped == 0) | torch.isclose(dropped, hidden.reshape(-1, 8) / 0.7)).all()
+        assert torch.allclose((one + other).reshape(-1, 8), 2 * hidden.reshape(-1, 8), atol=1e-6)
+    own = [head(hidden).reshape(-1, 5)] if num_votes % 2 else []
+    votes = torch.stack([*own, *(head(h).reshape(-1, 5) for h in asked)])
+    assert torch.allclose(votes.mean(0), head(hidden).reshape(-1, 5), atol=1e-5)  # the head is linear
+    assert torch.allclose(voted.softmax(-1).reshape(-1, 5), votes.softmax(-1).mean(0), atol=1e-6)
+
+
+def test_one_opposite_vote_is_the_prediction() -> None:
+    hidden = torch.randn(2, 3, 8)
+    voted, _ = voter(threshold=0.0, num_votes=1, draws="opposite")(hidden, head(hidden), head)
+    assert torch.allclose(voted.softmax(-1), head(hidden).softmax(-1), atol=1e-6)

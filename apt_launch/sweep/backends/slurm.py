@@ -185,7 +185,7 @@ class SlurmBackend:
         """
         most = self._most_of_an_array() * int(self.values["pack"])
         groups: dict[tuple[str | None, Resources], list[Job]] = {}
-        for job in jobs:  # by number, and so each after the one that it begins with
+        for job in sorted(jobs, key=lambda job: job.begins):  # each after the one that it begins with
             groups.setdefault((_trunk(plan, folder, job), job.resources), []).append(job)
         lines = []
         for (first, resources), members in groups.items():

@@ -92,13 +92,12 @@ class _KeptPlan:
         if len({job.number for job in self.jobs}) < len(self.jobs):
             raise ValueError("two of its jobs have one number")
         begins = {job.job.folder: job.job.begins for job in self.jobs}
-        numbers = {job.job.folder: job.number for job in self.jobs}
         for job in self.jobs:
             if job.fork is None or job.fork.sweep is not None:
                 continue
-            if not numbers.get(job.fork.job, job.number) < job.number or not begins[job.fork.job] < job.fork.update:
+            if job.fork.job not in begins or not begins[job.fork.job] < job.fork.update:  # which leaves no circle
                 raise ValueError(
-                    f"job {job.number} begins with {job.fork.job}, which is no job before it that has come so far"
+                    f"job {job.number} begins with {job.fork.job}, which is no job that comes so far itself"
                 )
         if not 1 <= self.version <= VERSION:
             raise ValueError(f"its version cannot be {self.version}")

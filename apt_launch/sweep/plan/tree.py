@@ -1,8 +1,8 @@
 """The tree of a sweep: which first updates of a job another job trains for it.
 
-Jobs go by their numbers. Each begins with the updates of that job before it with which it shares most, or from what an earlier
-job has kept. ``launch.share=auto`` does so where it is worth it: see :data:`LEAST_UPDATES`, :data:`LEAST_SHARE` and
-:data:`MOST_UPDATES`.
+Jobs go by their numbers, or those first whose records have the rows that others need, whichever leaves less to train. Each
+begins with the updates of that job before it with which it shares most, or from what an earlier job has kept.
+``launch.share=auto`` does so where it is worth it: see :data:`LEAST_UPDATES`, :data:`LEAST_SHARE` and :data:`MOST_UPDATES`.
 """
 
 from __future__ import annotations
@@ -48,14 +48,39 @@ def with_tree(plan: Plan, application: Application, sources: Sequence[Source] = 
     asked = sum(job.steps for job in new)
     if not new or (_is_auto(new) and asked > MOST_UPDATES):
         return plan
-    begun: list[Job] = []
-    for job in new:
-        fork = _best(job, begun, sources, application)
-        begun.append(job if fork is None or not _worth_it(job, fork) else replace(job, fork=fork))
-    if _is_auto(new) and sum(job.begins for job in begun) < LEAST_SHARE * asked:
+    orders = (new, sorted(new, key=lambda job: -_gives(job, new, application)))
+    begun = max((_begin(order, sources, application) for order in orders), key=_saved)  # of equal ones by number
+    if _is_auto(new) and _saved(begun) < LEAST_SHARE * asked:
         return plan
     by_number = {job.number: job for job in begun}
     return replace(plan, jobs=tuple(by_number.get(job.number, job) for job in plan.jobs))
+
+
+def _begin(jobs: Sequence[Job], sources: Sequence[Source], application: Application) -> list[Job]:
+    """Return the jobs, each with where it begins: with one before it in ``jobs``, or from a source."""
+    begun: list[Job] = []
+    for job in jobs:
+        fork = _best(job, begun, sources, application)
+        begun.append(job if fork is None or not _worth_it(job, fork) else replace(job, fork=fork))
+    return begun
+
+
+def _saved(jobs: Sequence[Job]) -> int:
+    """Return how many updates the jobs begin after."""
+    return sum(job.begins for job in jobs)
+
+
+def _gives(job: Job, jobs: Sequence[Job], application: Application) -> int:
+    """Return how many first updates the job has for the others beyond those that they have for it.
+
+    Two jobs that compute the same differ in this where one writes more rows: the other can begin with it, and not it with the
+    other, whose record lacks rows of its own.
+    """
+    return sum(
+        application.shared_updates(job.spec, other.spec) - application.shared_updates(other.spec, job.spec)
+        for other in jobs
+        if job.spec is not None and other.spec is not None
+    )
 
 
 def _may_share(plan: Plan, job: Job, application: Application) -> bool:
@@ -142,7 +167,7 @@ def saved(plan: Plan) -> Iterator[str]:
 def saving(plan: Plan) -> str:
     """Return what the tree saves, in a line."""
     asked = sum(job.steps for job in plan.jobs)
-    trained = asked - sum(job.begins for job in plan.jobs)
+    trained = asked - _saved(plan.jobs)
     hours = ""
     if plan.gpu_hours:
         less = sum(job.resources.gpu_hours * job.begins / job.steps for job in plan.jobs if job.steps)
@@ -198,7 +223,7 @@ def _name(job: Job) -> str:
 def longest_path(plan: Plan) -> dict[str, int]:
     """Return how many updates come one after another from where each job begins, in it or in those that begin with it."""
     found: dict[str, int] = {}
-    for job in reversed(plan.jobs):
+    for job in sorted(plan.jobs, key=lambda job: -job.begins):  # each before the one that it begins with
         below = [fork.update - job.begins + found[name] for fork in plan.awaited(job) for name in fork.jobs]
         found[job.folder] = max([job.steps - job.begins, *below])
     return found
