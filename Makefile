@@ -61,7 +61,8 @@ clean: ## remove the environment and what tools left
 	rm -rf $(VENV) build dist .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # torch pinned: a range would take the newest build, with gigabytes of libraries
-PIP = $(BIN)/python -m pip install --quiet torch==2.13.0
+# not compiled: most of it is never loaded
+PIP = $(BIN)/python -m pip install --quiet --no-compile torch==2.13.0
 
 $(VENV)/.made: tests/environment.sh
 	@echo "Making $(VENV), once: one to three minutes, most of it for torch."

@@ -19,10 +19,10 @@ interpreter() { # of version $1; nothing: there is none
 
 check() ( # all of it with interpreter $1, in folder $2
     set -eu
-    sh "$root/tests/environment.sh" "$1" "$2/venv"
+    sh "$root/tests/environment.sh" "$1" "$2/venv" --without-pip
     python="$2/venv/bin/python"
     # shellcheck disable=SC2046 # one requirement a word
-    "$python" -m pip install --quiet --disable-pip-version-check pytest hypothesis psutil \
+    "$PYTHON_BIN" -m pip --python "$python" install --quiet --disable-pip-version-check --no-compile pytest hypothesis psutil \
         $("$PYTHON_BIN" -c "
 import tomllib
 found = tomllib.load(open('$root/pyproject.toml', 'rb'))['project']['dependencies']

@@ -156,13 +156,26 @@ def test_kept_sweeps_save_what_was_reckoned() -> None:
     }
 
 
+def test_a_job_whose_record_has_the_rows_that_another_needs_goes_first(base: list[str]) -> None:
+    """The weight of alignment moves from update 1 on, with a row each: only the curriculum's record has them."""
+    plan = gather([*base, "+sweeps/study=without_align,curriculum", "launch.share=true"])
+    assert [(job.number, job.begins) for job in plan.jobs] == [(0, 12), (1, 0)]  # alignment is enabled at update 12
+    assert plan.jobs[0].fork is not None
+    assert plan.jobs[0].fork.job == plan.jobs[1].folder
+    assert longest_path(plan) == {plan.jobs[0].folder: 12, plan.jobs[1].folder: 24}
+    assert list(tree_lines(plan)) == [
+        "job 1, to 24  +sweeps/study=curriculum",
+        "  └ from 12: job 0  +sweeps/study=without_align",
+    ]
+
+
 def test_a_plan_keeps_its_tree_and_refuses_one_that_means_nothing(base: list[str], tmp_path: Path) -> None:
     plan = gather([*base, *ENDS, "launch.share=true"])
     plan.write(tmp_path)
     assert [job.fork for job in Plan.read(tmp_path).jobs] == [job.fork for job in plan.jobs]
     content = from_yaml((tmp_path / "plan.yaml").read_text())
     for number, change in (
-        (1, {"job": plan.jobs[2].folder}),  # which is after it
+        (2, {"job": plan.jobs[3].folder}),  # which begins with what it is to begin with
         (1, {"job": "9-abc"}),
         (1, {"job": "../elsewhere"}),
         (1, {"update": 0}),

@@ -12,8 +12,9 @@ from apt_model.layers.in_place import MoEInPlace, add_experts, layers_in_place, 
 from apt_model.schedule import Horizon, ScheduleRunner
 from apt_model.training import subject
 from apt_model.training.schedule_driver import bind
+from tests.late import Late
 
-transformers = pytest.importorskip("transformers")
+transformers = Late("transformers")
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 KINDS = {

@@ -39,6 +39,7 @@ def follow(folder: Path, only: set[str] | None = None, *, record: bool = True) -
     pause = 0.05
     with collected_interrupts() as interrupts:
         while True:
+            began = time.monotonic()
             statuses = [s for s in ledger.statuses(rows=False) if only is None or s.job.folder in only]
             if record:
                 record_ends(statuses)
@@ -51,7 +52,8 @@ def follow(folder: Path, only: set[str] | None = None, *, record: bool = True) -
                 shown[name] = status.state
             if all(status.final or status.state == "planned" for status in statuses):
                 break
-            until = time.monotonic() + pause
+            now = time.monotonic()
+            until = now + max(pause, 20 * (now - began))  # to look at many jobs takes the time of a core that they have
             while not interrupts and (left := until - time.monotonic()) > 0:
                 time.sleep(min(left, 0.1))
             if interrupts:
