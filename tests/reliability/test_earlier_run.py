@@ -40,7 +40,8 @@ def test_a_run_of_an_earlier_version_continues_is_delivered_and_generates(forks:
         assert [row["step"] for row in rows] == list(range(24))
 
     overrides = from_yaml(f"all:\n{(earlier / '.hydra' / 'overrides.yaml').read_text()}")["all"]
-    again = [*overrides, *OLD_NAMES, "hydra.run.dir=earlier", "trainer.resume=auto"]
+    meant = ["align.trains=all", "voter.draws=independent"]  # by configs without these keys
+    again = [*overrides, *OLD_NAMES, *meant, "hydra.run.dir=earlier", "trainer.resume=auto"]
     ended = forks.run(*again, cwd=earlier.parent)
     assert ended.code == 0, ended.err
     # it is another identity by this key alone: validation had the capacity of training then
