@@ -1,9 +1,7 @@
 #!/bin/sh
-# environment.sh PYTHON FOLDER [OPTION ...]: make a virtual environment; on Debian and Ubuntu get what that takes, where that is
-# allowed. The options are those of venv.
+# environment.sh PYTHON FOLDER: make a virtual environment; on Debian and Ubuntu get what that takes, where that is allowed.
 set -eu
 python=$1 folder=$2
-shift 2
 
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
     echo "$python is not Python 3.10 or newer. Name one that is: make PYTHON=python3.12 ..." >&2
@@ -18,4 +16,4 @@ if ! "$python" -c 'import ensurepip' 2>/dev/null; then
     fi
 fi
 rm -rf "$folder"
-exec "$python" -m venv "$@" "$folder"
+exec "$python" -m venv "$folder"

@@ -19,7 +19,7 @@ interpreter() { # of version $1; nothing: there is none
 
 check() ( # all of it with interpreter $1, in folder $2
     set -eu
-    sh "$root/tests/environment.sh" "$1" "$2/venv" --without-pip
+    "$1" -m venv --without-pip "$2/venv"
     python="$2/venv/bin/python"
     # shellcheck disable=SC2046 # one requirement a word
     "$PYTHON_BIN" -m pip --python "$python" install --quiet --disable-pip-version-check --no-compile pytest hypothesis psutil \

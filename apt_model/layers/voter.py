@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import ClassVar, Literal
 
 import torch
@@ -92,10 +93,8 @@ class EntropyVoter(nn.Module):
 
     def _votes(self, hidden: Tensor, logits: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the log of the votes' mean probability, (..., vocab_size) for hidden states (..., d_model)."""
-        drawn = [head(state) for state in self._drawn(hidden)]
-        votes = [
-            vote.float().log_softmax(dim=-1) for vote in (drawn if len(drawn) == self.num_votes else [logits, *drawn])
-        ]
+        own = [logits] if self.head_passes < self.num_votes else []
+        votes = [vote.float().log_softmax(dim=-1) for vote in chain(own, map(head, self._drawn(hidden)))]
         return torch.stack(votes).logsumexp(dim=0) - math.log(self.num_votes)
 
     def _drawn(self, hidden: Tensor) -> Iterator[Tensor]:

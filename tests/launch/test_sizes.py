@@ -24,6 +24,9 @@ from apt_model.errors import ConfigError
 from apt_model.gpt import GPT
 from apt_model.layers import scheduled
 from apt_model.schedule.targets import matching
+from tests.late import Late
+
+fsdp = Late("apt_model.training.fsdp")
 
 Composed = Callable[..., RunConfig]
 
@@ -370,8 +373,6 @@ def test_a_device_holds_what_torch_shards_to_it(
     full: Callable[..., RunConfig], world: int, expert_parallel: int, rank: int
 ) -> None:
     """A dry run: torch shards the full profile among ranks of a process group that sends nothing, in no memory."""
-    from apt_model.training.fsdp import Sharded  # which takes two seconds, and every process collects this file
-
     config = full(
         "trainer.batch_size=1", "trainer.max_batches_per_epoch=101", f"trainer.expert_parallel={expert_parallel}"
     )
@@ -380,7 +381,7 @@ def test_a_device_holds_what_torch_shards_to_it(
     try:
         with torch.device("meta"):
             model = build_model(config.values)
-            shards = Sharded(model, world, expert_parallel=expert_parallel, device_type="cpu")
+            shards = fsdp.Sharded(model, world, expert_parallel=expert_parallel, device_type="cpu")
             for switch in shards.switches().values():
                 switch(True)
         held = sum(parameter.to_local().numel() for parameter in model.parameters())  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from apt_model.training.schedule_driver import bind
 from tests.late import Late
 
 transformers = Late("transformers")
+pytestmark = pytest.mark.skipif(find_spec("transformers") is None, reason="needs apt-launch[hf]")
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 KINDS = {

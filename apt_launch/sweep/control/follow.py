@@ -39,7 +39,7 @@ def follow(folder: Path, only: set[str] | None = None, *, record: bool = True) -
     pause = 0.05
     with collected_interrupts() as interrupts:
         while True:
-            began = time.monotonic()
+            began = time.process_time()
             statuses = [s for s in ledger.statuses(rows=False) if only is None or s.job.folder in only]
             if record:
                 record_ends(statuses)
@@ -52,8 +52,8 @@ def follow(folder: Path, only: set[str] | None = None, *, record: bool = True) -
                 shown[name] = status.state
             if all(status.final or status.state == "planned" for status in statuses):
                 break
-            now = time.monotonic()
-            until = now + max(pause, 20 * (now - began))  # to look at many jobs takes the time of a core that they have
+            looked = time.process_time() - began  # at many jobs it is worth counting: they have the same cores
+            until = time.monotonic() + max(pause, 20 * looked)
             while not interrupts and (left := until - time.monotonic()) > 0:
                 time.sleep(min(left, 0.1))
             if interrupts:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Final
 
 from apt_launch.sweep.application import Application, Fork, JobSpec, Resources, load
@@ -48,9 +49,10 @@ def with_tree(plan: Plan, application: Application, sources: Sequence[Source] = 
     asked = sum(job.steps for job in new)
     if not new or (_is_auto(new) and asked > MOST_UPDATES):
         return plan
-    orders = (new, sorted(new, key=lambda job: -_gives(job, new, application)))
-    begun = max((_begin(order, sources, application) for order in orders), key=_saved)  # of equal ones by number
-    if _is_auto(new) and _saved(begun) < LEAST_SHARE * asked:
+    begun = _begin(new, sources, application)
+    if (order := _most_rows_first(new, application)) != new:
+        begun = max(begun, _begin(order, sources, application), key=_begin_after)  # of equal ones that by number
+    if _is_auto(new) and _begin_after(begun) < LEAST_SHARE * asked:
         return plan
     by_number = {job.number: job for job in begun}
     return replace(plan, jobs=tuple(by_number.get(job.number, job) for job in plan.jobs))
@@ -65,22 +67,25 @@ def _begin(jobs: Sequence[Job], sources: Sequence[Source], application: Applicat
     return begun
 
 
-def _saved(jobs: Sequence[Job]) -> int:
-    """Return how many updates the jobs begin after."""
+def _begin_after(jobs: Sequence[Job]) -> int:
+    """Return how many updates all jobs together begin after."""
     return sum(job.begins for job in jobs)
 
 
-def _gives(job: Job, jobs: Sequence[Job], application: Application) -> int:
-    """Return how many first updates the job has for the others beyond those that they have for it.
+def _most_rows_first(jobs: Sequence[Job], application: Application) -> list[Job]:
+    """Return the jobs by how many more first updates each has for the others than they have for it, equal ones as they came.
 
     Two jobs that compute the same differ in this where one writes more rows: the other can begin with it, and not it with the
     other, whose record lacks rows of its own.
     """
-    return sum(
-        application.shared_updates(job.spec, other.spec) - application.shared_updates(other.spec, job.spec)
-        for other in jobs
-        if job.spec is not None and other.spec is not None
-    )
+    more = dict.fromkeys((job.number for job in jobs), 0)
+    for a, b in combinations(jobs, 2):
+        if a.spec is None or b.spec is None or a.resources != b.resources:
+            continue
+        surplus = application.shared_updates(a.spec, b.spec) - application.shared_updates(b.spec, a.spec)
+        more[a.number] += surplus
+        more[b.number] -= surplus
+    return sorted(jobs, key=lambda job: -more[job.number])
 
 
 def _may_share(plan: Plan, job: Job, application: Application) -> bool:
@@ -167,7 +172,7 @@ def saved(plan: Plan) -> Iterator[str]:
 def saving(plan: Plan) -> str:
     """Return what the tree saves, in a line."""
     asked = sum(job.steps for job in plan.jobs)
-    trained = asked - _saved(plan.jobs)
+    trained = asked - _begin_after(plan.jobs)
     hours = ""
     if plan.gpu_hours:
         less = sum(job.resources.gpu_hours * job.begins / job.steps for job in plan.jobs if job.steps)
@@ -223,7 +228,7 @@ def _name(job: Job) -> str:
 def longest_path(plan: Plan) -> dict[str, int]:
     """Return how many updates come one after another from where each job begins, in it or in those that begin with it."""
     found: dict[str, int] = {}
-    for job in sorted(plan.jobs, key=lambda job: -job.begins):  # each before the one that it begins with
+    for job in reversed([*tree(plan)]):
         below = [fork.update - job.begins + found[name] for fork in plan.awaited(job) for name in fork.jobs]
         found[job.folder] = max([job.steps - job.begins, *below])
     return found
