@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from apt_launch.config.composing import is_before_1_4, version_base
 from apt_launch.config.logging_guard import FORMATTERS, HANDLERS, logging_problems
-from apt_launch.config.yaml_file import load_yaml
+from apt_launch.config.yaml_file import load_yaml, parsed
 from apt_launch.interpolations import bounded
 from apt_launch.secrets import SecretError, secret_error, secret_problems, without_secrets_of_the_environment
 from apt_model.errors import ConfigError
@@ -104,18 +104,15 @@ def installed() -> Iterator[None]:
 
     Plugins.instance()  # registers Hydra's own reader of files, which ours replaces
     files = SourcesRegistry.instance().types
-    before = hydra.ConfigLoaderImpl, files["file"]  # type: ignore[attr-defined]
-    hydra.ConfigLoaderImpl, files["file"] = _guarded_loader(), _guarded_files()  # type: ignore[attr-defined, assignment]
+    before = hydra.ConfigLoaderImpl, dict(files)  # type: ignore[attr-defined]
+    hydra.ConfigLoaderImpl = _guarded_loader()  # type: ignore[attr-defined, assignment]
+    files |= {"file": _guarded_files(), "pkg": _kept_packages()}
     try:
         with without_secrets_of_the_environment():
             yield
     finally:
-        hydra.ConfigLoaderImpl, files["file"] = before  # type: ignore[attr-defined]
-
-
-def guard(loader: Any) -> None:
-    """Judge what this loader of Hydra's composes; others in the process stay as they are."""
-    loader.__class__ = _guarded_loader()
+        hydra.ConfigLoaderImpl = before[0]  # type: ignore[attr-defined]
+        files |= {scheme: before[1][scheme] for scheme in ("file", "pkg")}
 
 
 @functools.cache
@@ -190,20 +187,13 @@ def _guarded_loader() -> type:
 @functools.cache
 def _guarded_files() -> type:
     from hydra._internal.core_plugins.file_config_source import FileConfigSource
-    from hydra.plugins.config_source import ConfigResult, ConfigSource
 
     class GuardedFiles(FileConfigSource):
-        def load_config(self, config_path: str) -> ConfigResult:
+        def load_config(self, config_path: str) -> Any:
             from pathlib import Path
 
             path = Path(self.path, self._normalize_file_name(config_path))
-            text, content = load_yaml(path)
-            return ConfigResult(
-                config=content,
-                path=f"{self.scheme()}://{self.path}",
-                provider=self.provider,
-                header=ConfigSource._get_header_dict(text[:512]),
-            )
+            return _result(self, *load_yaml(path))
 
         def list(self, config_path: str, results_filter: Any) -> list[str]:
             try:
@@ -213,6 +203,30 @@ def _guarded_files() -> type:
 
     GuardedFiles.__name__ = FileConfigSource.__name__  # Hydra registers one class a scheme, by this name
     return GuardedFiles
+
+
+@functools.cache
+def _kept_packages() -> type:
+    from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
+
+    class KeptPackages(ImportlibResourcesConfigSource):
+        def _read_config(self, res: Any) -> Any:  # Hydra's own configs: five of them for each job of a plan
+            text = res.read_text(encoding="utf-8")
+            return _result(self, text, parsed(text))
+
+    KeptPackages.__name__ = ImportlibResourcesConfigSource.__name__  # see above
+    return KeptPackages
+
+
+def _result(source: Any, text: str, content: Any) -> Any:
+    from hydra.plugins.config_source import ConfigResult
+
+    return ConfigResult(
+        config=content,
+        path=f"{source.scheme()}://{source.path}",
+        provider=source.provider,
+        header=source._get_header_dict(text[:512]),
+    )
 
 
 def check_search_path(search_path: Any) -> None:

@@ -11,16 +11,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from apt_launch.allow import FLAG
-from apt_launch.config import own, schema
+from apt_launch.config import guard, own, schema
 from apt_launch.config.checks import check_curriculum, check_together, missing_libraries
 from apt_launch.config.composing import config_loader
 from apt_launch.config.corpus import Counts, plan_horizon
-from apt_launch.config.guard import guard
 from apt_launch.config.menu import CONF as CONF
 from apt_launch.config.pretrained import with_pretrained
 from apt_launch.config.run_config import RunConfig
 from apt_launch.interpolations import bounded
-from apt_launch.secrets import check_secrets, secret_error, without_secrets_of_the_environment
+from apt_launch.secrets import check_secrets, secret_error
 from apt_model.errors import ConfigError, nearest, validated
 
 
@@ -82,8 +81,7 @@ def composed(overrides: Sequence[str]) -> RunConfig:
 @contextmanager
 def composing() -> Iterator[Callable[[Sequence[str]], DictConfig]]:
     """Compose ``conf/`` with overrides meanwhile, as the command does; Hydra's global state stays as it is."""
-    with without_secrets_of_the_environment(), config_loader(CONF) as loader:
-        guard(loader)
+    with guard.installed(), config_loader(CONF) as loader:
         yield lambda overrides: loader.load_configuration("config", list(overrides), run_mode=RunMode.RUN)
 
 

@@ -18,11 +18,10 @@ from omegaconf.basecontainer import BaseContainer
 
 from apt_launch.config.composing import config_loader
 from apt_launch.config.explain import understood
-from apt_launch.config.guard import guard, installed
+from apt_launch.config.guard import installed
 from apt_launch.config.instantiate import factory
 from apt_launch.config.menu import CONF
 from apt_launch.planning import gather
-from apt_launch.secrets import without_secrets_of_the_environment
 from apt_launch.sweep.plugins import register
 from apt_model.errors import ConfigError
 
@@ -39,8 +38,7 @@ def theirs(tmp_path: Path) -> Path:
 @pytest.fixture
 def loader(theirs: Path) -> Iterator[Any]:
     register()
-    with without_secrets_of_the_environment(), config_loader(CONF, theirs) as loader:
-        guard(loader)
+    with installed(), config_loader(CONF, theirs) as loader:
         yield loader
 
 
