@@ -142,6 +142,22 @@ def test_frozen_parameters_have_no_gradients_and_keep_their_moments(small: Compo
     assert phases[0].optimizer == phases[1].optimizer
 
 
+def test_the_model_for_a_gpu_has_a_hundred_million_parameters_and_a_billion_tokens(
+    composed: Composed, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("x" * 65_536 * 40)
+    config = composed("profile=gpt_100m", "data=text", f"data.path={text}", "schedule=none")
+    (phase,) = sizes(config, on_gpu=True)
+    d, ff, layers, vocabulary = 768, 2048, 12, 32_768
+    assert phase.parameters == vocabulary * d + layers * (4 * d * d + 3 * d * ff + 2 * d) + d == 110_119_680
+    trainer = config.trainer
+    assert trainer.max_batches_per_epoch is not None
+    assert trainer.max_batches_per_epoch % trainer.accumulate == 0
+    batches = trainer.max_epochs * trainer.max_batches_per_epoch
+    assert batches * trainer.batch_size * config.model.seq_len == 1_000_341_504
+
+
 def test_the_full_profile_is_counted_by_hand_and_in_seconds(full: Callable[..., RunConfig]) -> None:
     d, ff, layers, experts, vocabulary, length = 768, 3072, 24, 64, 50257, 2048
     one, attention, router = 3 * d * ff, 4 * d * d, experts * d

@@ -393,10 +393,15 @@ def test_wandb_shows_the_sweep_as_a_group_and_of_each_job_all_rows(start: Start,
     assert [row["step"] for row in wandb_rows(wandb_records(offline.parent))] == steps
 
 
-@pytest.mark.parametrize("name", ["route_temp", "moe_capacity", "align_weight", "vote_threshold", "all_anneals"])
+STUDY = ("seed=0", "+sweeps/study=dense,experts_only,curriculum")
+KEPT = {"route_temp": (), "moe_capacity": (), "align_weight": (), "vote_threshold": (), "all_anneals": ()}
+KEPT |= {"study": STUDY, "study_gpu": (*STUDY, "launch.gpus=0")}
+
+
+@pytest.mark.parametrize("name", KEPT)
 def test_every_kept_sweep_runs_with_the_tiny_profile(start: Start, sweep: Path, name: str) -> None:
     tiny = ("profile=tiny_debug", "schedule=gpt5_moe", "trainer.max_epochs=6", "trainer.max_batches_per_epoch=1")
-    process = start(f"+sweeps={name}", *tiny, "trainer.checkpoint_every_epochs=6")
+    process = start(f"+sweeps={name}", *tiny, *KEPT[name], "trainer.checkpoint_every_epochs=6")
     output, _ = process.communicate()
     assert process.returncode == 0, output
     jobs = states(sweep)
