@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -167,9 +167,14 @@ def without_values_of_the_environment(text: str) -> str:
 
 def secret_problems(values: Any, path: str) -> list[str]:
     """Return what is wrong with the values below the key ``path``: each that is, or names, a secret."""
+    return secret_leaves(leaves(values, path))
+
+
+def secret_leaves(found: Iterable[tuple[str, Any]]) -> list[str]:
+    """Return what is wrong with values, each with its full key; see :func:`secret_problems`."""
     known = secrets_of_the_environment()
     problems = []
-    for key, value in leaves(values, path):
+    for key, value in found:
         reason = _reason(key, value, known)
         if reason:
             problems.append(f"{key}: {reason}. {REMEDY}")

@@ -11,18 +11,24 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
-from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from apt_launch.config.composing import is_before_1_4, version_base
 from apt_launch.config.logging_guard import FORMATTERS, HANDLERS, logging_problems
 from apt_launch.config.yaml_file import load_yaml, parsed
 from apt_launch.interpolations import bounded
-from apt_launch.secrets import SecretError, secret_error, secret_problems, without_secrets_of_the_environment
+from apt_launch.secrets import (
+    SecretError,
+    secret_error,
+    secret_leaves,
+    secret_problems,
+    without_secrets_of_the_environment,
+)
 from apt_model.errors import ConfigError
 
 CALLBACKS: Final = frozenset(
@@ -438,11 +444,9 @@ def _environment_problems(node: Any, path: str) -> Iterator[str]:
 def _late_problems(composed: DictConfig) -> Iterator[str]:
     """Yield what is wrong with values that Hydra resolves once a run has a number and a folder, with samples of those."""
     with _as_in_a_run(composed) as hydra:
-        for path, value in _leaves(hydra, "hydra"):
-            if isinstance(value, SecretError):
-                yield f"{path}: {value}"
-                continue
-            yield from secret_problems({path.rsplit(".", 1)[-1]: value}, path.rsplit(".", 1)[0])
+        found = list(_leaves(hydra, "hydra"))
+        yield from (f"{path}: {value}" for path, value in found if isinstance(value, SecretError))
+        yield from secret_leaves((path, value) for path, value in found if not isinstance(value, SecretError))
         for key in PATHS:
             try:
                 value = OmegaConf.select(hydra, key)
@@ -458,25 +462,30 @@ def _late_problems(composed: DictConfig) -> Iterator[str]:
 
 @contextmanager
 def _as_in_a_run(composed: DictConfig) -> Iterator[Any]:
-    """Give a copy of the node ``hydra`` as a job has it, with what only a job knows filled in."""
+    """Give the node ``hydra`` as a job has it, with what only a job knows filled in meanwhile."""
     from hydra.core.hydra_config import HydraConfig
 
-    copy = composed.copy()
-    with flag_override(copy, ["struct", "readonly"], [False, False]):
-        for above, key, sample in (
-            (copy.hydra.job, "num", 0),
-            (copy.hydra.job, "id", "0"),
-            (copy.hydra.runtime, "output_dir", "/run"),
-        ):
-            with flag_override(above, ["struct", "readonly"], [False, False]):
-                if OmegaConf.is_missing(above, key):
-                    above[key] = sample
-    before = HydraConfig.instance().cfg
-    HydraConfig.instance().set_config(copy)
+    hydra, instance = composed.hydra, HydraConfig.instance()
+    before, readonly = instance.cfg, hydra._get_node_flag("readonly")
+    unknown = [
+        (above, key, sample)
+        for above, key, sample in ((hydra.job, "num", 0), (hydra.job, "id", "0"), (hydra.runtime, "output_dir", "/run"))
+        if OmegaConf.is_missing(above, key)
+    ]
+    _set(unknown)
     try:
-        yield copy.hydra
+        instance.set_config(composed)
+        yield hydra
     finally:
-        HydraConfig.instance().cfg = before
+        instance.cfg = before
+        OmegaConf.set_readonly(hydra, readonly)
+        _set((above, key, MISSING) for above, key, _ in unknown)
+
+
+def _set(values: Iterable[tuple[DictConfig, str, Any]]) -> None:
+    for above, key, value in values:
+        with flag_override(above, ["struct", "readonly"], [False, False]):
+            above[key] = value
 
 
 def _resolve_all(above: DictConfig, name: str) -> None:
