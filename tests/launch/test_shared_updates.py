@@ -282,7 +282,14 @@ def test_a_sweep_grows_from_what_its_jobs_have_kept_and_so_does_another(
     ]
     assert states(other) == ["done"] * 2
     cores = [one for one in base if not one.startswith("launch.cpus=")]  # of another number: other last digits
-    assert gather([*cores, "launch.cpus=2", f"launch.reuse={sweep}", "launch.share=true"]).jobs[0].fork is None
+    for share, why in (
+        ("true", "no job has first updates in common with one that has kept them"),
+        ("auto", "it would save less than 32 updates or 5 %; launch.share=true takes any"),
+        ("false", "launch.share=false"),
+    ):
+        plan = gather([*cores, "launch.cpus=2", f"launch.reuse={sweep}", f"launch.share={share}"])
+        assert plan.jobs[0].fork is None
+        assert next(outline(plan)) == f"launch.reuse={sweep}: no job begins with what is kept there: {why}"
     assert_as_if_alone(sweep, [2], tmp_path)
     assert_as_if_alone(other, [0, 1], tmp_path)
     records = [folder(place, number) / "metrics.jsonl" for place, number in ((sweep, 0), (sweep, 2), (other, 1))]

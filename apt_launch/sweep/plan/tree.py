@@ -155,7 +155,8 @@ def outline(plan: Plan) -> Iterator[str]:
 
 
 def saved(plan: Plan) -> Iterator[str]:
-    """Yield what the tree saves; where ``launch.share=true`` asks for one and there is none, why."""
+    """Yield what the tree saves; where ``launch.share=true`` or ``launch.reuse`` asks for it and there is nothing, why."""
+    yield from _not_reused(plan)
     if is_shared(plan):
         yield saving(plan)
         return
@@ -167,6 +168,19 @@ def saved(plan: Plan) -> Iterator[str]:
     known = dict.fromkeys(reason for reason in reasons if reason is not None)
     why = "; ".join(known) if None not in reasons else "no job has first updates in common with an earlier one"
     yield f"launch.share=true: each job trains all of its updates: {why}"
+
+
+def _not_reused(plan: Plan) -> Iterator[str]:
+    reusing = [job.spec for job in plan.jobs if job.spec is not None and job.spec.reuse is not None]
+    if not reusing or any(job.fork is not None and job.fork.sweep is not None for job in plan.jobs):
+        return
+    why = {
+        "true": "no job has first updates in common with one that has kept them",
+        "auto": f"it would save less than {LEAST_UPDATES} updates or {LEAST_SHARE * 100:g} %; launch.share=true takes any",
+        "false": "launch.share=false",
+    }[max(str(spec.share).lower() for spec in reusing)]
+    folders = ", ".join(sorted({str(spec.reuse) for spec in reusing}))
+    yield f"launch.reuse={folders}: no job begins with what is kept there: {why}"
 
 
 def saving(plan: Plan) -> str:
