@@ -77,10 +77,11 @@ def test_ranks_keep_documents_apart_as_one_process_does(group: Ranks, tmp_path: 
     data = ("data=jsonl", f"data.train_path={path}", f"data.val_path={path}")
     packed = (*data, "data.pack=document", *PLAIN, "model.loss_chunk=null", "schedule=none", "trainer.max_epochs=1")
     rows = group.train(1, tmp_path / "alone", *packed)
-    shards = group.train(2, tmp_path / "shards", *packed, "trainer.parallel=fsdp")
-    for name in ("train/loss", "train/grad_norm", "val/loss"):
-        one, other = ([row[name] for row in found if name in row] for found in (rows, shards))
-        assert other == pytest.approx(one, rel=1e-4), name
+    for parallel in ("ddp", "fsdp"):
+        found = group.train(2, tmp_path / parallel, *packed, f"trainer.parallel={parallel}")
+        for name in ("train/loss", "train/grad_norm", "val/loss"):
+            one, other = ([row[name] for row in some if name in row] for some in (rows, found))
+            assert other == pytest.approx(one, rel=1e-4), (parallel, name)
     plain = group.train(1, tmp_path / "plain", *packed, "data.pack=null")
     assert plain[0]["train/loss"] != pytest.approx(rows[0]["train/loss"], rel=1e-4)
 
