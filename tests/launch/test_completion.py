@@ -33,7 +33,7 @@ ROUTE_TEMP = [f"schedule.route_temp.{key}=" for key in ("by", "end", "start", "t
     ("line", "expected"),
     [
         ("apt-launch sch", ["schedule.", "schedule="]),
-        ("apt-launch profile=", ["profile=gpt5_moe_reasoning", "profile=tiny_debug"]),
+        ("apt-launch profile=", ["profile=gpt5_moe_reasoning", "profile=gpt_100m", "profile=tiny_debug"]),
         ("apt-launch schedule=gpt5_moe,n", ["schedule=gpt5_moe,none"]),
         ("apt-launch schedule.r", ["schedule.route_temp."]),
         ("apt-launch schedule.route_temp.", ROUTE_TEMP),
@@ -202,7 +202,7 @@ def test_python_without_us_completes_as_before(terminal: Terminal, tmp_path: Pat
     ("line", "expected"),
     [
         ("apt-launch schedule.route_temp.", ROUTE_TEMP),
-        ("apt-launch profile=", ["profile=gpt5_moe_reasoning", "profile=tiny_debug"]),
+        ("apt-launch profile=", ["profile=gpt5_moe_reasoning", "profile=gpt_100m", "profile=tiny_debug"]),
         ("python -m apt_launch seed=1 trainer.max_ep", ["trainer.max_epochs="]),
         ("python -m apt_launch.sweep re", ["replay", "report", "resume"]),
     ],
