@@ -108,17 +108,17 @@ def installed() -> Iterator[None]:
     from hydra._internal.sources_registry import SourcesRegistry
     from hydra.core.plugins import Plugins
 
-    Plugins.instance()  # registers Hydra's own reader of files, which ours replaces
+    Plugins.instance()  # registers Hydra's own readers, which ours replace
     files = SourcesRegistry.instance().types
-    before = hydra.ConfigLoaderImpl, dict(files)  # type: ignore[attr-defined]
+    loader, readers = hydra.ConfigLoaderImpl, dict(files)  # type: ignore[attr-defined]
     hydra.ConfigLoaderImpl = _guarded_loader()  # type: ignore[attr-defined, assignment]
     files |= {"file": _guarded_files(), "pkg": _kept_packages()}
     try:
         with without_secrets_of_the_environment():
             yield
     finally:
-        hydra.ConfigLoaderImpl = before[0]  # type: ignore[attr-defined]
-        files |= {scheme: before[1][scheme] for scheme in ("file", "pkg")}
+        hydra.ConfigLoaderImpl = loader  # type: ignore[attr-defined]
+        files |= readers
 
 
 @functools.cache

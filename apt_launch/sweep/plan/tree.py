@@ -163,24 +163,36 @@ def saved(plan: Plan) -> Iterator[str]:
     asking = [job for job in plan.jobs if job.spec is not None and job.spec.share is True]
     if not asking:
         return
-    application = load(plan.application, plan.program)
-    reasons = [_why_alone(plan, job, application) for job in asking]
-    known = dict.fromkeys(reason for reason in reasons if reason is not None)
-    why = "; ".join(known) if None not in reasons else "no job has first updates in common with an earlier one"
+    why = _why_not(plan, asking, "no job has first updates in common with an earlier one")
     yield f"launch.share=true: each job trains all of its updates: {why}"
 
 
 def _not_reused(plan: Plan) -> Iterator[str]:
-    reusing = [job.spec for job in plan.jobs if job.spec is not None and job.spec.reuse is not None]
+    reusing = [job for job in plan.jobs if job.spec is not None and job.spec.reuse is not None]
     if not reusing or any(job.fork is not None and job.fork.sweep is not None for job in plan.jobs):
         return
-    why = {
-        "true": "no job has first updates in common with one that has kept them",
-        "auto": f"it would save less than {LEAST_UPDATES} updates or {LEAST_SHARE * 100:g} %; launch.share=true takes any",
-        "false": "launch.share=false",
-    }[max(str(spec.share).lower() for spec in reusing)]
-    folders = ", ".join(sorted({str(spec.reuse) for spec in reusing}))
+    specs = [job.spec for job in reusing if job.spec is not None]
+    if not any(spec.share for spec in specs):
+        why = "launch.share=false"
+    elif any(spec.share is True for spec in specs):
+        why = _why_not(plan, reusing, "no job has first updates in common with one that has kept them")
+    elif sum(job.steps for job in plan.jobs) > MOST_UPDATES:
+        why = f"launch.share=auto compares no more than {MOST_UPDATES:,} updates"
+    else:
+        less = (
+            f"it would save less than {LEAST_UPDATES} updates or {LEAST_SHARE * 100:g} %; launch.share=true takes any"
+        )
+        why = _why_not(plan, reusing, less)
+    folders = ", ".join(sorted({str(spec.reuse) for spec in specs}))
     yield f"launch.reuse={folders}: no job begins with what is kept there: {why}"
+
+
+def _why_not(plan: Plan, jobs: Sequence[Job], otherwise: str) -> str:
+    """Return why none of the jobs can share anything; ``otherwise``: one of them could."""
+    application = load(plan.application, plan.program)
+    reasons = [_why_alone(plan, job, application) for job in jobs]
+    known = dict.fromkeys(reason for reason in reasons if reason is not None)
+    return otherwise if None in reasons else "; ".join(known)
 
 
 def saving(plan: Plan) -> str:
