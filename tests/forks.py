@@ -10,6 +10,7 @@ process group.
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import resource
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -97,6 +99,12 @@ def requests() -> Iterator[dict[str, Any]]:
     """Yield what this process, a server, is asked for."""
     for line in sys.stdin:
         yield json.loads(line)
+
+
+def leave_alone() -> None:
+    """Have what is loaded be no garbage ever: neither looked at again nor, by a fork, copied for that."""
+    gc.collect()
+    gc.freeze()
 
 
 def reply(answer: Any) -> None:
@@ -389,21 +397,21 @@ def _serve(path: str, *more: str) -> None:
         importlib.import_module(f"apt_model.training.{name}")
     for name in ("apt_model.layouts.pretrained", *more):
         importlib.import_module(name)
-    import gc
-    import weakref
-
-    from apt_launch.config.load import composed
+    from apt_launch.config.load import composed, composing
     from apt_launch.config.schedule_plot import draw_schedule, sheets
     from apt_launch.runs.provenance import packages
 
     packages()
     config = composed(["schedule=gpt5_moe", "logger=none"])
+    with composing() as compose:  # what most commands under test choose is merged once
+        for chosen in ((), ("schedule=gpt5_moe",), ("schedule=none",)):
+            for launcher in ((), ("hydra/launcher=slurm",)):
+                compose([*chosen, *launcher, "data=text"])
     with tempfile.TemporaryDirectory() as folder:  # fonts and much else are looked for at the first use
         draw_schedule(sheets({"": config.program}), Path(folder, "schedule.png"))
     for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
         finalizer.atexit = False  # torch takes its operators apart one by one, a tenth of a second; a child just ends
-    gc.collect()
-    gc.freeze()  # what is shared with children is never touched again
+    leave_alone()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # they are for the tests, which close our standard input at their end
     waking, woken = socket.socketpair()

@@ -274,3 +274,50 @@ def test_what_was_composed_for_its_mode_is_what_hydra_composes_again(
         with suppress(HydraException):  # as Hydra does, which then composes for the run to say what is wrong
             loader.load_configuration("config", overrides, run_mode=RunMode.MULTIRUN, validate_sweep_overrides=False)
         assert [outcome(each) for each in given] == [expected[id(each)] for each in given]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["schedule=none", "trainer=hf", "hydra/launcher=slurm"],
+        ["+experiment=chosen", "seed=3"],
+        ["+experiment=chosen", "optimizer=sgd", "~trainer/lr"],
+        ["+experiment@model=best", "hydra.job.name=x"],
+    ],
+)
+def test_what_is_merged_once_is_what_hydra_merges(theirs: Path, overrides: list[str]) -> None:
+    (theirs / "experiment" / "chosen.yaml").write_text(
+        "# @package _global_\ndefaults: [best@model, {data: '${experiment}'}, _self_, {override /optimizer: muon}]\nseed: 2\n"
+    )
+    (theirs / "experiment" / "best.yaml").write_text("d_ff: 96\n")
+    (theirs / "experiment" / "data").mkdir()
+    (theirs / "experiment" / "data" / "chosen.yaml").write_text("# @package _global_\nsaid_by: {its: name}\n")
+    register()
+
+    def composed() -> tuple[Any, ...]:
+        with config_loader(CONF, theirs) as loader:
+            found = loader.load_configuration("config", overrides, run_mode=RunMode.RUN)
+        assert OmegaConf.is_struct(found)
+        return OmegaConf.to_yaml(found), OmegaConf.get_type(found, "hydra"), OmegaConf.get_type(found.hydra, "job")
+
+    plain = composed()
+    with installed():
+        assert [composed(), composed()] == [plain, plain]
+
+
+def test_a_file_that_changes_is_merged_anew_and_nobody_sees_anothers_values(loader: Any, theirs: Path) -> None:
+    path = theirs / "experiment" / "best.yaml"
+
+    def composed() -> Any:
+        return loader.load_configuration("config", ["+experiment=best"], run_mode=RunMode.RUN)
+
+    for width in (96, 48, 96):  # of one length
+        path.write_text(f"# @package _global_\nmodel: {{d_ff: {width}}}\n")
+        found = composed()
+        assert found.model.d_ff == width
+        found.model.d_ff = found.seed = 5
+        found.hydra.job.name = "mine"
+        again = composed()
+        assert (again.model.d_ff, again.seed) == (width, 0)
+        assert again.hydra.job.name != "mine"

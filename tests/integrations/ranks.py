@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.forks import Server, reply, requests, serving
+from tests.forks import Server, leave_alone, reply, requests, serving
 
 
 class Ranks:
@@ -46,6 +46,7 @@ def _serve() -> None:
         importlib.import_module(name)
     for name in ("of_lightning", "of_transformers", "test_ranks"):
         importlib.import_module(f"tests.integrations.{name}")
+    leave_alone()
     for job in requests():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

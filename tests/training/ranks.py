@@ -15,7 +15,7 @@ from typing import Any
 
 from apt_launch.config.run_config import RunConfig
 from tests.conftest import SMALL
-from tests.forks import Server, reply, requests, serving
+from tests.forks import Server, leave_alone, reply, requests, serving
 
 Rows = list[dict[str, float]]
 
@@ -85,6 +85,7 @@ def _serve() -> None:
     from apt_launch.config.load import composed
     from apt_model.errors import ConfigError
 
+    leave_alone()
     for job in requests():
         try:
             config = composed(job["overrides"])
@@ -92,6 +93,9 @@ def _serve() -> None:
             (Path(job["out"]) / "error.all").write_text(str(error))
             reply([2])
             continue
+        if job["backend"] is not None:  # what its first graph would load in each rank
+            importlib.import_module("torch._dynamo.backends.debugging")
+            importlib.import_module("torch._inductor.pattern_matcher")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
