@@ -105,8 +105,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     yield
 
 
-def pytest_collection_finish() -> None:
-    leave_alone()  # Hugging Face's trainer looks for garbage each time that it begins, a third of a second of it
+HEAVY = 200
+"""Modules: as many as a library has that takes seconds to load."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Look for garbage no more in libraries that are loaded: Hugging Face's trainer does each time that it begins."""
+    global _loaded
+    if len(sys.modules) > _loaded + HEAVY:
+        leave_alone()
+        _loaded = len(sys.modules)
+
+
+_loaded = 0
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
