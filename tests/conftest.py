@@ -20,7 +20,7 @@ from hypothesis import settings
 from apt_launch.config.load import composed as compose
 from apt_launch.config.run_config import RunConfig
 from apt_launch.record import read_rows
-from tests.forks import ADDRESS, HANGS, REPOSITORY, address, leave_alone, run_module
+from tests.forks import ADDRESS, HANGS, REPOSITORY, address, cpu_seconds, leave_alone, rest, run_module
 
 if "HF_HOME" not in os.environ:  # what datasets copies there, and it asks nobody
     _HOME = tempfile.TemporaryDirectory()
@@ -166,10 +166,10 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 def until(happened: Callable[[], object], what: str, timeout: float = HANGS) -> None:
     """Wait for what another process will do; ``timeout`` seconds only end what hangs."""
-    end = time.monotonic() + timeout
+    end, began = time.monotonic() + timeout, cpu_seconds()
     while not happened():
         assert time.monotonic() < end, f"waited {timeout:g} s for {what}"
-        time.sleep(0.02)
+        began = rest(began)
 
 
 def rows_in(run: Path) -> int:

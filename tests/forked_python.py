@@ -1,4 +1,3 @@
-#!/usr/bin/env -S python3 -S -E
 """``python -m MODULE ...``, forked from the process that has loaded everything (tests/forks.py); anything else as it is.
 
 It stands for the child that Python's caller started: signals that ask for something are passed on, the child is killed with it,

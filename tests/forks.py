@@ -3,8 +3,8 @@
 A child is a real process: it has its own interpreter state, environment, standard streams, signals and session, and can be
 killed. :class:`Fork` is used as ``subprocess.Popen`` is, :func:`run_module` as ``subprocess.run``; :class:`Forks` is what
 tests that call many commands have. What such a child starts by ``sys.executable -m`` (a sweep's worker, who paints) is
-forked there, too: ``sys.executable`` is tests/forked_python.py, which asks for it. tests/training/ranks.py has ranks of a
-process group.
+forked there, too: ``sys.executable`` is a script with the text of tests/forked_python.py, which asks for it.
+tests/training/ranks.py has ranks of a process group.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import json
 import os
 import resource
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -51,6 +53,17 @@ def environment(**more: str) -> dict[str, str]:
     # threads that wait for each other sleep meanwhile: spinning, they would starve whoever else is at work here
     threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     return kept | threads | {"WANDB_ERROR_REPORTING": "false", "PYTHONUNBUFFERED": "1"} | more
+
+
+def cpu_seconds() -> float:
+    """Return how long this process and those that it has waited for have kept a core."""
+    return sum(os.times()[:4])
+
+
+def rest(since: float) -> float:
+    """Sleep nine times as long as a core was kept since ``since``: who waits leaves it to others. Return the time then."""
+    time.sleep(min(1.0, max(0.02, 9 * (cpu_seconds() - since))))
+    return cpu_seconds()
 
 
 class Server:
@@ -134,12 +147,15 @@ def address(*loaded: str) -> str:
 
     def end() -> None:
         server.close()
-        with suppress(OSError):
-            Path(path).unlink()
-            Path(folder).rmdir()
+        shutil.rmtree(folder, ignore_errors=True)
 
     atexit.register(end)
     return path
+
+
+def python(address: str) -> Path:
+    """Return what stands for the interpreter in children of the process at ``address``."""
+    return Path(address).with_name("python")
 
 
 class Fork:
@@ -378,6 +394,9 @@ def _serve(path: str, *more: str) -> None:
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(path)
     listening.listen(64)
+    # not env: python3 may be a script that looks for one, a tenth of a second each time
+    python(path).write_text(f"#!{sys.executable} -SE\n{(REPOSITORY / 'tests/forked_python.py').read_text()}")
+    python(path).chmod(0o700)
     reply("listening")  # who connects now waits until all is loaded
     for name in (
         *("torch._dynamo", "safetensors.torch", "scipy.special", "tokenizers", "pydantic.type_adapter", "faulthandler"),
@@ -490,7 +509,7 @@ def _become(asked: dict[str, Any], streams: list[int]) -> None:
         os.dup2(stream, number)
     for stream in {*streams} - {0, 1, 2}:
         os.close(stream)
-    sys.executable = str(REPOSITORY / "tests/forked_python.py") if asked["forks"] else os.environ[PYTHON]
+    sys.executable = str(python(os.environ[ADDRESS])) if asked["forks"] else os.environ[PYTHON]
     hold.install()
     if COMPILER in os.environ:
         import torch

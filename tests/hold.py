@@ -72,7 +72,7 @@ def install() -> Any:
         before = {number: signal.signal(number, passed_on) for number in SIGNALS}
         (folder / f"held-{os.getpid()}").touch()  # who waits for it may ask at once
         while not (asked or (folder / "go").exists() or (folder / f"go-{os.getpid()}").exists()):
-            time.sleep(0.01)
+            time.sleep(0.05)
         for number, handler in before.items():
             signal.signal(number, handler)
 

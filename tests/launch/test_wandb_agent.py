@@ -10,7 +10,7 @@ import pytest
 
 from apt_launch.values import from_yaml, to_yaml
 from tests.conftest import SMALL
-from tests.forks import ADDRESS, HANGS, PYTHON, REPOSITORY, address, environment
+from tests.forks import ADDRESS, HANGS, PYTHON, REPOSITORY, address, environment, python
 from tests.wandb_server import WandbServer, serving
 
 
@@ -30,7 +30,7 @@ def test_wandbs_agent_runs_the_kept_sweep_and_sees_its_metric(text_file: Path, t
         for number, end in enumerate((0.6, 0.8))
     ]
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/python").symlink_to(REPOSITORY / "tests/forked_python.py")  # what the agent runs is forked
+    (tmp_path / "bin/python").symlink_to(python(address()))  # what the agent runs is forked
     server = WandbServer(sweep=to_yaml(sweep), commands=[*runs, {"type": "exit"}])
     with serving(server):
         env = environment() | {

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from tests.forks import HANGS
+from tests.forks import HANGS, cpu_seconds, rest
 
 NODES = ("127.0.0.1", "127.0.0.2")
 """Names that are addresses, so that torch.distributed finds a node by its name."""
@@ -108,14 +108,14 @@ class Cluster:
 
     def wait_until(self, happened: Callable[[], object], what: str, timeout: float = HANGS) -> None:
         """Wait for what the cluster will do."""
-        end = time.monotonic() + timeout
+        end, began = time.monotonic() + timeout, cpu_seconds()
         while True:
             with suppress(subprocess.SubprocessError):
                 if happened():
                     return
             if time.monotonic() > end:
                 raise TimeoutError(f"waited {timeout:g} s for {what}\n{self.logs()}")
-            time.sleep(0.05)
+            began = rest(began)
 
     def stop_controller(self) -> None:
         """Take the controller away; jobs go on."""

@@ -36,7 +36,10 @@ def follow(folder: Path, only: set[str] | None = None, *, record: bool = True) -
     """
     ledger = Ledger(folder)
     shown: dict[str, str] = {}
-    pause = 0.05
+    least, most = (
+        (0.05, 0.2) if ledger.plan.launcher == "local" else (0.5, 5.0)
+    )  # seconds; SLURM's controller is everybody's
+    pause = least
     with collected_interrupts() as interrupts:
         while True:
             began = time.process_time()
@@ -48,7 +51,7 @@ def follow(folder: Path, only: set[str] | None = None, *, record: bool = True) -
                 waits = status.state in ("submitted", "pending") or (status.state == "planned" and not status.cause)
                 if shown.get(name) != status.state and not waits:
                     say(_line(status, ledger.application.metric))
-                    pause = 0.05
+                    pause = least
                 shown[name] = status.state
             if all(status.final or status.state == "planned" for status in statuses):
                 break
@@ -59,7 +62,7 @@ def follow(folder: Path, only: set[str] | None = None, *, record: bool = True) -
             if interrupts:
                 interrupts.clear()
                 _leave_or_cancel(folder)
-            pause = min(pause * 1.2, 0.2 if ledger.plan.launcher == "local" else 5.0)
+            pause = min(pause * 1.2, most)
     if only is None:
         show(ledger.plan, ledger.statuses(), folder)
     return 0 if all(status.state in ("done", "stopped", "dropped") for status in statuses) else 1
