@@ -271,10 +271,8 @@ def _contents(defaults: list[Any], repo: Any) -> bytes | None:
     schemas, found = repo.get_schema_source(), []
     for default in defaults:
         one = repo.load_config(config_path=default.config_path)
-        if one is None or (
-            not one.is_schema_source and schemas.is_config(default.config_path)
-        ):  # Hydra merges the schema, too
-            return None
+        if one is None or (not one.is_schema_source and schemas.is_config(default.config_path)):
+            return None  # a schema of the same name is merged, too
         content = getattr(one, "text", None) or (one.header, one.config)
         found.append((default.config_path, default.package, default.primary, content))
     try:
@@ -283,13 +281,10 @@ def _contents(defaults: list[Any], repo: Any) -> bytes | None:
         return None
 
 
-MERGED: Final = 64
-"""Merged configs that are kept."""
+MOST_KEPT: Final = 64
+"""Merged configs that are kept, some 100 kB each."""
 
-
-@functools.cache
-def _merges() -> dict[bytes, bytes]:
-    return {}
+_kept_merges: dict[bytes, bytes] = {}
 
 
 def _merged(contents: bytes | None, merge: Callable[[], DictConfig]) -> DictConfig:
@@ -299,13 +294,12 @@ def _merged(contents: bytes | None, merge: Callable[[], DictConfig]) -> DictConf
     """
     if contents is None:
         return merge()
-    kept = _merges()
-    if contents in kept:
-        return pickle.loads(kept[contents])  # type: ignore[no-any-return]
+    if contents in _kept_merges:
+        return pickle.loads(_kept_merges[contents])  # type: ignore[no-any-return]
     merged = merge()
-    if len(kept) == MERGED:
-        del kept[next(iter(kept))]
-    kept[contents] = pickle.dumps(merged)
+    if len(_kept_merges) == MOST_KEPT:
+        del _kept_merges[next(iter(_kept_merges))]
+    _kept_merges[contents] = pickle.dumps(merged)
     return merged
 
 
@@ -576,9 +570,8 @@ def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
     for key in keys:
         try:
             own = node._get_node(key)
-            value = own._value() if isinstance(own, ValueNode) and not own._is_interpolation() else node[key]
-            if value == MISSING:
-                continue
+            plain = isinstance(own, ValueNode) and not own._is_interpolation() and not own._is_missing()
+            value = own._value() if plain else node[key]  # ten times as fast as to ask for it
         except (OmegaConfBaseException, RecursionError) as error:
             if (secret := secret_error(error)) is not None:
                 yield f"{path}.{key}", secret

@@ -36,9 +36,8 @@ def follow(folder: Path, only: set[str] | None = None, *, record: bool = True) -
     """
     ledger = Ledger(folder)
     shown: dict[str, str] = {}
-    least, most = (
-        (0.05, 0.2) if ledger.plan.launcher == "local" else (0.5, 5.0)
-    )  # seconds; SLURM's controller is everybody's
+    # seconds; SLURM's controller is everybody's
+    least, most = (0.05, 0.2) if ledger.plan.launcher == "local" else (0.5, 5.0)
     pause = least
     with collected_interrupts() as interrupts:
         while True:
