@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import getpass
 import os
 import shutil
@@ -11,7 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from tests.forks import HANGS, cpu_seconds, rest
@@ -48,7 +49,7 @@ class Cluster:
         self.grace_seconds = grace_seconds
         self.signal_on_preemption = signal_on_preemption
         self.state = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
-        self.ports = _free_ports(3 + len(NODES))
+        self.ports, self.keeps_ports = _own_ports(3 + len(NODES))
         self.user = getpass.getuser()
         self.database: subprocess.Popen[bytes] | None = None
 
@@ -88,6 +89,7 @@ class Cluster:
             self._stop_daemon(name)
         if self.database is not None:
             self.database.wait(timeout=HANGS)
+        os.close(self.keeps_ports)
         shutil.rmtree(self.state, ignore_errors=True)
 
     def environment(self) -> dict[str, str]:
@@ -333,15 +335,22 @@ class Cluster:
         self.wait_until(lambda: _listens(self.ports[1]), "slurmdbd")
 
 
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+def _own_ports(count: int) -> tuple[list[int], int]:
+    """Return ports that nobody else has or is given, and the descriptor that keeps them for this process until it is closed.
+
+    Below those that the system gives to connections: one that was merely free a moment ago may be another's when a daemon
+    asks for it, which then never comes up.
+    """
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for first in range(10_000, lowest - count, count):
+        lock = os.open(f"{tempfile.gettempdir()}/slurm-ports-{first}.lock", os.O_CREAT | os.O_RDWR, 0o600)
+        with suppress(OSError), ExitStack() as bound:  # another cluster's, or in use
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for port in range(first, first + count):
+                bound.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return list(range(first, first + count)), lock
+        os.close(lock)
+    raise RuntimeError(f"no {count} ports in a row are free below {lowest}")
 
 
 def _listens(port: int) -> bool:
