@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from hypothesis import settings
 from apt_launch.config.load import composed as compose
 from apt_launch.config.run_config import RunConfig
 from apt_launch.record import read_rows
-from tests.forks import ADDRESS, HANGS, REPOSITORY, address, cpu_seconds, leave_alone, rest, run_module
+from tests.forks import ADDRESS, HANGS, REPOSITORY, address, attempts, leave_alone, run_module
 
 if "HF_HOME" not in os.environ:  # what datasets copies there, and it asks nobody
     _HOME = tempfile.TemporaryDirectory()
@@ -108,6 +107,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 HEAVY = 200
 """Modules: as many as a library has that takes seconds to load."""
 
+_loaded = 0
+
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown() -> None:
@@ -116,9 +117,6 @@ def pytest_runtest_teardown() -> None:
     if len(sys.modules) > _loaded + HEAVY:
         leave_alone()
         _loaded = len(sys.modules)
-
-
-_loaded = 0
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -166,10 +164,10 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 def until(happened: Callable[[], object], what: str, timeout: float = HANGS) -> None:
     """Wait for what another process will do; ``timeout`` seconds only end what hangs."""
-    end, began = time.monotonic() + timeout, cpu_seconds()
-    while not happened():
-        assert time.monotonic() < end, f"waited {timeout:g} s for {what}"
-        began = rest(began)
+    for _ in attempts(timeout):
+        if happened():
+            return
+    raise AssertionError(f"waited {timeout:g} s for {what}")
 
 
 def rows_in(run: Path) -> int:

@@ -55,15 +55,15 @@ def environment(**more: str) -> dict[str, str]:
     return kept | threads | {"WANDB_ERROR_REPORTING": "false", "PYTHONUNBUFFERED": "1"} | more
 
 
-def cpu_seconds() -> float:
-    """Return how long this process and those that it has waited for have kept a core."""
-    return sum(os.times()[:4])
-
-
-def rest(since: float) -> float:
-    """Sleep nine times as long as a core was kept since ``since``: who waits leaves it to others. Return the time then."""
-    time.sleep(min(1.0, max(0.02, 9 * (cpu_seconds() - since))))
-    return cpu_seconds()
+def attempts(timeout: float) -> Iterator[None]:
+    """Yield for ``timeout`` seconds, resting in between: nine times as long as a core was kept, which is left to others."""
+    end, kept = time.monotonic() + timeout, sum(os.times()[:4])
+    while True:
+        yield
+        if time.monotonic() > end:
+            return
+        time.sleep(min(1.0, max(0.02, 9 * (sum(os.times()[:4]) - kept))))
+        kept = sum(os.times()[:4])
 
 
 class Server:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from tests.forks import HANGS, cpu_seconds, rest
+from tests.forks import HANGS, attempts
 
 NODES = ("127.0.0.1", "127.0.0.2")
 """Names that are addresses, so that torch.distributed finds a node by its name."""
@@ -110,14 +110,11 @@ class Cluster:
 
     def wait_until(self, happened: Callable[[], object], what: str, timeout: float = HANGS) -> None:
         """Wait for what the cluster will do."""
-        end, began = time.monotonic() + timeout, cpu_seconds()
-        while True:
+        for _ in attempts(timeout):
             with suppress(subprocess.SubprocessError):
                 if happened():
                     return
-            if time.monotonic() > end:
-                raise TimeoutError(f"waited {timeout:g} s for {what}\n{self.logs()}")
-            began = rest(began)
+        raise TimeoutError(f"waited {timeout:g} s for {what}\n{self.logs()}")
 
     def stop_controller(self) -> None:
         """Take the controller away; jobs go on."""
