@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -43,7 +44,7 @@ def bounded() -> Iterator[None]:
     parsers: list[Any] = [base, oc]
     resolve, parse = container.resolve_parse_tree, grammar_parser.parse
     ways = {name: getattr(container, name) for name in ("_resolve_node_interpolation", "_evaluate_custom_resolver")}
-    count = _Count(parse)
+    count = _Count(_kept_trees(parse))
 
     def resolved(self: Any, parse_tree: Any, node: Any, memo: Any = None, key: Any = None, **more: Any) -> Any:
         with count.value_of(self, key):
@@ -79,6 +80,12 @@ def bounded() -> Iterator[None]:
             module.parse = parse
     if count.problem is not None:  # whoever asked did without the value
         raise ConfigError(f"{count.asked}: {count.problem}")
+
+
+@functools.cache
+def _kept_trees(parse: Any) -> Any:
+    """Return ``parse``, which keeps what it returned: jobs of a plan have the same interpolations."""
+    return functools.lru_cache(maxsize=64)(parse)
 
 
 class _Count:

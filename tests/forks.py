@@ -23,8 +23,9 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -124,6 +125,31 @@ def reply(answer: Any) -> None:
     """Answer the request."""
     sys.stdout.write(json.dumps(answer) + "\n")
     sys.stdout.flush()
+
+
+def as_ranks(world: int, out: Path, work: Callable[[int], object]) -> list[int]:
+    """Call ``work`` with its rank in as many forks, with the environment that torchrun gives them; return their exit codes.
+
+    What one raises is in ``out``, in ``error.RANK``.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(world):
+        if (pid := os.fork()) == 0:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            os.dup2(2, 1)  # the parent answers there, and gloo of torch 2.10 says whom it is connected to
+            code = 1
+            try:
+                work(rank)
+                code = 0
+            except BaseException:
+                (out / f"error.{rank}").write_text(traceback.format_exc())
+            os._exit(code)
+        children.append(pid)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
 
 
 # --- asking for children ---------------------------------------------------------------------------------------------

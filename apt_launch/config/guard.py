@@ -113,7 +113,7 @@ def installed() -> Iterator[None]:
     files = SourcesRegistry.instance().types
     loader, readers = hydra.ConfigLoaderImpl, dict(files)  # type: ignore[attr-defined]
     hydra.ConfigLoaderImpl = _guarded_loader()  # type: ignore[attr-defined, assignment]
-    files |= {"file": _guarded_files(), "pkg": _kept_packages()}
+    files |= {"file": _guarded_files(), "pkg": _kept_packages(), "structured": _shared_store()}
     try:
         with without_secrets_of_the_environment(), _choices_where_asked_for():
             yield
@@ -251,6 +251,18 @@ def _kept_packages() -> type:
 
     KeptPackages.__name__ = ImportlibResourcesConfigSource.__name__  # see above
     return KeptPackages
+
+
+@functools.cache
+def _shared_store() -> type:
+    from hydra._internal.core_plugins.structured_config_source import StructuredConfigSource
+
+    class SharedStore(StructuredConfigSource):
+        def __deepcopy__(self, memo: Any) -> Any:
+            return self  # Hydra copies its sources for each config, and with this one all of ConfigStore
+
+    SharedStore.__name__ = StructuredConfigSource.__name__  # see above
+    return SharedStore
 
 
 def _result(source: Any, text: str, content: Any) -> Any:

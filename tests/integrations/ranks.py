@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import socket
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.forks import Server, leave_alone, reply, requests, serving
+from tests.forks import Server, as_ranks, leave_alone, reply, requests, serving
 
 
 class Ranks:
@@ -48,31 +46,14 @@ def _serve() -> None:
         importlib.import_module(f"tests.integrations.{name}")
     leave_alone()
     for job in requests():
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        children = []
-        for rank in range(job["world"]):
-            pid = os.fork()
-            if pid == 0:
-                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["world"]))
-                os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-                _be_rank(rank, job)
-            children.append(pid)
-        reply([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children])
+        reply(as_ranks(job["world"], Path(job["out"]), partial(_be_rank, job)))
 
 
-def _be_rank(rank: int, job: dict[str, Any]) -> None:
-    os.dup2(2, 1)  # the parent answers there
-    out, code = Path(job["out"]), 1
-    try:
-        module, _, name = job["function"].partition(":")
-        returned = getattr(importlib.import_module(module), name)(out=out, **job["arguments"])
-        (out / f"returned.{rank}").write_text(json.dumps(returned))
-        code = 0
-    except BaseException:
-        (out / f"error.{rank}").write_text(traceback.format_exc())
-    os._exit(code)
+def _be_rank(job: dict[str, Any], rank: int) -> None:
+    out = Path(job["out"])
+    module, _, name = job["function"].partition(":")
+    returned = getattr(importlib.import_module(module), name)(out=out, **job["arguments"])
+    (out / f"returned.{rank}").write_text(json.dumps(returned))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -15,7 +12,7 @@ from typing import Any
 
 from apt_launch.config.run_config import RunConfig
 from tests.conftest import SMALL
-from tests.forks import Server, leave_alone, reply, requests, serving
+from tests.forks import Server, as_ranks, leave_alone, reply, requests, serving
 
 Rows = list[dict[str, float]]
 
@@ -96,35 +93,10 @@ def _serve() -> None:
         if job["backend"] is not None:  # what its first graph would load in each rank
             importlib.import_module("torch._dynamo.backends.debugging")
             importlib.import_module("torch._inductor.pattern_matcher")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        children: dict[int, int] = {}
-        for rank in range(job["world"]):
-            pid = os.fork()
-            if pid == 0:
-                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["world"]))
-                os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-                _be_rank(rank, job, config)
-            children[pid] = 0
-        for _ in list(children):
-            pid, status = os.wait()
-            children[pid] = os.waitstatus_to_exitcode(status)
-        reply(list(children.values()))
+        reply(as_ranks(job["world"], Path(job["out"]), partial(_train, job, config)))
 
 
-def _be_rank(rank: int, job: dict[str, Any], config: RunConfig) -> None:
-    os.dup2(2, 1)  # the parent answers there, and gloo of torch 2.10 says whom it is connected to
-    code = 1
-    try:
-        _train(rank, job, config)
-        code = 0
-    except BaseException:
-        (Path(job["out"]) / f"error.{rank}").write_text(traceback.format_exc())
-    os._exit(code)
-
-
-def _train(rank: int, job: dict[str, Any], config: RunConfig) -> None:
+def _train(job: dict[str, Any], config: RunConfig, rank: int) -> None:
     import torch
 
     from apt_launch.runs.build import build_trainer
