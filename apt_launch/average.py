@@ -61,6 +61,8 @@ def average(run: Path, last: int, folder: Path) -> Path:
             sys.stderr.write(f"passed over: {error}\n")
         else:
             whole.append(path)
+    if not whole:
+        raise ConfigError(f"RUN: {run} has no whole checkpoint. Name the folder of a run that has been trained.")
     if last < 1 or len(whole) < last:
         raise ConfigError(f"--last = {last}: {run} has {len(whole)} whole checkpoints. Give 1 to {len(whole)}.")
     newest, *older = whole[:last]

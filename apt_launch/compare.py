@@ -75,7 +75,8 @@ def _compare(arguments: argparse.Namespace) -> None:
     table = [[at_tokens(rows, arguments.metric, tokens) for tokens in shares] for rows in runs]
     differ = differences([flatten(read_frozen(folder / "config.yaml")) for folder in folders])
     names = [str(folder) for folder in folders]
-    with Drawing(arguments.out):
+    drawing = Drawing(arguments.out)
+    with drawing:
         figure = new_figure(8, 4.5)
         axis = figure.subplots()
         for name, rows in zip(names, runs, strict=True):
@@ -96,7 +97,8 @@ def _compare(arguments: argparse.Namespace) -> None:
         sys.stdout.write(json.dumps(found) + "\n")
         return
     _show(names, shares, table, differ, arguments.metric)
-    sys.stdout.write(f"picture  {arguments.out}\n")
+    if not drawing.failed:
+        sys.stdout.write(f"picture  {arguments.out}\n")
 
 
 def _show(

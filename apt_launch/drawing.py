@@ -33,7 +33,7 @@ class Drawing:
         self.path = path
         self.style = dict(style or {})
         self._context = ExitStack()
-        self._failed = False
+        self.failed = False
 
     def __enter__(self) -> None:
         chatter = logging.getLogger("matplotlib")
@@ -54,12 +54,12 @@ class Drawing:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         self._context.close()
-        if isinstance(error, Exception) and not self._failed:
+        if isinstance(error, Exception) and not self.failed:
             self._warn(error)
         return isinstance(error, Exception)
 
     def _warn(self, error: Exception) -> None:
-        self._failed = True
+        self.failed = True
         logger.warning("%s could not be drawn (%s: %s).", self.path, type(error).__name__, error)
 
 

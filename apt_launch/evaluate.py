@@ -2,8 +2,8 @@
 
 In the place of a run may stand a folder of Hugging Face's, such as :mod:`apt_launch.export` writes.
 
-Each token is predicted once, in windows of the run's sequence length. It is the cross-entropy that is measured, whatever loss
-the run had.
+Each token is predicted once, in windows of the run's sequence length; what is left at the end, less than a window, is not. It is
+the cross-entropy that is measured, whatever loss the run had.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from apt_launch.config.corpus import build_corpus, making_tokens
 from apt_launch.config.ending import ending
 from apt_launch.config.load import composing, load_data
 from apt_launch.config.pretrained import with_tokenizer
-from apt_launch.generate import restored
-from apt_launch.runs.folder import find_checkpoint
+from apt_launch.escapes import visible
+from apt_launch.generate import device_named, restored
+from apt_launch.runs.folder import chosen_checkpoint
 from apt_launch.secrets import keep_private
 from apt_launch.values import read_frozen
 from apt_model.data.borders import Borders, split_windows
 from apt_model.data.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
-from apt_model.errors import CheckpointError, ConfigError
+from apt_model.errors import ConfigError
 from apt_model.files import read_regular
 from apt_model.ignored import IGNORED
 from apt_model.layouts.folder import CONFIG, WeightsFolder
-from apt_model.training.checkpoint import Checkpoints, name_of, read_manifest
 
 BITS: Final = 1 / math.log(2)
 """Of a nat."""
@@ -83,52 +83,26 @@ examples:
     return found
 
 
-def chosen(folder: Path, which: str) -> Path:
-    """Return the checkpoint that ``which`` means: newest, best, or the one after so many updates.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if which == "newest" or folder.name.startswith("step-"):
-        return find_checkpoint(folder, "RUN_DIR")[0]
-    checkpoints = Checkpoints(folder / "checkpoints")
-    found = checkpoints.all()
-    if which == "best":
-        losses = []
-        for path in found:
-            try:
-                loss = read_manifest(path).get("loss")
-            except CheckpointError:
-                continue
-            if loss is not None:
-                losses.append((loss, path))
-        if losses:
-            return min(losses)[1]
-        raise ConfigError(f"--which: no checkpoint in {folder} has a validation loss. Choose --which newest.")
-    if not which.isdecimal():
-        raise ConfigError(f"--which: {which!r} is none of newest, best, and a number of updates.")
-    path = checkpoints.folder / name_of(int(which))
-    if path not in found:
-        there = ", ".join(map(str, checkpoints.steps())) or "none"
-        raise ConfigError(f"--which: there is no checkpoint after {which} updates in {folder}. There are: {there}.")
-    return path
-
-
 def _evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    if min(arguments.batch_size, arguments.max_batches or 1, arguments.seq_len or 1) < 1:
+    if any(size is not None and size < 1 for size in (arguments.batch_size, arguments.max_batches, arguments.seq_len)):
         raise ConfigError("--batch-size, --max-batches and --seq-len: they must be 1 or more.")
     if others := [one for one in overrides if not one.lstrip("+~").startswith(("data=", "data."))]:
         raise ConfigError(f"{others[0]}: only the group data can be another here. The rest is as the run has it.")
-    from apt_model.training.device import choose_device
-
-    device = choose_device(arguments.device)
+    device = device_named(arguments.device)
     of_weights = (arguments.folder / CONFIG).is_file()
     if of_weights:
         checkpoint = run = arguments.folder
         model, tokenizer, longest, values = _of_weights(arguments, device, overrides)
         seq_len = min(longest, 1024)
     else:
-        checkpoint = chosen(arguments.folder, arguments.which)
+        if overrides and not any(one.lstrip("+").startswith("data=") for one in overrides):
+            raise ConfigError(
+                f"{overrides[0]}: say of which data it is, too: data=text data.path=..., for instance. Without any, the "
+                "run's own are measured."
+            )
+        checkpoint, passed_over = chosen_checkpoint(arguments.folder, arguments.which, key="RUN_DIR", option="--which")
+        for reason in passed_over:
+            sys.stderr.write(f"passed over: {visible(reason)}\n")
         run = checkpoint.parent.parent
         model, tokenizer, longest = restored(checkpoint, device, ema=arguments.ema)
         seq_len = longest
@@ -221,7 +195,6 @@ def measure(
     import torch.nn.functional as F
 
     from apt_model.data import Sampler
-    from apt_model.data.tokenizer import ByteTokenizer
     from apt_model.training.subject import Forward
 
     if chunk := getattr(model, "loss_chunk", None):  # as few logits at once as in training, but those of each token
@@ -231,10 +204,12 @@ def measure(
         num_tokens=len(tokens), seq_len=seq_len, batch_size=min(batch_size, max(1, windows)), seed=0, name="text"
     )
     begins = np.arange(sampler.num_windows, dtype=np.int64) * seq_len
-    forward, in_bytes = Forward(model, borders=borders), isinstance(tokenizer, ByteTokenizer)
+    forward = Forward(model, borders=borders)
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
-    total, number, size = 0.0, 0, 0
+    total, number = 0.0, 0
+    stream: list[Any] = []
+    spoken: list[Any] = []
     with torch.inference_mode():
         for start in list(range(0, len(begins), batch_size))[:limit]:
             here = begins[start : start + batch_size]
@@ -253,13 +228,9 @@ def measure(
                 .numpy()
             )
             total += float(losses.sum())
-            in_batch = int(counted.sum())
-            number += in_batch
-            if in_bytes:
-                size += in_batch
-            else:
-                rows = ([token for token in row if token != IGNORED] for row in targets.tolist())
-                size += sum(len(tokenizer.decode(row).encode()) for row in rows)
+            number += int(counted.sum())
+            stream.append(window[:, 1:].cpu().numpy().ravel())
+            spoken.append(counted.ravel())
             if tokens.sources is not None:
                 sources = tokens.sources.of(here + 1, seq_len).flatten()
                 for place, name in enumerate(tokens.sources.names):
@@ -267,6 +238,7 @@ def measure(
                     sums[name] = sums.get(name, 0.0) + float(mine.sum())
                     counts[name] = counts.get(name, 0) + mine.size
     loss = total / number
+    size = tokenizer.num_bytes(np.concatenate(stream), np.concatenate(spoken))
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),

@@ -16,11 +16,13 @@ from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from apt_launch.allow import take_flags
 from apt_launch.commands import command, override
 from apt_launch.config.corpus import build_corpus
 from apt_launch.config.ending import ending
+from apt_launch.escapes import visible
 from apt_launch.generate import begin_of_texts, restored
-from apt_launch.runs.folder import About, RunFolder, find_checkpoint
+from apt_launch.runs.folder import About, RunFolder, chosen_checkpoint
 from apt_launch.secrets import keep_private
 from apt_launch.values import read_frozen
 from apt_launch.version import __version__
@@ -29,7 +31,7 @@ from apt_model.files import read_regular, refuse_place, write_atomic, write_json
 from apt_model.layouts.architecture import Architecture, ExpertLayers
 from apt_model.layouts.families import LAYOUTS, Layout, layout_for
 from apt_model.layouts.folder import CONFIG, GENERATION, SEALS
-from apt_model.training.checkpoint import Checkpoints, name_of, newest_intact, read_manifest
+from apt_model.training.checkpoint import read_manifest
 
 if TYPE_CHECKING:
     from apt_model.data.tokenizer import Tokenizer
@@ -91,7 +93,7 @@ def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 the command line or the run is wrong, 130 interrupted."""
     keep_private()
     with ending():
-        _export(parser().parse_args())
+        _export(parser().parse_args(take_flags(sys.argv[1:])))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -118,6 +120,7 @@ examples:
     add("--checkpoint", default="newest", metavar="WHICH", help="newest, best (lowest val/loss) or a step (newest)")
     add("--ema", action="store_true", help="the average of the weights (trainer.ema) instead of the last ones")
     add("--without", default="", metavar="PARTS", help=f"leave out what no layout holds: {','.join(OPTIONAL)}")
+    add("--allow", metavar="PACKAGE", help="a package of yours whose classes the run's config may name")
     add("--shard-gb", type=float, default=5.0, metavar="GB", help="size of a file of weights at the most (5)")
     return found
 
@@ -135,19 +138,27 @@ def _export(arguments: argparse.Namespace) -> None:
     refuse_place(out, "--to")
     if out.is_symlink() or (out.exists() and any(out.iterdir())):
         raise ConfigError(f"--to: {out} is there already. Choose another folder.")
-    checkpoint = _choose(arguments.run, arguments.checkpoint)
+    checkpoint, passed_over = chosen_checkpoint(arguments.run, arguments.checkpoint, key="RUN", option="--checkpoint")
+    for reason in passed_over:
+        sys.stderr.write(f"passed over: {visible(reason)}\n")
 
     import torch
 
+    from apt_model.gpt import GPT
     from apt_model.layouts.writing import seal, write_weights
 
-    model, tokenizer, _ = restored(checkpoint, torch.device("cpu"))
+    model, tokenizer, _ = restored(checkpoint, torch.device("cpu"), ema=arguments.ema)
+    if not isinstance(model, GPT):
+        raise ConfigError(
+            f"RUN: no layout holds {type(model).__name__}, which is not of this library. Export is for model=gpt and "
+            "model=pretrained; others save themselves, from what apt_launch.generate.restored returns."
+        )
     run = RunFolder(checkpoint.parent.parent)
     values = read_frozen(run.config)
     difference = _leave_out(model, values, without)
     described = Architecture.of(values["model"], ExpertLayers.of(model))
     layout = layout_for(described, arguments.layout)
-    about = _about(run, checkpoint, layout, arguments.dtype, without, difference)
+    about = _about(run, checkpoint, layout, arguments, difference)
 
     aside = out.with_name(f".{out.name}.partial.{os.getpid()}")
     try:
@@ -169,43 +180,6 @@ def _export(arguments: argparse.Namespace) -> None:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     _report(about, out, len(pieces))
-
-
-def _choose(path: Path, which: str) -> Path:
-    """Return the checkpoint that ``--checkpoint`` means.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if path.name.startswith("step-") or which == "newest":
-        checkpoint, passed_over = find_checkpoint(path, "RUN")
-        for reason in passed_over:
-            sys.stderr.write(f"passed over: {reason}\n")
-        return checkpoint
-    folder = path if path.name == "checkpoints" else path / "checkpoints"
-    checkpoints = Checkpoints(folder)
-    there = {found.name: found for found in checkpoints.all()}
-    if which == "best":
-        losses = {}
-        for found in there.values():
-            try:
-                losses[found] = read_manifest(found).get("loss")
-            except AptError as error:
-                sys.stderr.write(f"passed over: {error}\n")
-        known = {found: loss for found, loss in losses.items() if loss is not None}
-        if known:
-            return min(known, key=lambda found: known[found])
-        newest_intact(folder)
-        raise ConfigError(
-            f"--checkpoint best: no checkpoint in {str(folder)!r} has a val/loss. Take the newest, or a step."
-        )
-    name = name_of(int(which)) if which.isdecimal() and len(which) < 9 else which
-    if name not in there:
-        known_steps = ", ".join(map(str, checkpoints.steps())) or "none"
-        raise ConfigError(
-            f"--checkpoint: there is no {which!r} in {str(folder)!r}. Steps: {known_steps}. Or newest, best."
-        )
-    return there[name]
 
 
 def _leave_out(model: GPT, values: Mapping[str, Any], without: Sequence[str]) -> dict[str, Any] | None:
@@ -330,8 +304,7 @@ def _about(
     run: RunFolder,
     checkpoint: Path,
     layout: Layout,
-    dtype: str,
-    without: Sequence[str],
+    arguments: argparse.Namespace,
     difference: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Return where the weights come from, as plain values."""
@@ -344,7 +317,8 @@ def _about(
     return {
         "made_by": f"apt-launch {__version__}",
         "layout": layout.name,
-        "dtype": dtype,
+        "dtype": arguments.dtype,
+        "average": arguments.ema,
         "run": run.path.absolute().name,
         "identity": About.of(checkpoint, manifest).identity,
         "step": manifest["step"],
@@ -383,6 +357,11 @@ def _card(about: Mapping[str, Any], described: Architecture, model: GPT) -> str:
         "",
         f"- Written by {about['made_by']} in the layout `{about['layout']}`, weights in {about['dtype']}.",
         f"- From the run `{about['identity']}`, step {about['step']}{loss}.",
+        *(
+            ["- They are the average that `trainer.ema` kept; the loss is that of the last ones."]
+            if about["average"]
+            else []
+        ),
     ]
     if about["commit"]:
         lines.append(f"- Trained by the commit `{about['commit']}` with torch {about['torch']}.")

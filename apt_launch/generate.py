@@ -90,14 +90,10 @@ def _generate(arguments: argparse.Namespace) -> None:
     import torch
 
     from apt_model.generation import Sampling, generate
-    from apt_model.training.device import choose_device
     from apt_model.training.subject import Rereader
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    try:
-        device = choose_device(arguments.device)
-    except RuntimeError as error:
-        raise ConfigError(f"--device: {error}") from None
+    device = device_named(arguments.device)
     model, tokenizer, seq_len = restored(checkpoint, device, ema=arguments.ema)
     voter: Any = getattr(model, "voter", None)
     if voter is None and (arguments.voter != "auto" or arguments.vote_threshold is not None):
@@ -135,7 +131,7 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     prompts: list[str] = list(arguments.prompt or [])
     if arguments.prompt_file is not None:
         try:
-            prompts += read_regular(arguments.prompt_file).decode("utf-8").splitlines()
+            prompts += read_regular(arguments.prompt_file, remedy="name a file of text").decode("utf-8").splitlines()
         except (FileNotFoundError, UnicodeDecodeError) as error:
             raise ConfigError(f"--prompt-file: {error}") from None
     problems = []
@@ -164,11 +160,22 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
         problems.append(
             f"--temperature = {arguments.temperature} must be 0 (always the likeliest token), or {LOWEST_TEMPERATURE} or more."
         )
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", arguments.device):
-        problems.append(f"--device = {arguments.device!r} is not one of auto, cpu, cuda or cuda:N.")
     if problems:
         raise ConfigError(*problems)
     return [prompt for prompt in prompts for _ in range(arguments.num_samples)]
+
+
+def device_named(name: str) -> torch.device:
+    """Return the device that ``--device`` names.
+
+    Raises:
+        ConfigError: it is none, or is not there.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
+        raise ConfigError(f"--device = {name!r} is not one of auto, cpu, cuda or cuda:N.")
+    from apt_model.training.device import choose_device
+
+    return choose_device(name, key="--device")
 
 
 def restored(checkpoint: Path, device: torch.device, *, ema: bool = False) -> tuple[Any, Tokenizer, int]:

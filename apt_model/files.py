@@ -122,20 +122,20 @@ def open_regular(path: Path, *, remedy: str = "remove it") -> BinaryIO:
     return os.fdopen(handle, "rb")
 
 
-def read_regular(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
+def read_regular(path: Path, most_bytes: int = MOST_BYTES, *, remedy: str = "remove it") -> bytes:
     """Return the content of a regular file of at most ``most_bytes``; see :func:`open_regular`.
 
     Raises:
         FileNotFoundError: there is nothing.
         ConfigError: it is no regular file, is longer, or cannot be read.
     """
-    with open_regular(path) as file:
+    with open_regular(path, remedy=remedy) as file:
         try:
             content = file.read(most_bytes + 1)
         except OSError as error:
             raise ConfigError(f"{path}: it cannot be read ({error.strerror}).") from None
     if len(content) > most_bytes:
-        raise ConfigError(f"{path}: it has more than {most_bytes:,} bytes, and is not what belongs there. Remove it.")
+        raise ConfigError(f"{path}: it has more than {most_bytes:,} bytes, and is not what belongs there: {remedy}.")
     return content
 
 

@@ -137,7 +137,9 @@ def _draw(drawn: Sequence[Sheet], path: Path) -> None:
         for begin, end in sheet.stretches[module]:
             switches.barh(row, end - begin, left=begin, height=0.7, color=f"C{number}", alpha=0.6)
         first = sheet.stretches[module][0][0] if sheet.stretches[module] else 0
-        switches.text(first + longest * 0.005, row, plain(sheet.notes[module]), va="center", fontsize=8)
+        late = first > 0.7 * longest  # there is no room to the right of its begin
+        place = {"x": first - 0.005 * longest, "ha": "right"} if late else {"x": first + 0.005 * longest, "ha": "left"}
+        switches.text(y=row, s=plain(sheet.notes[module]), va="center", fontsize=8, **place)
     switches.set_yticks(range(len(rows)), [plain(module) for module, _ in rows])
     switches.set_ylim(-0.6, max(1, len(rows)) - 0.4)
     switches.set_xlim(0, longest)

@@ -18,11 +18,11 @@ from apt_launch.config.run_config import RunConfig
 from apt_launch.config.schema import DEFAULT_TRAINER, EXTRAS, Role, role_of
 from apt_launch.values import changed_keys
 from apt_model.data.tokenizer import read_tokenizer
-from apt_model.errors import CheckpointError, ConfigError
+from apt_model.errors import AptError, CheckpointError, ConfigError
 from apt_model.files import STRICT, from_json, in_home, read_json, read_regular, refuse_links, refuse_place, write_json
 from apt_model.schedule import Horizon
 from apt_model.schedule.runner import horizon_changed
-from apt_model.training.checkpoint import Checkpoints, newest_intact, read_manifest
+from apt_model.training.checkpoint import Checkpoints, name_of, newest_intact, read_manifest
 
 OF_ONE_ATTEMPT = ("hydra.mode", "hydra.run.dir", "trainer.resume")
 """Keys whose values a command that resumes a run has of its own."""
@@ -269,6 +269,47 @@ def initial_checkpoint(config: RunConfig) -> Path:
             f"{kept if kept.exists() else 'null'}."
         )
     return checkpoint
+
+
+def chosen_checkpoint(path: Path, which: str, *, key: str, option: str) -> tuple[Path, list[str]]:
+    """Return the checkpoint of the run in ``path`` that ``which`` means, and why others were passed over.
+
+    Args:
+        path: a run's folder, the folder of its checkpoints, or, for ``newest`` alone, one of those.
+        which: ``newest``, ``best`` (lowest val/loss), or a number of updates.
+        key: where the user named ``path``, for errors.
+        option: where the user said ``which``, for errors.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if which == "newest":
+        return find_checkpoint(path, key)
+    if path.name.startswith("step-"):
+        raise ConfigError(f"{option} {which}: {path} is one checkpoint. Leave {option} out, or name the run's folder.")
+    checkpoints = Checkpoints(path if path.name == "checkpoints" else path / "checkpoints")
+    there = {found.name: found for found in checkpoints.all()}
+    if which == "best":
+        losses, passed_over = {}, []
+        for found in there.values():
+            try:
+                losses[found] = read_manifest(found).get("loss")
+            except AptError as error:
+                passed_over.append(str(error))
+        known = {found: loss for found, loss in losses.items() if loss is not None}
+        if known:
+            return min(known, key=lambda found: known[found]), passed_over
+        find_checkpoint(path, key)
+        raise ConfigError(
+            f"{option} best: no checkpoint in {str(checkpoints.folder)!r} has a val/loss. Take the newest, or a step."
+        )
+    name = name_of(int(which)) if which.isdecimal() and len(which) < 9 else which
+    if name not in there:
+        known_steps = ", ".join(map(str, checkpoints.steps())) or "none"
+        raise ConfigError(
+            f"{option}: there is no {which!r} in {str(checkpoints.folder)!r}. Steps: {known_steps}. Or newest, best."
+        )
+    return there[name], []
 
 
 def find_checkpoint(path: Path, key: str) -> tuple[Path, list[str]]:

@@ -65,6 +65,29 @@ class Tokenizer(ABC):
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of ``tokens``; what is no text becomes U+FFFD."""
 
+    def num_bytes(self, tokens: NDArray[Any], counted: NDArray[Any]) -> int:
+        """Return the bytes of UTF-8 that ``tokens`` stand for where ``counted``, as long, is true.
+
+        What ends a document is a byte, as where bytes are tokens, and what begins one is none. Documents are decoded as wholes,
+        for a token may end within a character; one that is cut by an end of ``tokens`` is counted to a few bytes.
+
+        Args:
+            tokens: 1-dim, documents one after the other.
+            counted: false at most for the first token of a document.
+        """
+        import numpy as np
+
+        ends = np.flatnonzero(tokens == self.end)
+        size = int(counted[ends].sum())
+        for begin, end in zip([0, *(ends + 1)], [*ends, len(tokens)], strict=True):
+            document = tokens[begin:end].tolist()
+            if document and document[0] == self.begin:
+                begin, document = begin + 1, document[1:]
+            size += len(self.decode(document).encode())
+            if document and not counted[begin]:
+                size -= len(self.decode(document[:1]).encode())
+        return size
+
 
 class ByteTokenizer(Tokenizer):
     """A token is a byte of UTF-8, and byte 0 follows every document."""
@@ -81,6 +104,10 @@ class ByteTokenizer(Tokenizer):
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of ``tokens``; what is no text becomes U+FFFD."""
         return bytes(tokens).decode("utf-8", errors="replace")
+
+    def num_bytes(self, tokens: NDArray[Any], counted: NDArray[Any]) -> int:
+        """Return how many of ``tokens`` are counted: each is a byte."""
+        return int(counted.sum())
 
 
 class FileTokenizer(Tokenizer):

@@ -11,8 +11,8 @@ from apt_model.errors import ConfigError
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device that ``trainer.device`` names; ``auto`` is CUDA where there is one.
+def choose_device(name: str, key: str = "trainer.device") -> torch.device:
+    """Return the device that ``name``, under ``key``, means; ``auto`` is CUDA where there is one.
 
     Raises:
         ConfigError: it is not there.
@@ -22,13 +22,11 @@ def choose_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            f"trainer.device: {name!r} was asked for, but torch {torch.__version__} sees no CUDA device here. "
-            "Set trainer.device=cpu or trainer.device=auto."
+            f"{key}: {name!r} was asked for, but torch {torch.__version__} sees no CUDA device here. "
+            f"Set {key}=cpu or {key}=auto."
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"trainer.device: {name!r} was asked for, but there are {torch.cuda.device_count()} devices here."
-        )
+        raise ConfigError(f"{key}: {name!r} was asked for, but there are {torch.cuda.device_count()} devices here.")
     return device
 
 

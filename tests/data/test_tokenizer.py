@@ -4,6 +4,7 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,6 +43,35 @@ def test_any_text_comes_back(text: str) -> None:
 def test_the_name_of_the_end_within_a_text_is_text() -> None:
     assert BPE.end not in BPE.encode(f"a {END} b")
     assert BPE.decode(BPE.encode(f"a {END} b")) == f"a {END} b"
+
+
+def test_bytes_are_counted_across_tokens_that_end_within_a_character() -> None:
+    documents = ["a日本語", "low lower", "é"]
+    tokens = np.concatenate([[*BPE.encode(text), BPE.end] for text in documents])
+    assert len(BPE.encode(documents[0])) == 10, "a token is a byte there"
+    all_of_them = np.ones(len(tokens), dtype=bool)
+    assert BPE.num_bytes(tokens, all_of_them) == (10 + 1) + (9 + 1) + (2 + 1)
+    assert BPE.num_bytes(tokens[:5], all_of_them[:5]) == pytest.approx(5, abs=2), "a character that is cut"
+    without_first = all_of_them.copy()
+    without_first[[0, 11]] = False
+    first = len(BPE.decode(tokens[11:12].tolist()))
+    assert BPE.num_bytes(tokens, without_first) == (9 + 1) + (9 - first + 1) + (2 + 1)
+    assert ByteTokenizer().num_bytes(np.frombuffer(b"ab\0c", dtype=np.uint8), np.array([False, True, True, True])) == 3
+
+
+def test_what_begins_a_document_stands_for_no_byte() -> None:
+    content = json.loads(BPE.content)
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": 270, "content": "<s>"})
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [270], "tokens": ["<s>"]}},
+    }
+    tokenizer = FileTokenizer(json.dumps(content))
+    assert tokenizer.begin == 270
+    tokens = np.array([270, *tokenizer.encode("low"), tokenizer.end, 270, *tokenizer.encode("new"), tokenizer.end])
+    assert tokenizer.num_bytes(tokens, np.arange(len(tokens)) > 0) == 3 + 1 + 3 + 1
 
 
 def test_half_a_surrogate_pair_is_encoded_as_no_text() -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from apt_launch.generate import restored
 from apt_launch.record import read_rows
 from apt_model.data.tokenizer import load_tokenizer
 from apt_model.layouts.folder import SEALS, WeightsFolder
+from apt_model.training.checkpoint import load
 from tests.conftest import SMALL
 from tests.forks import Ended, run_module
 
@@ -32,7 +34,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_text("to be or not to be\n" * 400)
     data = ("data=text", "data.path=text.txt", "trainer.keep_last=3")
     run("apt_launch", *SMALL, *data, "hydra.run.dir=run", cwd=folder)
-    run("apt_launch", *SMALL, *data, "schedule=none", "trainer.max_epochs=2", "hydra.run.dir=dense", cwd=folder)
+    run(
+        "apt_launch",
+        *SMALL,
+        *data,
+        "schedule=none",
+        "trainer.max_epochs=2",
+        "trainer.ema=0.9",
+        "hydra.run.dir=dense",
+        cwd=folder,
+    )
     return folder
 
 
@@ -79,6 +90,8 @@ def test_the_tokenizer_of_bytes_gives_bytes(place: Path) -> None:
         (["dense", "--layout", "mixtral"], "What holds it: --layout llama."),
         (["dense", "--without", "experts"], "--without: 'experts' is not one of align, voter, capacity"),
         (["dense", "--checkpoint", "3"], "--checkpoint: there is no '3' in 'dense/checkpoints'. Steps: 4, 8."),
+        (["dense/checkpoints/step-00000004", "--checkpoint", "8"], "Leave --checkpoint out, or name the run's folder"),
+        (["run", "--ema"], "has no average of the weights. Train with trainer.ema=0.999"),
         (["dense", "--shard-gb", "0"], "--shard-gb = 0.0 must be above 0"),
         (["dense", "--to", "text.txt"], "--to: text.txt is a file, and a folder is wanted"),
         (["dense", "--to", "dense"], "--to: dense is there already. Choose another folder."),
@@ -104,6 +117,34 @@ def test_the_checkpoint_can_be_chosen(place: Path) -> None:
         assert f"as_{which}: step {step} as llama" in done.stdout
         assert ("left by an export that did not end" in done.stderr) == (which == "best")
     (place / ".as_best.partial.1").rmdir()
+
+
+def test_the_average_of_the_weights_is_exported_where_it_is_asked_for(place: Path) -> None:
+    state = load(place / "dense" / "checkpoints" / "step-00000008")
+    for name, options, expected in (("last", [], state["model"]), ("average", ["--ema"], state["ema"])):
+        run("apt_launch.export", "dense", "--to", name, *options, cwd=place)
+        written = load_file(place / name / "model.safetensors")["model.embed_tokens.weight"]
+        assert torch.equal(written, expected["embedding.weight"])
+        assert ("the average that `trainer.ema` kept" in (place / name / "README.md").read_text()) == bool(options)
+        assert json.loads((place / name / SEALS).read_text())["average"] == bool(options)
+
+
+def test_a_model_that_is_not_of_this_library_is_refused_and_an_optimizer_of_ones_own_is_not(place: Path) -> None:
+    short = ("data=text", "data.path=text.txt", "schedule=none", "trainer.max_epochs=1")
+    llama = "{model_type: llama, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32}"
+    other = ("model=transformers", f"model.config={llama}", "model.vocab_size=256", "model.seq_len=16")
+    run("apt_launch", *REST, *other, *short, "hydra.run.dir=other", cwd=place)
+    refused = run_module("apt_launch.export", "other", "--to", "new", cwd=place)
+    assert (refused.returncode, "Traceback" in refused.stderr) == (2, False)
+    assert "RUN: no layout holds LlamaForCausalLM" in refused.stderr
+
+    (place / "my_lab.py").write_text("import torch\n\n\nclass Mine(torch.optim.SGD):\n    pass\n")
+    allow = ("--allow", "my_lab")
+    mine = ("optimizer=own", "optimizer._target_=my_lab.Mine", "optimizer.lr=0.1")
+    run("apt_launch", *allow, *SMALL, *mine, *short, "hydra.run.dir=mine", cwd=place)
+    told = run_module("apt_launch.export", "mine", "--to", "new", cwd=place)
+    assert (told.returncode, "--allow my_lab" in told.stderr) == (2, True)
+    run("apt_launch.export", *allow, "mine", "--to", "of_mine", cwd=place)
 
 
 def test_a_run_that_begins_with_a_folder_goes_through_the_curriculum_resumes_and_leaves(place: Path) -> None:

@@ -95,11 +95,20 @@ def test_the_average_kept_in_training_is_measured_and_writes(forks: Forks, place
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("run", "--which", "5"), "There are: 4, 8, 12, 16, 20, 24."),
-        (("run", "--which", "last"), "is none of newest, best"),
+        (("run", "--which", "5"), "Steps: 4, 8, 12, 16, 20, 24."),
+        (("run", "--which", "last"), "there is no 'last'"),
         (("run", "model.d_model=8"), "model.d_model=8: only the group data"),
         (("nowhere",), "there is no checkpoint"),
         (("run", "--batch-size", "0"), "must be 1 or more"),
+        (("run", "--max-batches", "0"), "must be 1 or more"),
+        (("run", "--seq-len", "0"), "must be 1 or more"),
+        (("run", "--device", "meta"), "--device = 'meta' is not one of auto, cpu, cuda or cuda:N"),
+        (("run", "--device", "cuda:9"), "--device: 'cuda:9' was asked for"),
+        (("run", "data.val_fraction=0.5"), "data.val_fraction=0.5: say of which data it is"),
+        (
+            ("run/checkpoints/step-00000004", "--which", "8"),
+            "--which 8: run/checkpoints/step-00000004 is one checkpoint",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_told(forks: Forks, place: Path, arguments: tuple[str, ...], told: str) -> None:
