@@ -49,7 +49,7 @@ class PlanSweeper(Sweeper):
         self, params: Mapping[str, Any] | None = None, zip: Sequence[Sequence[str]] = (), **options: Any
     ) -> None:
         self.params = dict(params or {})
-        self.zip = [list(names) for names in zip]
+        self.zip = zip or ()
         self.options = options
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -72,6 +73,28 @@ def test_lists_of_unequal_lengths_and_unknown_names_cannot_be_zipped(base: list[
         gather([*base, together, "seed=1,2,3", "optimizer.lr=0.1,0.2"])
     with pytest.raises(ConfigError, match=r"hydra\.sweeper\.zip: optimizer\.lr is not among"):
         gather([*base, together, "seed=1,2,3"])
+
+
+@pytest.mark.parametrize(
+    ("together", "told"),
+    [
+        ("[seed,optimizer.lr]", r"\['seed', 'optimizer.lr'\] is no list of lists .* Write it as \[\[lr,seed\]\]"),
+        ("[[]]", r"\[\[\]\] is no list of lists with keys"),
+        ("[[seed,optimizer.lr],[seed]]", "seed stands there twice"),
+        ("[[seed,seed]]", "seed stands there twice"),
+        ("[[1]]", "1 is not among what is swept"),
+    ],
+)
+def test_what_cannot_be_zipped_is_refused(base: list[str], together: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=rf"hydra\.sweeper\.zip: {told}"):
+        gather([*base, f"hydra.sweeper.zip={together}", "seed=1,2", "optimizer.lr=0.1,0.2"])
+
+
+@pytest.mark.parametrize("override", ["seed=range(3,3)", "schedule=glob(zz*)"])
+def test_what_stands_for_no_value_is_refused(base: list[str], override: str) -> None:
+    name, _, values = override.partition("=")
+    with pytest.raises(ConfigError, match=rf"^{name}: {re.escape(values)} stands for no value"):
+        gather([*[o for o in base if not o.startswith(f"{name}=")], override])
 
 
 def test_a_kept_sweep_gives_values_and_the_command_line_wins(base: list[str]) -> None:

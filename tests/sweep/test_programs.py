@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -22,7 +22,7 @@ from apt_launch.sweep import job
 from apt_launch.sweep.application import HYDRA_MAIN, Program, load
 from apt_launch.sweep.control.resume import refuse_shared
 from apt_launch.sweep.plan.composer import typed_secret
-from apt_launch.sweep.plan.plan import merged_order
+from apt_launch.sweep.plan.plan import merged_order, shared_values
 from apt_launch.sweep.programs.command_line import sweep_of
 from apt_launch.sweep.programs.freeze import TYPES, Freezer, revealed, thaw
 from apt_launch.sweep.programs.metrics import Follower
@@ -48,6 +48,11 @@ class Larger(Part):
     more: list[Part] = field(default_factory=lambda: [Part(), Larger(size=3, more=[])])
     table: dict[int, float] = field(default_factory=lambda: {10: 0.1})
     empty: int = MISSING
+
+
+@dataclass
+class Either:
+    value: Union[int, str] = 1  # noqa: UP007 - OmegaConf 2.3 knows no other way to write it on Python 3.10
 
 
 def frozen_and_back(content: Any) -> Any:
@@ -87,6 +92,20 @@ def test_a_value_comes_back_as_it_was(value: Any) -> None:
     assert after.value == before.value
     assert type(after.value) is type(before.value)
     assert list(after) == ["value", "after"]
+
+
+def test_keys_that_are_no_plain_words_come_back_beside_hydras_node() -> None:
+    content = {"a.b": 1, 3: "c", "$v": [2], "hydra": {"job": {"num": 0}}, "plain": {"$pairs": 1, "b": 2}}
+    assert OmegaConf.to_container(frozen_and_back(content)) == content
+    assert Freezer().freeze(OmegaConf.create(content))["hydra"] == {"job": {"num": 0}}
+
+
+@pytest.mark.parametrize("value", [3, "3", "a", "${oc.env:NOT_SET_ANYWHERE}"])
+def test_a_value_of_two_types_comes_back_as_the_one_that_it_had(value: Any) -> None:
+    config = OmegaConf.create({"either": OmegaConf.structured(Either(value))})
+    back = thaw(json.loads(json.dumps(Freezer().freeze(config))))
+    assert OmegaConf.to_container(back) == {"either": {"value": value}}
+    assert type(OmegaConf.to_container(back)["either"]["value"]) is type(value)
 
 
 def test_structured_nodes_keep_their_classes_and_rules() -> None:
@@ -248,6 +267,14 @@ def test_a_programs_command_line_for_its_sweep(tmp_path: Path, monkeypatch: pyte
     ):
         with pytest.raises(ConfigError, match=message):
             sweep_of(words)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [([1], [1.0]), ([1], [True]), ({"a": 1}, {"a": True}), (0.0, -0.0), (1, "1")]
+)
+def test_jobs_share_what_is_equal_to_the_last_type(one: Any, other: Any) -> None:
+    assert shared_values([{"x": one, "y": 2}, {"x": other, "y": 2}]) == {"y": 2}
+    assert shared_values([{"x": one}, {"x": one}]) == {"x": one}
 
 
 def test_keys_keep_the_order_of_the_config_also_where_some_differ() -> None:

@@ -61,6 +61,9 @@ def expand(
             options[name] = [f"{name}={override.get_value_element_as_str()}"]
         elif override.is_discrete_sweep():
             options[name] = [f"{name}={value}" for value in override.sweep_string_iterator()]
+            if not options[name]:
+                asked = str(override.input_line).partition("=")[2]
+                raise ConfigError(f"{name}: {asked} stands for no value. Give one or more.")
             varied.append(name)
         else:
             raise ConfigError(
@@ -70,8 +73,13 @@ def expand(
     bundles: dict[str, list[tuple[str, ...]]] = {
         name: [(value,) for value in values] for name, values in options.items()
     }
-    for names in zipped:
-        bare = {name.lstrip("+~"): name for name in options}
+    bare = {name.lstrip("+~"): name for name in options}
+    if not _is_list(zipped) or not all(_is_list(names) and names for names in zipped):
+        raise ConfigError(f"{key}: {zipped} is no list of lists with keys. Write it as [[lr,seed]].")
+    together = [str(name) for names in zipped for name in names]
+    if twice := [name for name in together if together.count(name) > 1]:
+        raise ConfigError(f"{key}: {twice[0]} stands there twice. A key advances in one list.")
+    for names in (list(map(str, names)) for names in zipped):
         if missing := [name for name in names if name not in bare]:
             raise ConfigError(f"{key}: {missing[0]} is not among what is swept. {nearest(missing[0], list(bare))}")
         lists = [options[bare[name]] for name in names]
@@ -83,6 +91,10 @@ def expand(
         bundles[bare[names[0]]] = list(zip(*lists, strict=True))
     combinations = [list(itertools.chain(*chosen)) for chosen in itertools.product(*bundles.values())]
     return [(all_of, [part for part in all_of if part.split("=", 1)[0] in varied]) for all_of in combinations]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def make(

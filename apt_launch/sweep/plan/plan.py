@@ -275,13 +275,14 @@ def merged_order(flats: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def shared_values(flats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what all of ``flats`` have, with equal types."""
+    """Return what all of ``flats`` have, with equal types, also within lists: ``[1]`` is not ``[1.0]``, and 0.0 not -0.0."""
     first, *others = flats
-    return {
-        key: value
-        for key, value in first.items()
-        if all(key in flat and flat[key] == value and type(flat[key]) is type(value) for flat in others)
-    }
+    found = {}
+    for key, value in first.items():
+        written = repr(value)
+        if all(key in flat and repr(flat[key]) == written for flat in others):
+            found[key] = value
+    return found
 
 
 def without(flat: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:

@@ -130,7 +130,10 @@ class Freezer:
         values = [self._child(node, key, f"{path}.{key}" if path else str(key), types, above) for key in keys]
         if plain:
             return dict(zip(keys, values, strict=True))
-        return {"$pairs": [[self._leaf(k, path), v] for k, v in zip(keys, values, strict=True)]}
+        pairs = [[self._leaf(k, path), v] for k, v in zip(keys, values, strict=True)]
+        if not path and "hydra" in keys:  # which is looked for by its name
+            return {"$pairs": [pair for pair in pairs if pair[0] != "hydra"], "hydra": values[keys.index("hydra")]}
+        return {"$pairs": pairs}
 
     def _of_hydra(self, node: Any, types: dict[str, str], above: Mapping[int, Any]) -> dict[str, Any]:
         """Freeze Hydra's own node: what no job changes, once."""
@@ -150,7 +153,7 @@ class Freezer:
         from omegaconf import Container
 
         node = parent._get_node(key)
-        raw = node._value()
+        raw = _raw(node)
         if isinstance(raw, str):
             if raw == MISSING:
                 return MISSING
@@ -172,7 +175,7 @@ class Freezer:
         from omegaconf import Container
 
         if not node._is_interpolation():
-            return node._value()
+            return _raw(node)
         if path in LAZY or path.startswith(OVERRIDES):
             return _NO_VALUE
         try:
@@ -303,8 +306,9 @@ def _thaw(value: Any, path: str, types: Mapping[str, str]) -> Any:
         (name, content), *_ = value.items()
         if name in MARKS:
             return MARKS[name](content)
-    pairs = value.get("$pairs") if len(value) == 1 else None
-    items = [(_thaw(k, path, {}), v) for k, v in pairs] if pairs is not None else list(value.items())
+    pairs = value.get("$pairs", []) if len(value) == 1 or not path else []
+    items = [(_thaw(k, path, {}), v) for k, v in pairs]
+    items += [(k, v) for k, v in value.items() if k != "$pairs"]
     node = OmegaConf.structured(_class_of(types[path], path)) if path in types else OmegaConf.create({})
     with flag_override(node, ["struct", "readonly"], False):
         given = {key for key, _ in items}
@@ -334,6 +338,14 @@ MARKS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "$bytes": base64.b64decode,
     "$enum": _enum,
 }
+
+
+def _raw(node: Any) -> Any:
+    """Return what a node holds; that of a ``Union`` holds another node."""
+    from omegaconf import UnionNode
+
+    held = node._value()
+    return held._value() if isinstance(node, UnionNode) and hasattr(held, "_value") else held
 
 
 def _is_typed(node: Any) -> bool:
