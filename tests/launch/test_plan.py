@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from apt_launch.config.load import composed
 from apt_launch.planning import gather
+from apt_launch.sweep.plan.expand import _as_override
 from apt_launch.sweep.plan.plan import Plan
 from apt_model.errors import ConfigError
 from tests.conftest import SMALL
@@ -88,6 +90,23 @@ def test_lists_of_unequal_lengths_and_unknown_names_cannot_be_zipped(base: list[
 def test_what_cannot_be_zipped_is_refused(base: list[str], together: str, told: str) -> None:
     with pytest.raises(ConfigError, match=rf"hydra\.sweeper\.zip: {told}"):
         gather([*base, f"hydra.sweeper.zip={together}", "seed=1,2", "optimizer.lr=0.1,0.2"])
+
+
+@pytest.mark.parametrize(
+    ("kept", "written"),
+    [
+        ([1, None, True, "a"], "1,null,True,a"),
+        (["c,d", "", "{", "a b", "range(1,3)", "it's"], '"c,d","","{",a b,"range(1,3)","it\'s"'),
+        ([[1, "a,b"], {"k": "v", "m": [2]}], '[1,"a,b"],{k:v,m:[2]}'),
+        ("range(1,3)", "range(1,3)"),
+        (None, "null"),
+    ],
+)
+def test_the_values_of_a_kept_sweep_are_as_many_choices_as_members(kept: object, written: str) -> None:
+    assert _as_override(kept) == written
+    if isinstance(kept, list):
+        parsed = OverridesParser.create().parse_override(f"x={written}")
+        assert len(list(parsed.sweep_string_iterator())) == len(kept)
 
 
 @pytest.mark.parametrize("override", ["seed=range(3,3)", "schedule=glob(zz*)"])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from apt_launch.commands import config_flags
+from apt_launch.commands import override as quoted
 from apt_launch.sweep.application import JobSpec, Resources
 from apt_launch.sweep.plan.composer import Composer
 from apt_launch.sweep.plan.jobs import Job
@@ -152,8 +153,28 @@ def of_command(arguments: Sequence[str], *, composer: Composer, target: Callable
 def _as_override(value: Any) -> str:
     """Return a kept sweep's values as the command line would have them: a list's members are choices."""
     if isinstance(value, list | tuple):
-        return ",".join("null" if member is None else str(member) for member in value)
+        return ",".join(map(_as_choice, value))
     return "null" if value is None else str(value)
+
+
+def _as_choice(value: Any) -> str:
+    """Return one value in Hydra's grammar; text that is several there, or none, is quoted."""
+    if value is None:
+        return "null"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_as_choice(member)}" for key, member in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(_as_choice, value)) + "]"
+    if not isinstance(value, str):
+        return str(value)
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        is_one = value != "" and not OverridesParser.create().parse_override(f"x={value}").is_sweep_override()
+    except HydraException:
+        is_one = False
+    return value if is_one else quoted("", value)[1:]
 
 
 def of_combinations(
