@@ -14,7 +14,8 @@ from typing import Any, Union
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ReadonlyConfigError
 
 from apt_launch.record import read_rows
 from apt_launch.secrets import is_named_secret
@@ -48,6 +49,16 @@ class Larger(Part):
     more: list[Part] = field(default_factory=lambda: [Part(), Larger(size=3, more=[])])
     table: dict[int, float] = field(default_factory=lambda: {10: 0.1})
     empty: int = MISSING
+
+
+@dataclass(frozen=True)
+class Fixed:
+    size: int = 1
+
+
+@dataclass
+class Whole:
+    part: Fixed = field(default_factory=Fixed)
 
 
 @dataclass
@@ -106,6 +117,17 @@ def test_a_value_of_two_types_comes_back_as_the_one_that_it_had(value: Any) -> N
     back = thaw(json.loads(json.dumps(Freezer().freeze(config))))
     assert OmegaConf.to_container(back) == {"either": {"value": value}}
     assert type(OmegaConf.to_container(back)["either"]["value"]) is type(value)
+
+
+@pytest.mark.parametrize(
+    "config", [OmegaConf.structured(Whole), OmegaConf.create({"part": OmegaConf.structured(Fixed)})]
+)
+def test_what_a_frozen_class_holds_stays_as_it_is(config: DictConfig) -> None:
+    config.part = Fixed(3)
+    back = thaw(json.loads(json.dumps(Freezer().freeze(config))))
+    assert back.part.size == 3
+    with pytest.raises(ReadonlyConfigError):
+        back.part.size = 4
 
 
 def test_structured_nodes_keep_their_classes_and_rules() -> None:

@@ -320,7 +320,11 @@ def _thaw(value: Any, path: str, types: Mapping[str, str]) -> Any:
                 if isinstance(content, str) and path in types:
                     OmegaConf.update(node, key, content, merge=False)  # text becomes what the class wants
                 else:
-                    node[key] = _thaw(content, full, types)
+                    node[key] = made = _thaw(content, full, types)
+                    if OmegaConf.is_config(made) and OmegaConf.is_readonly(
+                        made
+                    ):  # of a frozen class: it is lost on the way
+                        OmegaConf.set_readonly(node._get_node(key), True)
             except (OmegaConfBaseException, ValueError) as error:
                 raise ConfigError(
                     f"{full}: {content!r} does not fit {types.get(path, 'its place')}: {str(error).splitlines()[0]}"
