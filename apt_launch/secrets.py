@@ -53,13 +53,19 @@ def secret_error(error: BaseException | None) -> SecretError | None:
     return error
 
 
-def refuse_secrets_of_the_environment() -> None:
-    """Have ``${oc.env:NAME}`` raise SecretError from now on where NAME is named like a secret, however it is written."""
+def refuse_secrets_of_the_environment(is_known_later: Callable[[str], bool] | None = None) -> None:
+    """Have ``${oc.env:NAME}`` raise SecretError from now on where NAME is named like a secret, however it is written.
+
+    Args:
+        is_known_later: says of a name whether it has no value yet, with a default or without: LookupError.
+    """
     from omegaconf.resolvers import oc
 
     def env(key: str, *default: Any) -> Any:
         if SECRET_NAME.search(str(key)):
             raise SecretError(f"it takes the secret {key} from the environment. {REMEDY}")
+        if is_known_later is not None and is_known_later(str(key)):
+            raise LookupError(f"{key} has its value in a job alone")
         return oc.env(key, *default)
 
     register_resolver("oc.env", env)
@@ -76,12 +82,12 @@ def register_resolver(name: str, resolver: Callable[..., Any]) -> None:
 
 
 @contextmanager
-def without_secrets_of_the_environment() -> Iterator[None]:
-    """Refuse them meanwhile, in a process whose other configs are not ours."""
+def without_secrets_of_the_environment(is_known_later: Callable[[str], bool] | None = None) -> Iterator[None]:
+    """Refuse them meanwhile, in a process whose other configs are not ours; see :func:`refuse_secrets_of_the_environment`."""
     from omegaconf.basecontainer import BaseContainer
 
     before = BaseContainer._resolvers["oc.env"]
-    refuse_secrets_of_the_environment()
+    refuse_secrets_of_the_environment(is_known_later)
     try:
         yield
     finally:

@@ -209,6 +209,29 @@ HARMLESS = [
 ]
 
 
+def test_a_variable_that_jobs_have_of_the_config_or_of_slurm_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OF_JOB", raising=False)
+    monkeypatch.setenv("OF_ALL", "all")
+    content = {
+        "a": "${oc.env:OF_JOB,none}",
+        "b": "${oc.env:OF_ALL,none}",
+        "c": "x${a}",
+        "d": "${oc.env:SLURM_JOB_ID,local}",
+        "e": "${oc.env:OF_NOBODY,none}",
+        "hydra": {"job": {"env_set": {"OF_JOB": "bar"}}, "launcher": {"cpus": "${oc.env:OF_JOB,2}"}},
+    }
+    frozen = Freezer().freeze(OmegaConf.create(content))
+    assert frozen["hydra"]["launcher"] == {"cpus": "2"}
+    del frozen["hydra"], frozen[TYPES]
+    assert frozen == {
+        "a": "${oc.env:OF_JOB,none}",
+        "b": "all",
+        "c": "x${a}",
+        "d": "${oc.env:SLURM_JOB_ID,local}",
+        "e": "none",
+    }
+
+
 def test_a_secret_is_known_by_the_name_of_its_key_and_by_nothing_that_only_looks_alike(tmp_path: Path) -> None:
     for key in SECRETS:
         assert is_named_secret(key, "c4n4ry-0123"), key

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from apt_launch.secrets import (
     SECRET_VALUE,
@@ -58,6 +58,8 @@ class Freezer:
         """Secrets of the configs, by the numbers that stand for them."""
         self._in_clear: list[Any] = []  # nodes with such secrets, in the config that is being frozen
         self._problems: list[str] = []
+        self._at = ""  # the key whose interpolation is being resolved
+        self._set_by_hydra: frozenset[str] = frozenset()  # variables that jobs have of the config
         self._secrets = {value: name for name, value in secrets_of_the_environment().items()}
         self._hydras = [_HydraNode(None), _HydraNode(None)]  # as it is, and with numbers for secrets
 
@@ -82,7 +84,8 @@ class Freezer:
         if self._hydras[which].of is not cfg:
             self._hydras[which] = _HydraNode(cfg)
         self._hydra = self._hydras[which]
-        with without_secrets_of_the_environment(), _without_what_only_jobs_know():
+        self._set_by_hydra = _variables(cfg)
+        with without_secrets_of_the_environment(self._is_known_later), _without_what_only_jobs_know():
             values: dict[str, Any] = self._container(cfg, "", types, {})
         return values, types
 
@@ -178,6 +181,7 @@ class Freezer:
             return _raw(node)
         if path in LAZY or path.startswith(OVERRIDES):
             return _NO_VALUE
+        self._at = path
         try:
             value = parent[key]
         except Exception:  # whatever a resolver raises: the job may know more, and else has the same error as by hand
@@ -185,6 +189,11 @@ class Freezer:
         if isinstance(value, Container) or value is None:
             return value
         return value if isinstance(value, bool | int | float | str | bytes | Path | enum.Enum) else _NO_VALUE
+
+    def _is_known_later(self, name: str) -> bool:
+        """Return whether a job may see another value of the environment's variable ``name`` than who plans."""
+        own = self._at.split(".")[0] == "hydra"  # which is acted on before
+        return not own and (name.startswith("SLURM_") or name in self._set_by_hydra)
 
     def _leaf(self, value: Any, path: str, node: Any = None) -> Any:
         if value is None or isinstance(value, bool) or type(value) in (int, float):
@@ -215,6 +224,13 @@ class Freezer:
                 f"{path}: ${{oc.env:NAME}}, which stays as it is until the job runs."
             )
         return text
+
+
+def _variables(cfg: DictConfig) -> frozenset[str]:
+    from omegaconf import DictConfig, OmegaConf
+
+    found = OmegaConf.select(cfg, "hydra.job.env_set", throw_on_resolution_failure=False)
+    return frozenset(map(str, found)) if isinstance(found, DictConfig) else frozenset()
 
 
 @contextmanager
@@ -324,7 +340,7 @@ def _thaw(value: Any, path: str, types: Mapping[str, str]) -> Any:
                     if OmegaConf.is_config(made) and OmegaConf.is_readonly(
                         made
                     ):  # of a frozen class: it is lost on the way
-                        OmegaConf.set_readonly(node._get_node(key), True)
+                        OmegaConf.set_readonly(cast("DictConfig", node._get_node(key)), True)
             except (OmegaConfBaseException, ValueError) as error:
                 raise ConfigError(
                     f"{full}: {content!r} does not fit {types.get(path, 'its place')}: {str(error).splitlines()[0]}"
