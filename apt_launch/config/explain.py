@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import re
+import shlex
 from typing import Any, cast
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from apt_launch.commands import override
 from apt_launch.config.menu import CONF, groups, options_below
 from apt_launch.config.schema import all_keys
 from apt_launch.values import flatten
 from apt_model.errors import CheckpointError, ConfigError, nearest
+
+
+def _why_unread(error: OverrideParseException) -> str:
+    """Return why Hydra's grammar has no place for an override, and how it is written if its value is meant as text."""
+    key, separator, value = error.override.partition("=")
+    reason = str(error).splitlines()[0].rstrip(".")
+    if "LexerNoViableAlt" in reason:
+        reason = "it has a character that stands within quotation marks alone"
+    if not separator or not value:
+        return f"{reason}."
+    return f"{reason}. If its value is text, quote it: {shlex.quote(override(key, value))}"
 
 
 def explained(error: Exception) -> ConfigError:
@@ -28,7 +41,7 @@ def explained(error: Exception) -> ConfigError:
         ]  # local and slurm are the same here
         return ConfigError(f"{group or 'config'}: there is no option {option!r}. {nearest(option, options)}")
     if isinstance(error, OverrideParseException):
-        return ConfigError(f"{error.override}: not an override that Hydra understands: {text.splitlines()[0]}")
+        return ConfigError(f"{error.override}: not an override that Hydra understands: {_why_unread(error)}")
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1).split("@")[0]
         if "No match in the defaults list" in text:

@@ -30,7 +30,7 @@ from apt_launch.secrets import (
     secret_problems,
     without_secrets_of_the_environment,
 )
-from apt_model.errors import ConfigError
+from apt_model.errors import ConfigError, nearest
 
 CALLBACKS: Final = frozenset(
     {
@@ -191,6 +191,10 @@ def _guarded_loader() -> type:
         def _composed(self, *arguments: Any, **options: Any) -> DictConfig:
             try:
                 return super()._load_configuration_impl(*arguments, **options)
+            except ValueError as error:
+                if str(error).startswith("Config group override must be"):  # and of which is not said
+                    raise self._no_option(arguments[1]) from error
+                raise
             except KeyError as error:
                 if error.args and error.args[0] not in os.environ and isinstance(error.__context__, KeyError):
                     raise ConfigError(
@@ -198,6 +202,17 @@ def _guarded_loader() -> type:
                         "it out."
                     ) from None
                 raise
+
+        def _no_option(self, overrides: list[str]) -> ConfigError:
+            problems = []
+            for one in OverridesParser.create().parse_overrides(overrides):
+                group, value = one.get_key_element().split("@")[0].lstrip("+"), one.value()
+                if not isinstance(value, str | list) and self.repository.group_exists(group):
+                    asked, options = str(one.input_line), self.repository.get_group_options(group)
+                    problems.append(
+                        f"{asked}: the group takes the name of an option. {nearest(asked.partition('=')[2], options)}"
+                    )
+            return ConfigError(*problems or ["a group takes the name of an option."])
 
         def _compose_config_from_defaults_list(self, defaults: list[Any], repo: Any) -> Any:
             merge = functools.partial(super()._compose_config_from_defaults_list, defaults=defaults, repo=repo)
