@@ -23,7 +23,7 @@ trainer.activation_checkpointing) is not counted, as is usual where MFU is state
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -32,7 +32,7 @@ from apt_launch.config.schema import GPTConfig
 from apt_model.errors import ConfigError
 from apt_model.schedule import MODULES, Clock, Program
 from apt_model.schedule.program import LatchState, Subject, grown_to
-from apt_model.schedule.targets import matching
+from apt_model.schedule.targets import covers, matching
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ class Phase:
     batch_size: int  # sequences of the batch that activations and workspace are for
     modules: tuple[str, ...]  # that are enabled
     grown_to: int | None  # experts of a layer, once there are more than it began with
-    frozen: tuple[str, ...]  # patterns of frozen parameters
+    frozen: tuple[str, ...]  # patterns of frozen parameters, and "(not PATTERN)" for parts of them that train
     parameters: int
     active: int  # parameters that one token meets: top_k of the experts, and all that is shared
     largest_block: int  # parameters of the largest block
@@ -173,7 +173,7 @@ def sizes(config: RunConfig, *, on_gpu: bool | None = None) -> list[Phase]:
                 batch_size=batch,
                 modules=tuple(name for name in MODULES if on.get(Subject(name, "enabled"))),
                 grown_to=grown or None,
-                frozen=tuple(subject.name for subject, value in on.items() if subject.state == "frozen" and value),
+                frozen=tuple(_frozen(on)),
                 parameters=total,
                 active=total - round(_idle(model)),
                 largest_block=max(_numel(block) for block in model.blocks),
@@ -216,6 +216,15 @@ def _phases(program: Program) -> Iterator[tuple[int, dict[Subject, bool]]]:
         if state != before:
             yield step, state
         before = state
+
+
+def _frozen(on: Mapping[Subject, bool]) -> Iterator[str]:
+    frozen = [subject.name for subject, value in on.items() if subject.state == "frozen" and value]
+    for subject, value in on.items():  # whole things before their parts
+        if subject.state == "frozen" and value:
+            yield subject.name
+        elif subject.state == "frozen" and any(covers(whole, subject.name) for whole in frozen):
+            yield f"(not {subject.name})"
 
 
 def _numel(module: torch.nn.Module) -> int:

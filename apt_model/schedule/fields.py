@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import re
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -35,6 +36,14 @@ def written_time(value: Any) -> Time:
     return Time.parse(value, by="step")
 
 
+def named(value: Any) -> Any:
+    """Check the names of a mapping: rows, tables and lines of a log have them as they are."""
+    for name in value if isinstance(value, dict) else ():
+        if isinstance(name, str) and not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError(f"{name!r} cannot be a name. Call it by letters, digits, _, - and . alone, such as late_2")
+    return value
+
+
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -43,3 +52,6 @@ Length = Annotated[Any, BeforeValidator(length)]
 Span = Annotated[Any, BeforeValidator(span)]
 WrittenTime = Annotated[Any, BeforeValidator(written_time)]
 Pattern = Annotated[str, Field(min_length=1)]
+
+Value = TypeVar("Value")
+Named = Annotated[dict[str, Value], BeforeValidator(named)]

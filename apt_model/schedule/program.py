@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from operator import attrgetter
 from typing import Any
 
 from apt_model.errors import ConfigError, nearest
 from apt_model.schedule.clock import Clock, Horizon
 from apt_model.schedule.spec import Curriculum, When
-from apt_model.schedule.targets import ALIASED, BINDINGS, DOMAINS, MODULES, OF_EXPERTS, Domain, matching
+from apt_model.schedule.targets import ALIASED, BINDINGS, DOMAINS, MODULES, OF_EXPERTS, Domain, common, covers, matching
 from apt_model.schedule.times import Time
 
 
@@ -111,10 +112,12 @@ class Program:
         self.modules = tuple(modules)
         self.switches: dict[Subject, list[Switch]] = {Subject(module, "enabled"): [] for module in self.modules}
         self.latches: dict[Subject, When] = {}
+        self._latch_keys: dict[Subject, str] = {}
         problems = self._read_events()
+        self._deciding = self._put_wholes_first()
         self.fired, unresolved = self._fire_planned()
         self._check_names(unresolved, problems)
-        problems += self._misplaced_events()
+        problems += [*self._misplaced_events(), *self._misplaced_freezes()]
         for name, spec in curriculum.all_anneals.items():
             domain = DOMAINS.get(curriculum.target_of(name))
             problems += spec.problems(curriculum.key_of(name, key), horizon, domain, self.fired)
@@ -124,14 +127,14 @@ class Program:
         self._off: dict[str, bool | float] = {subject.label: False for subject in self.switches}
         self.switch_lines = [
             self._switch_line(subject, switches)
-            for subject, switches in self.switches.items()
+            for subject, switches in self._deciding.items()
             if switches and all(self._is_planned(switch.at) for switch in switches)
         ]
         self.value_lines = self._lay_out_values(self.fired)
         self._value_lines_after = {frozenset(self.fired.items()): self.value_lines}  # by what has happened when
 
     def _switch_line(self, subject: Subject, switches: list[Switch]) -> SwitchLine:
-        thresholds = [(*self._threshold(switch.at), switch.on) for switch in self._in_order(switches)]
+        thresholds = [(*self._threshold(switch.at), switch.on) for switch in self._in_order(switches, self.fired)]
         unit, count, on = thresholds[0]
         if len(thresholds) == 1 and on:
             return subject.label, attrgetter(unit), count.__le__
@@ -148,7 +151,7 @@ class Program:
     def _read_events(self) -> list[str]:
         """Sort events by subject; one arbiter each: times, or one latch."""
         problems = []
-        latched: dict[Subject, str] = {}
+        latched = self._latch_keys
         for name, event in self.curriculum.all_events().items():
             where = f"{self.key}.{name}"
             state, on = event.state
@@ -174,6 +177,23 @@ class Program:
                     continue
                 self.switches.setdefault(subject, []).append(Switch(where, event.at, on))
         return problems
+
+    def _put_wholes_first(self) -> dict[Subject, list[Switch]]:
+        """Put freezes of whole things before those of their parts; return the switches by which each subject goes.
+
+        Those of what is frozen are its own and those of all that it is a part of: the last one in time decides, and at one
+        update that of the smallest part.
+        """
+        wholes = {
+            subject: [one for one in self.switches if one.state == "frozen" and covers(one.name, subject.name)]
+            for subject in self.switches
+            if subject.state == "frozen"
+        }
+        self.switches = dict(sorted(self.switches.items(), key=lambda item: len(wholes.get(item[0], []))))
+        return {
+            subject: [s for one, own in self.switches.items() if one in wholes.get(subject, [subject]) for s in own]
+            for subject in self.switches
+        }
 
     def _two_writers(self, subject: Subject, one: str, other: str) -> str:
         return f"{other}: {subject.name} is switched by {one} already, and a latch shares a module with nothing. Remove one."
@@ -238,6 +258,40 @@ class Program:
                     f"{self.key}: the latch of {subject.name} has its deadline at {when.deadline} = step {deadline}, before "
                     f"{when.not_before} = step {first}, from which on it may act. Set not_before earlier or deadline later."
                 )
+        return problems
+
+    def _misplaced_freezes(self) -> list[str]:
+        """Refuse freezes that meet in parameters where none is of a part of the other, and what trains again without one."""
+        problems = []
+        frozen = {subject: switches for subject, switches in self.switches.items() if subject.state == "frozen"}
+        for one, other in combinations(frozen, 2):
+            shared = common(one.name, other.name)
+            keys = [self._latch_keys.get(subject) or frozen[subject][0].key for subject in (one, other)]
+            if shared is not None and (one in self.latches or other in self.latches):
+                problems.append(
+                    f"{keys[1]}: {other.name} and {one.name} ({keys[0]}) have {shared} in common, and a latch shares parameters "
+                    "with nothing. Remove one."
+                )
+            elif shared not in (None, one.name, other.name):
+                problems.append(
+                    f"{keys[1]}: {other.name} and {one.name} ({keys[0]}) have {shared} in common, and neither is a part of the "
+                    f"other. In place of one of them name its parts without {shared}."
+                )
+        for subject, switches in frozen.items():
+            begins = [
+                (switch.at.step(self.horizon, self.fired) or 0) if switch.on else self.horizon.steps
+                for other, others in frozen.items()
+                if common(other.name, subject.name) is not None
+                for switch in others
+            ]
+            for switch in switches:
+                step = switch.at.step(self.horizon, self.fired)
+                if not switch.on and min(begins) > (self.horizon.steps - 1 if step is None else step):
+                    when = "" if step is None else f" before step {step}"
+                    problems.append(
+                        f"{switch.key}: nothing freezes {subject.name}{when}, so it cannot train again. Freeze it earlier, such "
+                        f"as with {{freeze: {subject.name}, at: 0st}}, or remove this."
+                    )
         return problems
 
     def growths(self, module: str) -> list[Subject]:
@@ -314,7 +368,7 @@ class Program:
         names = list(parameters)
         for subject, switches in self.switches.items():
             if names and subject.state == "frozen" and not matching(subject.name, names):
-                key = switches[0].key if switches else self.key
+                key = switches[0].key if switches else self._latch_keys[subject]
                 problems.append(f"{key}: no parameters are called {subject.name!r}. {nearest(subject.name, names)}")
         if problems:
             raise ConfigError(*dict.fromkeys(problems))
@@ -324,8 +378,8 @@ class Program:
     def _is_planned(self, at: Time) -> bool:
         return at.anchor is None or at.anchor in self.fired
 
-    def _in_order(self, switches: list[Switch]) -> list[Switch]:
-        return sorted(switches, key=lambda switch: switch.at.step(self.horizon, self.fired) or 0)
+    def _in_order(self, switches: list[Switch], fired: Mapping[str, Clock]) -> list[Switch]:
+        return sorted(switches, key=lambda switch: switch.at.step(self.horizon, fired) or 0)
 
     def _threshold(self, at: Time) -> tuple[str, int]:
         """Return a planned time as the clock's field and the count from which on it is reached."""
@@ -369,13 +423,13 @@ class Program:
         fired: Mapping[str, Clock],
     ) -> None:
         """Add to ``state`` what latches decide, and what waits for them."""
-        for subject, switches in self.switches.items():
+        for subject, switches in self._deciding.items():
             if subject in self.latches:
                 state[subject.label] = latches.get(subject, LatchState()).on
             elif not all(self._is_planned(switch.at) for switch in switches):
                 reached = [switch for switch in switches if switch.at.reached(clock, self.horizon, fired)]
                 if reached:
-                    state[subject.label] = max(reached, key=lambda switch: switch.at.step(self.horizon, fired) or 0).on
+                    state[subject.label] = self._in_order(reached, fired)[-1].on
 
     def _fired_with(self, latches: Mapping[Subject, LatchState]) -> dict[str, Clock]:
         """Return when events happened, those of latches and what came after them included."""
@@ -466,7 +520,7 @@ class Program:
             if module is not None and not self.ever_enabled(module):
                 notes.append(f"{where} anneals what nothing reads: {module} is never enabled.")
         for subject, switches in self.switches.items():
-            if switches and not any(switch.on for switch in switches):
+            if subject.state == "enabled" and switches and not any(switch.on for switch in switches):
                 notes.append(f"{switches[0].key} disables {subject.name}, which nothing enables.")
         for subject, when in self.latches.items():
             deadline = when.deadline.step(self.horizon, self.fired) if when.deadline is not None else None

@@ -56,6 +56,7 @@ class ScheduleRunner:
         self.planned = horizon
         self.broadcast = broadcast
         self._setters: dict[str, Callable[[Any], None]] = {}
+        self._freezers: dict[str, Callable[[bool], None]] = {}  # whole things before their parts
         self._resize: Callable[..., None] | None = None
         self._values: dict[str, bool | float] = {}
         self._latches: dict[Subject, LatchState] = {}
@@ -90,6 +91,7 @@ class ScheduleRunner:
         domains = {name: (domains or {}).get(name, Domain()) for name in values}
         self.program.check_targets(domains, parameters)
         setters: dict[str, Callable[[Any], None]] = {}
+        freezers: dict[str, Callable[[bool], None]] = {}
         problems = []
         for subject, events in self.program.switches.items():
             used = bool(events) or subject in self.program.latches
@@ -98,7 +100,7 @@ class ScheduleRunner:
                 if freeze is None:
                     problems.append(f"{key}: this model has no parameters that can be frozen.")
                     continue
-                setters[subject.label] = _freezer(freeze, subject.name)
+                freezers[subject.label] = _freezer(freeze, subject.name)
             elif subject.experts is not None:
                 if resize is None:
                     problems.append(f"{key}: this model has no experts that can become more.")
@@ -115,6 +117,7 @@ class ScheduleRunner:
             setters[name] = values[meant[0]] if len(meant) == 1 else _all_of([values[target] for target in meant])
             self.targets += meant
         self._setters = setters
+        self._freezers = freezers
         self._resize = resize
 
     def at(self, clock: Clock) -> dict[str, bool | float]:
@@ -156,11 +159,10 @@ class ScheduleRunner:
         changes.append(Change(name, value))
 
     def _refreeze(self, changes: list[Change]) -> None:
-        """Freeze again where a module was switched: parameters that appeared are frozen, too."""
-        if any(isinstance(value, bool) and not name.endswith("_frozen") for name, value in changes):
-            for subject in self.program.switches:
-                if subject.state == "frozen" and self._values[subject.label] and subject.label in self._setters:
-                    self._setters[subject.label](True)
+        """Freeze anew where anything was switched: parameters that appeared, too, and each part after what it is a part of."""
+        if any(isinstance(value, bool) for _, value in changes):
+            for label, freeze in self._freezers.items():
+                freeze(bool(self._values[label]))
 
     def reconcile(self) -> list[Change]:
         """After :meth:`load_state_dict`: set the model to what the last update had, whatever the checkpoint held."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal
@@ -11,7 +12,7 @@ from pydantic import Field
 from apt_model.errors import ConfigError, validated
 from apt_model.schedule.anneal import Anneal
 from apt_model.schedule.clock import Unit
-from apt_model.schedule.fields import Count, Number, Pattern, Positive, Strict, WrittenTime
+from apt_model.schedule.fields import Count, Named, Number, Pattern, Positive, Strict, WrittenTime
 from apt_model.schedule.targets import BINDINGS, MODULES
 from apt_model.schedule.times import Time
 
@@ -132,8 +133,8 @@ class Curriculum(Strict):
     moe_capacity: Anneal | None = None
     align_weight: Anneal | None = None
     vote_threshold: Anneal | None = None
-    anneals: dict[str, Anneal] = Field(default_factory=dict)
-    events: dict[str, Event] = Field(default_factory=dict)
+    anneals: Named[Anneal] = Field(default_factory=dict)
+    events: Named[Event] = Field(default_factory=dict)
     on_horizon_change: Literal["error", "rescale", "keep_absolute"] = "error"
 
     @classmethod
@@ -171,6 +172,17 @@ class Curriculum(Strict):
             for name in self.anneals
             if name in BINDINGS
         ]
+        for name, spec in self.anneals.items():
+            where = self.key_of(name, key)
+            if label := re.search(r"_(enabled|frozen|grown\d+)$", name):
+                problems.append(
+                    f"{where}: names that end in {label[0]} are those of switches, in rows and wherever they are read. Call it "
+                    f"otherwise, such as {key}.anneals.{name.removesuffix(label[0])}_value."
+                )
+            if name == "lr" and spec.target not in (None, "optimizer.lr"):
+                problems.append(
+                    f"{where}: lr is the learning rate, in rows and pictures, and this writes {spec.target}. Call it by that."
+                )
         for name, event in self.events.items():
             problems += event.contradictions(f"{key}.events.{name}")
         return problems

@@ -95,6 +95,38 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
     return matching(ALIASES[pattern], names) or _of_layers(ALIASES[pattern].rpartition(".")[2], names)
 
 
+def common(one: str, other: str) -> str | None:
+    """Return the pattern of what is part of both ``one`` and ``other``, which is the smaller of them where it is a part of the
+    larger; None: nothing can be. A pattern means all below the paths that it means, too.
+    """
+    parts = [pattern.split(".") for pattern in (one, other)]
+    shared = [_common_part(*pair) for pair in zip(*parts, strict=False)]
+    if None in shared:
+        return None
+    return ".".join([*(part for part in shared if part is not None), *max(parts, key=len)[len(shared) :]])
+
+
+def _common_part(one: str, other: str) -> str | None:
+    if matching(one, [other]):
+        return other
+    if matching(other, [one]):
+        return one
+    if "*" not in one or "*" not in other:
+        return None
+    head = max(one.partition("*")[0], other.partition("*")[0], key=len)
+    tail = max(one.rpartition("*")[2], other.rpartition("*")[2], key=len)
+    both = f"{head}*{tail}"
+    meet = all(
+        head.startswith(name.partition("*")[0]) and tail.endswith(name.rpartition("*")[2]) for name in (one, other)
+    )
+    return both if meet else None
+
+
+def covers(whole: str, part: str) -> bool:
+    """Return whether all that the pattern ``part`` means is ``whole``, or a part of it."""
+    return common(whole, part) == part
+
+
 def _of_layers(value: str, names: list[str]) -> list[str]:
     """Return the names of ``value`` wherever a layer of experts, or a router by its name, has one."""
     found = [name.rpartition(".") for name in names]

@@ -197,6 +197,14 @@ def test_a_name_that_means_nothing_is_refused_before_the_run(composed: Callable[
             r"schedule\.events\.f: no parameters are called 'blocks\.\*\.atention'",
         ),
         (
+            "+schedule.events.f={unfreeze: blocks.1, at: 3ep}",
+            r"schedule\.events\.f: nothing freezes blocks\.1 before step ",
+        ),
+        (
+            "+schedule.anneals.moe_enabled={target: label_smoothing, start: 0.1, end: 0.2}",
+            r"schedule\.anneals\.moe_enabled: names that end in _enabled are those of switches",
+        ),
+        (
             "+schedule.events.f={enable: mo, at: 1ep}",
             r"schedule\.events\.f: there is no module 'mo'\. Did you mean 'moe'",
         ),

@@ -142,6 +142,19 @@ def test_frozen_parameters_have_no_gradients_and_keep_their_moments(small: Compo
     assert phases[0].optimizer == phases[1].optimizer
 
 
+def test_a_part_that_trains_again_has_gradients_while_the_rest_of_the_whole_has_none(small: Composed) -> None:
+    phases = sizes(
+        small(
+            "schedule=none",
+            "+schedule.events.a={freeze: blocks, at: 1ep}",
+            "+schedule.events.b={unfreeze: blocks.1, at: 2ep}",
+        )
+    )
+    assert [phase.frozen for phase in phases] == [(), ("blocks", "blocks.1"), ("blocks", "(not blocks.1)")]
+    block = phases[0].largest_block
+    assert [phases[0].gradients - phase.gradients for phase in phases] == [0, 4 * 2 * block, 4 * block]
+
+
 def test_the_model_for_a_gpu_has_a_hundred_million_parameters_and_a_billion_tokens(
     composed: Composed, tmp_path: Path
 ) -> None:

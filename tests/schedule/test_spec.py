@@ -75,6 +75,30 @@ def test_enabled_is_a_pure_function_of_the_clock() -> None:
             r"schedule\.route_temp\.warmup: '10' is not a whole number",
         ),
         ({"route_temp": {"start": 1, "end": 1, "warmup": -1}}, r"schedule\.route_temp\.warmup: -1 is negative"),
+        *(
+            (
+                {"anneals": {name: {"target": "label_smoothing", "start": 0.1, "end": 0.2}}},
+                rf"schedule\.anneals\.{name}: names that end in {end} are those of switches, .* such as "
+                rf"schedule\.anneals\.{name.removesuffix(end)}_value\.",
+            )
+            for name, end in (
+                ("moe_enabled", "_enabled"),
+                ("embedding_frozen", "_frozen"),
+                ("moe_grown8", "_grown8"),
+            )
+        ),
+        (
+            {"anneals": {"lr": {"target": "label_smoothing", "start": 0.1, "end": 0.2}}},
+            r"schedule\.anneals\.lr: lr is the learning rate, .* writes label_smoothing\. Call it by that",
+        ),
+        *(
+            (
+                {kind: {"late\nenabled": {}}},
+                rf"schedule\.{kind}: 'late\\nenabled' cannot be a name\. Call it by letters, digits, _, - and \. alone",
+            )
+            for kind in ("anneals", "events")
+        ),
+        ({"anneals": {"train/loss": {}}}, r"schedule\.anneals: 'train/loss' cannot be a name"),
         ({"enable_moe_at_epoch": -1}, r"schedule\.enable_moe_at_epoch: -1 is not valid"),
         ({"enable_moe_at_epoch": 1.5}, r"schedule\.enable_moe_at_epoch: 1\.5 is not valid"),
         ({"enable_moe_at_epoch": True}, r"schedule\.enable_moe_at_epoch: True is not valid"),
@@ -87,6 +111,16 @@ def test_enabled_is_a_pure_function_of_the_clock() -> None:
 def test_what_is_wrong_is_named_with_its_full_key(values: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Curriculum.read(values)
+
+
+@pytest.mark.parametrize("name", ["late_2", "enabled", "moe-rate", "Größe", "grown", "lr_factor"])
+def test_an_anneal_may_have_any_other_name(name: str) -> None:
+    curriculum = Curriculum.read({"anneals": {name: {"target": "label_smoothing", "start": 0.1, "end": 0.2}}})
+    assert list(curriculum.all_anneals) == [name]
+
+
+def test_an_anneal_of_the_learning_rate_may_have_its_name() -> None:
+    Curriculum.read({"anneals": {"lr": {"target": "optimizer.lr", "start": 0.1, "end": 0.2}}})
 
 
 @pytest.mark.parametrize(

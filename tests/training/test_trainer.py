@@ -397,6 +397,45 @@ def test_frozen_parameters_stay_and_experts_that_appear_are_frozen_with_them(sma
     assert [row["step"] for row in run.rows if row.get("schedule/embedding_frozen") and "lr" in row] == [8, 9, 10, 11]
 
 
+@pytest.mark.parametrize("stop_after", [5, 8, 12, 18])
+def test_a_part_of_a_frozen_whole_trains_again_and_a_resume_is_exact(
+    small: Small, tmp_path: Path, stop_after: int
+) -> None:
+    class Moved(Callback):
+        def __init__(self) -> None:
+            self.weights: list[tuple[torch.Tensor, ...]] = []
+
+        def on_step(self, trainer: Trainer) -> None:
+            self.weights.append(tuple(b.attention.qkv.weight.detach().clone() for b in trainer.model.blocks))
+
+        def still(self, block: int) -> list[int]:
+            """The updates that left the weights of a block alone."""
+            pairs = enumerate(pairwise(weights[block] for weights in self.weights))
+            return [step + 1 for step, (before, after) in pairs if torch.equal(before, after)]
+
+    config = small(
+        "schedule=none",
+        "schedule.enable_voter_at_step=15",
+        "+schedule.events.a={freeze: blocks, at: 1ep}",
+        "+schedule.events.b={freeze: blocks.1, at: 1ep}",
+        "+schedule.events.c={unfreeze: blocks.1, at: 2ep}",
+    )
+    moved = Moved()
+    whole = Run(config, callbacks=[moved])
+    whole.trainer.fit()
+    assert moved.still(0) == [*range(4, 24)]
+    assert moved.still(1) == [4, 5, 6, 7]
+
+    before = Run(config, checkpoints=Checkpoints(tmp_path))
+    before.trainer.stop_requested = lambda: before.trainer.clock.step >= stop_after
+    with pytest.raises(Interrupted):
+        before.trainer.fit()
+    after = Run(config, resume=newest_intact(tmp_path)[0])
+    after.trainer.fit()
+    assert all(torch.equal(weight, after.weights()[name]) for name, weight in whole.weights().items())
+    assert before.told() + after.told() == whole.told()
+
+
 def test_a_curriculum_can_write_the_learning_rate_and_any_layer(small: Small) -> None:
     config = small(
         "schedule=none",
