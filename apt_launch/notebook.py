@@ -50,7 +50,7 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What ``summary.json`` holds: state, final and best metrics, when modules were enabled."""
+        """What ``summary.json`` holds: state, final and best metrics, when modules were enabled and disabled."""
         path, remedy = RunFolder(self.folder).summary, "Resume the run, which writes it anew."
         content = read_json(path, dict[str, Any], remedy=remedy)
         parts = {"state": content.get("state"), "losses": content.get("val/loss", {})}
