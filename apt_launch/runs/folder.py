@@ -140,7 +140,12 @@ class RunFolder:
         return found
 
     def check(self, config: RunConfig) -> Checked:
-        """Return that ``config`` may be run here, see :meth:`check_free`."""
+        """Return that ``config`` may be run here, see :meth:`check_free`.
+
+        Raises:
+            ConfigError: the folder cannot be one that is written to, or is not free.
+        """
+        refuse_place(self.path, "hydra.run.dir")
         held = self._held()
         return Checked(config, self.check_free(config), held)
 
@@ -158,7 +163,6 @@ class RunFolder:
         Raises:
             ConfigError: the folder holds a run and ``trainer.resume`` does not say to continue it.
         """
-        refuse_place(self.path, "hydra.run.dir")
         refuse_links(self.path, "hydra.run.dir")
         resume = self.resume(config)
         own = resume is not None and self.owns(resume.checkpoint)
