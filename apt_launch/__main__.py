@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from traceback import walk_tb
 from typing import TYPE_CHECKING
 
 from apt_launch.command_line import output
@@ -86,7 +87,7 @@ def _main() -> None:
     except BrokenPipeError:
         raise
     except Exception as error:
-        from apt_launch.command_line import show_error
+        from apt_launch.command_line import mistake, show_error
         from apt_launch.config.explain import understood
 
         if wants_traceback:
@@ -94,13 +95,18 @@ def _main() -> None:
         if isinstance(error, OSError) and error.errno in DISK:
             sys.stderr.write(f"error: {visible(str(error))}\n")
             sys.exit(1)
-        message = understood(error)
+        message = understood(error) or (None if _raised_by_the_run(error) else mistake(error))
         if message is None:
             raise
         show_error(message)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _raised_by_the_run(error: Exception) -> bool:
+    """Return whether it was the run that failed, and not Hydra on the way to it."""
+    return any(frame.f_code is run.__code__ for frame, _ in walk_tb(error.__traceback__))
 
 
 def answered(arguments: list[str]) -> bool:

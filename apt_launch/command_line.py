@@ -9,7 +9,8 @@ import os
 import select
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Final, NoReturn
 
 from apt_launch.escapes import visible
@@ -56,9 +57,33 @@ def mistake(error: BaseException) -> ConfigError | None:
     if isinstance(error, ConfigError):
         return error
     if isinstance(error, OSError) and error.errno in PLACES and error.filename is not None:
-        place = str(error.filename)
-        return ConfigError(f"{place[:200]}{'...' if len(place) > 200 else ''}: {error.strerror}. {PLACES[error.errno]}")
+        return ConfigError(f"{_short(error.filename)}: {error.strerror}. {PLACES[error.errno]}")
     return None
+
+
+def make_folder(folder: Path, key: str) -> None:
+    """Make ``folder``, which ``key`` names, where it is not there; nothing of it stays where that fails.
+
+    Raises:
+        ConfigError: there can be none.
+        OSError: the disk is full, or broken.
+    """
+    above = [path for path in folder.parents if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        for path in above:
+            with suppress(OSError):
+                path.rmdir()
+        if error.errno not in PLACES:
+            raise
+        remedy = "Choose another place." if error.errno == errno.ENOENT else PLACES[error.errno]
+        raise ConfigError(f"{key}: the folder {_short(folder)} cannot be made: {error.strerror}. {remedy}") from None
+
+
+def _short(place: object) -> str:
+    text = str(place)
+    return f"{text[:200]}{'...' if len(text) > 200 else ''}"
 
 
 CLOSED = 128 + 13

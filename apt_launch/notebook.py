@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from apt_launch.allow import allowing
+from apt_launch.command_line import make_folder
 from apt_launch.config.explain import understood
 from apt_launch.config.load import composing, load
 from apt_launch.config.run_config import RunConfig
@@ -50,7 +51,7 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What ``summary.json`` holds: state, final and best metrics, when modules were enabled."""
+        """What ``summary.json`` holds: state, final and best metrics, when modules were enabled and disabled."""
         path, remedy = RunFolder(self.folder).summary, "Resume the run, which writes it anew."
         content = read_json(path, dict[str, Any], remedy=remedy)
         parts = {"state": content.get("state"), "losses": content.get("val/loss", {})}
@@ -153,7 +154,7 @@ def _logging_to(folder: Path) -> Iterator[None]:
     """Log what this package says to standard output and ``train.log`` meanwhile, and nowhere else."""
     from apt_launch.runs.console import Stdout
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "hydra.run.dir")
     file = logging.FileHandler(RunFolder(folder).log, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     escape_logs([file])

@@ -45,6 +45,29 @@ def first_enabled(rows: Sequence[Row]) -> dict[str, Row]:
     return found
 
 
+class Stretch(NamedTuple):
+    """Rows between which a part was enabled."""
+
+    first: Row
+    off: Row | None
+    """The first one that says that it no longer is; None: it stayed enabled."""
+
+
+def stretches(rows: Sequence[Row]) -> dict[str, list[Stretch]]:
+    """Return, for each part that was ever enabled, when it was, in the order of ``rows``."""
+    found: dict[str, list[Stretch]] = {}
+    for row in rows:
+        on = enabled(row)
+        for part in {*found, *on}:
+            own = found.setdefault(part, [])
+            is_on = bool(own) and own[-1].off is None
+            if part in on and not is_on:
+                own.append(Stretch(row, None))
+            elif is_on and row.get(f"{PREFIX}{part}{SWITCH}") == 0:
+                own[-1] = own[-1]._replace(off=row)
+    return found
+
+
 def phase_of(row: Mapping[str, float]) -> str:
     """Return the parts that ``row`` says are enabled, as the name of a phase."""
     return "+".join(enabled(row)) or "dense"

@@ -230,17 +230,18 @@ def refuse_place(folder: Path, key: str) -> None:
         ConfigError: it, or what should hold it, is a file, or may not be written; ``key`` is where the user said so.
     """
     there = None
-    if folder.is_symlink() and not folder.exists():
-        raise ConfigError(
-            f"{key}: {folder} is a link to {folder.readlink()}, which is not there. Make it, or remove the link."
-        )
     for path in (folder, *folder.parents):
         try:
             is_there = path.exists()
+            leads_nowhere = path == folder and path.is_symlink() and not is_there
         except OSError as error:
             raise ConfigError(
                 f"{key}: {str(path)[:200]} cannot be a folder ({error.strerror}). Choose another."
             ) from None
+        if leads_nowhere:
+            raise ConfigError(
+                f"{key}: {folder} is a link to {folder.readlink()}, which is not there. Make it, or remove the link."
+            )
         if is_there:
             there = there or path
             if not path.is_dir():

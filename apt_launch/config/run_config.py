@@ -54,6 +54,15 @@ class RunConfig:
             if not is_neutral(key) and not (key in schema.NEW_KEYS and value == schema.NEW_KEYS[key])
         }
 
+    def default_of(self, key: str) -> Any:
+        """Return the value that a config without ``key`` stands for, as those of earlier versions; ``...``: it is not known."""
+        if key in schema.NEW_KEYS:
+            return schema.NEW_KEYS[key]
+        group, _, name = key.partition(".")
+        fields = getattr(type(getattr(self, group, None)), "model_fields", {})
+        field = next((field for known, field in fields.items() if (field.alias or known) == name), None)
+        return ... if field is None or field.is_required() else field.get_default()
+
     @property
     def identity(self) -> str:
         """The sha256 of what decides the result."""

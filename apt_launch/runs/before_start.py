@@ -9,7 +9,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from apt_launch.command_line import show_error
+from apt_launch.command_line import make_folder, show_error
 from apt_launch.config.load import load
 from apt_launch.runs.folder import Checked, RunFolder
 from apt_model.errors import ConfigError
@@ -24,9 +24,11 @@ class CheckBeforeStart(Callback):
     checked: Checked | None = None
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Leave with exit code 2 if the config is wrong. (An exception would be turned into a warning by Hydra.)"""
+        """Leave with exit code 2 if the config is wrong, or no folder can be there. (Hydra would warn of an exception.)"""
         try:
-            self.checked = RunFolder(Path(config.hydra.run.dir)).check(load(config))
+            folder = Path(config.hydra.run.dir)
+            self.checked = RunFolder(folder).check(load(config))
+            make_folder(folder, "hydra.run.dir")  # as Hydra would, which does not say what is wrong with it
         except ConfigError as error:
             show_error(error)
             raise SystemExit(2) from None

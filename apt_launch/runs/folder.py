@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from apt_launch import allow
 from apt_launch.commands import config_flags, for_all_ranks, override, words_of
-from apt_launch.config.run_config import RunConfig
+from apt_launch.config.run_config import RunConfig, is_neutral
 from apt_launch.config.schema import DEFAULT_TRAINER, EXTRAS, Role, role_of
 from apt_launch.values import changed_keys
 from apt_model.data.tokenizer import read_tokenizer
@@ -140,7 +140,12 @@ class RunFolder:
         return found
 
     def check(self, config: RunConfig) -> Checked:
-        """Return that ``config`` may be run here, see :meth:`check_free`."""
+        """Return that ``config`` may be run here, see :meth:`check_free`.
+
+        Raises:
+            ConfigError: the folder cannot be one that is written to, or is not free.
+        """
+        refuse_place(self.path, "hydra.run.dir")
         held = self._held()
         return Checked(config, self.check_free(config), held)
 
@@ -158,7 +163,6 @@ class RunFolder:
         Raises:
             ConfigError: the folder holds a run and ``trainer.resume`` does not say to continue it.
         """
-        refuse_place(self.path, "hydra.run.dir")
         refuse_links(self.path, "hydra.run.dir")
         resume = self.resume(config)
         own = resume is not None and self.owns(resume.checkpoint)
@@ -213,32 +217,85 @@ class RunFolder:
         except CheckpointError as error:
             raise ConfigError(f"trainer.resume: {error}") from None
         about = About.of(checkpoint, manifest)
-        saved = about.config
-        changed = changed_keys(saved, config.result_values)
-        known = [key for key in changed if key in saved]  # keys newer than the checkpoint: its weights decide
-        fixed = [key for key in known if role_of(key) is Role.FIXED]
+        run = checkpoint.parent.parent
+        differ = differences(about.config, config)
+        fixed = [key for key, (before, _) in differ.items() if before is not ... and role_of(key) is Role.FIXED]
         if fixed:
             raise ConfigError(
                 *[
-                    f"{key}: the run in {checkpoint.parent.parent} was trained with {saved.get(key)!r}, and a resume cannot "
-                    f"change it to {config.result_values.get(key)!r}."
-                    for key in fixed
+                    f"{key}: the run in {run} was trained with {_shown(before)}, and a resume cannot change it to "
+                    f"{_shown(now)}."
+                    for key, (before, now) in differ.items()
+                    if key in fixed
                 ]
             )
-        kept, now = checkpoint.parent.parent / self.tokenizer.name, config.corpus.tokenizer_file
+        kept, now = run / self.tokenizer.name, config.corpus.tokenizer_file
         if now is not None and kept.exists() and read_tokenizer(kept) != read_tokenizer(now):
             raise ConfigError(
                 f"data: {now} is not the tokenizer that the run was trained with, which is kept in {kept}."
             )
         if config.schedule.on_horizon_change == "error" and about.horizon != config.horizon:
             raise ConfigError(horizon_changed(about.horizon, config.horizon))
+        if _epochs_done(manifest, about) >= config.horizon.epochs:
+            self._refuse_to_rename(checkpoint, manifest, about, config, [*differ])
         notes = [*passed_over]
         if type(config.trainer) in EXTRAS:
             option, _ = EXTRAS[type(config.trainer)]
             notes.append(f"trainer={option} cannot continue from a checkpoint: trainer=default trains the rest")
-        if changed:
-            notes.append(f"resumed with other values than before: {', '.join(changed)}")
+        if differ:
+            notes.append(f"resumed with other values than before: {', '.join(differ)}")
         return Resume(checkpoint.absolute(), manifest.get("rows", 0), tuple(notes))
+
+    def _refuse_to_rename(
+        self, checkpoint: Path, manifest: Mapping[str, Any], about: About, config: RunConfig, differ: list[str]
+    ) -> None:
+        """Make sure that a run of which nothing is left to train is kept as what it is.
+
+        Raises:
+            ConfigError: it would have another folder, or a config that no update had.
+        """
+        run = checkpoint.parent.parent
+        others = [key for key in differ if key != "trainer._target_"]  # only trainer=default resumes, whichever began
+        if not others and about.horizon.steps != config.horizon.steps:
+            others = [f"the length of the data ({about.horizon} before, now {config.horizon})"]
+        elsewhere = not self.owns(checkpoint)
+        if not others and not elsewhere:
+            return
+        what = [f"in {self.path}"] if elsewhere else []
+        if others:
+            what.append(f"with what differs now: {', '.join(others)}")
+        raise ConfigError(
+            f"trainer.resume: the run in {run} has ended: it is at update {manifest['step']}, and {config.horizon.steps} are "
+            f"planned. Nothing would be trained {' '.join(what)}. Make it longer: "
+            f"trainer.max_epochs={_epochs_done(manifest, about) + 1} or more, with schedule.on_horizon_change=rescale or "
+            "keep_absolute; or begin a new run from its weights, without trainer.resume: "
+            f"{override('trainer.init_from', run)} hydra.run.dir=ANOTHER_FOLDER"
+        )
+
+
+def differences(before: Mapping[str, Any], config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Return the keys that can change a result and differ from ``before``, each with both values; ``...``: there is none.
+
+    A key that no resume can change, and that one side does not have, had its default there.
+    """
+    now = config.result_values
+    found = {}
+    for key in changed_keys(before, now):
+        default = config.default_of(key) if role_of(key) is Role.FIXED else ...
+        values = before.get(key, default), now.get(key, default)
+        if not is_neutral(key) and values[0] != values[1]:
+            found[key] = values
+    return found
+
+
+def _shown(value: object) -> str:
+    return repr(None if value is ... else value)
+
+
+def _epochs_done(manifest: Mapping[str, Any], about: About) -> int:
+    """Return after how many epochs all batches of a checkpoint's run were trained."""
+    epochs: int | None = manifest.get("epochs")
+    return manifest["step"] // max(1, about.horizon.updates_per_epoch) if epochs is None else epochs
 
 
 def _overrides_in(path: Path) -> list[str]:

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from apt_launch.command_line import make_folder
 from apt_launch.config.run_config import RunConfig
 from apt_launch.lease import Holder, Lease
 from apt_launch.runs.alone import alone_in_process
@@ -90,7 +91,7 @@ def _train(
                 )
             if ranks.rank:
                 return _follow_first_rank(checked, folder, stop, forks)
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path, "hydra.run.dir")
             lease = Lease(path / "lease.json", Holder.this_process()) if member is None else None
             try:
                 checked = folder.still(checked)

@@ -339,15 +339,6 @@ def test_nobody_reading_the_output_does_not_disturb_a_run(text_file: Path, tmp_p
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["state"] == "done"
 
 
-def test_a_finished_run_resumed_into_a_new_folder_has_nothing_left_to_train(
-    cli: Cli, text_file: Path, tmp_path: Path
-) -> None:
-    assert cli(*small(text_file)).returncode == 0
-    again = cli(*small(text_file, "hydra.run.dir=new", "trainer.resume=run"))
-    assert again.returncode == 0, again.stderr
-    assert json.loads((tmp_path / "new" / "summary.json").read_text())["steps"] == 24
-
-
 def test_flags_may_stand_between_overrides(cli: Cli) -> None:
     shown = cli("seed=3", "--cfg", "job", "schedule.route_temp.end=0.7")
     assert OmegaConf.create(shown.stdout).schedule.route_temp.end == 0.7

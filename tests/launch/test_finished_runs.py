@@ -196,6 +196,67 @@ def test_a_run_begins_with_the_weights_of_another_and_with_nothing_else(forks: F
     assert (ended.code, "made for another model" in ended.err) == (2, True), ended.err
 
 
+def resumed(forks: Forks, place: Path, *more: str, begun: str = "run") -> Ended:
+    return forks.run(
+        *SMALL, *TRAIN[:-1], "data=text", "data.path=text.txt", f"trainer.resume={begun}", *more, cwd=place
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "differ"),
+    [
+        (("schedule.enable_moe_at_epoch=null",), "schedule.enable_moe_at_epoch"),
+        (("optimizer.lr=0.1", "moe.top_k=1"), "moe.top_k, optimizer.lr"),
+        (("trainer.max_epochs=4", "schedule.on_horizon_change=keep_absolute"), "trainer.max_epochs"),
+        (("trainer.max_batches_per_epoch=2", "schedule.on_horizon_change=rescale"), "trainer.max_batches_per_epoch"),
+    ],
+)
+def test_of_a_run_that_ended_nothing_is_left_to_train_with_other_values(
+    forks: Forks, place: Path, given: tuple[str, ...], differ: str
+) -> None:
+    before = {path: path.read_bytes() for path in (place / "run").rglob("*") if path.is_file()}
+    ended = resumed(forks, place, "hydra.run.dir=run", *given, begun="auto")
+    assert ended.code == 2, ended.out
+    assert "trainer.resume: the run in run has ended: it is at update 24, " in ended.err
+    assert (
+        f"Nothing would be trained with what differs now: {differ}. Make it longer: trainer.max_epochs=7" in ended.err
+    )
+    assert "trainer.init_from=run hydra.run.dir=ANOTHER_FOLDER" in ended.err
+    assert {path: path.read_bytes() for path in (place / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_ended_is_no_run_of_another_folder(forks: Forks, place: Path) -> None:
+    for more, what in (((), ""), (("optimizer.lr=0.1",), " with what differs now: optimizer.lr")):
+        ended = resumed(forks, place, "hydra.run.dir=new", *more)
+        assert (ended.code, f"Nothing would be trained in new{what}. " in ended.err) == (2, True), ended.err
+        assert not (place / "new").exists()
+
+
+def test_a_run_that_ended_is_resumed_as_it_was_or_made_longer(forks: Forks, place: Path) -> None:
+    shutil.copytree(place / "run", place / "again")
+    was = json.loads((place / "again" / "summary.json").read_text())
+    neutral = ("trainer.log_every=1", "trainer.checkpoint_every_epochs=2")
+    ended = resumed(forks, place, "hydra.run.dir=again", *neutral, begun="auto")
+    assert ended.code == 0, ended.err
+    now = json.loads((place / "again" / "summary.json").read_text())
+    assert {name: now[name] for name in ("state", "identity", "steps", "final")} == (
+        {name: was[name] for name in ("state", "identity", "steps", "final")}
+    )
+    longer = ("trainer.max_epochs=7", "schedule.on_horizon_change=rescale", "optimizer.lr=0.001")
+    ended = resumed(forks, place, "hydra.run.dir=longer", *longer, begun="again")
+    assert ended.code == 0, ended.err
+    assert json.loads((place / "longer" / "summary.json").read_text())["steps"] == 28
+
+
+def test_a_resume_begins_with_no_other_weights(forks: Forks, place: Path) -> None:
+    longer = ("trainer.max_epochs=7", "schedule.on_horizon_change=rescale")
+    ended = resumed(forks, place, "hydra.run.dir=run", "trainer.init_from=run", *longer, begun="auto")
+    assert ended.code == 2
+    assert (
+        "trainer.init_from: the run in run was trained with None, and a resume cannot change it to 'run'" in ended.err
+    )
+
+
 def test_a_run_that_ended_is_watched_in_two_lines(forks: Forks, place: Path) -> None:
     ended = run(forks, place, "watch", "run")
     assert ended.code == 0, ended.err

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import apt_launch
+from apt_model.errors import ConfigError
 from tests.sweep.test_interpolations import option_of_somebody_else
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -49,6 +52,30 @@ def test_a_mistake_ends_with_2_and_leaves_nothing(cli: Cli, tmp_path: Path, name
     assert result.stderr.startswith("error: ")
     assert "Traceback" not in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("place", ["/proc/x", "/proc/x/y", "/sys/x", LONG, f"new/{LONG}", f"{LONG}/new"], ids=range(6))
+@pytest.mark.parametrize("given", [("hydra.run.dir",), ("hydra.sweep.dir", "--multirun", "seed=0,1")])
+def test_a_folder_that_cannot_be_made_is_named_with_its_key(
+    cli: Cli, tmp_path: Path, place: str, given: tuple[str, ...]
+) -> None:
+    key, *more = given
+    result = cli(*more, f"{key}={place}")
+    assert (result.returncode, "Traceback" in result.stderr) == (2, False), result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {key}: "), line
+    assert place[:50] in line
+    assert re.search(r"(Choose|choose) (another|a shorter)", line)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_named_by_hydras_own_sweeper_and_in_python(cli: Cli, tmp_path: Path) -> None:
+    result = cli("--multirun", "hydra/sweeper=basic", "hydra/launcher=basic", "hydra.sweep.dir=/proc/x")
+    assert (result.returncode, "Traceback" in result.stderr) == (2, False), result.stderr
+    assert "error: /proc/x: No such file or directory" in result.stderr
+    with pytest.raises(ConfigError, match=r"^hydra\.run\.dir: the folder /proc/x cannot be made: No such file"):
+        apt_launch.run(["hydra.run.dir=/proc/x"])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,6 +73,24 @@ def test_a_run_has_its_folder_its_summary_and_its_rows(run: Train, capsys: pytes
     assert state_of_the_process() == before
     with pytest.raises(ConfigError, match=r"a already holds a run\. Go on with it by trainer\.resume=auto"):
         run("hydra.run.dir=a")
+
+
+def test_a_run_says_until_when_a_module_was_enabled(run: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    events = ["+schedule.events.rest={disable: moe, at: 75%}", "+schedule.events.nap={disable: align, at: 4ep}"]
+    done = run(*events, "+schedule.events.back={enable: align, at: 22st}")
+    assert done.summary["switched_on"]["moe"] == {"epoch": 2, "step": 8}
+    assert done.summary["enabled"] == {
+        "moe": [{"from": {"epoch": 2, "step": 8}, "to": {"epoch": 4, "step": 18}}],
+        "align": [
+            {"from": {"epoch": 3, "step": 12}, "to": {"epoch": 4, "step": 16}},
+            {"from": {"epoch": 5, "step": 22}, "to": None},
+        ],
+        "voter": [{"from": {"epoch": 5, "step": 20}, "to": None}],
+    }
+    lines = [" ".join(re.findall(r"[\w(),]+", line)) for line in capsys.readouterr().out.splitlines()]
+    assert "moe epoch 2, step 8 epoch 4, step 18" in lines
+    assert "align (the last of 2 times) epoch 5, step 22 end" in lines
+    assert "voter epoch 5, step 20 end" in lines
 
 
 def test_two_runs_in_one_process_are_two_runs_for_wandb_and_the_same_to_the_last_digit(run: Train) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from apt_launch.command_line import make_folder
 from apt_launch.commands import command
 from apt_launch.sweep.application import Fork, load
 from apt_launch.sweep.backends.base import Backend
@@ -61,7 +62,7 @@ def carry_out(plan: Plan, folder: Path, where: Backend, snapshot_mb: float = 0.0
         )
     where.check(plan)
     _check_ranks(plan)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "hydra.sweep.dir")
     _freeze_code(plan, folder, snapshot_mb)
     plan.write(folder)
     write_secrets(folder, plan.secrets)
@@ -129,7 +130,7 @@ def run_batch(
     known = {(job.identity, job.resources) for job in before.jobs} if before else set()
     new = replace(batch, jobs=tuple(job for job in batch.jobs if (job.identity, job.resources) not in known))
     plan = new if before is None else before.joined(new) if new.jobs else before
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "hydra.sweep.dir")
     if before is None:
         _freeze_code(plan, folder, snapshot_mb)
     plan.write(folder)
