@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
@@ -52,7 +52,9 @@ class Composer:
         parser = OverridesParser.create(config_loader=loader)
         self._parse_all = parser.parse_overrides
         self._parse = cache(parser.parse_override)
-        self._is_group = cache(lambda name: bool(loader.repository.group_exists(name)))  # Hydra's own lookup
+        self._searchpath = _searchpath_among(map(self._parse, self._of_hydra))
+        self._groups = cache(self._groups_with)
+        self._is_group = cache(lambda name, searchpath: bool(self._groups(searchpath).group_exists(name)))
         self._composed: dict[tuple[tuple[str, ...], tuple[str, ...]], DictConfig] = {}
 
     def parse(self, overrides: Sequence[str]) -> list[Override]:
@@ -90,10 +92,11 @@ class Composer:
 
         try:
             parsed = [self._parse(override) for override in (*self._of_hydra, *overrides)]
-            if self.program is not None and (typed := list(filter(None, map(self._typed_secret, parsed)))):
+            searchpath = _searchpath_among(parsed)
+            values = [o for o in parsed if not self._is_structural(o, searchpath)]
+            if self.program is not None and (typed := list(filter(None, map(typed_secret, values)))):
                 raise ConfigError(*(TYPED.format(key=key) for key in typed))
-            structural = tuple(str(o.input_line) for o in parsed if self._is_structural(o))
-            values = [o for o in parsed if not self._is_structural(o)]
+            structural = tuple(str(o.input_line) for o in parsed if self._is_structural(o, searchpath))
             known = (structural, tuple(o.key_or_group for o in values))
             if known not in self._composed:
                 self._composed[known] = self._compose(structural)
@@ -119,23 +122,38 @@ class Composer:
         """Return an override as files and messages may show it: without secrets."""
         if self.program is None:
             return override
-        hidden = self._typed_secret(self._parse(override)) is not None
+        parsed = self._parse(override)
+        hidden = not self._is_structural(parsed, self._searchpath) and typed_secret(parsed) is not None
         return f"{override.partition('=')[0]}=***" if hidden else clean(override)
 
-    def _typed_secret(self, override: Override) -> str | None:
-        return None if self._is_structural(override) else typed_secret(override)
-
-    def _is_structural(self, override: Override) -> bool:
-        """Return whether ``override`` chooses a group's option; the rule is Hydra's."""
-        if override.package is not None:
+    def _is_structural(self, override: Override, searchpath: str | None) -> bool:
+        """Return whether ``override`` chooses a group's option, or says where options are; the rules are Hydra's."""
+        if override.package is not None or override.get_key_element() == SEARCHPATH:
             return True
-        return self._is_group(override.key_or_group) and not isinstance(override.value(), dict)
+        return self._is_group(override.key_or_group, searchpath) and not isinstance(override.value(), dict)
+
+    def _groups_with(self, searchpath: str | None) -> Any:
+        """Return what Hydra asks for groups and options: ``loader.repository`` lacks what ``hydra.searchpath`` adds.
+
+        Args:
+            searchpath: an override of it; None: what the primary config says counts.
+        """
+        given = [] if searchpath is None else [searchpath]
+        return self._loader._parse_overrides_and_create_caching_repo(self._config_name, given)[1]
+
+
+SEARCHPATH: Final = "hydra.searchpath"
 
 
 TYPED: Final = (
     "{key}: by its name it holds a secret, and files of a sweep have its command line. Set it in the environment, and write "
     "{key}='${{oc.env:NAME}}', which stays as it is until the job runs."
 )
+
+
+def _searchpath_among(overrides: Iterable[Override]) -> str | None:
+    """Return the override of ``hydra.searchpath`` that Hydra obeys, as it was written: the first one."""
+    return next((str(o.input_line) for o in overrides if o.get_key_element() == SEARCHPATH), None)
 
 
 def typed_secret(override: Override) -> str | None:
