@@ -95,8 +95,9 @@ class Composer:
 
     def _refuse_taken(self, spec: JobSpec, overrides: Sequence[str]) -> None:
         """Refuse a job whose output folder another one has; where the job's number is in its name, each has its own."""
-        folder = "/".join(str(spec.values["hydra"]["sweep"].get(key)) for key in ("dir", "subdir"))
-        if "${" in folder:  # only the job knows
+        place = spec.values.get("hydra", {}).get("sweep", {})
+        folder = f"{place.get('dir')}/{place.get('subdir')}"
+        if not place or "${" in folder:  # only the job knows
             return
         who = self._folders.setdefault(os.path.normpath(folder), (spec.identity, spec.resources, tuple(overrides)))
         if who[:2] != (spec.identity, spec.resources):
@@ -156,7 +157,6 @@ class Composer:
 
 SEARCHPATH: Final = "hydra.searchpath"
 
-
 TYPED: Final = (
     "{key}: by its name it holds a secret, and files of a sweep have its command line. Set it in the environment, and write "
     "{key}='${{oc.env:NAME}}', which stays as it is until the job runs."
@@ -196,7 +196,7 @@ def overrides_of(config: DictConfig, kind: str) -> list[str]:
 
 def _name_overrides(cfg: DictConfig, of_hydra: Sequence[str], of_task: Sequence[str], parse: Any) -> None:
     """Write down a job's overrides where Hydra has them."""
-    from omegaconf import OmegaConf, open_dict
+    from omegaconf import open_dict
 
     node = cfg.hydra
     with open_dict(node):
