@@ -282,7 +282,7 @@ class _PlannedLauncher(Launcher):
         self.plan, outcomes = run_batch(self.plan, batch, folder, self.backend, self.snapshot_mb)
         returns = []
         for number, overrides in enumerate(job_overrides):
-            outcome = outcomes[self.composer(list(overrides)).identity]
+            outcome = outcomes[self.composer.identities[tuple(overrides)]]
             has_value = outcome.state in ("done", "stopped")  # a loser's last value says enough
             done = JobReturn(
                 overrides=list(overrides),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 from apt_launch.interpolations import bounded
 from apt_launch.secrets import is_named_secret, leaves
 from apt_launch.secrets import without_values_of_the_environment as clean
-from apt_launch.sweep.application import JobSpec, Program, load
+from apt_launch.sweep.application import JobSpec, Program, Resources, load
 from apt_model.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,13 +46,19 @@ class Composer:
         self.program = program
         self._application = load(application, program)
         self._master = master
-        self._of_hydra = overrides_of(master, "hydra") if master is not None and program is not None else []
+        of_hydra = overrides_of(master, "hydra") if master is not None else []
+        self._of_hydra = of_hydra if program is not None else [o for o in of_hydra if o.startswith(f"{SEARCHPATH}=")]
         self._loader = loader
         self._config_name = config_name
         parser = OverridesParser.create(config_loader=loader)
         self._parse_all = parser.parse_overrides
         self._parse = cache(parser.parse_override)
-        self._is_group = cache(lambda name: bool(loader.repository.group_exists(name)))  # Hydra's own lookup
+        self._searchpath = _searchpath_among(map(self._parse, self._of_hydra))
+        self._groups = cache(self._groups_with)
+        self._is_group = cache(lambda name, searchpath: bool(self._groups(searchpath).group_exists(name)))
+        self.identities: dict[tuple[str, ...], str] = {}
+        """Of the jobs, by their overrides; a resolver may give another value when a job is composed again."""
+        self._folders: dict[str, tuple[str, Resources, tuple[str, ...]]] = {}  # of outputs, and whose they are
         self._composed: dict[tuple[tuple[str, ...], tuple[str, ...]], DictConfig] = {}
 
     def parse(self, overrides: Sequence[str]) -> list[Override]:
@@ -81,61 +87,90 @@ class Composer:
             ConfigError: with every problem found.
         """
         with bounded():
-            return self._application.check(self._with_values(overrides))
+            spec = self._application.check(self._with_values(overrides))
+        if self.program is not None:
+            self._refuse_taken(spec, overrides)
+        self.identities[tuple(overrides)] = spec.identity
+        return spec
+
+    def _refuse_taken(self, spec: JobSpec, overrides: Sequence[str]) -> None:
+        """Refuse a job whose output folder another one has; where the job's number is in its name, each has its own."""
+        place = spec.values.get("hydra", {}).get("sweep", {})
+        folder = f"{place.get('dir')}/{place.get('subdir')}"
+        if not place or "${" in folder:  # only the job knows
+            return
+        who = self._folders.setdefault(os.path.normpath(folder), (spec.identity, spec.resources, tuple(overrides)))
+        if who[:2] != (spec.identity, spec.resources):
+            raise ConfigError(TAKEN.format(folder=folder, other=" ".join(map(self.shown, who[2]))))
 
     def _with_values(self, overrides: Sequence[str]) -> DictConfig:
         """Compose one config, whose values are those of ``overrides`` until the next is composed."""
         from hydra._internal.config_loader_impl import ConfigLoaderImpl
         from hydra.errors import HydraException
+        from omegaconf import OmegaConf
 
         try:
             parsed = [self._parse(override) for override in (*self._of_hydra, *overrides)]
-            if self.program is not None and (typed := list(filter(None, map(self._typed_secret, parsed)))):
+            searchpath = _searchpath_among(parsed)
+            values = [o for o in parsed if not self._is_structural(o, searchpath)]
+            if self.program is not None and (typed := list(filter(None, map(typed_secret, values)))):
                 raise ConfigError(*(TYPED.format(key=key) for key in typed))
-            structural = tuple(str(o.input_line) for o in parsed if self._is_structural(o))
-            values = [o for o in parsed if not self._is_structural(o)]
+            structural = tuple(str(o.input_line) for o in parsed if self._is_structural(o, searchpath))
             known = (structural, tuple(o.key_or_group for o in values))
             if known not in self._composed:
-                self._composed[known] = self._compose(structural)
+                self._composed[known] = self.compose(structural)
             cfg = self._composed[known]
             if not all(_replaces_a_leaf(cfg, o) for o in values):
                 cfg = cfg.copy()  # what is added, merged or removed must not stay for the next job
             ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
             if self.program is not None:
                 _name_overrides(cfg, self._of_hydra, overrides, self._parse)
+                if self._master is not None:  # ${now:}, as Hydra's launchers do; what the job before has resolved goes
+                    OmegaConf.copy_cache(from_config=self._master, to_config=cfg)
         except HydraException as error:
             raise self._application.explain(error) from None
-        return cfg
-
-    def _compose(self, structural: Sequence[str]) -> DictConfig:
-        from omegaconf import OmegaConf
-
-        cfg = self.compose(structural)
-        if self.program is not None and self._master is not None:
-            OmegaConf.copy_cache(from_config=self._master, to_config=cfg)  # ${now:}, as Hydra's launchers do
         return cfg
 
     def shown(self, override: str) -> str:
         """Return an override as files and messages may show it: without secrets."""
         if self.program is None:
             return override
-        hidden = self._typed_secret(self._parse(override)) is not None
+        parsed = self._parse(override)
+        hidden = not self._is_structural(parsed, self._searchpath) and typed_secret(parsed) is not None
         return f"{override.partition('=')[0]}=***" if hidden else clean(override)
 
-    def _typed_secret(self, override: Override) -> str | None:
-        return None if self._is_structural(override) else typed_secret(override)
-
-    def _is_structural(self, override: Override) -> bool:
-        """Return whether ``override`` chooses a group's option; the rule is Hydra's."""
-        if override.package is not None:
+    def _is_structural(self, override: Override, searchpath: str | None) -> bool:
+        """Return whether ``override`` chooses a group's option, or says where options are; the rules are Hydra's."""
+        if override.package is not None or override.get_key_element() == SEARCHPATH:
             return True
-        return self._is_group(override.key_or_group) and not isinstance(override.value(), dict)
+        return self._is_group(override.key_or_group, searchpath) and not isinstance(override.value(), dict)
 
+    def _groups_with(self, searchpath: str | None) -> Any:
+        """Return what Hydra asks for groups and options: ``loader.repository`` lacks what ``hydra.searchpath`` adds.
+
+        Args:
+            searchpath: an override of it; None: what the primary config says counts.
+        """
+        given = [] if searchpath is None else [searchpath]
+        return self._loader._parse_overrides_and_create_caching_repo(self._config_name, given)[1]
+
+
+SEARCHPATH: Final = "hydra.searchpath"
 
 TYPED: Final = (
     "{key}: by its name it holds a secret, and files of a sweep have its command line. Set it in the environment, and write "
     "{key}='${{oc.env:NAME}}', which stays as it is until the job runs."
 )
+
+TAKEN: Final = (
+    "hydra.sweep.subdir: the output folder {folder} would be also that of the job with {other}, and one would overwrite the "
+    "other's files. Put what differs into the name, or ${{hydra:job.num}}."
+)
+
+
+def _searchpath_among(overrides: Iterable[Override]) -> str | None:
+    """Return the override of ``hydra.searchpath`` that Hydra obeys, as it was written: the first one."""
+    return next((str(o.input_line) for o in overrides if o.get_key_element() == SEARCHPATH), None)
 
 
 def typed_secret(override: Override) -> str | None:
@@ -161,18 +196,29 @@ def overrides_of(config: DictConfig, kind: str) -> list[str]:
 
 def _name_overrides(cfg: DictConfig, of_hydra: Sequence[str], of_task: Sequence[str], parse: Any) -> None:
     """Write down a job's overrides where Hydra has them."""
-    from omegaconf import OmegaConf, open_dict
+    from omegaconf import open_dict
 
     node = cfg.hydra
     with open_dict(node):
         node.overrides.hydra = list(of_hydra)
         node.overrides.task = list(of_task)
-        if "override_dirname" in node.job and not OmegaConf.is_interpolation(node.job, "override_dirname"):
-            rule = node.job.config.override_dirname  # Hydra 1.3's; of 1.4 on it is an interpolation
+        if _hydra_writes_the_dirname():
+            rule = node.job.config.override_dirname
             lines = sorted(line for line in of_task if parse(line).key_or_group not in rule.exclude_keys)
             node.job.override_dirname = rule.item_sep.join(lines).replace("=", rule.kv_sep)
         for key in node.job.env_copy:
             node.job.env_set[key] = os.environ[key]
+
+
+@cache
+def _hydra_writes_the_dirname() -> bool:
+    """Return whether Hydra writes ``hydra.job.override_dirname`` as text, as 1.3 does; of 1.4 on it is an interpolation.
+
+    A job's config does not say which: the text has the interpolations of the job's overrides.
+    """
+    from hydra import __version__
+
+    return tuple(map(int, __version__.split(".")[:2])) < (1, 4)
 
 
 def _replaces_a_leaf(cfg: DictConfig, override: Override) -> bool:
