@@ -197,6 +197,27 @@ if __name__ == "__main__":
     main()
 '''
 
+FOLDERS = '''
+"""Writes where Hydra says, in a folder whose name needs a resolver of its own, as Lightning writes its metrics."""
+import pathlib
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+from apt_launch.sweep import job
+
+OmegaConf.register_new_resolver("tidy", lambda text: text.replace("=", "-"))
+
+@hydra.main(version_base=VERSION, config_path=None)
+def main(cfg):
+    output = pathlib.Path(HydraConfig.get().runtime.output_dir)
+    (output / "metrics.csv").write_text(f"step,val\\n3,{cfg.x}\\n")
+    print(f"{output}|{job.folder}|{HydraConfig.get().sweep.dir}")
+    return cfg.x
+
+if __name__ == "__main__":
+    main()
+'''
+
 
 def of_users(**more: str) -> dict[str, str]:
     """The environment of a user who has installed the package."""

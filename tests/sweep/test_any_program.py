@@ -17,7 +17,19 @@ from apt_launch.lease import read_holder
 from apt_launch.values import from_yaml
 from tests.conftest import until
 from tests.forks import HANGS
-from tests.sweep.programs import BARE, LOOPS, MODEL, PACKAGE, SEES, SEES_CONFIG, SQUARE, before_1_4, of_users, write
+from tests.sweep.programs import (
+    BARE,
+    FOLDERS,
+    LOOPS,
+    MODEL,
+    PACKAGE,
+    SEES,
+    SEES_CONFIG,
+    SQUARE,
+    before_1_4,
+    of_users,
+    write,
+)
 
 OURS = ("hydra/sweeper=apt", "hydra/launcher=apt_local")
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -34,6 +46,7 @@ def run(tmp_path: Path) -> Run:
             **{
                 "lab/conf/config.yaml": "lr: 0.1\nseed: 0\nnotes: none\n",
                 "bare.py": BARE,
+                "folders.py": FOLDERS,
                 "loops.py": LOOPS,
                 "square.py": SQUARE,
             },
@@ -211,6 +224,29 @@ def test_a_program_that_saves_and_asks_goes_on_and_one_that_does_not_is_told_tha
     assert second.count("begins at 0") == 2
     assert [row["step"] for row in _rows(tmp_path, 0)][-2:] == [4, 4]  # its last report, and what it returned
     assert _rows(tmp_path, 0)[-1]["result"] == 0.2
+
+
+def test_a_jobs_folder_is_hydras_own_and_moves_with_the_sweep(run: Run, sweep: Run, tmp_path: Path) -> None:
+    subdir = "hydra.sweep.subdir='${hydra.job.num}_${tidy:${hydra.job.override_dirname}}_${hydra:job.id}'"
+    result = sweep("folders.py", "-m", "+x=1,2", subdir)
+    assert result.returncode == 0, result.stdout + result.stderr
+    names = ["0_+x-1_0", "1_+x-2_1"]
+    for number, name in enumerate(names):
+        output = tmp_path / "sweep" / name
+        assert (own(tmp_path, number) / "log.txt").read_text() == f"{output}|{output}|sweep\n"
+        assert [(row["step"], row["val"]) for row in _rows(tmp_path, number)[:1]] == [(3, number + 1)]
+    best = run("-m", "apt_launch.sweep", "best", "sweep")
+    assert best.stdout.splitlines()[0] == str(tmp_path / "sweep" / names[0])
+
+    moved = (tmp_path / "sweep").rename(tmp_path / "moved")
+    best = run("-m", "apt_launch.sweep", "best", "moved")
+    assert best.stdout.splitlines()[0] == str(moved / names[0])
+    run("-m", "apt_launch.sweep", "drop", "moved", "0")
+    again = run("-m", "apt_launch.sweep", "resume", "moved", "0")
+    assert again.returncode == 0, again.stdout + again.stderr
+    said = next(moved.glob("0-*/log.txt")).read_text().splitlines()
+    assert said[-1] == f"{moved / names[0]}|{moved / names[0]}|{moved}"
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_a_loser_is_stopped_where_it_asks_and_goes_on_when_it_is_resumed(sweep: Run, run: Run, tmp_path: Path) -> None:

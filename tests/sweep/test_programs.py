@@ -31,6 +31,7 @@ from apt_launch.sweep.programs.secrets import read_secrets, write_secrets
 from apt_launch.sweep.programs.snapshot import checkout_of, take
 from apt_launch.values import flatten, from_yaml, to_yaml, unflatten
 from apt_model.errors import ConfigError, Interrupted
+from tests.forks import REPOSITORY
 
 
 class Colour(enum.Enum):
@@ -340,6 +341,84 @@ def test_identities_leave_out_what_is_neutral_and_hydras_own_but_for_what_progra
         assert identity((pattern,), wandb={"name": "a"}) == identity((pattern,), wandb={"name": "b"})
     assert identity(hydra={"sweep": {"dir": "a"}}) == identity(hydra={"sweep": {"dir": "b"}})
     assert identity(hydra={"job": {"env_set": {"A": "1"}}}) != identity(hydra={"job": {"env_set": {"A": "2"}}})
+
+
+@pytest.mark.parametrize(
+    ("subdir", "name"),
+    [
+        ("${hydra.job.num}", "3"),
+        ("${hydra.job.id}", "3"),
+        ("${hydra.job.name}_${hydra.job.num}", "train_3"),
+        ("${hydra.job.num}_${hydra.job.override_dirname}", "3_lr=0.1"),
+        ("${lr}_${hydra:job.num}", "0.1_3"),
+        ("${net.name}/${hydra:job.name}", "small/train"),
+        ("${unknown:${hydra.job.num}}", "own"),
+        ("${hydra.job.num}_${oc.env:NOT_SET_HERE}", "own"),
+    ],
+)
+def test_the_output_folder_is_known_outside_of_the_program_as_far_as_it_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subdir: str, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hydra = {
+        "job": {"num": MISSING, "id": MISSING, "name": "train", "override_dirname": "lr=0.1"},
+        "sweep": {"dir": "sweep", "subdir": subdir},
+        "launcher": {},
+    }
+    application = load(HYDRA_MAIN, Program(script="/a.py"))
+    cfg = OmegaConf.create({"lr": 0.1, "net": {"name": "small"}, "part": Part(), "hydra": hydra})
+    values = application.check(cfg).values
+    assert application.output(tmp_path / "sweep/own", values, 3) == tmp_path / "sweep" / name
+
+
+def test_a_value_that_only_the_program_can_make_does_not_hide_the_output_folder(tmp_path: Path) -> None:
+    hydra = {"job": {}, "sweep": {"dir": str(tmp_path), "subdir": "${hydra.job.num}"}}
+    values = {"colour": {"$enum": ["not_loaded:Colour", "RED"]}, "hydra": hydra}
+    assert load(HYDRA_MAIN, Program(script="/a.py")).output(tmp_path / "own", values, 3) == tmp_path / "3"
+
+
+def test_a_folder_that_jobs_share_is_the_sweeps_wherever_it_lies_and_one_that_they_do_not_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    application = load(HYDRA_MAIN, Program(script="/a.py"))
+    values = {"hydra": {"job": {}, "sweep": {"dir": "sweep", "subdir": "${hydra.job.num}"}}}
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for shared, output in (
+        ({"hydra": {"sweep": {"dir": "sweep"}}}, moved / "3"),
+        ({}, tmp_path / "sweep/3"),  # hydra.sweep.dir=${lr}: Hydra's own launcher takes each job's
+    ):
+        (moved / "plan.yaml").write_text(to_yaml({"shared": shared}))
+        assert application.output(moved / "own", values, 3) == output
+    (moved / "own").mkdir()
+    (moved / "own/output.json").write_text('{"output": "as/it/was"}')
+    assert application.output(moved / "own", values, 3) == moved / "as/it/was"
+    (moved / "own/output.json").write_text('{"output": 3}')
+    assert application.output(moved / "own", values, 3) == tmp_path / "sweep/3"
+
+
+def test_the_loop_of_the_documentation_has_its_result_wherever_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (REPOSITORY / "docs/howto/any_application.md").read_text(encoding="utf-8")
+    text = page.partition('title="loop.py"\n')[2].partition("```")[0]
+    program: dict[str, Any] = {"__name__": "loop"}
+    exec(compile(text, "loop.py", "exec"), program)
+    for stopped in range(1, 6):
+        folder = tmp_path / str(stopped)
+        folder.mkdir()
+        context = job.begin(folder, folder, first=True)
+        try:
+            monkeypatch.setattr(job, "stop_requested", lambda: context.reports == stopped)  # noqa: B023
+            with pytest.raises(Interrupted):
+                program["main"](OmegaConf.create({"lr": 0.5}))
+            job.begin(folder, folder, first=True)
+            monkeypatch.setattr(job, "stop_requested", lambda: False)
+            assert program["main"](OmegaConf.create({"lr": 0.5})) == 0.1
+        finally:
+            job._context = None
+        assert [row["step"] for row in read_rows(folder / "metrics.jsonl")] == [0, 1, 2, 3, 4]
 
 
 def test_a_job_by_hand_and_within_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

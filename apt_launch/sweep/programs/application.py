@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from apt_launch.sweep import job as own_job
 from apt_launch.sweep.application import JobContext, JobSpec, Program, Resources, Result
-from apt_launch.sweep.programs import start
+from apt_launch.sweep.programs import output_folder, start
 from apt_launch.sweep.programs.freeze import TYPES, Freezer, revealed
 from apt_launch.sweep.programs.metrics import Follower
 from apt_launch.sweep.programs.secrets import SECRETS, read_secrets
@@ -103,15 +103,8 @@ class HydraMain:
         return StopConfig(**{**stop.model_dump(), "metric": metric or self.metric})
 
     def _freeze(self, cfg: DictConfig) -> dict[str, Any]:
-        from hydra.core.hydra_config import HydraConfig
-
-        before = HydraConfig.instance().cfg
-        found: Any = cfg
-        HydraConfig.instance().cfg = found  # what ${hydra:...} asks
-        try:
+        with output_folder.asked_by_interpolations(cfg):
             return self._freezer.freeze(cfg)
-        finally:
-            HydraConfig.instance().cfg = before
 
     def _identity(self, values: Mapping[str, Any]) -> str:
         flat = {key: value for key, value in flatten(values).items() if not self.is_neutral(key)}
@@ -160,16 +153,19 @@ class HydraMain:
             job.cores is not None and "torch" in sys.modules
         ):  # the worker that this process was forked from has loaded it
             sys.modules["torch"].set_num_threads(job.cores)
-        call = start.Call(
-            values=self._revealed(values, folder.parent),
-            folder=folder.parent,
-            number=job.number,
-            job_id=_job_id(job.number),
-            overrides=job.overrides,
-        )
+        values = output_folder.at(self._revealed(values, folder.parent), folder.parent)
+        job_id = _job_id(job.number)
+        first = output_folder.expected(values, job.number, job_id) or folder  # until Hydra has made it
+        context = own_job.begin(folder, first, first=job.rank == 0, judge=job.judge)
+
+        def on_output(found: Path) -> None:
+            context.output = found
+            if job.rank == 0:
+                output_folder.keep(folder, found)
+
+        call = start.Call(values, folder.parent, job.number, job_id, job.overrides, on_output)
         if self.about.snapshot is not None:
             _say(f"code: a copy of {self.about.snapshot}, see {folder.parent / 'snapshot.json'}")
-        context = own_job.begin(folder, self.output(folder, values, job.number), first=job.rank == 0, judge=job.judge)
         _say_how_it_begins(job, context.has_checkpoint)
         for number in SIGNALS:
             signal.signal(number, context.asked_to_stop)
@@ -244,14 +240,12 @@ class HydraMain:
         return [(name, ".5g") for name in [*first, *(name for name in names if name not in first)][:COLUMNS]]
 
     def output(self, folder: Path, values: Mapping[str, Any], number: int) -> Path:
-        """Return the output folder that Hydra gives to the job."""
-        from omegaconf import OmegaConf
-
-        sweep = OmegaConf.create({"hydra": {"sweep": values["hydra"]["sweep"], "job": {"num": number}}})
-        try:
-            return Path(str(sweep.hydra.sweep.dir), str(sweep.hydra.sweep.subdir)).absolute()
-        except Exception:  # a subdir that asks for what only the job knows
-            return folder
+        """Return the output folder that Hydra gives to the job; the job's own if nobody knows it before the job runs."""
+        return (
+            output_folder.kept(folder)
+            or output_folder.expected(output_folder.at(values, folder.parent), number, str(number))
+            or folder
+        )
 
     def shared_updates(self, a: JobSpec, b: JobSpec) -> int:
         """Return 0: nobody knows what programs could share."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 import os
 import runpy
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from apt_launch.sweep.application import Program
 from apt_launch.sweep.programs.freeze import thaw
+from apt_launch.sweep.programs.output_folder import Entry, asked_by_interpolations
 from apt_model.errors import ConfigError, ReportedError, cause_of
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Call:
     number: int
     job_id: str
     overrides: Sequence[str]
+    on_output: Callable[[Path], None] = lambda output: None  # called with the folder that Hydra has made for the job
     called: bool = False
     returned: Any = None
     error: BaseException | None = field(default=None, repr=False)
@@ -55,8 +56,9 @@ class Call:
             cfg.hydra.job.id = self.job_id
             cfg.hydra.job.num = self.number
         more = {"execution_whitelist": context.execution_whitelist} if hasattr(context, "execution_whitelist") else {}
-        with _resolved_for_callbacks(cfg):
+        with asked_by_interpolations(cfg):  # as in a single run
             callbacks = Callbacks(cfg)
+        callbacks.callbacks.insert(0, Entry(self.on_output))
         done = run_job(
             hydra_context=HydraContext(config_loader=context.config_loader, callbacks=callbacks, **more),
             task_function=task,
@@ -69,19 +71,6 @@ class Call:
         else:
             self.error = done._return_value
             _ = done.return_value  # raises what the function raised: Hydra shows it as by hand
-
-
-@contextmanager
-def _resolved_for_callbacks(cfg: Any) -> Iterator[None]:
-    """Have ``${hydra:...}`` mean this job's config while callbacks are built, as it does in a single run."""
-    from hydra.core.hydra_config import HydraConfig
-
-    before = HydraConfig.instance().cfg
-    HydraConfig.instance().cfg = cfg
-    try:
-        yield
-    finally:
-        HydraConfig.instance().cfg = before
 
 
 _pending: list[Call] = []
