@@ -38,6 +38,7 @@ def sweep(tmp_path: Path) -> Iterator[Sweep]:
 
         def sweep(*of_hydra: str, config: str = "config") -> tuple[Composer, Callable[[list[str]], DictConfig]]:
             master = loader.load_configuration(config, ["hydra.sweep.dir=sweep", *of_hydra], run_mode=RunMode.MULTIRUN)
+            _ = master.hydra.job.name  # what the command itself has resolved, jobs keep
             composer = Composer(loader, config, HYDRA_MAIN, Program(script=str(tmp_path / "train.py")), master)
             return composer, lambda overrides: loader.load_sweep_config(master, overrides)
 
@@ -106,6 +107,7 @@ def test_what_a_resolver_keeps_it_keeps_for_one_job(sweep: Sweep) -> None:
         assert [(job.run, job.again) for job in jobs] == [(0, 0), (1, 1), (2, 2)]
         theirs = [hydras([f"seed={seed}"]) for seed in (0, 1)]
         assert [(job.run, job.again) for job in theirs] == [(3, 3), (4, 4)]
+        assert {job.when for job in (*jobs, *theirs)} == {jobs[0].hydra.job.name.removeprefix("at-")}
         assert composer.identities[("seed=2",)] != composer.identities[("seed=1",)]
     finally:
         OmegaConf.clear_resolver("drawn")
