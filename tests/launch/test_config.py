@@ -284,7 +284,7 @@ def test_keys_in_yaml_equal_parameters_of_the_class(target: tuple[str, type[sche
             r"leaves 5 ranks to cut each expert, and model\.d_model = 128 and model\.d_ff = 384 are not both multiples",
         ),
         (["trainer.parallel=fsdb"], r"^trainer\.parallel: 'fsdb' is not one of the choices\. Did you mean 'fsdp'"),
-        (["model=null"], "Config group override must be a string"),
+        (["model=null"], "model=null: the group takes the name of an option"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_full_key_and_a_remedy(
