@@ -7,17 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from apt_launch.version import is_hydra_before_1_4
+
 
 def version_base() -> dict[str, str]:
     """Return the argument of Hydra's functions that asks for the rules of 1.3; later versions have no such argument."""
-    return {"version_base": "1.3"} if is_before_1_4() else {}
-
-
-def is_before_1_4() -> bool:
-    """Return whether Hydra is of a version before 1.4."""
-    from hydra import __version__
-
-    return tuple(map(int, __version__.split(".")[:2])) < (1, 4)
+    return {"version_base": "1.3"} if is_hydra_before_1_4() else {}
 
 
 @contextmanager

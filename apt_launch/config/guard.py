@@ -19,7 +19,7 @@ from typing import Any, Final
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, ValueNode, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
-from apt_launch.config.composing import is_before_1_4, version_base
+from apt_launch.config.composing import version_base
 from apt_launch.config.logging_guard import FORMATTERS, HANDLERS, logging_problems
 from apt_launch.config.yaml_file import load_yaml, parsed
 from apt_launch.interpolations import bounded
@@ -30,6 +30,7 @@ from apt_launch.secrets import (
     secret_problems,
     without_secrets_of_the_environment,
 )
+from apt_launch.version import is_hydra_before_1_4
 from apt_model.errors import ConfigError, nearest
 
 CALLBACKS: Final = frozenset(
@@ -97,7 +98,7 @@ INSIDE: Final = ("sweep.subdir", "output_subdir", "job.name")
 
 def main_arguments() -> dict[str, Any]:
     """Return the arguments of ``hydra.main`` beside where configs are: of 1.4 on, also what Hydra itself may build."""
-    if is_before_1_4():
+    if is_hydra_before_1_4():
         return version_base()
     return {"execution_whitelist": sorted({*CALLBACKS, *HANDLERS, *FORMATTERS, *OF_OPTUNA})}
 
@@ -128,7 +129,7 @@ def _choices_where_asked_for() -> Iterator[None]:
 
     Hydra 1.3 does it for every config of the list, in a quarter of the time that composing takes.
     """
-    if not is_before_1_4():
+    if not is_hydra_before_1_4():
         yield
         return
     import hydra._internal.defaults_list as module

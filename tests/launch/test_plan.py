@@ -59,6 +59,13 @@ def test_the_whole_sweep_grammar_is_expanded(base: list[str], override: str, wan
     assert len({job.identity for job in plan.jobs}) == len(plan.jobs)
 
 
+def test_options_of_a_folder_that_is_searched_are_planned(base: list[str], tmp_path: Path) -> None:
+    (tmp_path / "more" / "schedule").mkdir(parents=True)
+    (tmp_path / "more" / "schedule" / "mine.yaml").write_text("defaults: [none]\n")
+    plan = gather([*base, f"hydra.searchpath=['file://{tmp_path}/more']", "schedule=mine,experts"])
+    assert labels(plan) == ["schedule=mine", "schedule=experts"]
+
+
 def test_lists_that_are_zipped_advance_together(base: list[str]) -> None:
     together = "hydra.sweeper.zip=[[schedule.route_temp.start,schedule.route_temp.end]]"
     plan = gather(

@@ -398,6 +398,7 @@ def test_a_folder_that_jobs_share_is_the_sweeps_wherever_it_lies_and_one_that_th
     assert application.output(moved / "own", values, 3) == tmp_path / "sweep/3"
 
 
+@pytest.mark.filterwarnings("ignore:The version_base parameter is deprecated")  # of 1.4, and 1.3 asks for it
 def test_the_loop_of_the_documentation_has_its_result_wherever_it_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from apt_launch.sweep.control.ledger import Ledger
 from apt_launch.sweep.control.resume import differences
 from apt_launch.sweep.control.send import prepare, show_plan
 from apt_launch.sweep.jobs.state import ENDED, read_state
-from apt_launch.sweep.plan.composer import Composer
+from apt_launch.sweep.plan.composer import SEARCHPATH, Composer
 from apt_launch.sweep.plan.expand import of_command
 from apt_launch.sweep.plan.jobs import key_and_value
 from apt_launch.sweep.plan.plan import Plan
@@ -40,9 +40,12 @@ def extend(folder: Path, overrides: Sequence[str], *, dry_run: bool = False) -> 
     where = backend(plan.launcher, plan.launcher_values)
     given = {key for key, _ in map(key_and_value, overrides)}
     kept = [override for override in plan.command if key_and_value(override)[0] not in given]
+    searched = [flag for flag in plan.flags if flag.lstrip("+").startswith(f"{SEARCHPATH}=")]
     with application.composing(plan.flags) as (loader, name):
         asked = of_command(
-            [*kept, *overrides], composer=Composer(loader, name, plan.application), target=lambda config: where
+            [*searched, *kept, *overrides],
+            composer=Composer(loader, name, plan.application),
+            target=lambda config: where,
         )
     known = {(job.identity, job.resources) for job in plan.jobs}
     new = replace(asked, jobs=tuple(job for job in asked.jobs if (job.identity, job.resources) not in known))

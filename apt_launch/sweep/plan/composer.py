@@ -11,6 +11,7 @@ from apt_launch.interpolations import bounded
 from apt_launch.secrets import is_named_secret, leaves
 from apt_launch.secrets import without_values_of_the_environment as clean
 from apt_launch.sweep.application import JobSpec, Program, Resources, load
+from apt_launch.version import is_hydra_before_1_4
 from apt_model.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,6 +61,11 @@ class Composer:
         """Of the jobs, by their overrides; a resolver may give another value when a job is composed again."""
         self._folders: dict[str, tuple[str, Resources, tuple[str, ...]]] = {}  # of outputs, and whose they are
         self._composed: dict[tuple[tuple[str, ...], tuple[str, ...]], DictConfig] = {}
+
+    def search_as(self, command: Sequence[Override]) -> None:
+        """Compose jobs where the overrides of a command, of which no config was composed yet, say that options are."""
+        self._searchpath = _searchpath_among(command)
+        self._of_hydra = [] if self._searchpath is None else [self._searchpath]
 
     def parse(self, overrides: Sequence[str]) -> list[Override]:
         """Parse ``overrides``; ``glob`` knows the options of groups.
@@ -202,23 +208,14 @@ def _name_overrides(cfg: DictConfig, of_hydra: Sequence[str], of_task: Sequence[
     with open_dict(node):
         node.overrides.hydra = list(of_hydra)
         node.overrides.task = list(of_task)
-        if _hydra_writes_the_dirname():
+        if (
+            is_hydra_before_1_4()
+        ):  # an interpolation later; of the text, which may have those of overrides, that cannot be told
             rule = node.job.config.override_dirname
             lines = sorted(line for line in of_task if parse(line).key_or_group not in rule.exclude_keys)
             node.job.override_dirname = rule.item_sep.join(lines).replace("=", rule.kv_sep)
         for key in node.job.env_copy:
             node.job.env_set[key] = os.environ[key]
-
-
-@cache
-def _hydra_writes_the_dirname() -> bool:
-    """Return whether Hydra writes ``hydra.job.override_dirname`` as text, as 1.3 does; of 1.4 on it is an interpolation.
-
-    A job's config does not say which: the text has the interpolations of the job's overrides.
-    """
-    from hydra import __version__
-
-    return tuple(map(int, __version__.split(".")[:2])) < (1, 4)
 
 
 def _replaces_a_leaf(cfg: DictConfig, override: Override) -> bool:

@@ -139,6 +139,7 @@ def of_command(arguments: Sequence[str], *, composer: Composer, target: Callable
     from omegaconf import OmegaConf
 
     parsed = composer.parse(arguments)
+    composer.search_as(parsed)
     composed = composer.compose([str(o.input_line) for o in parsed if not o.is_sweep_override()])
     sweeper: Any = OmegaConf.to_container(composed.hydra.sweeper, resolve=True)
     return make(
