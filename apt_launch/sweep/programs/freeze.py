@@ -337,9 +337,8 @@ def _thaw(value: Any, path: str, types: Mapping[str, str]) -> Any:
                     OmegaConf.update(node, key, content, merge=False)  # text becomes what the class wants
                 else:
                     node[key] = made = _thaw(content, full, types)
-                    if OmegaConf.is_config(made) and OmegaConf.is_readonly(
-                        made
-                    ):  # of a frozen class: it is lost on the way
+                    # that of a frozen class is lost on the way
+                    if OmegaConf.is_config(made) and OmegaConf.is_readonly(made):
                         OmegaConf.set_readonly(cast("DictConfig", node._get_node(key)), True)
             except (OmegaConfBaseException, ValueError) as error:
                 raise ConfigError(

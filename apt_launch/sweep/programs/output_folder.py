@@ -78,10 +78,8 @@ def expected(values: Mapping[str, Any], number: int, job_id: str) -> Path | None
     """Return the output folder that Hydra will give to a job; None: the config asks for what only the program knows."""
     whole = {key: value for key, value in values.items() if key != TYPES}  # classes are the program's
     hydra = values["hydra"]
-    for part in (
-        whole,
-        {"hydra": {"sweep": hydra["sweep"], "job": {}}},
-    ):  # the config may have a value that only the program can make
+    least = {"hydra": {"sweep": hydra["sweep"], "job": {}}}  # the rest may have a value that only the program can make
+    for part in (whole, least):
         with suppress(Exception):  # whatever a resolver raises, or is not there
             return _resolved(part, number, job_id)
     return None
