@@ -11,6 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from apt_launch.command_line import say_passed_over
 from apt_launch.config.ending import ending
 from apt_launch.secrets import keep_private
 from apt_model.errors import CheckpointError, ConfigError
@@ -58,7 +59,7 @@ def average(run: Path, last: int, folder: Path) -> Path:
         try:
             read_manifest(path)
         except CheckpointError as error:
-            sys.stderr.write(f"passed over: {error}\n")
+            say_passed_over([str(error)])
         else:
             whole.append(path)
     if not whole:

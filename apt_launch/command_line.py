@@ -8,7 +8,7 @@ import io
 import os
 import select
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, NoReturn
@@ -59,6 +59,12 @@ def mistake(error: BaseException) -> ConfigError | None:
     if isinstance(error, OSError) and error.errno in PLACES and error.filename is not None:
         return ConfigError(f"{_short(error.filename)}: {error.strerror}. {PLACES[error.errno]}")
     return None
+
+
+def say_passed_over(reasons: Iterable[str]) -> None:
+    """Say why newer checkpoints, or better ones, were not taken."""
+    for reason in reasons:
+        sys.stderr.write(f"passed over: {visible(reason)}\n")
 
 
 def make_folder(folder: Path, key: str) -> None:

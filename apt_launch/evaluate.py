@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from apt_launch.allow import take_flags
-from apt_launch.command_line import parsed
+from apt_launch.command_line import parsed, say_passed_over
 from apt_launch.config.corpus import build_corpus, making_tokens
 from apt_launch.config.ending import ending
 from apt_launch.config.load import composing, load_data
 from apt_launch.config.pretrained import with_tokenizer
-from apt_launch.escapes import visible
 from apt_launch.generate import device_named, restored
 from apt_launch.runs.folder import chosen_checkpoint
 from apt_launch.secrets import keep_private
@@ -101,8 +100,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
                 "run's own are measured."
             )
         checkpoint, passed_over = chosen_checkpoint(arguments.folder, arguments.which, key="RUN_DIR", option="--which")
-        for reason in passed_over:
-            sys.stderr.write(f"passed over: {visible(reason)}\n")
+        say_passed_over(passed_over)
         run = checkpoint.parent.parent
         model, tokenizer, longest = restored(checkpoint, device, ema=arguments.ema)
         seq_len = longest

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from apt_launch.allow import take_flags
+from apt_launch.command_line import say_passed_over
 from apt_launch.commands import command, override
 from apt_launch.config.corpus import build_corpus
 from apt_launch.config.ending import ending
-from apt_launch.escapes import visible
 from apt_launch.generate import begin_of_texts, restored
 from apt_launch.runs.folder import About, RunFolder, chosen_checkpoint
 from apt_launch.secrets import keep_private
@@ -139,8 +139,7 @@ def _export(arguments: argparse.Namespace) -> None:
     if out.is_symlink() or (out.exists() and any(out.iterdir())):
         raise ConfigError(f"--to: {out} is there already. Choose another folder.")
     checkpoint, passed_over = chosen_checkpoint(arguments.run, arguments.checkpoint, key="RUN", option="--checkpoint")
-    for reason in passed_over:
-        sys.stderr.write(f"passed over: {visible(reason)}\n")
+    say_passed_over(passed_over)
 
     import torch
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from apt_launch.allow import take_flags
+from apt_launch.command_line import say_passed_over
 from apt_launch.config.catalogue import modules
 from apt_launch.config.corpus import build_corpus
 from apt_launch.config.ending import ending
@@ -85,8 +86,7 @@ examples:
 def _generate(arguments: argparse.Namespace) -> None:
     prompts = _prompts(arguments)
     checkpoint, passed_over = find_checkpoint(arguments.folder, "RUN_DIR")
-    for reason in passed_over:
-        sys.stderr.write(f"passed over: {visible(reason)}\n")
+    say_passed_over(passed_over)
     import torch
 
     from apt_model.generation import Sampling, generate
